@@ -1,0 +1,261 @@
+"""Checkpoints: complete or absent, verified before they are used, never half-written.
+
+Every rank writes its files into a hidden folder and fsyncs them; rank 0 then writes ``state.json``
+with the size and SHA-256 of each file and renames the folder: that is the commit. What belongs to a
+client (kept parts, optimizer state) lies in ``RUN_DIR/clients`` once per round in which the client
+trained, and is listed in the manifest as well.
+
+Reading needs no torch, so a corrupt checkpoint is found before any process starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedpipe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from fedpipe.distributed.comm import Comm
+
+STATE = "state.json"
+CHECKPOINTS = "checkpoints"
+CLIENTS = "clients"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """Where a run stands."""
+
+    round_id: int = 0
+    """Rounds that are done."""
+    step: int = 0
+    """Local steps that every replica has made in the next one (or all it has, where it has fewer)."""
+
+    @property
+    def name(self) -> str:
+        """Folder of the checkpoint; names sort by time."""
+        inside = f"_step_{self.step:06d}" if self.step else ""
+        return f"round_{self.round_id:06d}{inside}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A verified checkpoint."""
+
+    path: Path
+    position: Position
+    metrics_offset: int
+    """Bytes of metrics.jsonl that belong to it."""
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints; one per process."""
+
+    def __init__(self, run_dir: Path, *, comm: Comm, keep_last: int) -> None:
+        """Write below ``run_dir``.
+
+        Args:
+            run_dir: Exists.
+            comm: For the commit.
+            keep_last: Checkpoints to keep.
+        """
+        self._run_dir, self._comm, self._keep_last = run_dir, comm, keep_last
+        self._new_client_files: dict[str, tuple[int, str]] = {}
+
+    def save_client(self, name: str, write: Callable[[Path], None]) -> None:
+        """Write a client's file below ``clients``; the next ``save`` lists it."""
+        path = self._run_dir / CLIENTS / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        entry = _write_atomically(path, write)
+        self._new_client_files[str(Path(CLIENTS, name))] = entry
+
+    def save(
+        self,
+        position: Position,
+        files: Mapping[str, Callable[[Path], None]],
+        *,
+        metrics_offset: int,
+    ) -> None:
+        """Write a checkpoint and commit it.
+
+        Args:
+            position: Where the run stands.
+            files: This rank's files: name -> function that writes it to a path.
+            metrics_offset: Size of metrics.jsonl; counts on rank 0.
+
+        Raises:
+            CheckpointError: A rank could not write; no checkpoint appears then.
+
+        Collective: every rank.
+        """
+        folder = self._run_dir / CHECKPOINTS / position.name
+        aside = folder.with_name(f".{position.name}.tmp")
+        if self._comm.is_master():
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self._comm.barrier()
+        entries, failure = dict(self._new_client_files), ""
+        try:
+            for name, write in files.items():
+                entry = _write_atomically(aside / name, write)
+                entries[str(Path(CHECKPOINTS, position.name, name))] = entry
+        except OSError as error:
+            failure = f"rank {self._comm.rank}: {error}"
+        self._raise_together(failure)
+        self._new_client_files.clear()
+        gathered = self._comm.gather(entries)
+        if gathered is not None:
+            try:
+                self._commit(aside, folder, position, gathered, metrics_offset)
+            except OSError as error:
+                failure = f"rank 0: {error}"
+        self._raise_together(failure)
+
+    def _raise_together(self, failure: str) -> None:
+        failures = self._comm.agree(not failure, message=failure)
+        if failures:
+            raise CheckpointError(
+                f"checkpoint: could not be written ({failures[0]}). Free space or fix the "
+                f"permissions of {self._run_dir}, then resume with --run-dir {self._run_dir}."
+            )
+
+    def _commit(
+        self,
+        aside: Path,
+        folder: Path,
+        position: Position,
+        gathered: list[dict[str, tuple[int, str]]],
+        metrics_offset: int,
+    ) -> None:
+        files: dict[str, Any] = {}
+        previous = _folders(self._run_dir)
+        if previous:  # client files of earlier rounds stay valid
+            old = json.loads((previous[-1] / STATE).read_text(encoding="utf-8"))["files"]
+            files |= {n: e for n, e in old.items() if n.startswith(f"{CLIENTS}/")}
+        for entries in gathered:
+            files |= entries
+        files = _newest_of_each_client(files)
+        state = asdict(position) | {"metrics_offset": metrics_offset, "files": files}
+        _write_atomically(
+            aside / STATE, lambda p: p.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+        _sync_folder(folder.parent)
+        latest = folder.parent / "latest"
+        _write_atomically(latest, lambda p: p.write_text(folder.name + "\n", encoding="utf-8"))
+        self._prune()
+
+    def _prune(self) -> None:
+        folders = _folders(self._run_dir)
+        for folder in folders[: -self._keep_last]:
+            shutil.rmtree(folder)
+        used: set[str] = set()
+        for folder in folders[-self._keep_last :]:
+            used |= set(json.loads((folder / STATE).read_text(encoding="utf-8"))["files"])
+        for path in (self._run_dir / CLIENTS).glob("*/*"):
+            name = str(path.relative_to(self._run_dir))
+            if name not in used:  # every listed file may be needed to resume from its checkpoint
+                path.unlink()
+
+
+def client_file(client_id: int, stage_id: int, data: int, *, round_id: int) -> str:
+    """Name, below ``clients``, of what a client keeps of a stage after a round."""
+    return f"client_{client_id:04d}/stage_{stage_id:02d}_data_{data:02d}.round_{round_id:06d}.pt"
+
+
+def _newest_of_each_client(files: Mapping[str, Any]) -> dict[str, Any]:
+    newest: dict[str, str] = {}
+    for name in sorted(files):  # names of one client and stage sort by round
+        newest[name.partition(".round_")[0] if name.startswith(CLIENTS) else name] = name
+    return {name: files[name] for name in newest.values()}
+
+
+def discard_later(run_dir: Path, position: Position) -> None:
+    """Remove the (damaged) checkpoints after the one that a run resumes from."""
+    for folder in _folders(run_dir):
+        if folder.name > position.name:
+            shutil.rmtree(folder)
+
+
+def _write_atomically(path: Path, write: Callable[[Path], Any]) -> tuple[int, str]:
+    """Write aside, fsync, rename; return size and SHA-256."""
+    aside = path.with_name(f".{path.name}.part")
+    write(aside)
+    with open(aside, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
+    os.replace(aside, path)
+    return size, digest
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    return sorted(p.parent for p in (run_dir / CHECKPOINTS).glob(f"round_*/{STATE}"))
+
+
+def find_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Find the newest checkpoint whose every file is there and unchanged.
+
+    Args:
+        run_dir: A run directory.
+
+    Returns:
+        The checkpoint, or None where there is none at all, and one line for each newer one that had
+        to be passed over.
+
+    Raises:
+        CheckpointError: There are checkpoints, and all of them are damaged.
+    """
+    passed_over: list[str] = []
+    for folder in reversed(_folders(run_dir)):
+        problem = _problem(run_dir, folder)
+        if problem is None:
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            position = Position(round_id=state["round_id"], step=state["step"])
+            checkpoint = Checkpoint(
+                path=folder, position=position, metrics_offset=state["metrics_offset"]
+            )
+            return checkpoint, passed_over
+        passed_over.append(f"checkpoint {folder.name} is damaged: {problem}")
+    if passed_over:
+        raise CheckpointError(
+            f"{run_dir / CHECKPOINTS}: expected an intact checkpoint, got none "
+            f"({passed_over[0]}). Restore one from a backup or start in a new --run-dir."
+        )
+    return None, passed_over
+
+
+def _problem(run_dir: Path, folder: Path) -> str | None:
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        files = dict(state["files"])
+        _ = state["round_id"], state["step"], state["metrics_offset"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{STATE} cannot be read"
+    for name, (size, digest) in files.items():
+        path = run_dir / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                return f"{name} has other content than was written"
+    return None

@@ -1,0 +1,264 @@
+"""From a YAML file and ``section.key=value`` overrides to a checked ``RunConfig``, and back.
+
+Precedence in one sentence: dataclass default < YAML < override. Unknown keys, wrong types and keys
+given twice are refused with file and line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
+from importlib import resources
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from fedpipe.config.deepspeed import deepspeed_config
+from fedpipe.config.model_shape import resolve
+from fedpipe.config.schema import RunConfig
+from fedpipe.config.tree import Node, dump, merge, parse, parse_override, read_text, wrap
+from fedpipe.errors import ConfigError
+
+PACKAGED_CONFIG = "quickstart.yaml"
+"""What ``load_config`` reads when it is given no file."""
+
+
+def load_config(path: str | None, overrides: Sequence[str]) -> RunConfig:
+    """Return the checked configuration of a run.
+
+    Args:
+        path: YAML file; None reads the packaged quick start.
+        overrides: ``section.key=value`` each; the value is YAML.
+
+    Returns:
+        The configuration, with every default in place.
+
+    Raises:
+        ConfigError: A key is unknown, given twice or of the wrong type, or values do not fit.
+    """
+    config = read_config(path, overrides)
+    check(config)
+    return config
+
+
+def read_config(path: str | None, overrides: Sequence[str]) -> RunConfig:
+    """Return the configuration without the checks that need several sections or files.
+
+    Args:
+        path: YAML file; None reads the packaged quick start.
+        overrides: ``section.key=value`` each; the value is YAML.
+
+    Returns:
+        The configuration, with every default in place.
+
+    Raises:
+        ConfigError: A key is unknown, given twice or of the wrong type.
+    """
+    if path is None:
+        text = resources.files("fedpipe.config").joinpath(PACKAGED_CONFIG).read_text("utf-8")
+        tree = parse(text, source=PACKAGED_CONFIG)
+    else:
+        tree = parse(read_text(path), source=path)
+    for override in overrides:
+        tree = merge(tree, parse_override(override))
+    return cast(RunConfig, _build(RunConfig, tree, key=""))
+
+
+def from_dict(data: Mapping[str, Any], *, source: str = "config") -> RunConfig:
+    """Return the configuration that ``to_dict`` turned into plain data.
+
+    Args:
+        data: Nested dicts and lists, as from JSON.
+        source: What to call it in errors.
+
+    Returns:
+        The configuration; what is missing takes its default.
+
+    Raises:
+        ConfigError: A key is unknown or of the wrong type.
+    """
+    return cast(RunConfig, _build(RunConfig, wrap(data, source), key=""))
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as nested dicts, lists and scalars."""
+    return cast(dict[str, Any], _to_plain(config))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the configuration with every default as YAML; loading it gives an equal one."""
+    return dump(to_dict(config))
+
+
+def diff(a: RunConfig, b: RunConfig) -> list[str]:
+    """Return the dotted keys whose values differ, in the order of the schema."""
+    flat_a, flat_b = dict(_flatten(to_dict(a))), dict(_flatten(to_dict(b)))
+    return [key for key, value in flat_a.items() if value != flat_b[key]]
+
+
+def check(config: RunConfig) -> None:
+    """Refuse sections that do not fit together, reading no corpus and starting nothing.
+
+    Args:
+        config: A configuration whose single sections are valid.
+
+    Raises:
+        ConfigError: The cut, the model, the corpus list or the DeepSpeed JSON do not fit.
+    """
+    # A vocabulary of 1 fits every model: the tokenizer is read, and compared, with the corpus.
+    shape = resolve(config.model, vocab_size=1, sequence_length=config.data.sequence_length)
+    _check_cut(config, num_layers=shape.num_hidden_layers)
+    _check_masking(config)
+    _check_paths(config)
+    deepspeed_config(config)
+
+
+def _check_cut(config: RunConfig, *, num_layers: int) -> None:
+    cut = config.pipeline.cut
+    possible = num_layers + (cut[:1] == (0,))
+    if config.pipeline.num_stages > possible:
+        raise ConfigError(
+            f"pipeline.cut: expected at most {possible} stages (the model has {num_layers} layers),"
+            f" got {config.pipeline.num_stages}. Remove cuts or raise model.num_hidden_layers."
+        )
+    if any(layer > num_layers - 1 for layer in cut):
+        raise ConfigError(
+            f"pipeline.cut: expected increasing layer indices in 1..{num_layers - 1} (the model has"
+            f" {num_layers} layers), got {list(cut)}. Use smaller indices; 0 as the first one"
+            " leaves only the embeddings on the client."
+        )
+
+
+def _check_masking(config: RunConfig) -> None:
+    length, probability = config.data.sequence_length, config.data.mask_probability
+    # The first and the last token of a block are special and never masked.
+    if round(length * probability) > length - 2:
+        raise ConfigError(
+            f"data.mask_probability: expected at most {(length - 2) / length:.2f} (a block has"
+            f" {length - 2} ordinary tokens), got {probability}. Lower it; 0.15 is usual."
+        )
+
+
+def _check_paths(config: RunConfig) -> None:
+    if config.data.partition != "paths":
+        return
+    clients = config.federation.num_clients
+    if len(config.data.train) != clients:
+        raise ConfigError(
+            f"data.train: expected {clients} entries, one per client (data.partition=paths), got"
+            f" {len(config.data.train)}. Set federation.num_clients={len(config.data.train)} or"
+            " list one file per client."
+        )
+    if len(config.data.valid) not in (0, clients):
+        raise ConfigError(
+            f"data.valid: expected {clients} entries, one per client (data.partition=paths), or"
+            f" none, got {len(config.data.valid)}. List one file per client, or set data.valid=[]."
+        )
+
+
+def _build(cls: type, node: Node, *, key: str) -> Any:
+    if not isinstance(node.value, dict):
+        raise ConfigError(
+            f"{key}: expected a section with keys, got {node.plain()!r} in {node.where}. Write"
+            f" {key}.KEY=VALUE, or the keys indented below {key.rpartition('.')[2]}:."
+        )
+    hints = get_type_hints(cls)
+    names = [field.name for field in fields(cls)]
+    values = {}
+    for name, child in node.value.items():
+        dotted = f"{key}.{name}" if key else name
+        if name not in names:
+            raise ConfigError(f"{dotted}: unknown key in {child.where}. {_suggest(dotted, names)}")
+        values[name] = _value(hints[name], child, key=dotted)
+    return cls(**values)
+
+
+def _value(kind: Any, node: Node, *, key: str) -> Any:
+    if is_dataclass(kind):
+        return _build(cast(type, kind), node, key=key)
+    origin, arguments, value = get_origin(kind), get_args(kind), node.value
+    if origin in (Union, UnionType):
+        if value is None:
+            return None
+        kind = next(argument for argument in arguments if argument is not NoneType)
+        return _value(kind, node, key=key)
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool):
+            choices = ", ".join(str(argument) for argument in arguments)
+            raise _type_error(key, f"one of {choices}", node, _closest_choice(value, arguments))
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            way_out = f"Write {key}=[{node.plain()}]." if value is not None else "Write []."
+            raise _type_error(key, "a list", node, way_out)
+        return tuple(
+            _value(arguments[0], item, key=f"{key}[{index}]") for index, item in enumerate(value)
+        )
+    return _scalar(kind, node, key=key)
+
+
+def _scalar(kind: type, node: Node, *, key: str) -> Any:
+    value = node.value
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise _type_error(key, "a finite number", node, "Write a number.")
+        return float(value)
+    if type(value) is kind:
+        return value
+    if value is None:
+        raise _type_error(key, _EXPECTATION[kind], node, "Leave the key out for its default.")
+    raise _type_error(key, _EXPECTATION[kind], node, _WAY_OUT[kind])
+
+
+_EXPECTATION = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_WAY_OUT = {
+    int: "Write digits only.",
+    float: "Write for example 0.001 or 1e-3.",
+    bool: "Write true or false.",
+    str: "Put it in quotes.",
+}
+
+
+def _type_error(key: str, expectation: str, node: Node, way_out: str) -> ConfigError:
+    value = "null" if node.value is None else repr(node.plain())
+    return ConfigError(f"{key}: expected {expectation}, got {value} in {node.where}. {way_out}")
+
+
+def _closest_choice(value: Any, choices: Sequence[Any]) -> str:
+    close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    return f"Did you mean {close[0]}?" if close else f"The default is {choices[0]}."
+
+
+def _suggest(dotted: str, siblings: Sequence[str]) -> str:
+    section, _, name = dotted.rpartition(".")
+    close = difflib.get_close_matches(name, siblings, n=1)
+    if close:
+        return f"Did you mean {f'{section}.{close[0]}' if section else close[0]}?"
+    everywhere = {key.rpartition(".")[2]: key for key in _all_keys()}
+    close = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.75)
+    if close:
+        return f"Did you mean {everywhere[close[0]]}?"
+    return f"Keys of {section or 'the file'}: {', '.join(siblings)}."
+
+
+@cache
+def _all_keys() -> tuple[str, ...]:
+    return tuple(key for key, _ in _flatten(to_dict(RunConfig())))
+
+
+def _flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _to_plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {field.name: _to_plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple):
+        return [_to_plain(item) for item in value]
+    return value

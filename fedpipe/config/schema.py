@@ -1,0 +1,377 @@
+"""The run configuration: frozen dataclasses, one per YAML section, every field documented.
+
+``RunConfig`` is plain data. Checks that need one section live in its ``__post_init__``; checks that
+need several live in ``fedpipe.config.load.check``. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fedpipe.errors import ConfigError
+
+PACKAGED = "packaged"
+"""Value of ``data.train``, ``data.valid`` and ``data.tokenizer``: the text that fedpipe ships."""
+
+
+def _require(condition: bool, key: str, expectation: str, value: object, way_out: str = "") -> None:
+    if not condition:
+        hint = f" {way_out}" if way_out else ""
+        raise ConfigError(f"{key}: expected {expectation}, got {value!r}.{hint}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The encoder. Fields that are ``null`` come from ``path`` where it is set, else ``size``."""
+
+    family: Literal["roberta", "bert"] = "roberta"
+    """Whose embeddings, layers and masked-LM head to use; a folder in ``path`` must agree."""
+    size: Literal["tiny", "small", "base", "large"] = "tiny"
+    """tiny 4 x 128, small 4 x 512, base 12 x 768, large 24 x 1024 (layers x hidden)."""
+    path: str = ""
+    """Hugging Face folder to continue from: its config.json, weights and sizes are used."""
+    num_hidden_layers: int | None = None
+    """Encoder layers."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    num_attention_heads: int | None = None
+    """Heads; must divide hidden_size."""
+    intermediate_size: int | None = None
+    """Width of the feed-forward layers."""
+    vocab_size: int | None = None
+    """Rows of the embedding; null takes the tokenizer's size."""
+    max_position_embeddings: int | None = None
+    """Positions; null takes sequence_length (+ 2 for RoBERTa) or the preset's, if larger."""
+    hidden_act: str | None = None
+    """Activation of the feed-forward layers and heads."""
+    hidden_dropout_prob: float | None = None
+    """Dropout on hidden states, 0..1."""
+    attention_probs_dropout_prob: float | None = None
+    """Dropout on attention weights, 0..1."""
+    initializer_range: float | None = None
+    """Standard deviation of the initial weights."""
+    layer_norm_eps: float | None = None
+    """Epsilon of every LayerNorm."""
+    type_vocab_size: int | None = None
+    """Token types; only type 0 occurs in pre-training."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Text, its tokens and who owns it."""
+
+    train: tuple[str, ...] = (PACKAGED,)
+    """Training text: files or globs (.jsonl, .jsonl.gz, .txt, .txt.gz, .parquet), a save_to_disk
+    folder, ``hf:NAME[:SPLIT]`` for a hub dataset, or ``packaged``."""
+    valid: tuple[str, ...] = (PACKAGED,)
+    """Held-out text, same forms; partitioned by the same rule. Empty means no validation."""
+    text_column: str = "text"
+    """Column that holds a document; plain text files have one document per line."""
+    tokenizer: str = PACKAGED
+    """Folder with a tokenizer.json (Hugging Face), or ``packaged``."""
+    sequence_length: int = 128
+    """Tokens per block, with the two special tokens; every block is full."""
+    mask_probability: float = 0.15
+    """Share of a block's tokens that are predicted; the count per block is constant."""
+    partition: Literal["column", "iid", "dirichlet", "paths"] = "column"
+    """How documents get to clients: by the value of a column, at random, Dirichlet over a column,
+    or one entry of ``data.train`` per client."""
+    partition_column: str = "journal"
+    """Column for ``column`` and ``dirichlet``. More values than clients are spread by size."""
+    dirichlet_alpha: float = 0.5
+    """Concentration of ``dirichlet``; small values give each client few column values."""
+    cache_dir: str = ""
+    """Where tokenised blocks are kept; empty means ``$XDG_CACHE_HOME/fedpipe``, else
+    ~/.cache/fedpipe."""
+    num_workers: int = 0
+    """Tokeniser threads; 0 means one per core."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        _require(len(self.train) > 0, "data.train", "at least one file", list(self.train))
+        _require(
+            self.sequence_length >= 8, "data.sequence_length", "8 or more", self.sequence_length
+        )
+        _require(
+            0 < self.mask_probability < 1,
+            "data.mask_probability",
+            "a value in (0, 1)",
+            self.mask_probability,
+        )
+        _require(
+            self.dirichlet_alpha > 0,
+            "data.dirichlet_alpha",
+            "a value above 0",
+            self.dirichlet_alpha,
+        )
+        _require(self.num_workers >= 0, "data.num_workers", "0 or more", self.num_workers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineConfig:
+    """How the model is cut into stages and how micro-batches move through them."""
+
+    objective: Literal["local_loss", "end_to_end"] = "local_loss"
+    """local_loss: every stage has its own loss, nothing flows back. end_to_end: back-propagation
+    over the cuts, the baseline."""
+    schedule: Literal["streaming", "1f1b", "sequential"] = "streaming"
+    """streaming goes with local_loss; 1f1b (DeepSpeed's) and sequential (FedBERT's) with
+    end_to_end."""
+    cut: tuple[int, ...] = (2,)
+    """Index of the first encoder layer of every stage but the first; increasing. [] is one stage,
+    0 as the first cut leaves only the embeddings on the client."""
+    num_client_stages: int = 1
+    """Leading stages that belong to the data owner."""
+    head_location: Literal["server"] = "server"
+    """Where the final head sits. server: the masked tokens' labels travel with the activations."""
+    local_head: Literal["mlm", "mlm+layer"] = "mlm"
+    """Auxiliary head of a stage that is not the last: masked-LM head, or one encoder layer before
+    it."""
+    micro_batch_size: int = 8
+    """Sequences per micro-batch and data-parallel rank."""
+    num_micro_batches: int = 4
+    """Micro-batches per local step (gradient accumulation)."""
+    in_flight: int = 2
+    """Messages a stage may have sent that the next stage has not yet received."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    colocate: bool = False
+    """Run all stages of a replica as threads of one process (one GPU, debugging)."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        increasing = all(a < b for a, b in zip(self.cut, self.cut[1:], strict=False))
+        _require(
+            increasing and all(c >= 0 for c in self.cut),
+            "pipeline.cut",
+            "increasing layer indices, 0 or more",
+            list(self.cut),
+        )
+        _require(
+            1 <= self.num_client_stages <= self.num_stages,
+            "pipeline.num_client_stages",
+            f"1..{self.num_stages} (there are {self.num_stages} stages)",
+            self.num_client_stages,
+        )
+        for name in ("micro_batch_size", "num_micro_batches", "in_flight"):
+            _require(getattr(self, name) >= 1, f"pipeline.{name}", "1 or more", getattr(self, name))
+        fitting = ("streaming",) if self.objective == "local_loss" else ("1f1b", "sequential")
+        _require(
+            self.schedule in fitting,
+            "pipeline.schedule",
+            f"{' or '.join(fitting)} with pipeline.objective={self.objective}",
+            self.schedule,
+            f"Set pipeline.schedule={fitting[0]} or change pipeline.objective.",
+        )
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline."""
+        return len(self.cut) + 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AverageConfig:
+    """What FedAvg averages; a part that is off stays with its client, by client id."""
+
+    embeddings: bool = True
+    """Word, position and type embeddings."""
+    client_layers: bool = True
+    """Encoder layers of the client stages."""
+    aux_head: bool = True
+    """Auxiliary heads."""
+    server_layers: bool = True
+    """Encoder layers of the server stages."""
+    final_head: bool = True
+    """The masked-LM head of the last stage."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FederationConfig:
+    """Clients, rounds and what survives between them."""
+
+    num_clients: int = 6
+    """Data owners."""
+    num_replicas: int = 2
+    """Copies of the pipeline; each hosts one client at a time."""
+    clients_per_round: int = 2
+    """Clients that train in a round, drawn from the seed."""
+    num_rounds: int = 12
+    """Rounds in all."""
+    num_local_steps: int = 20
+    """Optimizer steps of each client in a round. Ignored where num_local_epochs is set."""
+    num_local_epochs: float = 0.0
+    """Passes over a client's blocks in a round; 0 means num_local_steps for everyone."""
+    data_parallel_degree: int = 1
+    """Ranks inside a replica's stage that share a client's batch; their gradients are averaged."""
+    average: AverageConfig = field(default_factory=AverageConfig)
+    """What FedAvg averages, part by part."""
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """Optimizer moments at the start of a client's turn: fresh, or those the client left with."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        for name in (
+            "num_clients",
+            "num_replicas",
+            "clients_per_round",
+            "num_rounds",
+            "num_local_steps",
+            "data_parallel_degree",
+        ):
+            _require(
+                getattr(self, name) >= 1, f"federation.{name}", "1 or more", getattr(self, name)
+            )
+        _require(
+            self.num_local_epochs >= 0,
+            "federation.num_local_epochs",
+            "0 or more",
+            self.num_local_epochs,
+        )
+        _require(
+            self.clients_per_round <= self.num_clients,
+            "federation.clients_per_round",
+            f"1..{self.num_clients} (federation.num_clients)",
+            self.clients_per_round,
+            "Draw fewer clients or raise federation.num_clients.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """Each stage has an optimizer of its own; these numbers hold for all of them."""
+
+    name: Literal["adamw", "adam"] = "adamw"
+    """adamw decays weights apart from the gradient; adam adds the decay to it."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, ...] = (0.9, 0.98)
+    """Decay of the first and second moment."""
+    eps: float = 1e-6
+    """Term in the denominator."""
+    weight_decay: float = 0.01
+    """Decay; never applied to biases and LayerNorms."""
+    decay: Literal["linear", "polynomial", "constant"] = "linear"
+    """Shape after the warm-up, counted across rounds."""
+    power: float = 2.0
+    """Exponent of ``polynomial``."""
+    end_lr: float = 0.0
+    """Learning rate after the last step."""
+    warmup_ratio: float = 0.1
+    """Share of all steps with a linearly rising learning rate."""
+    max_grad_norm: float = 1.0
+    """Gradients of a stage are scaled down to this norm; 0 means never."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        _require(self.lr > 0, "optimizer.lr", "a value above 0", self.lr)
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "optimizer.betas",
+            "two values in [0, 1)",
+            list(self.betas),
+        )
+        _require(
+            0 <= self.warmup_ratio < 1,
+            "optimizer.warmup_ratio",
+            "a value in [0, 1)",
+            self.warmup_ratio,
+        )
+        for name in ("eps", "weight_decay", "end_lr", "max_grad_norm"):
+            _require(
+                getattr(self, name) >= 0, f"optimizer.{name}", "0 or more", getattr(self, name)
+            )
+        _require(self.power > 0, "optimizer.power", "a value above 0", self.power)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every_rounds: int = 1
+    """Rounds between checkpoints; the last round is always saved."""
+    every_steps: int = 0
+    """Local steps between checkpoints inside a client's turn; 0 means none."""
+    keep_last: int = 2
+    """Checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        _require(self.every_rounds >= 1, "checkpoint.every_rounds", "1 or more", self.every_rounds)
+        _require(self.every_steps >= 0, "checkpoint.every_steps", "0 or more", self.every_steps)
+        _require(self.keep_last >= 1, "checkpoint.keep_last", "1 or more", self.keep_last)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig:
+    """How the averaged model is scored on held-out text."""
+
+    every_rounds: int = 1
+    """Rounds between validations; the last round is always scored."""
+    max_blocks_per_client: int = 64
+    """Held-out blocks scored per client; 0 means all."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        _require(self.every_rounds >= 1, "validation.every_rounds", "1 or more", self.every_rounds)
+        _require(
+            self.max_blocks_per_client >= 0,
+            "validation.max_blocks_per_client",
+            "0 or more",
+            self.max_blocks_per_client,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """What is shown while the run goes on; metrics.jsonl always holds everything."""
+
+    every: int = 10
+    """Local steps between console lines."""
+    tensorboard: bool = True
+    """Write TensorBoard events to RUN_DIR/tensorboard."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        _require(self.every >= 1, "log.every", "1 or more", self.every)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeepSpeedConfig:
+    """The pure DeepSpeed part."""
+
+    config: str = ""
+    """DeepSpeed JSON (precision, ZeRO <= 1, timers, profiler); empty means plain fp32. Batch sizes
+    and optimizer are this file's and are filled in."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    name: str = "pretrain"
+    """Name of the run; its default directory is runs/NAME."""
+    seed: int = 0
+    """Seeds weights, cohorts, order of blocks, masks and dropout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        stages = 1 if self.pipeline.colocate else self.pipeline.num_stages
+        return stages * self.federation.num_replicas * self.federation.data_parallel_degree
+
+    @property
+    def blocks_per_step(self) -> int:
+        """Blocks one client consumes in one local step, over all its data-parallel ranks."""
+        p = self.pipeline
+        return p.micro_batch_size * p.num_micro_batches * self.federation.data_parallel_degree

@@ -1,0 +1,1 @@
+"""Text to blocks: read sources, give documents to clients, tokenise, pack, cache, mask."""

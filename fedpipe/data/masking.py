@@ -1,0 +1,126 @@
+"""Choose the tokens of a block that the model must predict."""
+
+# B = blocks, T = tokens per block, M = masked tokens per block, V = vocabulary
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpipe.errors import CorpusError
+
+MASKED_SHARE = 0.8
+"""Chosen tokens that become the mask token (Devlin et al. 2019, section 3.1)."""
+RANDOM_SHARE = 0.1
+"""Chosen tokens that become a random token; the rest stays as it is (Devlin et al. 2019)."""
+
+# Separates the random streams of masks from those of other users of the same seed.
+_STREAM = 0x6D61736B
+_SPLITS = {"train": 0, "valid": 1}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskedBatch:
+    """Blocks with some tokens hidden, and what they were."""
+
+    input_ids: NDArray[np.int64]
+    """(B, T), what the model reads."""
+    positions: NDArray[np.int64]
+    """(B, M), ascending, where it must predict."""
+    labels: NDArray[np.int64]
+    """(B, M), the tokens that were there."""
+
+
+def num_masked(sequence_length: int, probability: float) -> int:
+    """Count the tokens to predict in a block: ``max(1, round(T * p))``, the same for every block.
+
+    Args:
+        sequence_length: Tokens per block, with the two special tokens.
+        probability: Share of the tokens that are predicted.
+
+    Returns:
+        M, which keeps every message and every logit matrix at one shape.
+    """
+    return max(1, round(sequence_length * probability))
+
+
+def mask_rng(
+    seed: int, *, client_id: int, position: int, split: Literal["train", "valid"]
+) -> np.random.Generator:
+    """Make the generator for the batch that starts at a position of a client's stream.
+
+    Nothing is carried from batch to batch, so a resumed run draws the masks it would have drawn.
+
+    Args:
+        seed: The run's seed.
+        client_id: Owner of the blocks.
+        position: Number of the batch's first block in the client's endless stream.
+        split: Training and held-out text have separate streams.
+
+    Returns:
+        A generator that depends on the arguments only.
+    """
+    entropy = [_STREAM, seed % 2**64, client_id, position, _SPLITS[split]]
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
+
+
+def mask_blocks(
+    blocks_BT: NDArray[np.int64],
+    *,
+    rng: np.random.Generator,
+    num_masked: int,
+    mask_id: int,
+    special_ids: tuple[int, ...],
+    vocab_size: int,
+) -> MaskedBatch:
+    """Hide exactly M tokens of every block, chosen uniformly among those that are not special.
+
+    Of the chosen tokens 80 % become the mask token, 10 % a random token that is not special, and
+    10 % stay. Source: BERT, Devlin et al. 2019, section 3.1, https://arxiv.org/abs/1810.04805;
+    unlike there, the count per block is fixed and only whole blocks exist.
+
+    A packed block has T - 2 positions less one per document boundary inside it, so that any usual
+    M finds enough tokens; blocks of nothing but separators do not.
+
+    Args:
+        blocks_BT: (B, T) token ids below ``vocab_size``; not changed.
+        rng: Source of all randomness, from ``mask_rng``.
+        num_masked: M.
+        mask_id: Id of the mask token.
+        special_ids: Ids that are neither chosen nor drawn as replacement.
+        vocab_size: V.
+
+    Returns:
+        The inputs, the chosen positions and the tokens that were there.
+
+    Raises:
+        CorpusError: A block has fewer than M tokens that are not special.
+    """
+    special_V = np.zeros(vocab_size, dtype=bool)
+    special_V[list(special_ids)] = True
+    blocked_BT = special_V[blocks_BT]
+    fewest = int(blocks_BT.shape[1] - blocked_BT.sum(axis=1).max(initial=0))
+    if fewest < num_masked:
+        raise CorpusError(
+            f"data.mask_probability: expected at most {fewest} masked tokens in a block of "
+            f"{blocks_BT.shape[1]} with {fewest} ordinary tokens, got {num_masked}. "
+            "Lower data.mask_probability."
+        )
+    # The M smallest of T independent uniform keys are a uniform choice without replacement.
+    keys_BT = rng.random(blocks_BT.shape, dtype=np.float32)
+    keys_BT[blocked_BT] = 2.0
+    positions_BM = np.argpartition(keys_BT, num_masked - 1, axis=1)[:, :num_masked]
+    positions_BM = np.sort(positions_BM, axis=1)
+    labels_BM = np.take_along_axis(blocks_BT, positions_BM, axis=1)
+
+    action_BM = rng.random(labels_BM.shape)
+    ordinary = np.flatnonzero(~special_V)
+    random_BM = ordinary[rng.integers(len(ordinary), size=labels_BM.shape)]
+    shown_BM = np.where(action_BM < MASKED_SHARE + RANDOM_SHARE, random_BM, labels_BM)
+    shown_BM[action_BM < MASKED_SHARE] = mask_id
+    input_ids_BT = blocks_BT.copy()
+    np.put_along_axis(input_ids_BT, positions_BM, shown_BM, axis=1)
+    return MaskedBatch(input_ids=input_ids_BT, positions=positions_BM, labels=labels_BM)

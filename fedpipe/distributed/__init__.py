@@ -1,0 +1,1 @@
+"""Processes: the grid, the environment and the only code that communicates."""

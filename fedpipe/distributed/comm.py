@@ -1,0 +1,285 @@
+"""Every collective and every message of fedpipe: the only caller of torch.distributed.
+
+Process groups are made here, before DeepSpeed attaches to them: one for control, one per pipeline
+edge and direction, one per stage over the replicas (FedAvg), one per stage over a client's own
+ranks. Groups of a single rank are not created: what they would do is nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.topology import Grid
+
+TIMEOUT_S = 600.0
+"""After this a rank that waits for a dead or hung peer gives up."""
+
+
+class Channel:
+    """Point-to-point messages between two ranks, in one direction, in order."""
+
+    def __init__(self, group: Any, *, source: int, target: int) -> None:
+        """Wrap the edge's own two-rank group."""
+        self._group, self._source, self._target = group, source, target
+
+    def isend(self, tensor: Tensor) -> Any:
+        """Start sending; the tensor must live and stay as it is until ``wait()`` of the result."""
+        return dist.isend(tensor, dst=self._target, group=self._group)
+
+    def irecv(self, tensor: Tensor) -> Any:
+        """Start receiving into ``tensor``, contiguous; complete after ``wait()`` of the result."""
+        return dist.irecv(tensor, src=self._source, group=self._group)
+
+
+class Comm:
+    """The process groups of one process, and the bytes it has sent through them."""
+
+    def __init__(self, grid: Grid, env: ProcessEnv, *, bidirectional: bool) -> None:
+        """Join the run.
+
+        Args:
+            grid: The process grid.
+            env: This process' place in it.
+            bidirectional: Edges also carry gradients backwards (``end_to_end``).
+
+        Raises:
+            TopologyError: The processes do not fill the grid.
+
+        Collective: every rank constructs it.
+        """
+        grid.check_world_size(env.world_size)
+        self.grid, self.env = grid, env
+        self.rank = env.rank
+        self.stages, self.replica, self.data = grid.coordinates(env.rank)
+        self.device = self._device()
+        self.sent_bytes: Counter[str] = Counter()
+        self._init_process_group()
+        self._channels: dict[tuple[int, str], Channel] = {}
+        self._replica_groups: dict[int, Any] = {}
+        self._data_groups: dict[int, Any] = {}
+        self._make_groups(bidirectional)
+
+    def _device(self) -> torch.device:
+        if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu":
+            torch.cuda.set_device(self.env.local_rank % torch.cuda.device_count())
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    def _init_process_group(self) -> None:
+        timeout = timedelta(seconds=TIMEOUT_S)
+        scheme, _, address = self.env.rendezvous.partition("://")
+        store: dist.Store
+        if self.env.world_size == 1:
+            store = dist.HashStore()
+        elif scheme == "file":
+            store = dist.FileStore(address, self.env.world_size)
+        else:
+            host, _, port = address.rpartition(":")
+            store = dist.TCPStore(host, int(port), is_master=self.rank == 0, timeout=timeout)
+        dist.init_process_group(
+            # control, checkpoint votes and records stay on gloo whatever carries the tensors
+            backend="cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"fedpipe/{self.env.attempt}", store),
+            rank=self.rank,
+            world_size=self.env.world_size,
+            timeout=timeout,
+        )
+        self._attach_deepspeed()
+
+    def _attach_deepspeed(self) -> None:
+        import deepspeed
+
+        for name, value in (
+            ("RANK", self.rank),
+            ("WORLD_SIZE", self.env.world_size),
+            ("LOCAL_RANK", self.env.local_rank),
+        ):  # DeepSpeed looks for a launcher's variables when an engine is built
+            os.environ[name] = str(value)
+        # Its shared-memory all-reduce is compiled at first use (a minute, and it needs a compiler);
+        # fedpipe does not use it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+    def _make_groups(self, bidirectional: bool) -> None:
+        """Create every group of the grid, on every rank in the same order, as torch asks.
+
+        torch's ``use_local_synchronization`` would let only the members take part, but it names a
+        group after the number of groups that the rank has, which differs between an edge's ends.
+        """
+        grid = self.grid
+        self._self_group = dist.new_group([self.rank], use_local_synchronization=True)
+        directions = ("forward", "backward") if bidirectional else ("forward",)
+        for stage, replica, data in itertools.product(
+            range(grid.num_stages), range(grid.num_replicas), range(grid.data_parallel_degree)
+        ):
+            mine = (replica, data) == (self.replica, self.data)
+            if stage + 1 < grid.num_stages and not grid.colocate:
+                source, target = grid.edge(stage, replica, data)
+                for direction in directions:
+                    group = dist.new_group([source, target])
+                    ends = (source, target) if direction == "forward" else (target, source)
+                    if mine and self.rank in ends:
+                        channel = Channel(group, source=ends[0], target=ends[1])
+                        self._channels[stage, direction] = channel
+            if replica == 0:
+                self._keep(self._replica_groups, stage, grid.replica_group(stage, data))
+            if data == 0:
+                self._keep(self._data_groups, stage, grid.data_group(stage, replica))
+
+    def _keep(self, groups: dict[int, Any], stage: int, ranks: list[int]) -> None:
+        """Create a group; remember it where this rank belongs to it."""
+        group = dist.new_group(ranks) if len(ranks) > 1 else None
+        if self.rank in ranks:
+            groups[stage] = group
+
+    def channel(self, stage: int, direction: str) -> Channel:
+        """Messages over the edge from ``stage`` to ``stage + 1``: "forward", or "backward"."""
+        return self._channels[stage, direction]
+
+    def is_master(self) -> bool:
+        """Whether this is rank 0, which writes the run's records."""
+        return self.rank == 0
+
+    def sum_over_replicas_(self, stage: int, tensor: Tensor, *, label: str) -> int:
+        """Sum a tensor over the replicas of a stage, in place.
+
+        Args:
+            stage: A stage of this process.
+            tensor: Same shape and dtype on every replica.
+            label: Entry of the traffic ledger.
+
+        Returns:
+            Bytes that this rank sent: ``2 (R - 1) / R`` of the tensor, a ring all-reduce over R
+            replicas (Patarasuk and Yuan 2009).
+
+        Collective: the same stage and data index of every replica.
+        """
+        return self._all_reduce(self._replica_groups[stage], tensor, label=label)
+
+    def sum_over_data_(self, stage: int, tensor: Tensor, *, label: str) -> int:
+        """Sum a tensor over the ranks that share a client's batch on one stage, in place.
+
+        Collective: every data index of this replica's stage.
+        """
+        return self._all_reduce(self._data_groups[stage], tensor, label=label)
+
+    def _all_reduce(self, group: Any, tensor: Tensor, *, label: str) -> int:
+        if group is None:
+            return 0
+        size = dist.get_world_size(group)
+        dist.all_reduce(tensor, group=group)
+        sent = 2 * (size - 1) * tensor.numel() * tensor.element_size() // size
+        self.sent_bytes[label] += sent
+        return sent
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Collect a picklable value of every rank on rank 0.
+
+        Returns:
+            The values by rank on rank 0, None elsewhere.
+
+        Collective: every rank.
+        """
+        if self.env.world_size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.env.world_size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Hand rank 0's picklable value to every rank. Collective: every rank."""
+        values = [value]
+        if self.env.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def agree(self, ok: bool, *, message: str = "") -> list[str]:
+        """Tell every rank what went wrong on any of them, so that none waits for a failed one.
+
+        Args:
+            ok: Whether this rank may go on.
+            message: What is wrong here.
+
+        Returns:
+            The messages of all failed ranks; empty if all may go on.
+
+        Collective: every rank.
+        """
+        if self.env.world_size == 1:
+            return [] if ok else [message]
+        messages: list[Any] = [None] * self.env.world_size
+        dist.all_gather_object(messages, None if ok else message)
+        return [m for m in messages if m is not None]
+
+    def barrier(self) -> None:
+        """Wait for every rank. Collective: every rank."""
+        if self.env.world_size > 1:
+            self.agree(True)
+
+    def stage_mpu(self, stage: int) -> StageMPU:
+        """What DeepSpeed asks its ``mpu`` for, answered for one stage."""
+        return StageMPU(
+            data_group=self._data_groups[stage],
+            self_group=self._self_group,
+            data_ranks=self.grid.data_group(stage, self.replica),
+            rank=self.rank,
+        )
+
+    def close(self) -> None:
+        """Leave the run."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class StageMPU:
+    """DeepSpeed's model-parallel unit for one stage.
+
+    The stage alone is model-parallel, so norms and overflow checks never reach another stage;
+    data-parallel are the ranks that share this client's batch, never other clients.
+    """
+
+    _self_groups: dict[int, Any] = {}
+
+    def __init__(
+        self, *, data_group: Any, self_group: Any, data_ranks: list[int], rank: int
+    ) -> None:
+        """Wrap the groups that ``Comm`` made."""
+        self._data_group, self._self_group = data_group or self_group, self_group
+        self._data_ranks, self._rank = data_ranks, rank
+
+    def get_model_parallel_rank(self) -> int:
+        """Return 0: a stage is not sharded."""
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        """Return 1."""
+        return 1
+
+    def get_model_parallel_group(self) -> Any:
+        """Return the group of this rank alone."""
+        return self._self_group
+
+    def get_data_parallel_rank(self) -> int:
+        """Return the index among the ranks that share the client's batch."""
+        return self._data_ranks.index(self._rank)
+
+    def get_data_parallel_world_size(self) -> int:
+        """Return how many ranks share the client's batch."""
+        return len(self._data_ranks)
+
+    def get_data_parallel_group(self) -> Any:
+        """Return the group of the ranks that share the client's batch."""
+        return self._data_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Return the global ranks of that group."""
+        return list(self._data_ranks)

@@ -1,0 +1,122 @@
+"""The process grid: which rank holds which stage of which replica. Pure arithmetic.
+
+Axes are ``pipe``, ``client``, ``data`` in this order, row-major: ranks are numbered exactly as by
+``deepspeed.runtime.pipe.topology.ProcessTopology(["pipe", "client", "data"], [...])``. The
+``client`` coordinate is a replica: a physical pipeline that hosts one client at a time. ``data``
+counts the ranks *inside* a replica's stage that share one client's batch. Clients never lie on
+``data``: DeepSpeed averages gradients there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedpipe.errors import TopologyError
+
+if TYPE_CHECKING:
+    from fedpipe.config.schema import RunConfig
+
+AXES = ("pipe", "client", "data")
+"""Axis names, slowest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Processes of a run, ``num_stages x num_replicas x data_parallel_degree``.
+
+    With ``colocate`` all stages of a replica are threads of one process: the ``pipe`` axis has one
+    coordinate, and every stage of a replica has the same rank.
+    """
+
+    num_stages: int
+    num_replicas: int
+    data_parallel_degree: int
+    colocate: bool = False
+
+    @classmethod
+    def from_config(cls, config: RunConfig) -> Grid:
+        """Return the grid that a configuration asks for."""
+        return cls(
+            num_stages=config.pipeline.num_stages,
+            num_replicas=config.federation.num_replicas,
+            data_parallel_degree=config.federation.data_parallel_degree,
+            colocate=config.pipeline.colocate,
+        )
+
+    @property
+    def dims(self) -> tuple[int, int, int]:
+        """Processes along ``AXES``."""
+        pipe = 1 if self.colocate else self.num_stages
+        return pipe, self.num_replicas, self.data_parallel_degree
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        pipe, replicas, data = self.dims
+        return pipe * replicas * data
+
+    def rank(self, stage: int, replica: int, data: int) -> int:
+        """Return the rank that holds a stage of a replica.
+
+        Args:
+            stage: Stage index.
+            replica: Replica index.
+            data: Index among the ranks that share the replica's batch.
+
+        Returns:
+            The global rank.
+        """
+        assert 0 <= stage < self.num_stages, stage
+        assert 0 <= replica < self.num_replicas, replica
+        assert 0 <= data < self.data_parallel_degree, data
+        pipe = 0 if self.colocate else stage
+        return (pipe * self.num_replicas + replica) * self.data_parallel_degree + data
+
+    def coordinates(self, rank: int) -> tuple[tuple[int, ...], int, int]:
+        """Return ``(stages, replica, data)`` of a rank.
+
+        Args:
+            rank: Global rank.
+
+        Returns:
+            The stages it holds (one; all of them with ``colocate``), its replica and data index.
+        """
+        assert 0 <= rank < self.world_size, rank
+        rest, data = divmod(rank, self.data_parallel_degree)
+        pipe, replica = divmod(rest, self.num_replicas)
+        stages = tuple(range(self.num_stages)) if self.colocate else (pipe,)
+        return stages, replica, data
+
+    def replica_group(self, stage: int, data: int) -> list[int]:
+        """Return the ranks that average a stage: the same stage and data index of every replica."""
+        return [self.rank(stage, replica, data) for replica in range(self.num_replicas)]
+
+    def data_group(self, stage: int, replica: int) -> list[int]:
+        """Return the ranks that share a replica's batch on one stage."""
+        return [self.rank(stage, replica, data) for data in range(self.data_parallel_degree)]
+
+    def edge(self, stage: int, replica: int, data: int) -> tuple[int, int]:
+        """Return the ranks of a stage and of the one after it, which receives its activations."""
+        return self.rank(stage, replica, data), self.rank(stage + 1, replica, data)
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse a number of processes that does not fill the grid.
+
+        Args:
+            world_size: Processes that were started.
+
+        Raises:
+            TopologyError: It is not the grid's own world size.
+        """
+        if world_size == self.world_size:
+            return
+        pipe, _, data = self.dims
+        stages = "1 process (colocated stages)" if self.colocate else f"num_stages ({pipe})"
+        way_out = f"Start {self.world_size}"
+        if world_size > 0 and world_size % (pipe * data) == 0:
+            way_out += f", or set federation.num_replicas={world_size // (pipe * data)}"
+        raise TopologyError(
+            f"num_replicas ({self.num_replicas}) x {stages} x data_parallel_degree ({data})"
+            f" = {self.world_size} processes, but WORLD_SIZE is {world_size}. {way_out}."
+        )

@@ -1,0 +1,41 @@
+"""Everything a user can get wrong, as one small tree of exceptions.
+
+``FedPipeError``
+    ``ConfigError``       a key of the YAML, of an override or of the DeepSpeed JSON
+    ``CorpusError``       a corpus, a partition, a tokenizer or a vocabulary
+    ``TopologyError``     processes that do not fit the grid
+    ``CheckpointError``   a run directory or a checkpoint
+    ``FederationError``   replicas that cannot be averaged
+    ``LaunchError``       a process that did not finish
+
+The command line prints a ``FedPipeError`` in one line and ends with 2 (a ``LaunchError`` with 1);
+anything else is a bug and keeps its traceback.
+"""
+
+
+class FedPipeError(Exception):
+    """What is wrong, the value that was found, and a way out, in one line."""
+
+
+class ConfigError(FedPipeError):
+    """A configuration key is unknown, has the wrong type or an impossible value."""
+
+
+class CorpusError(FedPipeError):
+    """Text, vocabulary or partition cannot be used."""
+
+
+class TopologyError(FedPipeError):
+    """The processes that were started do not fill the process grid."""
+
+
+class CheckpointError(FedPipeError):
+    """A run directory or a checkpoint cannot be used."""
+
+
+class FederationError(FedPipeError):
+    """Replicas do not hold the same tensors, or nothing was trained."""
+
+
+class LaunchError(FedPipeError):
+    """A process of the run failed; the message names it and its log."""

@@ -1,0 +1,1 @@
+"""Rounds: who trains, what is averaged, what stays with a client."""

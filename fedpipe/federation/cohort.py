@@ -1,0 +1,116 @@
+"""Who trains in a round, on which replica, for how many steps. Pure functions of the seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedpipe.config.schema import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One client's training in one round, on one replica."""
+
+    client_id: int
+    replica_id: int
+    num_steps: int
+    tokens: int
+    """Trained tokens: the client's weight before normalisation."""
+    weight: float
+    """``tokens`` as a share of the round's; the cohort's weights sum to 1."""
+
+
+def draw_cohort(
+    seed: int, *, round_id: int, num_clients: int, clients_per_round: int
+) -> tuple[int, ...]:
+    """Draw the clients of a round, uniformly and without replacement.
+
+    Args:
+        seed: Of the run.
+        round_id: From 0.
+        num_clients: Clients to choose from.
+        clients_per_round: Clients to choose.
+
+    Returns:
+        Client ids in the order in which replicas take them; the same on every rank.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 0xC0407, round_id]))
+    return tuple(int(c) for c in rng.permutation(num_clients)[:clients_per_round])
+
+
+def num_local_steps(config: RunConfig, num_blocks: int) -> int:
+    """Optimizer steps of a client in a round.
+
+    Args:
+        config: ``federation.num_local_steps``, or ``num_local_epochs`` where that is set.
+        num_blocks: Blocks that the client owns.
+
+    Returns:
+        At least 1.
+    """
+    federation = config.federation
+    if federation.num_local_epochs == 0:
+        return federation.num_local_steps
+    steps = federation.num_local_epochs * num_blocks / config.blocks_per_step
+    return max(1, math.floor(steps))
+
+
+def steps_per_round(config: RunConfig, blocks_per_client: Sequence[int]) -> int:
+    """By how much the learning-rate schedule advances in a round: the longest turn there can be."""
+    return max(num_local_steps(config, blocks) for blocks in blocks_per_client)
+
+
+def plan_round(
+    config: RunConfig, *, round_id: int, blocks_per_client: Sequence[int]
+) -> tuple[Turn, ...]:
+    """Draw a round's cohort and spread it over the replicas.
+
+    Client k of the cohort goes to replica ``k mod num_replicas``; a replica hosts its clients in
+    turn. With fewer clients than replicas the rest idle.
+
+    Args:
+        config: Federation, seed and batch.
+        round_id: From 0.
+        blocks_per_client: Blocks that each client owns.
+
+    Returns:
+        The turns, in cohort order.
+    """
+    federation = config.federation
+    cohort = draw_cohort(
+        config.seed,
+        round_id=round_id,
+        num_clients=federation.num_clients,
+        clients_per_round=federation.clients_per_round,
+    )
+    steps = [num_local_steps(config, blocks_per_client[c]) for c in cohort]
+    tokens = [s * config.blocks_per_step * config.data.sequence_length for s in steps]
+    total = sum(tokens)
+    return tuple(
+        Turn(
+            client_id=client_id,
+            replica_id=k % federation.num_replicas,
+            num_steps=steps[k],
+            tokens=tokens[k],
+            weight=tokens[k] / total,
+        )
+        for k, client_id in enumerate(cohort)
+    )
+
+
+def blocks_seen(
+    config: RunConfig, *, round_id: int, blocks_per_client: Sequence[int]
+) -> list[int]:
+    """Position of every client in its stream of blocks at the start of a round.
+
+    A pure function of the rounds before, so that nothing about the sampler needs to be stored.
+    """
+    seen = [0] * len(blocks_per_client)
+    for earlier in range(round_id):
+        for turn in plan_round(config, round_id=earlier, blocks_per_client=blocks_per_client):
+            seen[turn.client_id] += turn.num_steps * config.blocks_per_step
+    return seen

@@ -1,0 +1,176 @@
+"""The tables of a report, each made from a run's summary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedpipe.metrics.document import Block, Heading, Paragraph, Strong, Table
+from fedpipe.metrics.format import bytes_text, count, integer, is_number, number, tokens_per_s
+from fedpipe.metrics.summary import RunSummary
+from fedpipe.metrics.writer import Record
+
+_COLLECTIVES = {
+    "fedavg": "stage weights to and from the average (FedAvg)",
+    "gradients": "gradients between a client's own ranks",
+    "control": "counters and agreements",
+}
+"""What travels in the collectives of the ledger."""
+
+
+def samples_section(run: RunSummary) -> list[Block]:
+    """Masked words of held-out text: the truth, the model's guesses and a unigram guess."""
+    examples = run.samples.get("examples") or []
+    if not examples:
+        return []
+    rows, right = [], 0
+    for example in examples:
+        model = example.get("model") or []
+        truth = str(example.get("truth", "-"))
+        hit = bool(model) and str(model[0][0]) == truth
+        right += hit
+        rows.append(
+            (
+                str(example.get("text", "")),
+                Strong(truth) if hit else truth,
+                _guesses(model),
+                _guesses((example.get("unigram") or [])[:1]),
+            )
+        )
+    text = (
+        f"Words of held-out text that the trained model has not seen: its first guess is right for "
+        f"{right} of {len(rows)} (highlighted)."
+    )
+    unigram, final = run.samples.get("unigram_loss"), _final_loss(run)
+    if is_number(unigram):
+        text += f" Guessing by word frequency alone has a loss of {number(unigram, 3)} nats"
+        text += f"; the model's is {number(final, 3)}." if final is not None else "."
+    columns = ("held-out text", "masked word", "the model's guesses", "unigram guess")
+    return [
+        Heading(text="Masked words, filled in"),
+        Paragraph(text=text),
+        Table(columns=columns, rows=tuple(rows)),
+    ]
+
+
+def _guesses(pairs: list[Any]) -> str:
+    return ", ".join(f"{word} {number(100 * share, 0)} %" for word, share in pairs) or "-"
+
+
+def _final_loss(run: RunSummary) -> float | None:
+    stage = run.last_validated_stage
+    loss = run.validations(stage)[-1][1].get("loss") if stage is not None else None
+    return loss if is_number(loss) else None
+
+
+def rounds_table(run: RunSummary, rounds: list[Record]) -> Table:
+    """One row per round: who trained, the losses, the speed."""
+    stages = range(run.num_stages)
+    last = run.last_validated_stage
+    scored = dict(run.validations(last)) if last is not None else {}
+    columns = (
+        "round",
+        "clients",
+        *(f"loss {s}" for s in stages),
+        "validation",
+        "worst client",
+        "tokens",
+        "tok/s",
+        "time, s",
+        "averaging, s",
+        "averaged bytes",
+    )
+    rows = []
+    for record in rounds:
+        round_id = record.get("round") or 0
+        entry = scored.get(round_id, {})
+        losses = [*(record.get("loss") or []), *[None] * len(stages)][: len(stages)]
+        rows.append(
+            (
+                str(round_id + 1),
+                " ".join(str(client) for client in record.get("clients") or []) or "-",
+                *(number(loss, 3) for loss in losses),
+                number(entry.get("loss"), 3),
+                f"{number(entry.get('worst_loss'), 3)} ({integer(entry.get('worst_client'))})",
+                integer(record.get("tokens")),
+                tokens_per_s(record.get("tokens_per_s")),
+                number(record.get("seconds"), 1),
+                number(record.get("sync_s"), 2),
+                bytes_text(record.get("sync_bytes")),
+            )
+        )
+    return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(len(columns))) - {1})
+
+
+def ledger(run: RunSummary) -> list[Block]:
+    """What crossed each pipe edge and each collective, in bytes, and what that means."""
+    cut = (run.num_client_stages - 1, run.num_client_stages)
+    tokens = run.tokens
+    rows: list[tuple[str, ...]] = []
+    for (source, target), edge in run.edges().items():
+        place = "out of the clients" if (source, target) == cut else "inside a client"
+        place = place if source < run.num_client_stages else "inside the cluster"
+        forward, backward = edge.get("bytes_forward", 0), edge.get("bytes_backward", 0)
+        rows += [
+            _ledger_row(
+                f"activations, stage {source} to {target}", place, edge, forward, tokens, "forward"
+            ),
+            _ledger_row(
+                f"gradients, stage {target} to {source}",
+                place.replace("out of", "into"),
+                edge,
+                backward,
+                tokens,
+                "backward",
+            ),
+        ]
+    for name, value in run.collectives().items():
+        what = _COLLECTIVES.get(name, name)
+        rows.append((what, "collective", "-", bytes_text(value), _per_token(value, tokens)))
+    columns = ("what", "where", "messages", "bytes", "bytes per token")
+    table = Table(columns=columns, rows=tuple(rows), numeric=frozenset({2, 3, 4}))
+    return [Paragraph(text=_verdict(run)), table]
+
+
+def _ledger_row(
+    what: str, place: str, edge: dict[str, float], sent: float, tokens: int, direction: str
+) -> tuple[str, ...]:
+    shown = Strong(bytes_text(sent)) if direction == "backward" else bytes_text(sent)
+    messages = integer(edge.get(f"messages_{direction}"))
+    return (what, place, messages, shown, _per_token(sent, tokens))
+
+
+def _per_token(sent: float, tokens: int) -> str:
+    return number(sent / tokens, 1) if tokens else "-"
+
+
+def _verdict(run: RunSummary) -> str:
+    if not run.edges():
+        return "The model is one stage: it has no cut, and only stage weights left the clients."
+    backward = run.bytes_sent("backward")
+    rounds = count(len(run.of_kind("traffic")), "round")
+    if backward == 0:
+        return (
+            f"0 bytes travelled backward in {rounds}: every stage learned from its own local "
+            "loss, and no gradient crossed a cut. Raw text stayed with its client. Activations of "
+            "the cut layer went forward, with the positions and labels of the masked words, which "
+            "the head on the server needs; stage weights were averaged once per round."
+        )
+    reason = " (pipeline.objective is end_to_end)" if run.objective == "end_to_end" else ""
+    return (
+        f"{bytes_text(backward)} of gradients travelled backward in {rounds}{reason}: the earlier "
+        "stages waited for them. Raw text stayed with its client; activations went forward with "
+        "the positions and labels of the masked words; stage weights were averaged once per round."
+    )
+
+
+def environment_rows(environment: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Flatten env.json: nested keys are joined by dots, lists of plain values by spaces."""
+    rows: list[tuple[str, str]] = []
+    for key, value in environment.items():
+        if isinstance(value, dict):
+            rows += [(f"{key}.{inner}", text) for inner, text in environment_rows(value)]
+        elif isinstance(value, list):
+            rows.append((str(key), " ".join(str(entry) for entry in value) or "-"))
+        else:
+            rows.append((str(key), "-" if value is None else str(value)))
+    return tuple(rows)

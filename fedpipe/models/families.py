@@ -1,0 +1,184 @@
+"""BERT and RoBERTa: which transformers modules a stage is made of, and their first weights.
+
+Works with transformers 4.57 and 5.x, whose layers return a tuple and a tensor respectively.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import BertConfig, PretrainedConfig, RobertaConfig
+from transformers.models.bert import modeling_bert as bert
+from transformers.models.roberta import modeling_roberta as roberta
+
+from fedpipe.config.model_shape import ModelShape
+from fedpipe.errors import ConfigError
+from fedpipe.models.split import AUX_HEADS
+
+_SHAPE_FIELDS = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "type_vocab_size", "hidden_act", "hidden_dropout_prob",
+    "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Where a model family keeps its modules."""
+
+    prefix: str
+    head_path: str
+    config_class: type[PretrainedConfig]
+    embeddings_class: type[nn.Module]
+    layer_class: type[nn.Module]
+    head_class: type[nn.Module]
+
+    @property
+    def word_embeddings(self) -> str:
+        """Full name of the word embedding's weight."""
+        return f"{self.prefix}.embeddings.word_embeddings.weight"
+
+    @property
+    def decoder(self) -> str:
+        """Full name of the final decoder's weight."""
+        return f"{self.head_path}.decoder.weight"
+
+
+FAMILIES = {
+    "roberta": Family(
+        "roberta", "lm_head", RobertaConfig,
+        roberta.RobertaEmbeddings, roberta.RobertaLayer, roberta.RobertaLMHead,
+    ),
+    "bert": Family(
+        "bert", "cls.predictions", BertConfig,
+        bert.BertEmbeddings, bert.BertLayer, bert.BertLMPredictionHead,
+    ),
+}  # fmt: skip
+
+
+def hf_config(
+    shape: ModelShape, *, pad_id: int, cls_id: int, sep_id: int, path: str = ""
+) -> PretrainedConfig:
+    """Build the transformers configuration of the whole, unsplit model.
+
+    Args:
+        shape: Sizes.
+        pad_id: Padding token; RoBERTa counts positions from ``pad_id + 1``.
+        cls_id: First token of a block.
+        sep_id: Last token of a block.
+        path: Folder to take every other field from, or "".
+
+    Returns:
+        A configuration with untied embeddings: the stages do not share tensors.
+    """
+    config_class = FAMILIES[shape.family].config_class
+    base: dict[str, Any] = {}
+    if path:
+        base = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        base = {k: v for k, v in base.items() if k not in ("torch_dtype", "dtype", "architectures")}
+    base |= {name: getattr(shape, name) for name in _SHAPE_FIELDS}
+    config = config_class(
+        **base | {
+            "pad_token_id": pad_id, "bos_token_id": cls_id, "eos_token_id": sep_id,
+            "tie_word_embeddings": False,
+        }
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"  # modules are built without a PreTrainedModel to set it
+    return config
+
+
+def initialise(module: nn.Module, *, family: Family, seed: int, std: float) -> None:
+    """Give every parameter its first value, a function of the seed and of its full name only.
+
+    The same parameter starts with the same value whatever the cut, the number of stages and the
+    process it lives in. Matrices are N(0, std), biases 0, LayerNorm weights 1 (Devlin et al. 2019);
+    every decoder starts as a copy of the word embedding, as a tied one would.
+    """
+    for name, parameter in module.named_parameters():
+        with torch.no_grad():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "layernorm" in name.lower() or "layer_norm" in name:
+                parameter.fill_(1.0)
+            else:
+                source = family.word_embeddings if name.endswith("decoder.weight") else name
+                generator = torch.Generator().manual_seed(stable_seed(seed, source))
+                parameter.normal_(0.0, std, generator=generator)
+
+
+def stable_seed(*parts: object) -> int:
+    """Derive a 63-bit seed from values that print the same everywhere."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str]:
+    """Fill a stage from a Hugging Face folder, reading only the tensors that the stage holds.
+
+    A folder without a masked-LM head (a plain encoder) leaves the head's first values; a tied
+    decoder is read from the word embedding.
+
+    Args:
+        module: A stage; changed in place.
+        family: Its family.
+        path: Folder with model.safetensors (or its shards), or pytorch_model.bin.
+
+    Returns:
+        Names that the folder does not hold.
+
+    Raises:
+        ConfigError: A tensor of the folder has another shape.
+    """
+    found = {}
+    wanted = dict(module.named_parameters())
+    for name, tensor in _read_tensors(Path(path), _candidates(wanted, family=family)):
+        found[name] = tensor
+    missing = []
+    for name, parameter in wanted.items():
+        source = next((c for c in _candidates([name], family=family)[name] if c in found), None)
+        if source is None:
+            missing.append(name)
+            continue
+        if found[source].shape != parameter.shape:
+            raise ConfigError(
+                f"model.path: expected {source} of shape {list(parameter.shape)}, got "
+                f"{list(found[source].shape)} in {path}. Use that model's own tokenizer and sizes."
+            )
+        with torch.no_grad():
+            parameter.copy_(found[source])
+    return missing
+
+
+def _candidates(names: Any, *, family: Family) -> dict[str, list[str]]:
+    """Names under which a folder may hold each parameter, best first."""
+    result = {}
+    for name in names:
+        if name.startswith(f"{AUX_HEADS}.") and not name.endswith("decoder.weight"):
+            result[name] = []
+            continue
+        options = [name, family.word_embeddings] if name.endswith("decoder.weight") else [name]
+        options += [o.removeprefix(f"{family.prefix}.") for o in options]
+        result[name] = options
+    return result
+
+
+def _read_tensors(
+    folder: Path, candidates: dict[str, list[str]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    wanted = {option for options in candidates.values() for option in options}
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for name in wanted & set(handle.keys()):
+                yield name, handle.get_tensor(name)
+    if not files:
+        state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        yield from ((name, state[name]) for name in wanted & set(state))

@@ -1,0 +1,163 @@
+"""One stage of the model: embeddings and/or encoder layers, and the head of its own loss."""
+
+# B = sequences, T = tokens per sequence, M = masked tokens per sequence, D = hidden size,
+# V = vocabulary
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
+
+from fedpipe.models.families import FAMILIES, Family, initialise, load_pretrained
+from fedpipe.models.split import AUX_HEADS, StageSpec
+
+
+class Stage(nn.Module):
+    """The modules of one pipeline stage, under the parameter names of the whole model.
+
+    ``forward`` is the stage's part of the encoder; ``loss`` is its own masked-LM loss. They are
+    apart because the activations leave the stage before the loss is computed.
+    """
+
+    def __init__(
+        self, spec: StageSpec, config: PretrainedConfig, *, activation_checkpointing: bool = False
+    ) -> None:
+        """Build the stage with uninitialised weights (see ``build_stage``)."""
+        super().__init__()
+        self.spec = spec
+        self.family: Family = FAMILIES[config.model_type]
+        self.activation_checkpointing = activation_checkpointing
+        self.hidden_size: int = config.hidden_size
+        if spec.is_first:
+            embeddings = self.family.embeddings_class(config)
+            _place(self, f"{self.family.prefix}.embeddings", embeddings)
+        for index in range(spec.first_layer, spec.end_layer):
+            layer = self.family.layer_class(config)
+            _place(self, f"{self.family.prefix}.encoder.layer.{index}", layer)
+        self._layers = [
+            self.get_submodule(f"{self.family.prefix}.encoder.layer.{index}")
+            for index in range(spec.first_layer, spec.end_layer)
+        ]
+        self._build_head(config)
+
+    def _build_head(self, config: PretrainedConfig) -> None:
+        spec, family = self.spec, self.family
+        # Lists, because a module set as an attribute would be registered under a second name.
+        self._head: list[nn.Module] = []
+        self._head_layer: list[nn.Module] = []
+        if not spec.has_head:
+            return
+        path = family.head_path if spec.is_last else f"{AUX_HEADS}.{spec.stage_id}.head"
+        head = _place(self, path, family.head_class(config))
+        self._head.append(head)
+        if spec.is_last:
+            return
+        if spec.head == "mlm+layer":
+            path = f"{AUX_HEADS}.{spec.stage_id}.layer"
+            self._head_layer.append(_place(self, path, family.layer_class(config)))
+        if spec.is_first:  # tied inside the stage, as in a whole BERT
+            decoder = head.get_submodule("decoder")
+            decoder.weight = self.get_parameter(family.word_embeddings)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Run the stage's part of the encoder.
+
+        Args:
+            inputs: Token ids (B, T) int64 on the first stage, else hidden states (B, T, D).
+
+        Returns:
+            Hidden states (B, T, D).
+        """
+        hidden_BTD = inputs
+        if self.spec.is_first:
+            hidden_BTD = self.get_submodule(f"{self.family.prefix}.embeddings")(input_ids=inputs)
+        for layer in self._layers:
+            if self.activation_checkpointing and self.training:
+                hidden_BTD = checkpoint(partial(_run, layer), hidden_BTD, use_reentrant=False)
+            else:
+                hidden_BTD = _run(layer, hidden_BTD)
+        return hidden_BTD
+
+    def loss(self, hidden_BTD: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+        """Masked-LM loss of the stage's head. Masked positions are gathered before the head.
+
+        Args:
+            hidden_BTD: Output of ``forward``.
+            targets: (2, B, M) int: positions of the masked tokens, then their labels.
+            reduction: "mean" over the masked tokens, or "none".
+
+        Returns:
+            Scalar in nats, or (B, M) losses.
+        """
+        logits_BMV = self.logits(hidden_BTD, targets[0])
+        labels_BM = targets[1].long()
+        loss = functional.cross_entropy(
+            logits_BMV.flatten(0, 1).float(), labels_BM.flatten(), reduction=reduction
+        )
+        return loss if reduction == "mean" else loss.view_as(labels_BM)
+
+    def logits(self, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
+        """Scores (B, M, V) of the stage's head at the given positions."""
+        assert self._head, "this stage has no head"
+        for layer in self._head_layer:
+            hidden_BTD = _run(layer, hidden_BTD)
+        index = positions_BM.long().unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
+        return self._head[0](hidden_BTD.gather(1, index))
+
+
+def build_stage(
+    spec: StageSpec,
+    config: PretrainedConfig,
+    *,
+    seed: int,
+    path: str = "",
+    activation_checkpointing: bool = False,
+) -> tuple[Stage, list[str]]:
+    """Build a stage with its first weights.
+
+    Args:
+        spec: What it holds.
+        config: Configuration of the whole model.
+        seed: Of the weights.
+        path: Hugging Face folder to continue from, or "".
+        activation_checkpointing: Recompute layers in the backward pass.
+
+    Returns:
+        The stage, and the names of its parameters that ``path`` does not hold.
+    """
+    stage = Stage(spec, config, activation_checkpointing=activation_checkpointing)
+    initialise(stage, family=stage.family, seed=seed, std=config.initializer_range)
+    missing = load_pretrained(stage, family=stage.family, path=path) if path else []
+    return stage, missing
+
+
+def _run(layer: nn.Module, hidden_BTD: Tensor) -> Tensor:
+    output = layer(hidden_BTD)
+    return output[0] if isinstance(output, tuple) else output  # transformers 4.x, 5.x
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    *parents, leaf = path.split(".")
+    for name in parents:
+        if not hasattr(root, name):
+            root.add_module(name, nn.Module())
+        root = getattr(root, name)
+    root.add_module(leaf, module)
+    return module
+
+
+def masked_lm_class(config: PretrainedConfig) -> type:
+    """The transformers class that the exported folder is read with."""
+    from transformers import BertForMaskedLM, RobertaForMaskedLM
+
+    return {"bert": BertForMaskedLM, "roberta": RobertaForMaskedLM}[config.model_type]
+
+
+def trainable(module: nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters by full name, each once (a tied one under its first name)."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -1,0 +1,1 @@
+"""The pipeline: schedules, their simulator, stages, links and the engine."""

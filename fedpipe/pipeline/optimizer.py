@@ -1,0 +1,63 @@
+"""The optimizer of one stage: parameter groups, learning rate across rounds, clipping."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from fedpipe.config.schema import OptimizerConfig
+from fedpipe.models.stage import trainable
+
+
+def build_optimizer(stage: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Adam or AdamW over a stage, fused; no decay on biases and LayerNorms (Devlin et al. 2019).
+
+    torch's own: DeepSpeed's Adam is compiled at first use, which takes minutes and a compiler.
+    """
+    decayed, plain = [], []
+    for name, parameter in trainable(stage).items():
+        lowered = name.lower()
+        exempt = name.endswith("bias") or "layernorm" in lowered or "layer_norm" in lowered
+        (plain if exempt else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
+    betas = (config.betas[0], config.betas[1])
+    fused = all(p.dtype == torch.float32 for p in trainable(stage).values())
+    groups = [g for g in groups if g["params"]]
+    return cls(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+
+
+def learning_rate(config: OptimizerConfig, step: int, *, total_steps: int) -> float:
+    """Learning rate of a step counted across rounds, in [0, total_steps).
+
+    Linear warm-up over ``warmup_ratio`` of the steps, then
+    ``end_lr + (lr - end_lr) * (1 - progress) ** power`` with power 1 for ``linear``.
+    """
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.decay == "constant":
+        return config.lr
+    power = config.power if config.decay == "polynomial" else 1.0
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    return config.end_lr + (config.lr - config.end_lr) * (1.0 - progress) ** power
+
+
+def clip_(stage: nn.Module, *, max_norm: float) -> float:
+    """Scale a stage's gradients down to a norm, in place; other stages are not looked at.
+
+    Args:
+        stage: Its gradients are already averaged over the client's own ranks.
+        max_norm: 0 leaves the gradients as they are.
+
+    Returns:
+        The L2 norm before clipping.
+    """
+    limit = max_norm if max_norm > 0 else math.inf
+    norm = nn.utils.clip_grad_norm_(trainable(stage).values(), limit, foreach=True)
+    return float(norm)

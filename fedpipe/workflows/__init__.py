@@ -1,0 +1,1 @@
+"""What the commands do; each module reads from top to bottom."""

@@ -1,0 +1,273 @@
+"""From a checkpoint to Hugging Face folders, and a look at what the model has learnt."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+
+from fedpipe import __version__
+from fedpipe.checkpoint import CLIENTS, Checkpoint, client_file, find_latest
+from fedpipe.config.load import load_config
+from fedpipe.config.model_shape import resolve
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import PreparedData, token_counts
+from fedpipe.data.corpus import prepare
+from fedpipe.errors import CheckpointError
+from fedpipe.metrics.writer import read_metrics
+from fedpipe.models.families import hf_config
+from fedpipe.models.split import StageSpec, merge, part_of, stage_specs
+from fedpipe.models.stage import masked_lm_class
+from fedpipe.workflows.pretrain import last_rounds
+from fedpipe.workflows.replica import stage_file, validation_batch
+
+EXPORT = "export"
+NUM_EXAMPLES = 8
+
+
+def export_run(run_dir: Path) -> Path:
+    """Write the newest checkpoint of a run as Hugging Face folders.
+
+    ``RUN_DIR/export`` holds the model; where a part of it stays with its clients, one folder per
+    client lies below instead, since no single model exists.
+
+    Args:
+        run_dir: A run directory with a checkpoint.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: There is no run, or no intact checkpoint.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise CheckpointError(
+            f"--run-dir: expected the directory of a run, got {run_dir}. Run `fedpipe pretrain` first."
+        )
+    config = load_config(str(run_dir / "config.yaml"), [])
+    checkpoint, _ = find_latest(run_dir)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{run_dir}: expected a checkpoint to export, got none. Resume the run first."
+        )
+    data = prepare(config)
+    shape = resolve(
+        config.model, vocab_size=data.vocab_size, sequence_length=config.data.sequence_length
+    )
+    model_config = hf_config(
+        shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id, path=config.model.path
+    )
+    specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
+    parts = [load_file(checkpoint.path / stage_file(s.stage_id)) for s in specs]
+    aside = run_dir / f".{EXPORT}.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    if not _kept_in_model(config, specs, parts):
+        _save(merge(parts), model_config, aside, run_dir, config, data)
+    else:
+        for client_id, own in enumerate(_client_parts(run_dir, config, data, specs, checkpoint)):
+            state = merge([part | kept for part, kept in zip(parts, own, strict=True)])
+            folder = aside / f"client_{client_id:04d}"
+            _save(state, model_config, folder, run_dir, config, data)
+    target = run_dir / EXPORT
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(aside, target)
+    return target
+
+
+def _kept_in_model(
+    config: RunConfig, specs: Sequence[StageSpec], parts: Sequence[dict[str, Tensor]]
+) -> bool:
+    """Whether a part that is exported stays with its clients."""
+    average = config.federation.average
+    kept = {
+        part_of(name, spec)
+        for spec, part in zip(specs, parts, strict=True)
+        for name in part
+        if not getattr(average, part_of(name, spec))
+    }
+    return bool(kept - {"aux_head"})
+
+
+def _client_parts(
+    run_dir: Path,
+    config: RunConfig,
+    data: PreparedData,
+    specs: Sequence[StageSpec],
+    checkpoint: Checkpoint,
+) -> list[list[dict[str, Tensor]]]:
+    """By client and stage, the tensors that stayed with the client; none before its first turn."""
+    blocks = [shard.num_blocks for shard in data.train]
+    last = last_rounds(config, checkpoint.position.round_id, blocks_per_client=blocks)
+    result = []
+    for client_id, round_id in enumerate(last):
+        own: list[dict[str, Tensor]] = []
+        for spec in specs:
+            state: dict[str, Any] = {}
+            if round_id is not None:
+                name = client_file(client_id, spec.stage_id, 0, round_id=round_id)
+                state = torch.load(run_dir / CLIENTS / name, map_location="cpu", weights_only=True)
+            own.append(dict(state.get("kept", {})))
+        result.append(own)
+    return result
+
+
+def _save(
+    state: dict[str, Tensor],
+    model_config: Any,
+    folder: Path,
+    run_dir: Path,
+    config: RunConfig,
+    data: PreparedData,
+) -> None:
+    """Write one Hugging Face folder: weights, configuration, tokenizer, model card."""
+    model = build_model(state, model_config)
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_dir)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(_model_card(run_dir, config), encoding="utf-8")
+
+
+def build_model(state: dict[str, Tensor], model_config: Any) -> PreTrainedModel:
+    """Put merged stage tensors into the transformers model they are named after.
+
+    Raises:
+        CheckpointError: A tensor is missing or is not the model's.
+    """
+    model = masked_lm_class(model_config)(model_config)
+    expected = {name for name, _ in model.named_parameters()}
+    if set(state) != expected:
+        difference = sorted(set(state) ^ expected)
+        raise CheckpointError(
+            f"export: expected the model's own parameters, got a difference at {difference[:3]}. "
+            "The checkpoint is of another model."
+        )
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in state.items():
+            parameters[name].copy_(tensor)
+    return model.eval()
+
+
+def _model_card(run_dir: Path, config: RunConfig) -> str:
+    evaluations = [
+        r for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "eval" and r["stages"]
+    ]
+    score = "not validated"
+    if evaluations:
+        last = evaluations[-1]["stages"][-1]
+        score = f"{last['loss']:.4f} nats, perplexity {last['perplexity']:.1f}"
+    federation = config.federation
+    return f"""---
+library_name: transformers
+pipeline_tag: fill-mask
+---
+# {config.name}
+
+A {config.model.family} masked language model, pre-trained with fedpipe {__version__} over
+{federation.num_clients} clients whose text was not pooled: {federation.num_rounds} rounds,
+{federation.clients_per_round} clients per round, `{config.pipeline.objective}` over
+{config.pipeline.num_stages} pipeline stages.
+
+- Held-out masked-LM loss of the final head, all clients: {score}
+- Sequence length: {config.data.sequence_length} tokens; masked share {config.data.mask_probability}
+- Decoder and word embedding are separate tensors (`tie_word_embeddings: false`)
+
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+model = AutoModelForMaskedLM.from_pretrained("{EXPORT}")
+tokenizer = AutoTokenizer.from_pretrained("{EXPORT}")
+```
+"""
+
+
+def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[dict[str, Any]]:
+    """Let the exported model fill in masked words of held-out text, beside a unigram guess.
+
+    Writes ``samples.json``. Only whole words are hidden, one per example; the unigram guess is the
+    most frequent tokens of the training text.
+
+    Returns:
+        The examples.
+    """
+    folder = run_dir / EXPORT
+    if not (folder / "config.json").is_file():  # one folder per client: show the first
+        folder = next(iter(sorted(folder.glob("client_*"))))
+    model = AutoModelForMaskedLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    counts = token_counts(data).astype(np.float64)
+    counts[list(data.special_ids)] = 0
+    unigram = (counts + 1) / (counts + 1).sum()
+    # BPE and WordPiece mark word starts differently; a token is a whole word if the next one starts
+    # a word too.
+    starts_word = _word_starts(tokenizer)
+    whole = np.array([t.lstrip("\u0120").isalpha() for t in _tokens(tokenizer)]) & starts_word
+    examples = []
+    rng = np.random.default_rng(config.seed)
+    for index in range(NUM_EXAMPLES):
+        client_id = index % len(data.valid)
+        block = validation_batch(data, config, client_id, first=index // len(data.valid), count=1)
+        ids = block.input_ids[0].copy()
+        ids[block.positions[0]] = block.labels[0]  # the text as it was
+        inner = np.arange(8, len(ids) - 8)
+        fits = whole[ids[inner]] & starts_word[ids[inner + 1]] & (unigram[ids[inner]] < 0.005)
+        if not fits.any():
+            continue
+        position = int(rng.choice(inner[fits]))
+        truth = int(ids[position])
+        ids[position] = data.mask_id
+        with torch.no_grad():
+            logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0, position]
+        probabilities = logits.softmax(-1).numpy()
+        window = ids[max(1, position - 16) : position + 12]
+        examples.append(
+            {
+                "text": tokenizer.decode(window.tolist()).replace(tokenizer.mask_token, " [MASK]"),
+                "truth": tokenizer.decode([truth]).strip(),
+                "truth_probability": float(probabilities[truth]),
+                "truth_unigram": float(unigram[truth]),
+                "model": _top(probabilities, tokenizer),
+                "unigram": _top(unigram, tokenizer),
+            }
+        )
+    result = {"unigram_loss": _unigram_loss(config, data, unigram), "examples": examples}
+    (run_dir / "samples.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return examples
+
+
+def _tokens(tokenizer: Any) -> list[str]:
+    return list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+
+
+def _word_starts(tokenizer: Any) -> np.ndarray:
+    """By token id, whether the token begins a word (byte-level BPE or WordPiece)."""
+    tokens = _tokens(tokenizer)
+    if any(t.startswith("##") for t in tokens):
+        return np.array([not t.startswith("##") for t in tokens])
+    return np.array([t.startswith("\u0120") for t in tokens])  # byte-level BPE's leading space
+
+
+def _top(probabilities: np.ndarray, tokenizer: Any, k: int = 3) -> list[list[Any]]:
+    best = np.argsort(probabilities)[::-1][:k]
+    return [[tokenizer.decode([int(i)]).strip(), float(probabilities[i])] for i in best]
+
+
+def _unigram_loss(config: RunConfig, data: PreparedData, unigram: np.ndarray) -> float:
+    """Mean loss of the unigram guess on the very tokens that validation scores, in nats."""
+    limit = config.validation.max_blocks_per_client
+    total, count = 0.0, 0
+    for shard in data.valid:
+        blocks = min(shard.num_blocks, limit) if limit else shard.num_blocks
+        if blocks:
+            batch = validation_batch(data, config, shard.client_id, first=0, count=blocks)
+            total += float(-np.log(unigram[batch.labels]).sum())
+            count += batch.labels.size
+    return total / count if count else float("nan")

@@ -1,0 +1,316 @@
+"""Federated pre-training, as every process of the run executes it. Reads top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from fedpipe.checkpoint import CheckpointWriter, Position
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import PreparedData, load_prepared
+from fedpipe.distributed.comm import Comm
+from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.topology import Grid
+from fedpipe.federation.cohort import Turn, blocks_seen, plan_round, steps_per_round
+from fedpipe.metrics.writer import MetricsWriter, read_metrics
+from fedpipe.pipeline.engine import StepResult
+from fedpipe.pipeline.optimizer import learning_rate
+from fedpipe.workflows.records import (
+    evaluation_record,
+    round_record,
+    traffic_record,
+    write_timeline,
+)
+from fedpipe.workflows.replica import Replica
+from fedpipe.workflows.run_dir import RunSetup
+
+Emit = Callable[[str, Any], None]
+"""Tells whoever watches: ("step" | "round" | "eval" | "note", record)."""
+
+TRACED_STEPS = range(2, 6)
+"""Local steps of the first round whose instructions are timed for the timeline."""
+
+
+def pretrain(setup: RunSetup, *, env: ProcessEnv, emit: Emit) -> None:
+    """Train, average, validate and save until all rounds are done.
+
+    Args:
+        setup: What ``set_up`` found.
+        env: This process' place in the run.
+        emit: Told of every step, round and validation.
+
+    Collective: every process of the run.
+    """
+    config = setup.config
+    comm = Comm(
+        Grid.from_config(config), env, bidirectional=config.pipeline.objective == "end_to_end"
+    )
+    try:
+        run = Pretraining(setup, comm=comm, emit=emit)
+        for round_id in range(run.position.round_id, config.federation.num_rounds):
+            run.train_round(round_id)
+    finally:
+        comm.close()
+
+
+class Pretraining:
+    """One process' view of the run."""
+
+    def __init__(self, setup: RunSetup, *, comm: Comm, emit: Emit) -> None:
+        """Build the replica and resume. Collective: every process."""
+        self.setup, self.config, self.comm, self._emit = setup, setup.config, comm, emit
+        self.data: PreparedData = load_prepared(setup.data_dir)
+        self.replica = Replica(self.config, self.data, comm=comm, run_dir=setup.run_dir)
+        self.blocks = [shard.num_blocks for shard in self.data.train]
+        self.position = Position()
+        self._checkpoints = CheckpointWriter(
+            setup.run_dir, comm=comm, keep_last=self.config.checkpoint.keep_last
+        )
+        self._writer = None
+        if comm.is_master():
+            self._writer = MetricsWriter(setup.run_dir, tensorboard=self.config.log.tensorboard)
+            self._writer.truncate(setup.checkpoint.metrics_offset if setup.checkpoint else 0)
+        if setup.checkpoint:
+            self.replica.load_checkpoint(setup.checkpoint)
+            self.position = setup.checkpoint.position
+        self._records: list[dict[str, Any]] = []
+        self._ledger = self._sent()
+        self._first_step_after: float | None = None
+
+    def train_round(self, round_id: int) -> None:
+        """Train a cohort, average it, validate the result, record and save."""
+        config = self.config
+        started = time.monotonic()
+        turns = plan_round(config, round_id=round_id, blocks_per_client=self.blocks)
+        first = self.position.step if round_id == self.position.round_id else 0
+        self._train_cohort(turns, round_id=round_id, first=first)
+
+        sync_started = time.monotonic()
+        sync_bytes = sum(s.synchronize() for s in self.replica.synchronizers.values())
+        sync_s = time.monotonic() - sync_started
+        self._record_round(turns, round_id, started=started, sync=(sync_s, sync_bytes))
+
+        last = round_id + 1 == config.federation.num_rounds
+        if last or (round_id + 1) % config.validation.every_rounds == 0:
+            self._validate(round_id)
+        if last or (round_id + 1) % config.checkpoint.every_rounds == 0:
+            self._save(Position(round_id=round_id + 1))
+
+    # -- one cohort --------------------------------------------------------------------------
+
+    def _train_cohort(self, turns: tuple[Turn, ...], *, round_id: int, first: int) -> None:
+        """Run this replica's turns, stopping together with the others to save."""
+        mine = [t for t in turns if t.replica_id == self.comm.replica]
+        per_replica: Counter[int] = Counter()
+        for turn in turns:
+            per_replica[turn.replica_id] += turn.num_steps
+        longest = max(per_replica.values())
+        every = self.config.checkpoint.every_steps or longest
+        while first < longest:
+            end = min(first - first % every + every, longest)
+            self._advance(mine, first, end, round_id=round_id)
+            first = end
+            if end < longest:
+                self._collect_steps()
+                self._save(Position(round_id=round_id, step=end))
+        self._collect_steps()
+
+    def _advance(self, mine: list[Turn], first: int, end: int, *, round_id: int) -> None:
+        """Make this replica's local steps ``first..end``, counted over its turns of the round."""
+        offset = 0
+        for turn in mine:
+            low, high = max(first - offset, 0), min(end - offset, turn.num_steps)
+            offset += turn.num_steps
+            if low >= high:
+                continue
+            if low == 0:
+                last_round = self._last_rounds(round_id)[turn.client_id]
+                self.replica.begin_turn(turn, round_id=round_id, last_round=last_round)
+            self._train(turn, range(low, high), round_id=round_id)
+            if high == turn.num_steps:
+                self.replica.end_turn(turn, round_id=round_id, writer=self._checkpoints)
+
+    def _train(self, turn: Turn, steps: range, *, round_id: int) -> None:
+        per_round = steps_per_round(self.config, self.blocks)
+        total = per_round * self.config.federation.num_rounds
+        start = blocks_seen(self.config, round_id=round_id, blocks_per_client=self.blocks)
+        for stage in self.replica.stages:  # the timeline shows the run's first turn
+            first = round_id == 0 and not stage.trace.events
+            stage.trace.steps = TRACED_STEPS if first else range(0)
+
+        def on_step(stage_id: int, result: StepResult) -> None:
+            self._on_step(turn, stage_id, result, round_id=round_id)
+
+        self.replica.engine.train(
+            steps,
+            source=self.replica.training_source(turn.client_id, start=start[turn.client_id]),
+            lr=lambda step: learning_rate(
+                self.config.optimizer, round_id * per_round + step, total_steps=total
+            ),
+            on_step=on_step,
+        )
+
+    def _on_step(self, turn: Turn, stage_id: int, result: StepResult, *, round_id: int) -> None:
+        if self._first_step_after is None:
+            self._first_step_after = time.monotonic() - self.setup.started_at
+        record = {
+            "kind": "step",
+            "round": round_id,
+            "step": result.step,
+            "client": turn.client_id,
+            "replica": turn.replica_id,
+            "stage": stage_id,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens": self.config.blocks_per_step * self.config.data.sequence_length,
+            "seconds": result.seconds,
+        }
+        self._records.append(record | {"data": self.comm.data})
+        if self.comm.data == 0:
+            self._emit("step", record)
+
+    def _collect_steps(self) -> None:
+        """Bring every rank's step records to rank 0, in the order of the steps."""
+        gathered = self.comm.gather(self._records)
+        self._records = []
+        if gathered is None or self._writer is None:
+            return
+        self._write(_merge_data_ranks(record for records in gathered for record in records))
+
+    # -- after a cohort ----------------------------------------------------------------------
+
+    def _record_round(
+        self, turns: tuple[Turn, ...], round_id: int, *, started: float, sync: tuple[float, int]
+    ) -> None:
+        sent = self._sent()
+        spent = Counter(sent)
+        spent.subtract(self._ledger)
+        self._ledger = sent
+        gathered = self.comm.gather(
+            {
+                "sync": sync,
+                "sent": dict(spent),
+                "trace": self._traces() if round_id == 0 else [],
+                "first_step_s": self._first_step_after,
+            }
+        )
+        if gathered is None or self._writer is None:
+            return
+        if round_id == 0:
+            write_timeline(self.setup.run_dir, [e for g in gathered for e in g["trace"]])
+        if self._first_step_after is not None and round_id == self.position.round_id:
+            slowest = max(g["first_step_s"] or 0.0 for g in gathered)
+            self._write([
+                {"kind": "system", "event": "start", "world_size": self.comm.env.world_size,
+                 "seconds_to_first_step": slowest}
+            ])  # fmt: skip
+        steps = [
+            record
+            for record in read_metrics(self.setup.run_dir / "metrics.jsonl")
+            if record["kind"] == "step" and record["round"] == round_id
+        ]
+        record = round_record(
+            round_id,
+            turns=turns,
+            steps=steps,
+            num_stages=self.config.pipeline.num_stages,
+            seconds=time.monotonic() - started,
+            sync=[g["sync"] for g in gathered],
+        )
+        traffic = traffic_record(round_id, [g["sent"] for g in gathered], config=self.config)
+        self._write([record, traffic])
+        self._emit("round", record)
+
+    def _validate(self, round_id: int) -> None:
+        """Score the averaged model on every client's held-out text, shared by the replicas."""
+        if not self.data.valid:
+            return
+        replicas = self.config.federation.num_replicas
+        mine = range(self.comm.replica, len(self.data.valid), replicas)
+        clients = [c for c in mine if self.data.valid[c].num_blocks]
+        scores = self.replica.evaluate(clients, last_rounds=self._last_rounds(round_id + 1))
+        gathered = self.comm.gather(scores)
+        self._ledger = self._sent()
+        if gathered is None:
+            return
+        merged: dict[int, dict[int, tuple[float, int]]] = defaultdict(dict)
+        for part in gathered:
+            for stage_id, clients_scores in part.items():
+                merged[stage_id] |= clients_scores
+        record = evaluation_record(round_id, merged)
+        self._write([record])
+        self._emit("eval", record)
+
+    def _save(self, position: Position) -> None:
+        offset = 0
+        if self._writer is not None:
+            self._writer.flush()
+            offset = self._writer.offset
+        self._checkpoints.save(
+            position,
+            self.replica.checkpoint_files(mid_round=position.step > 0),
+            metrics_offset=offset,
+        )
+
+    # ----------------------------------------------------------------------------------------
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        if self._writer is not None:
+            self._writer.write(records)
+            self._writer.flush()
+
+    def _last_rounds(self, before: int) -> list[int | None]:
+        """By client id, the last round before ``before`` in which the client trained."""
+        return last_rounds(self.config, before, blocks_per_client=self.blocks)
+
+    def _sent(self) -> dict[str, int]:
+        """What this process has sent since it started, by ledger entry."""
+        sent = dict(self.comm.sent_bytes)
+        for engine in self.replica.stages:
+            stage = engine.spec.stage_id
+            for name, link, edge in (
+                ("forward", engine.links.activations_out, stage),
+                ("backward", engine.links.gradients_out, stage - 1),
+            ):
+                if link is not None:
+                    sent[f"{name}/bytes/{edge}"] = link.sent_bytes
+                    sent[f"{name}/messages/{edge}"] = link.sent_messages
+        return sent
+
+    def _traces(self) -> list[tuple[int, int, tuple[str, int, int, float, float]]]:
+        if self.comm.data > 0:
+            return []
+        return [
+            (self.comm.replica, engine.spec.stage_id, event)
+            for engine in self.replica.stages
+            for event in engine.trace.events
+        ]
+
+
+def last_rounds(
+    config: RunConfig, before: int, *, blocks_per_client: list[int]
+) -> list[int | None]:
+    """By client id, the last round before ``before`` in which the client trained, or None."""
+    result: list[int | None] = [None] * len(blocks_per_client)
+    for round_id in range(before):
+        for turn in plan_round(config, round_id=round_id, blocks_per_client=blocks_per_client):
+            result[turn.client_id] = round_id
+    return result
+
+
+def _merge_data_ranks(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One record per stage and step: the loss is the mean over the data-parallel ranks."""
+    groups: dict[tuple[int, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for record in records:
+        key = (record["round"], record["replica"], record["client"], record["step"], record["stage"])
+        groups[key].append(record)
+    merged = []
+    for key in sorted(groups, key=lambda k: (k[0], k[3], k[1], k[2], k[4])):
+        group = groups[key]
+        losses = [r["loss"] for r in group if r["loss"] is not None]
+        record = {k: v for k, v in group[0].items() if k != "data"}
+        merged.append(record | {"loss": sum(losses) / len(losses) if losses else None})
+    return merged

@@ -1,0 +1,116 @@
+"""Records of metrics.jsonl that take more than one process' knowledge. Pure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedpipe.config.schema import RunConfig
+from fedpipe.federation.cohort import Turn
+
+
+def round_record(
+    round_id: int,
+    *,
+    turns: Sequence[Turn],
+    steps: Sequence[Mapping[str, Any]],
+    num_stages: int,
+    seconds: float,
+    sync: Sequence[tuple[float, int]],
+) -> dict[str, Any]:
+    """Summarise a round: who trained, mean loss per stage, time, and the cost of averaging."""
+    tokens = sum(t.tokens for t in turns)
+    loss: list[float | None] = []
+    for stage in range(num_stages):
+        losses = [s["loss"] for s in steps if s["stage"] == stage and s["loss"] is not None]
+        loss.append(sum(losses) / len(losses) if losses else None)
+    return {
+        "kind": "round",
+        "round": round_id,
+        "clients": [t.client_id for t in turns],
+        "weights": [t.weight for t in turns],
+        "tokens": tokens,
+        "loss": loss,
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "sync_s": max(s for s, _ in sync),
+        "sync_bytes": sum(b for _, b in sync),
+    }
+
+
+def evaluation_record(
+    round_id: int, scores: Mapping[int, Mapping[int, tuple[float, int]]]
+) -> dict[str, Any]:
+    """Summarise a validation: per stage the mean over all masked tokens, and the worst client.
+
+    Args:
+        round_id: Of the round.
+        scores: stage -> client -> (summed loss in nats, masked tokens).
+    """
+    stages, tokens = [], 0
+    for stage in sorted(s for s in scores if scores[s]):
+        clients = {c: total / count for c, (total, count) in sorted(scores[stage].items())}
+        tokens = sum(count for _, count in scores[stage].values())
+        loss = sum(total for total, _ in scores[stage].values()) / tokens
+        worst = max(clients, key=lambda c: clients[c])
+        stages.append(
+            {
+                "stage": stage,
+                "loss": loss,
+                "perplexity": math.exp(min(loss, 700.0)),  # exp overflows above
+                "worst_loss": clients[worst],
+                "worst_client": worst,
+                "clients": {str(c): value for c, value in clients.items()},
+            }
+        )
+    return {"kind": "eval", "round": round_id, "stages": stages, "tokens": tokens}
+
+
+def traffic_record(
+    round_id: int, sent: Sequence[Mapping[str, int]], *, config: RunConfig
+) -> dict[str, Any]:
+    """Sum what all processes sent in a round: bytes per pipe edge and per collective."""
+    total: Counter[str] = Counter()
+    for counts in sent:
+        total.update(counts)
+    edges = [
+        {
+            "from": edge,
+            "to": edge + 1,
+            "bytes_forward": total[f"forward/bytes/{edge}"],
+            "bytes_backward": total[f"backward/bytes/{edge}"],
+            "messages_forward": total[f"forward/messages/{edge}"],
+            "messages_backward": total[f"backward/messages/{edge}"],
+        }
+        for edge in range(config.pipeline.num_stages - 1)
+    ]
+    collectives = {name: total[name] for name in ("fedavg", "gradients")}
+    return {"kind": "traffic", "round": round_id, "edges": edges, "collectives": collectives}
+
+
+def write_timeline(
+    run_dir: Path, events: Sequence[tuple[int, int, tuple[str, int, int, float, float]]]
+) -> None:
+    """Write timeline.json, a Chrome trace: a process per replica, a thread per stage."""
+    if not events:
+        return
+    origin = min(event[3] for _, _, event in events)
+    trace = [
+        {
+            "name": name,
+            "cat": "message" if name.startswith(("send", "recv")) else "compute",
+            "ph": "X",
+            "ts": (start - origin) * 1e6,
+            "dur": (end - start) * 1e6,
+            "pid": replica,
+            "tid": stage,
+            "args": {"micro_batch": micro_batch, "step": step},
+        }
+        for replica, stage, (name, micro_batch, step, start, end) in events
+    ]
+    path = run_dir / "timeline.json"
+    path.write_text(json.dumps({"traceEvents": trace}), encoding="utf-8")

@@ -1,0 +1,345 @@
+"""One replica of the pipeline as one process sees it: build it, hand it a client, score it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedpipe.checkpoint import CLIENTS, Checkpoint, CheckpointWriter, client_file
+from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
+from fedpipe.config.model_shape import resolve
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import BlockReader, PreparedData, Shard
+from fedpipe.data.masking import MaskedBatch, mask_blocks, mask_rng, num_masked
+from fedpipe.distributed.comm import Comm
+from fedpipe.federation.cohort import Turn
+from fedpipe.federation.synchronizer import Synchronizer
+from fedpipe.models.families import hf_config, stable_seed
+from fedpipe.models.split import StageSpec, stage_specs
+from fedpipe.models.stage import build_stage
+from fedpipe.pipeline.engine import Links, MicroBatchSource, SplitPipelineEngine, StageEngine
+from fedpipe.pipeline.optimizer import build_optimizer
+from fedpipe.pipeline.p2p import DistLink, Link, QueueLink, TensorSpec
+
+
+class Replica:
+    """This process' stages, their synchronizers and the data that the first stage reads."""
+
+    def __init__(
+        self, config: RunConfig, data: PreparedData, *, comm: Comm, run_dir: Path | None = None
+    ) -> None:
+        """Build the stages with their first weights and connect them.
+
+        Args:
+            config: The run.
+            data: Prepared text; opened by the first stage only.
+            comm: This process' groups.
+            run_dir: Where clients keep what is not averaged; None for a run without clients.
+
+        Collective: every rank.
+        """
+        self.config, self.data, self.comm, self._run_dir = config, data, comm, run_dir
+        shape = resolve(
+            config.model,
+            vocab_size=data.vocab_size,
+            sequence_length=config.data.sequence_length,
+        )
+        self.hf_config = hf_config(
+            shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id,
+            path=config.model.path,
+        )  # fmt: skip
+        self.specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
+        self._deepspeed = deepspeed_config(config)
+        self.missing: list[str] = []
+        links = self._build_links()
+        self.stages = [self._build_stage(self.specs[s], links[s]) for s in comm.stages]
+        self.engine = SplitPipelineEngine(self.stages)
+        self.synchronizers = {
+            s.spec.stage_id: Synchronizer(s.stage, config.federation.average, comm=comm)
+            for s in self.stages
+        }
+
+    @property
+    def reads_text(self) -> bool:
+        """This process holds the first stage."""
+        return 0 in self.comm.stages
+
+    def _build_stage(self, spec: StageSpec, links: Links) -> StageEngine:
+        config = self.config
+        stage, missing = build_stage(
+            spec,
+            self.hf_config,
+            seed=config.seed,
+            path=config.model.path,
+            activation_checkpointing=config.pipeline.activation_checkpointing,
+        )
+        self.missing += missing
+        return StageEngine(
+            stage,
+            build_optimizer(stage, config.optimizer),
+            deepspeed_config=self._deepspeed,
+            mpu=self.comm.stage_mpu(spec.stage_id),
+            pipeline=config.pipeline,
+            max_grad_norm=config.optimizer.max_grad_norm,
+            links=links,
+            device=self.comm.device,
+        )
+
+    def message_specs(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """Tensors of a message forwards (activations, targets) and backwards (gradient)."""
+        config = self.config
+        batch, length = config.pipeline.micro_batch_size, config.data.sequence_length
+        autocast = autocast_dtype(self._deepspeed)
+        dtype = getattr(torch, autocast) if autocast else torch.float32
+        hidden = TensorSpec((batch, length, self.hf_config.hidden_size), dtype)
+        masked = num_masked(length, config.data.mask_probability)
+        return (hidden, TensorSpec((2, batch, masked), torch.int32)), (hidden,)
+
+    def _build_links(self) -> dict[int, Links]:
+        """One link per edge and direction that has an end in this process."""
+        links = {stage: Links() for stage in self.comm.stages}
+        forward, backward = self.message_specs()
+        window = self.config.pipeline.in_flight
+        bidirectional = self.config.pipeline.objective == "end_to_end"
+        for edge in range(self.config.pipeline.num_stages - 1):
+            ends = [s for s in (edge, edge + 1) if s in links]
+            if not ends:
+                continue
+
+            def link(direction: str, specs: tuple[TensorSpec, ...], edge: int = edge) -> Link:
+                if self.comm.grid.colocate:
+                    return QueueLink(specs, window=window)
+                channel = self.comm.channel(edge, direction)
+                return DistLink(channel, specs, window=window, device=self.comm.device)
+
+            activations = link("forward", forward)
+            gradients = link("backward", backward) if bidirectional else None
+            if edge in links:
+                links[edge].activations_out, links[edge].gradients_in = activations, gradients
+            if edge + 1 in links:
+                links[edge + 1].activations_in = activations
+                links[edge + 1].gradients_out = gradients
+        return links
+
+    # -- training ----------------------------------------------------------------------------
+
+    def begin_turn(self, turn: Turn, *, round_id: int, last_round: int | None) -> None:
+        """Become a client: global weights, the client's kept parts, optimizer state and seed.
+
+        Args:
+            turn: Whose.
+            round_id: Of the round.
+            last_round: The round in which the client trained last; None at its first.
+        """
+        keep = self.config.federation.optimizer_state == "keep"
+        for engine in self.stages:
+            stage_id = engine.spec.stage_id
+            state = self._client_state(turn.client_id, stage_id, last_round)
+            self.synchronizers[stage_id].begin_turn(state.get("kept"))
+            engine.weights_changed()
+            engine.load_optimizer_state(state.get("optimizer") if keep else None)
+        # Dropout; nothing else draws from torch's generator.
+        stages = self.comm.stages
+        torch.manual_seed(
+            stable_seed(self.config.seed, round_id, turn.client_id, stages, self.comm.data)
+        )
+
+    def end_turn(self, turn: Turn, *, round_id: int, writer: CheckpointWriter) -> None:
+        """Add the client's weights to the round's sum and put away what stays with the client."""
+        keep = self.config.federation.optimizer_state == "keep"
+        for engine in self.stages:
+            stage_id = engine.spec.stage_id
+            synchronizer = self.synchronizers[stage_id]
+            synchronizer.end_turn(turn.weight)
+            if not (keep or synchronizer.keeps_parts):
+                continue
+            state: dict[str, Any] = {"kept": synchronizer.kept_state()}
+            if keep:
+                state["optimizer"] = engine.optimizer_state()
+            name = client_file(turn.client_id, stage_id, self.comm.data, round_id=round_id)
+            writer.save_client(name, lambda path, state=state: torch.save(state, path))
+
+    def _client_state(self, client_id: int, stage_id: int, last_round: int | None) -> dict[str, Any]:
+        federation = self.config.federation
+        kept = self.synchronizers[stage_id].keeps_parts or federation.optimizer_state == "keep"
+        if last_round is None or not kept:
+            return {}
+        assert self._run_dir is not None, "a run with kept state has a directory"
+        name = client_file(client_id, stage_id, self.comm.data, round_id=last_round)
+        path = self._run_dir / CLIENTS / name
+        return dict(torch.load(path, map_location=self.comm.device, weights_only=True))
+
+    def training_source(self, client_id: int, *, start: int) -> MicroBatchSource | None:
+        """Masked micro-batches of a client from block ``start`` of its stream; first stage only."""
+        if not self.reads_text:
+            return None
+        config = self.config
+        size = config.pipeline.micro_batch_size
+        reader = BlockReader(self.data.train[client_id], seed=config.seed)
+
+        def source(step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
+            index = step * config.pipeline.num_micro_batches + micro_batch
+            ranks = config.federation.data_parallel_degree
+            position = start + (index * ranks + self.comm.data) * size
+            rng = mask_rng(config.seed, client_id=client_id, position=position, split="train")
+            return _to_tensors(self._mask(reader.batch(position, size), rng))
+
+        return source
+
+    def _mask(self, blocks: np.ndarray, rng: np.random.Generator) -> MaskedBatch:
+        return mask_blocks(
+            blocks,
+            rng=rng,
+            num_masked=num_masked(self.config.data.sequence_length, self.config.data.mask_probability),
+            mask_id=self.data.mask_id,
+            special_ids=self.data.special_ids,
+            vocab_size=self.data.vocab_size,
+        )
+
+    # -- validation --------------------------------------------------------------------------
+
+    def evaluate(
+        self, client_ids: Sequence[int], *, last_rounds: Sequence[int | None]
+    ) -> dict[int, dict[int, tuple[float, int]]]:
+        """Score the global weights on held-out text of some clients, with their kept parts.
+
+        Args:
+            client_ids: Clients that this replica scores.
+            last_rounds: By client id, the round in which it trained last.
+
+        Returns:
+            stage -> client -> (summed loss in nats, masked tokens); stages with a head only. Data
+            index 0 computes, the others return nothing.
+
+        Collective: every process of the replica.
+        """
+        scores: dict[int, dict[int, tuple[float, int]]] = {s.spec.stage_id: {} for s in self.stages}
+        if self.comm.data > 0:
+            return {}
+        for client_id in client_ids:
+            for stage_id, synchronizer in self.synchronizers.items():
+                state = self._client_state(client_id, stage_id, last_rounds[client_id])
+                synchronizer.begin_turn(state.get("kept"))
+            num_blocks = self.num_valid_blocks(client_id)
+            batches = math.ceil(num_blocks / self.config.pipeline.micro_batch_size)
+            source = self._validation_source(client_id) if self.reads_text else None
+            for stage_id, losses in self.engine.evaluate(batches, source=source).items():
+                scored = losses.flatten(0, 1)[:num_blocks].double()
+                scores[stage_id][client_id] = (float(scored.sum()), scored.numel())
+        return scores
+
+    def num_valid_blocks(self, client_id: int) -> int:
+        """Held-out blocks of a client that are scored."""
+        limit = self.config.validation.max_blocks_per_client
+        available = self.data.valid[client_id].num_blocks
+        return min(available, limit) if limit else available
+
+    def _validation_source(self, client_id: int) -> MicroBatchSource:
+        size = self.config.pipeline.micro_batch_size
+
+        def source(step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
+            first = micro_batch * size
+            return _to_tensors(
+                validation_batch(self.data, self.config, client_id, first=first, count=size)
+            )
+
+        return source
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def checkpoint_files(self, *, mid_round: bool) -> dict[str, Callable[[Path], None]]:
+        """What this rank writes: global weights once per stage, and its own state in mid-round."""
+        files: dict[str, Callable[[Path], None]] = {}
+        if self.comm.replica == 0 and self.comm.data == 0:
+            for stage_id, synchronizer in self.synchronizers.items():
+                weights = {n: t.contiguous() for n, t in synchronizer.global_state().items()}
+                files[stage_file(stage_id)] = lambda path, w=weights: save_file(w, path)
+        if mid_round:
+            state = {
+                "rng": torch.get_rng_state(),
+                "stages": {
+                    engine.spec.stage_id: {
+                        "parameters": dict(engine.stage.named_parameters()),
+                        "optimizer": engine.optimizer_state(),
+                        "partial": self.synchronizers[engine.spec.stage_id].partial_state(),
+                    }
+                    for engine in self.stages
+                },
+            }
+            files[f"rank_{self.comm.rank:05d}.pt"] = lambda path: torch.save(state, path)
+        return files
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Take over global weights and, from a checkpoint in mid-round, this rank's own state."""
+        for engine in self.stages:
+            stage_id = engine.spec.stage_id
+            weights = load_file(checkpoint.path / stage_file(stage_id), device=str(self.comm.device))
+            self.synchronizers[stage_id].load_global_state(weights)
+        if checkpoint.position.step == 0:
+            return
+        path = checkpoint.path / f"rank_{self.comm.rank:05d}.pt"
+        state = torch.load(path, map_location=self.comm.device, weights_only=True)
+        for engine in self.stages:
+            own = state["stages"][engine.spec.stage_id]
+            with torch.no_grad():
+                for name, parameter in engine.stage.named_parameters():
+                    parameter.copy_(own["parameters"][name])
+            engine.weights_changed()
+            engine.load_optimizer_state(own["optimizer"])
+            self.synchronizers[engine.spec.stage_id].load_partial_state(own["partial"])
+        torch.set_rng_state(state["rng"].cpu())
+
+
+def stage_file(stage_id: int) -> str:
+    """File of a stage's global weights in a checkpoint."""
+    return f"stage_{stage_id:02d}.safetensors"
+
+
+def validation_batch(
+    data: PreparedData, config: RunConfig, client_id: int, *, first: int, count: int
+) -> MaskedBatch:
+    """Held-out blocks of a client with their fixed masks.
+
+    Each block is masked from its own seed, so the masks depend neither on the batch size nor on the
+    round. Blocks beyond the last one repeat earlier ones; they fill the batch and are not scored.
+
+    Args:
+        data: Prepared text.
+        config: Seed and mask settings.
+        client_id: Whose.
+        first: Index of the first block.
+        count: Blocks.
+
+    Returns:
+        The masked blocks.
+    """
+    shard: Shard = data.valid[client_id]
+    blocks = BlockReader(shard, seed=config.seed).batch(first, count)
+    rows = [
+        mask_blocks(
+            blocks[i : i + 1],
+            rng=mask_rng(config.seed, client_id=client_id, position=first + i, split="valid"),
+            num_masked=num_masked(config.data.sequence_length, config.data.mask_probability),
+            mask_id=data.mask_id,
+            special_ids=data.special_ids,
+            vocab_size=data.vocab_size,
+        )
+        for i in range(count)
+    ]
+    return MaskedBatch(
+        input_ids=np.concatenate([row.input_ids for row in rows]),
+        positions=np.concatenate([row.positions for row in rows]),
+        labels=np.concatenate([row.labels for row in rows]),
+    )
+
+
+def _to_tensors(batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+    targets = np.stack([batch.positions, batch.labels]).astype(np.int32)
+    return torch.from_numpy(batch.input_ids), torch.from_numpy(targets)

@@ -1,0 +1,178 @@
+"""The run directory: checked and written once, before any process of the run starts. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fedpipe import __version__
+from fedpipe.checkpoint import Checkpoint, discard_later, find_latest
+from fedpipe.config import load
+from fedpipe.config.deepspeed import deepspeed_config
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.corpus import check_sources, prepare
+from fedpipe.errors import CheckpointError
+from fedpipe.workflows.plan import build_plan, render
+
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "submitit")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSetup:
+    """What every process of a run needs to know; picklable."""
+
+    config: RunConfig
+    run_dir: Path
+    data_dir: str
+    """Prepared corpus (see ``fedpipe.data.corpus``)."""
+    checkpoint: Checkpoint | None
+    """Where to resume, or None."""
+    started_at: float
+    """``time.monotonic()`` when the user's command began."""
+
+
+def set_up(
+    config_path: str | None,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    *,
+    notify: Callable[[str], None],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> RunSetup:
+    """Resolve the configuration, refuse what cannot work, prepare the text, write the directory.
+
+    Args:
+        config_path: YAML, or None for the packaged quick start (a resumed run reads its own).
+        overrides: ``section.key=value``.
+        run_dir: Directory of the run, or None for ``runs/NAME``.
+        notify: Shows a line to the user.
+        progress: Shows the preparation of the text: (label, done, total).
+
+    Returns:
+        The setup.
+
+    Raises:
+        FedPipeError: Anything a user can get wrong.
+    """
+    started_at = time.monotonic()
+    config, directory, resumed = _resolve(config_path, overrides, run_dir)
+    load.check(config)
+    deepspeed_dict = deepspeed_config(config)
+    check_sources(config)
+    plan = render(build_plan(config))
+    _check_writable(directory)
+    checkpoint = None
+    if resumed:
+        checkpoint, passed_over = find_latest(directory)
+        for line in passed_over:
+            notify(f"warning: {line}; falling back to an earlier one")
+        if checkpoint:
+            discard_later(directory, checkpoint.position)
+            notify(f"resuming {directory} from {checkpoint.path.name}")
+    notify(plan)
+    data = prepare(config, progress=progress)
+    _write(directory / "config.yaml", load.to_yaml(config))
+    _write(directory / "deepspeed.json", json.dumps(deepspeed_dict, indent=2) + "\n")
+    _write(directory / "plan.txt", plan + "\n")
+    _write(directory / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
+    return RunSetup(
+        config=config,
+        run_dir=directory,
+        data_dir=data.directory,
+        checkpoint=checkpoint,
+        started_at=started_at,
+    )
+
+
+def _resolve(
+    config_path: str | None, overrides: Sequence[str], run_dir: str | None
+) -> tuple[RunConfig, Path, bool]:
+    """Configuration, directory, and whether a run is there already."""
+    if run_dir is not None and (Path(run_dir) / "config.yaml").is_file():
+        directory = Path(run_dir)
+        saved = load.load_config(str(directory / "config.yaml"), [])
+        base = config_path or str(directory / "config.yaml")
+        if config_path or overrides:
+            changed = load.diff(saved, load.load_config(base, overrides))
+            if changed:
+                raise CheckpointError(
+                    f"{directory}: expected the configuration of the run that is there, got other "
+                    f"values of {', '.join(changed)}. Resume with --run-dir alone, or choose a "
+                    "new --run-dir."
+                )
+        return saved, directory, True
+    config = load.load_config(config_path, overrides)
+    directory = Path(run_dir or Path("runs") / config.name)
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"--run-dir: expected a directory, got the file {directory}.")
+    if (directory / "config.yaml").is_file():
+        return _resolve(config_path, overrides, str(directory))
+    if directory.is_dir() and any(directory.iterdir()):
+        raise CheckpointError(
+            f"--run-dir: expected a new, empty or fedpipe run directory, got {directory} with other "
+            "files. Choose another directory."
+        )
+    return config, directory, False
+
+
+def _check_writable(directory: Path) -> None:
+    probe = directory / ".writable"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"--run-dir: expected a directory that can be written, got {directory} "
+            f"({error.strerror}). Choose another directory."
+        ) from None
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, host and commit: what a stranger needs to repeat the run."""
+    return {
+        "fedpipe": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "host": socket.gethostname(),
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": _processor(),
+        "command": " ".join(["fedpipe", *sys.argv[1:]]),
+    }
+
+
+def _commit() -> str:
+    folder = Path(__file__).parent
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty"],
+            capture_output=True, text=True, timeout=5, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return result.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")

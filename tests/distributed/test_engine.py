@@ -1,0 +1,219 @@
+"""The pipeline engine against a single process and against plain PyTorch, with real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import PreparedData
+from fedpipe.distributed.env import ProcessEnv
+from tests.helpers.distributed import run_distributed
+from tests.helpers.tiny import tiny_config, tiny_data
+
+STEPS = 5
+ATOL = 2e-6
+"""float32: the order of sums may differ between a thread and a process, nothing else."""
+
+ONE_REPLICA = {"num_replicas": 1, "clients_per_round": 1}
+
+
+def _replica(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
+    from fedpipe.distributed.comm import Comm
+    from fedpipe.distributed.topology import Grid
+    from fedpipe.workflows.replica import Replica
+
+    grid = Grid.from_config(config)
+    comm = Comm(grid, env, bidirectional=config.pipeline.objective == "end_to_end")
+    return Replica(config, data, comm=comm)
+
+
+def _train(env: ProcessEnv, config: RunConfig, data: PreparedData, client_id: int = 0) -> Any:
+    """Train; return losses and gradient norms by stage, weights by name, ledger, gradients."""
+    replica = _replica(env, config, data)
+    results: dict[int, list[tuple[float | None, float]]] = {s: [] for s in replica.comm.stages}
+    replica.engine.train(
+        range(STEPS),
+        source=replica.training_source(client_id, start=0),
+        lr=lambda step: 1e-3,
+        on_step=lambda stage, r: results[stage].append((r.loss, r.grad_norm)),
+    )
+    weights = {
+        n: p.detach().numpy() for s in replica.stages for n, p in s.stage.named_parameters()
+    }
+    sent = {
+        (s.spec.stage_id, name): link.sent_bytes
+        for s in replica.stages
+        for name, link in (("fwd", s.links.activations_out), ("bwd", s.links.gradients_out))
+        if link is not None
+    }
+    replica.comm.close()
+    return results, weights, sent
+
+
+def _united(results: list[Any]) -> tuple[dict[int, Any], dict[str, Any], dict[Any, int]]:
+    losses, weights, sent = {}, {}, {}
+    for stage_losses, stage_weights, stage_sent in results:
+        losses |= stage_losses
+        weights |= stage_weights
+        sent |= stage_sent
+    return losses, weights, sent
+
+
+def _assert_equal(a: Any, b: Any, atol: float = ATOL) -> None:
+    assert a[0].keys() == b[0].keys()
+    for stage in a[0]:
+        for (loss_a, norm_a), (loss_b, norm_b) in zip(a[0][stage], b[0][stage], strict=True):
+            assert loss_a == loss_b if loss_a is None else abs(loss_a - loss_b) <= atol
+            assert abs(norm_a - norm_b) <= 10 * atol
+    assert a[1].keys() == b[1].keys()
+    for name in a[1]:
+        np.testing.assert_allclose(a[1][name], b[1][name], atol=10 * atol, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        {"cut": [2]},
+        {"cut": [1, 3], "local_head": "mlm+layer", "num_client_stages": 2},
+        {"cut": [0], "activation_checkpointing": True},
+        {"cut": [2], "objective": "end_to_end", "schedule": "1f1b"},
+        {"cut": [1, 3], "objective": "end_to_end", "schedule": "sequential"},
+    ],
+    ids=str,
+)
+def test_stages_in_processes_equal_stages_in_one_process(
+    pipeline: dict[str, Any], tmp_path: Path
+) -> None:
+    data = tiny_data(tmp_path)
+    spread = tiny_config(pipeline={**pipeline, "micro_batch_size": 2}, federation=ONE_REPLICA)
+    together = tiny_config(pipeline={**pipeline, "colocate": True}, federation=ONE_REPLICA)
+    many = _united(run_distributed(_train, spread.world_size, spread, data))
+    one = _united(run_distributed(_train, 1, together, data))
+    _assert_equal(many, one)
+    final = [loss for loss, _ in many[0][max(many[0])]]
+    assert final[-1] < final[0], "five steps lower the loss"
+
+
+def test_local_loss_sends_nothing_backwards(tmp_path: Path) -> None:
+    config = tiny_config(federation=ONE_REPLICA)
+    *_, sent = _united(run_distributed(_train, 2, config, tiny_data(tmp_path)))
+    hidden, targets = 2 * 16 * 32 * 4, 2 * 2 * 2 * 4
+    assert sent == {(0, "fwd"): STEPS * 3 * (hidden + targets)}
+
+
+def test_end_to_end_sends_one_gradient_per_activation(tmp_path: Path) -> None:
+    config = tiny_config(
+        pipeline={"objective": "end_to_end", "schedule": "1f1b"}, federation=ONE_REPLICA
+    )
+    *_, sent = _united(run_distributed(_train, 2, config, tiny_data(tmp_path)))
+    assert sent[1, "bwd"] == STEPS * 3 * 2 * 16 * 32 * 4
+
+
+def _plain_pytorch(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
+    """The unsplit transformers model, trained by a plain loop on the same batches."""
+    import torch
+
+    from fedpipe.models.stage import build_stage, masked_lm_class
+    from fedpipe.pipeline.optimizer import build_optimizer
+
+    replica = _replica(env, config, data)  # for its batches; one stage, not trained
+    model = masked_lm_class(replica.hf_config)(replica.hf_config)
+    stage, _ = build_stage(replica.specs[0], replica.hf_config, seed=config.seed)
+    model.load_state_dict(stage.state_dict())
+    optimizer = build_optimizer(model, config.optimizer)
+    source = replica.training_source(0, start=0)
+    losses = []
+    for step in range(STEPS):
+        total = 0.0
+        for micro_batch in range(config.pipeline.num_micro_batches):
+            ids, targets = source(step, micro_batch)
+            labels = torch.full_like(ids, -100).scatter(1, targets[0].long(), targets[1].long())
+            loss = model(input_ids=ids, labels=labels).loss / config.pipeline.num_micro_batches
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((total, float(norm)))
+    weights = {n: p.detach().numpy() for n, p in model.named_parameters()}
+    replica.comm.close()
+    return {0: losses}, weights, {}
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+@pytest.mark.parametrize("schedule", ["1f1b", "sequential"])
+def test_end_to_end_over_the_cut_equals_plain_pytorch(
+    schedule: str, family: str, tmp_path: Path
+) -> None:
+    data = tiny_data(tmp_path)
+    pipeline = {"objective": "end_to_end", "schedule": schedule, "cut": [1, 3]}
+    sections = {
+        "model": {"family": family},
+        "federation": ONE_REPLICA,
+        "optimizer": {"max_grad_norm": 0.0},  # each stage would clip by its own norm
+    }
+    config = tiny_config(pipeline=pipeline, **sections)
+    whole = tiny_config(pipeline={**pipeline, "cut": []}, **sections)
+    split = _united(run_distributed(_train, 3, config, data))
+    plain = _united(run_distributed(_plain_pytorch, 1, whole, data))
+    for (a, _), (b, _) in zip(split[0][2], plain[0][0], strict=True):
+        assert abs(a - b) <= ATOL
+    for name, expected in plain[1].items():
+        np.testing.assert_allclose(split[1][name], expected, atol=2e-5, err_msg=name)
+
+
+def _first_gradients(
+    env: ProcessEnv, config: RunConfig, data: PreparedData, scale: float
+) -> dict[str, Any]:
+    """Gradients of the first local step, the last stage's loss multiplied by ``scale``."""
+    replica = _replica(env, config, data)
+    gradients: dict[str, Any] = {}
+    for engine in replica.stages:
+        if engine.spec.is_last:
+            plain = engine.stage.loss
+            engine.stage.loss = lambda *a, f=plain, **k: f(*a, **k) * scale
+        step = engine.engine.step
+
+        def record(engine: Any = engine, step: Any = step) -> None:
+            for name, parameter in engine.stage.named_parameters():
+                gradients[name] = parameter.grad.clone().numpy()
+            step()
+
+        engine.engine.step = record
+    replica.engine.train(
+        range(1), source=replica.training_source(0, start=0), lr=lambda s: 1e-3,
+        on_step=lambda stage, result: None,
+    )  # fmt: skip
+    replica.comm.close()
+    return gradients
+
+
+def test_scaling_a_later_loss_changes_no_earlier_gradient(tmp_path: Path) -> None:
+    config = tiny_config(federation=ONE_REPLICA, optimizer={"max_grad_norm": 0.0})
+    data = tiny_data(tmp_path)
+    client, server = run_distributed(_first_gradients, 2, config, data, 1.0)
+    client_scaled, server_scaled = run_distributed(_first_gradients, 2, config, data, 1000.0)
+    for name in client:
+        np.testing.assert_array_equal(client[name], client_scaled[name], err_msg=name)
+    name = "lm_head.dense.weight"
+    np.testing.assert_allclose(server_scaled[name], 1000 * server[name], rtol=1e-3, atol=1e-3)
+
+
+def test_data_parallel_ranks_equal_one_rank_with_their_batches(tmp_path: Path) -> None:
+    data = tiny_data(tmp_path)
+    two = tiny_config(federation={**ONE_REPLICA, "data_parallel_degree": 2})
+    results = run_distributed(_train, 4, two, data)
+    wide = tiny_config(pipeline={"micro_batch_size": 4}, federation=ONE_REPLICA)
+    expected = _united(run_distributed(_train, 2, wide, data))
+    # The masks of a batch come from its first block, so only the split of batches can differ.
+    assert np.isfinite([loss for loss, _ in results[0][0][0]]).all()
+    for rank in (0, 2):
+        for name, weight in results[rank][1].items():
+            np.testing.assert_array_equal(weight, results[rank + 1][1][name], err_msg=name)
+    assert expected[1].keys() == (results[0][1] | results[2][1]).keys()
