@@ -72,16 +72,18 @@ class Pretraining:
         if comm.is_master():
             self._writer = MetricsWriter(setup.run_dir, tensorboard=self.config.log.tensorboard)
             self._writer.truncate(setup.checkpoint.metrics_offset if setup.checkpoint else 0)
-        if setup.checkpoint:
-            self.replica.load_checkpoint(setup.checkpoint)
-            self.position = setup.checkpoint.position
         self._records: list[dict[str, Any]] = []
-        self._ledger = self._sent()
+        self._sent_before = Counter(self._sent())
+        if setup.checkpoint:
+            self._sent_before.subtract(self.replica.load_checkpoint(setup.checkpoint))
+            self.position = setup.checkpoint.position
         self._first_step_after: float | None = None
 
     def train_round(self, round_id: int) -> None:
         """Train a cohort, average it, validate the result, record and save."""
         config = self.config
+        if round_id != self.position.round_id:
+            self._sent_before = Counter(self._sent())  # validation is not part of the ledger
         started = time.monotonic()
         turns = plan_round(config, round_id=round_id, blocks_per_client=self.blocks)
         first = self.position.step if round_id == self.position.round_id else 0
@@ -185,14 +187,10 @@ class Pretraining:
     def _record_round(
         self, turns: tuple[Turn, ...], round_id: int, *, started: float, sync: tuple[float, int]
     ) -> None:
-        sent = self._sent()
-        spent = Counter(sent)
-        spent.subtract(self._ledger)
-        self._ledger = sent
         gathered = self.comm.gather(
             {
                 "sync": sync,
-                "sent": dict(spent),
+                "sent": self._sent_in_round(),
                 "trace": self._traces() if round_id == 0 else [],
                 "first_step_s": self._first_step_after,
             }
@@ -233,7 +231,6 @@ class Pretraining:
         clients = [c for c in mine if self.data.valid[c].num_blocks]
         scores = self.replica.evaluate(clients, last_rounds=self._last_rounds(round_id + 1))
         gathered = self.comm.gather(scores)
-        self._ledger = self._sent()
         if gathered is None:
             return
         merged: dict[int, dict[int, tuple[float, int]]] = defaultdict(dict)
@@ -251,7 +248,7 @@ class Pretraining:
             offset = self._writer.offset
         self._checkpoints.save(
             position,
-            self.replica.checkpoint_files(mid_round=position.step > 0),
+            self.replica.checkpoint_files(sent=self._sent_in_round() if position.step else None),
             metrics_offset=offset,
         )
 
@@ -265,6 +262,9 @@ class Pretraining:
     def _last_rounds(self, before: int) -> list[int | None]:
         """By client id, the last round before ``before`` in which the client trained."""
         return last_rounds(self.config, before, blocks_per_client=self.blocks)
+
+    def _sent_in_round(self) -> dict[str, int]:
+        return {name: total - self._sent_before[name] for name, total in self._sent().items()}
 
     def _sent(self) -> dict[str, int]:
         """What this process has sent since it started, by ledger entry."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,15 +254,22 @@ class Replica:
 
     # -- checkpoints -------------------------------------------------------------------------
 
-    def checkpoint_files(self, *, mid_round: bool) -> dict[str, Callable[[Path], None]]:
-        """What this rank writes: global weights once per stage, and its own state in mid-round."""
+    def checkpoint_files(
+        self, *, sent: Mapping[str, int] | None
+    ) -> dict[str, Callable[[Path], None]]:
+        """What this rank writes: global weights once per stage, and its own state in mid-round.
+
+        Args:
+            sent: In mid-round, the ledger of the round so far; None between rounds.
+        """
         files: dict[str, Callable[[Path], None]] = {}
         if self.comm.replica == 0 and self.comm.data == 0:
             for stage_id, synchronizer in self.synchronizers.items():
                 weights = {n: t.contiguous() for n, t in synchronizer.global_state().items()}
                 files[stage_file(stage_id)] = lambda path, w=weights: save_file(w, path)
-        if mid_round:
+        if sent is not None:
             state = {
+                "sent": dict(sent),
                 "rng": torch.get_rng_state(),
                 "stages": {
                     engine.spec.stage_id: {
@@ -276,14 +283,18 @@ class Replica:
             files[f"rank_{self.comm.rank:05d}.pt"] = lambda path: torch.save(state, path)
         return files
 
-    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Take over global weights and, from a checkpoint in mid-round, this rank's own state."""
+    def load_checkpoint(self, checkpoint: Checkpoint) -> dict[str, int]:
+        """Take over global weights and, from a checkpoint in mid-round, this rank's own state.
+
+        Returns:
+            The ledger of the unfinished round; empty between rounds.
+        """
         for engine in self.stages:
             stage_id = engine.spec.stage_id
             weights = load_file(checkpoint.path / stage_file(stage_id), device=str(self.comm.device))
             self.synchronizers[stage_id].load_global_state(weights)
         if checkpoint.position.step == 0:
-            return
+            return {}
         path = checkpoint.path / f"rank_{self.comm.rank:05d}.pt"
         state = torch.load(path, map_location=self.comm.device, weights_only=True)
         for engine in self.stages:
@@ -295,6 +306,7 @@ class Replica:
             engine.load_optimizer_state(own["optimizer"])
             self.synchronizers[engine.spec.stage_id].load_partial_state(own["partial"])
         torch.set_rng_state(state["rng"].cpu())
+        return dict(state["sent"])
 
 
 def stage_file(stage_id: int) -> str:

@@ -22,7 +22,6 @@ from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.corpus import check_sources, prepare
 from fedpipe.errors import CheckpointError
-from fedpipe.workflows.plan import build_plan, render
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "submitit")
 
@@ -64,6 +63,8 @@ def set_up(
     Raises:
         FedPipeError: Anything a user can get wrong.
     """
+    from fedpipe.workflows.plan import build_plan, render
+
     started_at = time.monotonic()
     config, directory, resumed = _resolve(config_path, overrides, run_dir)
     load.check(config)

@@ -1,0 +1,247 @@
+"""Where prepared text is kept, under which key, and how it appears there all at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.sources import Source, data_files
+from fedpipe.data.tokenizer import FILES, TokenizerInfo
+from fedpipe.errors import CorpusError
+
+FORMAT = 1
+"""Raised with every change of what prepared files look like or how text becomes blocks."""
+
+# A file changed twice within the resolution of its time stamp would keep its old digest.
+_SETTLED_S = 2.0
+_KEY_LENGTH = 24
+
+
+def cache_root(config: RunConfig) -> Path:
+    """Find the cache directory and make it.
+
+    Args:
+        config: ``data.cache_dir``; empty means ``$XDG_CACHE_HOME/fedpipe``, else ~/.cache/fedpipe.
+
+    Returns:
+        An existing, writable directory.
+
+    Raises:
+        CorpusError: It cannot be made or written.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(config.data.cache_dir).absolute() if config.data.cache_dir else Path(base, "fedpipe")
+    with _writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    return root
+
+
+def content_digests(
+    sources: tuple[Source, ...], root: Path, *, progress: Callable[[int, int], None]
+) -> list[str]:
+    """Digest the content of every source; a file is read once per change.
+
+    A hub dataset has the fingerprint under which it was last opened, or none.
+
+    Args:
+        sources: What to digest.
+        root: The cache directory, which remembers digests by path, size and modification time.
+        progress: Called with the bytes done and in all.
+
+    Returns:
+        One digest per source.
+    """
+    files = {source: data_files(source) for source in sources}
+    total = sum(os.path.getsize(path) for paths in files.values() for path in paths)
+    done = 0
+    digests = []
+    for source, paths in files.items():
+        parts = [_recall_hub(source, root)] if source.kind == "hub" else []
+        for path in paths:
+            parts.append(_file_digest(source, path, root))
+            done += os.path.getsize(path)
+            progress(done, total)
+        digests.append(_digest(parts))
+    return digests
+
+
+def remember_hub(source: Source, fingerprint: str, root: Path) -> None:
+    """Keep the fingerprint of a hub dataset, so that the next run finds its prepared text."""
+    _write_memo(_memo(f"hub:{source.path}", root), {"digest": fingerprint})
+
+
+def cache_key(
+    config: RunConfig, *, tokenizer: TokenizerInfo, sources: tuple[Source, ...], digests: list[str]
+) -> str:
+    """Digest everything that prepared text depends on: content and settings, not paths.
+
+    Args:
+        config: The run.
+        tokenizer: Its folder's files are part of the key.
+        sources: Training and held-out sources.
+        digests: Their content.
+
+    Returns:
+        The name of the directory for this prepared text.
+    """
+    data = config.data
+    seeded = data.partition in ("iid", "dirichlet")
+    by_column = data.partition in ("column", "dirichlet")
+    folder = Path(tokenizer.directory)
+    settings = {
+        "format": FORMAT,
+        "sources": [[s.key, s.entry, s.kind, d] for s, d in zip(sources, digests, strict=True)],
+        "tokenizer": [
+            [name, hashlib.sha256((folder / name).read_bytes()).hexdigest()]
+            for name in FILES if (folder / name).is_file()
+        ],
+        "sequence_length": data.sequence_length,
+        "text_column": data.text_column,
+        "partition": data.partition,
+        "partition_column": data.partition_column if by_column else "",
+        "dirichlet_alpha": data.dirichlet_alpha if data.partition == "dirichlet" else 0,
+        "num_clients": config.federation.num_clients,
+        "seed": config.seed if seeded else 0,
+    }
+    return _digest(settings)[:_KEY_LENGTH]
+
+
+@contextmanager
+def building(root: Path, key: str) -> Iterator[Path]:
+    """Give a directory to fill that becomes ``root/prepared/key`` when the block ends well.
+
+    Whatever kills the process before the rename leaves only a directory under a temporary name,
+    which the next build removes. Of two processes that build the same key the first one's result
+    stays.
+
+    Args:
+        root: The cache directory.
+        key: Name of the finished directory; an incomplete one under that name is replaced.
+
+    Yields:
+        An empty directory on the same file system.
+
+    Raises:
+        CorpusError: The files cannot be written, for example because the disk is full.
+    """
+    home = root / "prepared"
+    with _writing(home):
+        home.mkdir(exist_ok=True)
+        _remove_abandoned(home)
+        prefix = f".building.{socket.gethostname()}.{os.getpid()}."
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
+        try:
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                _sync(path)
+            temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
+            _publish(temporary, home / key)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def discard(directory: Path) -> None:
+    """Take a damaged directory out of the cache, under its name at once."""
+    with _writing(directory):
+        doomed = Path(tempfile.mkdtemp(prefix=f".building.{socket.gethostname()}.{os.getpid()}.",
+                                       dir=directory.parent))
+        with suppress(FileNotFoundError):
+            directory.rename(doomed / "old")
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    try:
+        temporary.rename(final)
+    except OSError:
+        if not (final / "manifest.json").is_file():
+            raise
+    _sync(final.parent)
+
+
+def _remove_abandoned(home: Path) -> None:
+    """Delete what killed builds of this host left; other hosts' processes cannot be asked."""
+    host = socket.gethostname()
+    for path in home.glob(f".building.{host}.*"):
+        pid = path.name.removeprefix(f".building.{host}.").split(".")[0]
+        if not pid.isdigit() or Path(f"/proc/{pid}").exists():
+            continue
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CorpusError(
+            f"data.cache_dir: expected a writable directory, got {str(directory)!r}: "
+            f"{error.strerror or error}. Set data.cache_dir to a place with room."
+        ) from error
+
+
+def _file_digest(source: Source, path: str, root: Path) -> str:
+    status = os.stat(path)
+    stamp = [os.path.abspath(path), status.st_size, status.st_mtime_ns]
+    memo = _memo(stamp[0], root)
+    known = _read_memo(memo)
+    if known.get("stamp") == stamp:
+        return str(known["digest"])
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CorpusError(
+            f"{source.key}: expected a readable file, got {path!r}: {error.strerror}. "
+            "Check its permissions."
+        ) from error
+    if time.time() - status.st_mtime > _SETTLED_S:
+        _write_memo(memo, {"stamp": stamp, "digest": digest})
+    return digest
+
+
+def _recall_hub(source: Source, root: Path) -> str:
+    return str(_read_memo(_memo(f"hub:{source.path}", root)).get("digest", ""))
+
+
+def _memo(name: str, root: Path) -> Path:
+    return root / "content" / f"{_digest(name)[:_KEY_LENGTH]}.json"
+
+
+def _read_memo(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_memo(path: Path, content: dict[str, Any]) -> None:
+    with _writing(path.parent):
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.rename(path)
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

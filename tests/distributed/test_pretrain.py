@@ -1,0 +1,263 @@
+"""Rounds of federated pre-training with real processes: averaging, kept parts, resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedpipe.checkpoint import find_latest
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import PreparedData, save_manifest
+from fedpipe.distributed.env import ProcessEnv
+from fedpipe.metrics.writer import read_metrics
+from fedpipe.workflows.run_dir import RunSetup
+from tests.helpers.distributed import run_distributed
+from tests.helpers.tiny import tiny_config, tiny_data
+
+TIMES = ("seconds", "tokens_per_s", "sync_s")
+
+
+def _setup(config: RunConfig, data: PreparedData, run_dir: Path) -> RunSetup:
+    save_manifest(data, Path(data.directory))
+    run_dir.mkdir(exist_ok=True)
+    checkpoint, _ = find_latest(run_dir)
+    return RunSetup(
+        config=config,
+        run_dir=run_dir,
+        data_dir=data.directory,
+        checkpoint=checkpoint,
+        started_at=time.monotonic(),
+    )
+
+
+def _pretrain(env: ProcessEnv, setup: RunSetup, patch: Callable[[], None] | None = None) -> None:
+    from fedpipe.workflows.pretrain import pretrain
+
+    if patch:
+        patch()
+    pretrain(setup, env=env, emit=lambda kind, record: None)
+
+
+def _run(
+    config: RunConfig, data: PreparedData, run_dir: Path, patch: Callable[[], None] | None = None
+) -> list[dict[str, Any]]:
+    """Run to the end; return the records without wall times."""
+    run_distributed(_pretrain, config.world_size, _setup(config, data, run_dir), patch)
+    return _records(run_dir)
+
+
+def _records(run_dir: Path) -> list[dict[str, Any]]:
+    records = read_metrics(run_dir / "metrics.jsonl")
+    return [
+        {k: v for k, v in r.items() if k not in TIMES} for r in records if r["kind"] != "system"
+    ]
+
+
+def _losses(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return sorted(
+        (r["round"], r["step"], r["stage"], r["loss"])
+        for r in records
+        if r["kind"] == "step" and r["replica"] == 0
+    )
+
+
+def _everyone_reads_client_0() -> None:
+    from fedpipe.workflows.replica import Replica
+
+    original = Replica.training_source
+    Replica.training_source = lambda self, client_id, *, start: original(self, 0, start=start)
+
+
+def test_one_process_equals_stages_in_processes_equals_identical_replicas(tmp_path: Path) -> None:
+    data = tiny_data(tmp_path / "data", num_clients=4, identical=True)
+    federation = {"num_clients": 4, "clients_per_round": 1, "num_replicas": 1}
+    one = tiny_config(federation=federation, pipeline={"colocate": True})
+    stages = tiny_config(federation=federation)
+    replicas = tiny_config(federation=federation | {"num_replicas": 2, "clients_per_round": 2})
+    reference = _run(one, data, tmp_path / "one", _everyone_reads_client_0)
+    in_processes = _run(stages, data, tmp_path / "stages", _everyone_reads_client_0)
+    replicated = _run(replicas, data, tmp_path / "replicas", _everyone_reads_client_0)
+    assert len(_losses(reference)) == 2 * 3 * 2
+    for other in (in_processes, replicated):
+        np.testing.assert_allclose(_losses(other), _losses(reference), atol=2e-6)
+
+
+def _synchronize(env: ProcessEnv, config: RunConfig, data: PreparedData, weights: list[float]):  # type: ignore[no-untyped-def]
+    import torch
+
+    from fedpipe.distributed.comm import Comm
+    from fedpipe.distributed.topology import Grid
+    from fedpipe.workflows.replica import Replica
+
+    comm = Comm(Grid.from_config(config), env, bidirectional=False)
+    replica = Replica(config, data, comm=comm)
+    result = {}
+    for engine in replica.stages:
+        synchronizer = replica.synchronizers[engine.spec.stage_id]
+        first = {n: p.detach().clone() for n, p in engine.stage.named_parameters()}
+        if weights[comm.replica]:
+            with torch.no_grad():
+                for parameter in engine.stage.parameters():
+                    parameter.fill_(1.0 + comm.replica)
+            synchronizer.end_turn(weights[comm.replica])
+        synchronizer.synchronize()
+        kept = synchronizer.kept_state()
+        synchronizer.begin_turn(None)
+        result |= {
+            n: (p.detach().numpy().copy(), first[n].numpy(), n in kept)
+            for n, p in engine.stage.named_parameters()
+        }
+    comm.close()
+    return result
+
+
+def test_averaging_equals_the_weighted_mean_by_hand(tmp_path: Path) -> None:
+    config = tiny_config(federation={"num_replicas": 3, "clients_per_round": 3})
+    results = run_distributed(
+        _synchronize, 6, config, tiny_data(tmp_path), [0.25, 0.75, 0.0]
+    )  # the third replica is idle
+    for result in results:
+        for name, (mean, _, _) in result.items():
+            np.testing.assert_allclose(mean, 0.25 * 1.0 + 0.75 * 2.0, rtol=1e-6, err_msg=name)
+
+
+def test_parts_that_are_kept_start_from_the_first_values(tmp_path: Path) -> None:
+    average = {"embeddings": False, "server_layers": False}
+    config = tiny_config(federation={"average": average})
+    results = run_distributed(_synchronize, 4, config, tiny_data(tmp_path), [0.5, 0.5])
+    kept = {n for result in results for n, (*_, is_kept) in result.items() if is_kept}
+    assert {n.split(".layer.")[0] for n in kept} == {
+        "roberta.encoder",
+        *(n for n in kept if ".embeddings." in n),
+    }
+    assert all(int(n.split(".")[3]) >= 2 for n in kept if ".layer." in n)
+    for result in results:
+        for name, (value, first, is_kept) in result.items():
+            expected = first if is_kept else np.full_like(value, 1.5)
+            np.testing.assert_allclose(value, expected, rtol=1e-6, err_msg=name)
+
+
+def test_kept_parts_follow_the_client_to_another_replica(tmp_path: Path) -> None:
+    """Three clients on two replicas: in some round a client changes its replica."""
+    config = tiny_config(
+        federation={
+            "average": {"embeddings": False, "client_layers": False, "aux_head": False},
+            "num_rounds": 5, "clients_per_round": 2, "num_local_steps": 1,
+            "optimizer_state": "keep",
+        },
+        checkpoint={"keep_last": 5},
+        optimizer={"lr": 0.05, "warmup_ratio": 0.0, "decay": "constant"},
+    )  # fmt: skip
+    run_dir = tmp_path / "run"
+    records = _run(config, tiny_data(tmp_path / "data"), run_dir)
+    hosts: dict[int, set[int]] = {}
+    for record in records:
+        if record["kind"] == "step":
+            hosts.setdefault(record["client"], set()).add(record["replica"])
+    assert any(len(replicas) == 2 for replicas in hosts.values()), "the seed moves a client"
+    import torch
+
+    last = sorted((run_dir / "clients").glob("client_*/stage_00_*"))
+    assert len(last) >= len(hosts)
+    by_client: dict[str, list[Path]] = {}
+    for path in last:
+        by_client.setdefault(path.parent.name, []).append(path)
+    for paths in by_client.values():
+        newest = torch.load(paths[-1], weights_only=True)
+        turns = newest["optimizer"]["state"][0]["step"].item()
+        client = int(paths[0].parent.name.split("_")[1])
+        trained = sum(
+            r["kind"] == "step" and r["client"] == client and r["stage"] == 0 for r in records
+        )
+        assert turns == trained, "the optimizer has seen every step of its client, and no other"
+        assert not any(n.startswith("lm_head") for n in newest["kept"])
+
+
+def _stop_after(run_dir: Path, after: int) -> Callable[[], None]:
+    return _StopAfter(after)
+
+
+@dataclasses.dataclass
+class _StopAfter:
+    """Die by SIGKILL after some local steps of this rank."""
+
+    steps: int
+
+    def __call__(self) -> None:
+        import os
+        import signal
+
+        from fedpipe.pipeline.engine import StageEngine
+
+        original = StageEngine._optimizer_step
+        left = [self.steps]
+
+        def dying(engine: Any, cmd: Any) -> None:
+            original(engine, cmd)
+            left[0] -= 1
+            if left[0] == 0 and engine.spec.stage_id == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        from fedpipe.pipeline import schedule as ops
+
+        StageEngine._INSTRUCTION_MAP = StageEngine._INSTRUCTION_MAP | {ops.OptimizerStep: dying}
+
+
+@pytest.mark.parametrize("keep", ["reset", "keep"])
+@pytest.mark.parametrize("killed_after", [2, 5, 9])
+def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(
+    killed_after: int, keep: str, tmp_path: Path
+) -> None:
+    data = tiny_data(tmp_path / "data")
+    config = tiny_config(
+        model={"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+        federation={
+            "optimizer_state": keep, "clients_per_round": 3, "num_rounds": 3,
+            "average": {"embeddings": keep == "reset"},
+        },
+        checkpoint={"every_steps": 2},
+    )  # fmt: skip
+    undisturbed = _run(config, data, tmp_path / "undisturbed")
+    run_dir = tmp_path / "killed"
+    with pytest.raises(AssertionError, match="died silently|failed"):
+        _run(config, data, run_dir, _StopAfter(killed_after))
+    resumed = _run(config, data, run_dir)
+    assert resumed == undisturbed
+    finals = [
+        {f.name: load_file(f) for f in sorted(d.glob("checkpoints/round_000003/*.safetensors"))}
+        for d in (tmp_path / "undisturbed", run_dir)
+    ]
+    assert finals[0].keys() == finals[1].keys() and len(finals[0]) == 2
+    for file, tensors in finals[0].items():
+        for name, tensor in tensors.items():
+            np.testing.assert_array_equal(tensor, finals[1][file][name], err_msg=name)
+
+
+def test_the_ledger_of_a_local_loss_run_has_no_backward_byte(tmp_path: Path) -> None:
+    records = _run(tiny_config(), tiny_data(tmp_path / "data"), tmp_path / "run")
+    traffic = [r for r in records if r["kind"] == "traffic"]
+    hidden, targets = 2 * 16 * 32 * 4, 2 * 2 * 2 * 4
+    assert len(traffic) == 2
+    for record in traffic:
+        (edge,) = record["edges"]
+        assert edge["bytes_backward"] == edge["messages_backward"] == 0
+        assert edge["messages_forward"] == 2 * 3 * 3  # replicas x steps x micro-batches
+        assert edge["bytes_forward"] == 2 * 3 * 3 * (hidden + targets)
+        assert record["collectives"]["fedavg"] > 0
+
+
+def test_every_stage_is_validated_for_every_client(tmp_path: Path) -> None:
+    records = _run(tiny_config(), tiny_data(tmp_path / "data"), tmp_path / "run")
+    first, last = (r for r in records if r["kind"] == "eval")
+    for stage in (0, 1):
+        scores = last["stages"][stage]
+        assert scores["clients"].keys() == {"0", "1", "2"}
+        assert scores["worst_loss"] == max(scores["clients"].values())
+        assert scores["loss"] < first["stages"][stage]["loss"]
