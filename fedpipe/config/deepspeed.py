@@ -95,6 +95,9 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
                 f" {given[key]!r}. Remove it: batch sizes are the YAML's and are filled in."
             )
     quiet = {"steps_per_print": None, "wall_clock_breakdown": False}
+    if "torch_autocast" in given and "dtype" in given["torch_autocast"]:
+        # One spelling, torch's, of the several that DeepSpeed reads.
+        given["torch_autocast"]["dtype"] = "bfloat16"
     # 0.0 is no default: DeepSpeed's own is 1.0, and its norm sums over stages and clients.
     return {**quiet, **given, **batch, "gradient_clipping": 0.0}
 

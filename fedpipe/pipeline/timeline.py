@@ -1,9 +1,9 @@
 """Simulate any schedule: the ideal that a measured run is compared with.
 
 A discrete-event simulation of the very instruction streams that the engine executes, with the
-links' rules: receives block, the next receive is posted as soon as one is done, a message moves once
-it is sent *and* its receive is posted (a gloo send is a rendezvous), messages of an edge move one
-after the other, and a send waits only while ``in_flight`` earlier ones are pending.
+links' rules: receives block; ``in_flight`` of them are posted ahead; a message moves once it is
+sent *and* its receive is posted (a gloo send is a rendezvous); messages of an edge move one after
+the other; a send waits only while ``in_flight`` earlier ones are pending.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ class Timeline:
 class _Edge:
     """Messages from one stage to a neighbour, in order."""
 
+    posted_s: list[float]
+    """When each receive was posted."""
     sent_s: list[float] = field(default_factory=list)
-    posted_s: list[float] = field(default_factory=lambda: [0.0])
     arrived_s: list[float] = field(default_factory=list)
 
     def move(self, transfer_s: float) -> None:
@@ -135,7 +136,8 @@ def simulate(
         costs: One entry per stage.
         num_micro_batches: Micro-batches per local step.
         num_batches: Local steps to simulate, 2 or more; the first half is warm-up.
-        in_flight: Messages that may be pending per edge and direction before a send waits.
+        in_flight: Receives posted ahead, and messages pending before a send waits, per edge and
+            direction.
         transfer_s: Seconds a message is on the wire.
 
     Returns:
@@ -149,7 +151,10 @@ def simulate(
         for stage, cost in enumerate(costs)
     ]
     edges = {
-        (a, b): _Edge() for a in range(len(costs)) for b in (a - 1, a + 1) if 0 <= b < len(costs)
+        (a, b): _Edge(posted_s=[0.0] * in_flight)
+        for a in range(len(costs))
+        for b in (a - 1, a + 1)
+        if 0 <= b < len(costs)
     }
     progress = True
     while progress:
@@ -209,7 +214,7 @@ def _advance(
     here = stage.stage_id
     if isinstance(instruction, (RecvActivation, RecvGrad)):
         source = here - 1 if isinstance(instruction, RecvActivation) else here + 1
-        return _receive(stage, edges[source, here], transfer_s=transfer_s)
+        return _receive(stage, edges[source, here], in_flight=in_flight, transfer_s=transfer_s)
     if isinstance(instruction, (SendActivation, SendGrad)):
         target = here + 1 if isinstance(instruction, SendActivation) else here - 1
         return _send(stage, edges[here, target], in_flight=in_flight, transfer_s=transfer_s)
@@ -218,10 +223,10 @@ def _advance(
     return True
 
 
-def _receive(stage: _Stage, edge: _Edge, *, transfer_s: float) -> bool:
+def _receive(stage: _Stage, edge: _Edge, *, in_flight: int, transfer_s: float) -> bool:
     edge.move(transfer_s)
-    # One receive is posted when the stream starts, and one more whenever one is done.
-    index = len(edge.posted_s) - 1
+    # The first receives are posted when the stream starts, then one more whenever one is done.
+    index = len(edge.posted_s) - in_flight
     if index >= len(edge.arrived_s):
         return False
     stage.finish(max(stage.now_s, edge.arrived_s[index]))

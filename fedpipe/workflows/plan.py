@@ -1,0 +1,400 @@
+"""What a run will be, before anything starts: processes, stages, bytes, memory, ideal bubble.
+
+Arithmetic on the configuration alone; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+
+from fedpipe import __version__
+from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
+from fedpipe.config.model_shape import ModelShape, resolve
+from fedpipe.config.schema import AverageConfig, RunConfig
+from fedpipe.data.masking import num_masked
+from fedpipe.data.tokenizer import tokenizer_info
+from fedpipe.distributed.topology import Grid
+from fedpipe.metrics.format import bytes_text, count
+from fedpipe.models.split import StageRole, StageSpec, stage_specs
+from fedpipe.pipeline.schedule import SCHEDULES
+from fedpipe.pipeline.timeline import StageCost, simulate
+
+_FLOAT32 = 4
+"""Bytes of a weight, a gradient and each of Adam's moments."""
+_TARGET_BYTES = 2 * 4
+"""Per masked token on the wire: position and label, int32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """One stage and what it costs."""
+
+    spec: StageSpec
+    num_parameters: int
+    """A tied decoder counted once."""
+    averaged_parameters: int
+    """Those that FedAvg averages; the rest stays with its client."""
+    cost_share_pct: float
+    """Its part of all stages' FLOPs."""
+    state_bytes: int
+    """Weights, gradients, Adam's moments and FedAvg's global weights and sum, per rank."""
+    activation_bytes: int
+    """Activations of the micro-batches in flight, logits and messages, per rank; an estimate."""
+    fedavg_bytes: int
+    """What a rank sends per round in a ring all-reduce over the replicas."""
+    gradient_bytes: int
+    """What a rank sends per local step to average gradients inside its client."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IdealPlan:
+    """What the simulator says of one schedule."""
+
+    bubble_pct: float
+    step_flops: float
+    """Length of a local step, in the FLOPs that one stage does meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything that ``render`` shows."""
+
+    config: RunConfig
+    grid: Grid
+    shape: ModelShape
+    stages: tuple[StagePlan, ...]
+    num_masked: int
+    """Masked tokens per sequence."""
+    wire_dtype: str
+    bytes_forward: int
+    """Per edge, local step and replica, over its data-parallel ranks."""
+    bytes_backward: int
+    """Likewise; 0 with local losses."""
+    target_bytes: int
+    """The part of ``bytes_forward`` that is positions and labels."""
+    ideal: dict[str, IdealPlan]
+    """By schedule; streaming has a head on every stage, the others on the last."""
+
+
+def build_plan(config: RunConfig) -> Plan:
+    """Work out a run.
+
+    Args:
+        config: A checked configuration.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: Model and vocabulary disagree.
+        CorpusError: The tokenizer cannot be read.
+    """
+    length = config.data.sequence_length
+    vocab_size = tokenizer_info(config).vocab_size
+    shape = resolve(config.model, vocab_size=vocab_size, sequence_length=length)
+    masked = num_masked(length, config.data.mask_probability)
+    autocast = autocast_dtype(deepspeed_config(config))
+    pipeline = config.pipeline
+    blocks = config.blocks_per_step
+    hidden_bytes = blocks * length * shape.hidden_size * (2 if autocast else 4)
+    target_bytes = blocks * masked * _TARGET_BYTES
+    has_edges = pipeline.num_stages > 1
+    backward = pipeline.objective == "end_to_end" and has_edges
+    return Plan(
+        config=config,
+        grid=Grid.from_config(config),
+        shape=shape,
+        stages=_stages(config, shape, num_masked=masked, activation_size=2 if autocast else 4),
+        num_masked=masked,
+        wire_dtype=autocast or "float32",
+        bytes_forward=hidden_bytes + target_bytes if has_edges else 0,
+        bytes_backward=hidden_bytes if backward else 0,
+        target_bytes=target_bytes if has_edges else 0,
+        ideal={name: _ideal(name, config, shape, num_masked=masked) for name in SCHEDULES},
+    )
+
+
+# ------------------------------------------------------------------------------------- the numbers
+
+
+def _stages(
+    config: RunConfig, shape: ModelShape, *, num_masked: int, activation_size: int
+) -> tuple[StagePlan, ...]:
+    specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
+    costs = [_cost(spec, config, shape, num_masked=num_masked) for spec in specs]
+    flops = [cost.forward_s + cost.backward_s + cost.head_s for cost in costs]
+    replicas, data = config.federation.num_replicas, config.federation.data_parallel_degree
+    sharded = deepspeed_config(config).get("zero_optimization", {}).get("stage", 0) > 0
+    plans = []
+    for spec, stage_flops in zip(specs, flops, strict=True):
+        parts = _parts(spec, shape)
+        parameters = sum(parts.values())
+        averaged = sum(n for part, n in parts.items() if _is_averaged(part, config))
+        moments = ceil(2 * parameters / data) if sharded else 2 * parameters
+        # FedAvg keeps the round's global weights beside the stage's own, and the running sum.
+        state = _FLOAT32 * (3 * parameters + moments + averaged)
+        plans.append(
+            StagePlan(
+                spec=spec,
+                num_parameters=parameters,
+                averaged_parameters=averaged,
+                cost_share_pct=100.0 * stage_flops / sum(flops),
+                state_bytes=state,
+                activation_bytes=_activation_bytes(
+                    spec, config, shape, num_masked=num_masked, element=activation_size
+                ),
+                fedavg_bytes=2 * (replicas - 1) * averaged * _FLOAT32 // replicas,
+                gradient_bytes=2 * (data - 1) * parameters * _FLOAT32 // data,
+            )
+        )
+    return tuple(plans)
+
+
+def _parts(spec: StageSpec, shape: ModelShape) -> dict[str, int]:
+    """Parameters by the switch of ``federation.average`` that they obey."""
+    layers = "client_layers" if spec.role is StageRole.CLIENT else "server_layers"
+    parts = {layers: spec.num_layers * shape.layer_parameters()}
+    if spec.is_first:
+        parts["embeddings"] = shape.embedding_parameters()
+    if spec.is_last:
+        parts["final_head"] = shape.head_parameters(tied=False)
+    elif spec.has_head:
+        # Only the first stage has a word embedding that its auxiliary decoder can share.
+        parts["aux_head"] = shape.head_parameters(tied=spec.is_first)
+        if spec.head == "mlm+layer":
+            parts["aux_head"] += shape.layer_parameters()
+    return parts
+
+
+def _is_averaged(part: str, config: RunConfig) -> bool:
+    average: AverageConfig = config.federation.average
+    return bool(getattr(average, part))
+
+
+def _cost(spec: StageSpec, config: RunConfig, shape: ModelShape, *, num_masked: int) -> StageCost:
+    """FLOPs of one micro-batch; a backward pass is two forwards, three where it recomputes."""
+    length, batch = config.data.sequence_length, config.pipeline.micro_batch_size
+    layer = float(shape.layer_flops_per_token(length) * batch * length)
+    backward = 3.0 if config.pipeline.activation_checkpointing else 2.0
+    head = 0.0
+    if spec.has_head:
+        head = 3.0 * shape.head_flops_per_token() * batch * num_masked
+        head += 3.0 * layer if spec.head == "mlm+layer" else 0.0
+    return StageCost(
+        forward_s=spec.num_layers * layer,
+        backward_s=spec.num_layers * layer * backward,
+        head_s=head,
+    )
+
+
+def _ideal(schedule: str, config: RunConfig, shape: ModelShape, *, num_masked: int) -> IdealPlan:
+    pipeline = config.pipeline
+    if schedule == "streaming":
+        pipeline = replace(pipeline, objective="local_loss", schedule="streaming")
+    else:
+        pipeline = replace(pipeline, objective="end_to_end", schedule="1f1b")
+    specs = stage_specs(pipeline, num_hidden_layers=shape.num_hidden_layers)
+    timeline = simulate(
+        schedule,
+        [_cost(spec, config, shape, num_masked=num_masked) for spec in specs],
+        num_micro_batches=pipeline.num_micro_batches,
+        num_batches=4,
+        in_flight=pipeline.in_flight,
+    )
+    return IdealPlan(bubble_pct=timeline.bubble_pct, step_flops=timeline.step_s)
+
+
+def _activation_bytes(
+    spec: StageSpec, config: RunConfig, shape: ModelShape, *, num_masked: int, element: int
+) -> int:
+    """Tensors that the backward pass needs, per layer and token ``9 D + 2 F + 2.5 h T`` elements.
+
+    Source: Korthikanti et al. 2022, section 4.1, https://arxiv.org/abs/2205.05198, for a
+    feed-forward width F; h T is one row of the attention of h heads over T tokens.
+    """
+    pipeline, length = config.pipeline, config.data.sequence_length
+    hidden, tokens = shape.hidden_size, pipeline.micro_batch_size * length
+    attention = 2.5 * shape.num_attention_heads * length
+    layer = tokens * (9 * hidden + 2 * shape.intermediate_size + attention)
+    own = spec.num_layers * layer
+    if pipeline.activation_checkpointing:
+        own = spec.num_layers * tokens * hidden + (layer if spec.num_layers else 0)
+    own += 3 * tokens * hidden if spec.is_first else 0
+    # 1F1B runs ahead by the stages behind this one; the other schedules hold one micro-batch.
+    ahead = spec.num_stages - spec.stage_id if pipeline.schedule == "1f1b" else 1
+    held = min(ahead, pipeline.num_micro_batches) * own * element
+    masked = pipeline.micro_batch_size * num_masked
+    # Scores and their gradient are float32 also under autocast.
+    head = float(masked * (2 * shape.vocab_size + 6 * hidden) * _FLOAT32 if spec.has_head else 0)
+    head += layer * element if spec.head == "mlm+layer" else 0
+    edges = (not spec.is_first) + (not spec.is_last)
+    return ceil(held + head + edges * pipeline.in_flight * tokens * hidden * element)
+
+
+# --------------------------------------------------------------------------------------- the text
+
+
+def render(plan: Plan) -> str:
+    """Return the plan as lines of text.
+
+    Args:
+        plan: What ``build_plan`` worked out.
+
+    Returns:
+        A headline and one or more indented lines per subject; no newline at the end.
+    """
+    rows = [
+        *_model_row(plan),
+        *_stage_rows(plan),
+        *_batch_rows(plan),
+        *_traffic_rows(plan),
+        *_memory_rows(plan),
+        *_ideal_rows(plan),
+        *_client_rows(plan),
+    ]
+    width = max(len(middle) for _, middle, _ in rows)
+    lines = [f"  {name:<8} {middle:<{width}}  {end}".rstrip() for name, middle, end in rows]
+    return "\n".join([_headline(plan), *lines])
+
+
+_Row = tuple[str, str, str]
+
+
+def _headline(plan: Plan) -> str:
+    federation, stages = plan.config.federation, plan.config.pipeline.num_stages
+    parts = f"{count(federation.num_replicas, 'replica')} x {count(stages, 'stage')}"
+    if plan.grid.colocate:
+        parts += " as threads"
+    processes = count(plan.grid.world_size, "process").replace("processs", "processes")
+    degree = federation.data_parallel_degree
+    return f"fedpipe {__version__}  {plan.config.name}  {processes} = {parts} x {degree} data"
+
+
+def _model_row(plan: Plan) -> list[_Row]:
+    shape = plan.shape
+    sizes = (
+        f"{shape.family}, {count(shape.num_hidden_layers, 'layer')} x {shape.hidden_size},"
+        f" {count(shape.num_attention_heads, 'head')}, feed-forward {shape.intermediate_size}"
+    )
+    positions = f"{shape.vocab_size:,} tokens, {shape.max_position_embeddings:,} positions"
+    return [("model", sizes, positions)]
+
+
+def _stage_rows(plan: Plan) -> list[_Row]:
+    contents = [", ".join(stage.spec.contents) or "nothing" for stage in plan.stages]
+    width = max(len(text) for text in contents)
+    rows = []
+    for stage, text in zip(plan.stages, contents, strict=True):
+        millions = f"{stage.num_parameters / 1e6:,.1f}"
+        share = f"{millions:>8} M parameters  {stage.cost_share_pct:5.1f} % of the compute"
+        middle = f"{stage.spec.role.value:<7}  {text:<{width}}"
+        rows.append((f"stage {stage.spec.stage_id}", middle, share))
+    return rows
+
+
+def _batch_rows(plan: Plan) -> list[_Row]:
+    pipeline, federation, data = plan.config.pipeline, plan.config.federation, plan.config.data
+    sequences = plan.config.blocks_per_step
+    batch = (
+        f"{sequences} sequences = {pipeline.num_micro_batches} micro-batches x"
+        f" {pipeline.micro_batch_size} x {federation.data_parallel_degree} data"
+    )
+    tokens = f"{data.sequence_length} tokens per sequence, {plan.num_masked} masked"
+    if federation.num_local_epochs > 0:
+        length, total = f"{federation.num_local_epochs:g} local epochs", ""
+    else:
+        length = count(federation.num_local_steps, "local step")
+        seen = sequences * data.sequence_length * federation.num_local_steps
+        seen *= federation.clients_per_round * federation.num_rounds
+        total = f", {seen:,} tokens in all"
+    cohort = f"{count(federation.num_clients, 'client')}, {federation.clients_per_round} per round"
+    rounds = f"{count(federation.num_rounds, 'round')}{total}{_idle(plan)}"
+    return [("batch", batch, tokens), ("round", f"{cohort}, {length}", rounds)]
+
+
+def _idle(plan: Plan) -> str:
+    federation = plan.config.federation
+    idle = -federation.clients_per_round % federation.num_replicas
+    if not idle:
+        return ""
+    turns = ceil(federation.clients_per_round / federation.num_replicas)
+    return f", {count(idle, 'replica')} idle in turn {turns} of {turns}"
+
+
+def _traffic_rows(plan: Plan) -> list[_Row]:
+    average = [bytes_text(stage.fedavg_bytes) for stage in plan.stages]
+    rows = [
+        (
+            "traffic",
+            f"{bytes_text(plan.bytes_forward)} forward, {bytes_text(plan.bytes_backward)} backward",
+            f"per edge, local step and replica, {plan.wire_dtype}",
+        ),
+        ("fedavg", _per_stage(average), "sent per stage, rank and round"),
+    ]
+    if plan.config.federation.data_parallel_degree > 1:
+        gradients = [bytes_text(stage.gradient_bytes) for stage in plan.stages]
+        rows.append(("data", _per_stage(gradients), "gradients sent per stage, rank and step"))
+    return rows
+
+
+def _memory_rows(plan: Plan) -> list[_Row]:
+    total = [bytes_text(stage.state_bytes + stage.activation_bytes) for stage in plan.stages]
+    largest = max(stage.state_bytes for stage in plan.stages)
+    if plan.grid.colocate:
+        everything = sum(stage.state_bytes + stage.activation_bytes for stage in plan.stages)
+        return [("memory", bytes_text(everything), "per rank (all stages), estimated")]
+    return [
+        (
+            "memory",
+            _per_stage(total),
+            f"per rank, estimated, of it weights and optimizer {bytes_text(largest)} at most",
+        )
+    ]
+
+
+def _ideal_rows(plan: Plan) -> list[_Row]:
+    own = plan.config.pipeline.schedule
+    others = [name for name in SCHEDULES if name != own]
+    mine = f"{own}: bubble {plan.ideal[own].bubble_pct:.1f} %"
+    rest = ", ".join(f"{name}: {plan.ideal[name].bubble_pct:.1f} %" for name in others)
+    return [("ideal", mine, f"{rest} (bubbles with every stage on a device of its own)")]
+
+
+def _client_rows(plan: Plan) -> list[_Row]:
+    federation, pipeline = plan.config.federation, plan.config.pipeline
+    rows: list[_Row] = []
+    if pipeline.num_client_stages < pipeline.num_stages:
+        hidden = plan.bytes_forward - plan.target_bytes
+        rows.append(
+            (
+                "leaves",
+                f"{bytes_text(hidden)} activations, {bytes_text(plan.target_bytes)} positions and"
+                " labels",
+                "of a client, per local step",
+            )
+        )
+    weights = sum(
+        stage.averaged_parameters * _FLOAT32
+        for stage in plan.stages
+        if stage.spec.role is StageRole.CLIENT
+    )
+    kept = [
+        field
+        for field in ("embeddings", "client_layers", "aux_head", "server_layers", "final_head")
+        if not getattr(federation.average, field)
+    ]
+    stays = f"stays: text, {', '.join(kept)}" if kept else "stays: text"
+    rows.append(("leaves", f"{bytes_text(weights)} weights of the client's stages", stays))
+    return rows
+
+
+def _per_stage(values: list[str]) -> str:
+    """Equal neighbours are written once: ``1.0 GiB, 6 x 2.0 GiB, 1.5 GiB``."""
+    runs: list[tuple[int, str]] = []
+    for value in values:
+        if runs and runs[-1][1] == value:
+            runs[-1] = (runs[-1][0] + 1, value)
+        else:
+            runs.append((1, value))
+    return ", ".join(value if times == 1 else f"{times} x {value}" for times, value in runs)
