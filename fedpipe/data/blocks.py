@@ -118,8 +118,8 @@ def is_complete(prepared: PreparedData) -> bool:
         path = Path(shard.path)
         if not path.is_file() or path.stat().st_size != size:
             return False
-    needed = (Path(prepared.directory, TOKEN_COUNTS), Path(prepared.tokenizer_dir, "tokenizer.json"))
-    return all(path.is_file() for path in needed)
+    counts = Path(prepared.directory, TOKEN_COUNTS)
+    return counts.is_file() and Path(prepared.tokenizer_dir, "tokenizer.json").is_file()
 
 
 def token_counts(prepared: PreparedData) -> NDArray[np.int64]:

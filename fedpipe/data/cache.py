@@ -39,8 +39,8 @@ def cache_root(config: RunConfig) -> Path:
     Raises:
         CorpusError: It cannot be made or written.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = Path(config.data.cache_dir).absolute() if config.data.cache_dir else Path(base, "fedpipe")
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fedpipe")
+    root = Path(config.data.cache_dir or usual).absolute()
     with _writing(root):
         root.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=root).close()
@@ -201,8 +201,9 @@ def _writing(directory: Path) -> Iterator[None]:
 
 def _file_digest(source: Source, path: str, root: Path) -> str:
     status = os.stat(path)
-    stamp = [os.path.abspath(path), status.st_size, status.st_mtime_ns]
-    memo = _memo(stamp[0], root)
+    location = os.path.abspath(path)
+    stamp = [location, status.st_size, status.st_mtime_ns]
+    memo = _memo(location, root)
     known = _read_memo(memo)
     if known.get("stamp") == stamp:
         return str(known["digest"])

@@ -1,4 +1,4 @@
-"""Documents to token blocks on disk: tokenised in parallel, packed per client, written in passing."""
+"""Documents to token blocks on disk: tokenised in parallel, packed per client."""
 
 from __future__ import annotations
 
@@ -137,7 +137,9 @@ def pack(
             if len(owners) < len(texts):
                 break
             kept = [index for index in range(len(texts)) if owners[index] != IGNORED]
-            encodings = encoder.encode_batch_fast([texts[i] for i in kept], add_special_tokens=False)
+            encodings = encoder.encode_batch_fast(
+                [texts[index] for index in kept], add_special_tokens=False
+            )
             for index, encoding in zip(kept, encodings, strict=True):
                 ids = np.array(encoding.ids, dtype=np.uint32)
                 streams[owners[index]].add(ids)
@@ -147,8 +149,8 @@ def pack(
             progress(done)
     if done != len(clients):
         raise CorpusError(
-            f"data: expected {len(clients)} documents as in the first reading, got {done}: the text "
-            "changed meanwhile. Start again."
+            f"data: expected {len(clients)} documents as in the first reading, got {done}. "
+            "Start again, and leave the files alone meanwhile."
         )
     counts[list(tokenizer.special_ids)] = 0
     return Packed(streams=streams, token_counts=counts)

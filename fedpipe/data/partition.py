@@ -25,7 +25,7 @@ class Documents:
     """What a partition must know about the documents of a split, in corpus order."""
 
     codes: NDArray[np.int32]
-    """(documents,) index into ``values``; for ``paths`` the index of the entry; for ``iid`` zeros."""
+    """(documents,) index into ``values``; for ``paths`` the entry's index, for ``iid`` zeros."""
     values: tuple[str, ...]
     """Distinct values of the column; empty without one."""
     sizes: tuple[int, ...]
@@ -154,7 +154,8 @@ def _draw(
     bounds = np.searchsorted(codes[order], np.arange(len(shares) + 1))
     for code in range(len(shares)):
         chosen = order[bounds[code] : bounds[code + 1]]
-        clients[chosen] = np.searchsorted(limits[code], draws[chosen] * limits[code, -1], side="right")
+        points = draws[chosen] * limits[code, -1]
+        clients[chosen] = np.searchsorted(limits[code], points, side="right")
     return np.minimum(clients, shares.shape[1] - 1).astype(np.int32)
 
 

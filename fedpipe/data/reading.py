@@ -82,7 +82,7 @@ def read(
 
 
 def open_dataset(source: Source) -> Dataset | IterableDataset:
-    """Open a Parquet file (streamed), a folder (memory-mapped) or a hub dataset (cached by the hub).
+    """Open a Parquet file (streamed), a folder or a hub dataset (both memory-mapped).
 
     Args:
         source: Not a text file.
@@ -123,8 +123,8 @@ def _read_rows(source: Source, columns: Columns) -> Iterator[Document]:
             batch: dict[str, list[Any]] | None = next(batches, None)
         except (OSError, ValueError) as error:
             raise CorpusError(
-                f"{source.key}: expected readable rows after row {first_row - 1} of {source.path!r}, "
-                f"got {_one_line(error)}. Write the file again."
+                f"{source.key}: expected readable rows in {source.path!r}, got a fault after row "
+                f"{first_row - 1}: {_one_line(error)}. Write the file again."
             ) from error
         if batch is None:
             return

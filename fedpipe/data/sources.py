@@ -140,8 +140,8 @@ def folder_files(source: Source) -> tuple[str, ...]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CorpusError(
-            f"{source.key}: expected the file {missing[0]} in {source.path!r} (its state.json names "
-            "it), got none. Save the dataset again."
+            f"{source.key}: expected the file {missing[0]} (see state.json) in {source.path!r}, "
+            "got none. Save the dataset again."
         )
     return tuple(str(file) for file in files)
 
@@ -178,7 +178,7 @@ def _kind(key: str, path: str) -> Kind:
     if suffix is None:
         raise CorpusError(
             f"{key}: expected a file ending in {', '.join(_KINDS)}, or a save_to_disk folder, "
-            f"got {path!r}. Convert it, for example with datasets.load_dataset(...).save_to_disk(DIR)."
+            f"got {path!r}. Convert it, for example with load_dataset(...).save_to_disk(DIR)."
         )
     if Path(path).stat().st_size == 0:
         raise CorpusError(f"{key}: expected text, got the empty file {path!r}. "

@@ -61,11 +61,12 @@ def tokenizer_info(config: RunConfig) -> TokenizerInfo:
     Raises:
         CorpusError: No readable tokenizer.json, or no cls, sep, mask or pad token in it.
     """
-    folder = SAMPLES / "tokenizer" if config.data.tokenizer == PACKAGED else Path(config.data.tokenizer)
+    named = config.data.tokenizer
+    folder = SAMPLES / "tokenizer" if named == PACKAGED else Path(named)
     if not (folder / "tokenizer.json").is_file():
         raise CorpusError(
             f"data.tokenizer: expected a folder with a tokenizer.json, got {str(folder)!r}. "
-            "Save one with AutoTokenizer.from_pretrained(NAME).save_pretrained(DIR), or use packaged."
+            "Save one with AutoTokenizer.from_pretrained(NAME).save_pretrained(DIR)."
         )
     content = _read_json(folder / "tokenizer.json")
     added = content.get("added_tokens") or []

@@ -7,8 +7,10 @@ import fcntl
 import math
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -28,6 +30,9 @@ from fedpipe.metrics.samples import samples_text
 from fedpipe.workflows.run_dir import RunSetup, set_up
 
 EXIT_DONE, EXIT_INTERRUPTED = 0, 75
+REPORT_S = 2.0
+"""After a rank has failed, how long the others may say why before all are stopped."""
+_LOST_PEER = re.compile(r"Connection (closed|reset)|BrokenPipe|Broken pipe|peer")
 
 
 class Interrupted(Exception):
@@ -148,8 +153,9 @@ def _watch(
 ) -> None:
     errors: dict[int, str] = {}
     open_pipes = dict(pipes)
-    while open_pipes:
-        for pipe in wait(list(open_pipes)):
+    deadline: float | None = None  # after a failure, the time until which others may report
+    while open_pipes and (deadline is None or time.monotonic() < deadline):
+        for pipe in wait(list(open_pipes), timeout=None if deadline is None else 0.1):
             assert isinstance(pipe, Connection)
             rank = open_pipes[pipe]
             try:
@@ -157,31 +163,31 @@ def _watch(
             except EOFError:
                 del open_pipes[pipe]
                 processes[rank].join()
-                if processes[rank].exitcode != 0:
-                    raise _failure(rank, errors, processes, grid=grid, setup=setup) from None
+                if processes[rank].exitcode != 0 and deadline is None:
+                    deadline = time.monotonic() + REPORT_S
                 continue
             if kind == "error":
                 errors[rank] = record
-            elif kind in shows:
+            elif kind in shows and deadline is None:
                 shows[kind](record)
+    if deadline is not None:
+        raise _failure(errors, processes, grid=grid, setup=setup)
 
 
 def _failure(
-    rank: int,
-    errors: dict[int, str],
-    processes: list[BaseProcess],
-    *,
-    grid: Grid,
-    setup: RunSetup,
+    errors: dict[int, str], processes: list[BaseProcess], *, grid: Grid, setup: RunSetup
 ) -> LaunchError:
-    """Name the rank, its place and its log."""
+    """Name the rank that failed first by cause: its neighbours only lost their connection."""
+    failed = [r for r, p in enumerate(processes) if p.exitcode not in (None, 0)]
+    killed = [r for r in failed if r not in errors]
+    original = [r for r in failed if not _LOST_PEER.search(errors.get(r, ""))]
+    rank = next(iter(killed or original or failed))
     stages, replica, _ = grid.coordinates(rank)
     code = processes[rank].exitcode or 0
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    reason = errors.get(rank, how)
     stage = ", ".join(map(str, stages))
     return LaunchError(
-        f"rank {rank} (stage {stage}, replica {replica}) failed: {reason}. "
+        f"rank {rank} (stage {stage}, replica {replica}) failed: {errors.get(rank, how)}. "
         f"Full log: {setup.run_dir / 'logs' / f'rank_{rank:05d}.log'}. "
         f"Resume with: fedpipe pretrain --run-dir {setup.run_dir}"
     )

@@ -43,7 +43,7 @@ def run_worker(setup: RunSetup, env: ProcessEnv, pipe: Connection) -> None:
         pipe.send((kind, record))
 
     try:
-        pretrain(setup, env=env, emit=emit)
+        pretrain(setup, config=setup.config, env=env, emit=emit)
         if env.rank == 0:
             emit("note", "writing the model folder and the report")
             finish(setup)

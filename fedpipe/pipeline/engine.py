@@ -107,6 +107,8 @@ class StageEngine:
         self.stage, self.links, self.device = stage.to(device), links, device
         self.spec = stage.spec
         self._pipeline = pipeline
+        self.schedule: str = pipeline.schedule
+        """A name in ``SCHEDULES``; may change between calls, within the stage's objective."""
         zero = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
         self._max_grad_norm = max_grad_norm
         self._zero = zero > 0
@@ -151,7 +153,7 @@ class StageEngine:
         """
         self._begin(len(steps) * self._pipeline.num_micro_batches, source, train=True)
         stream = list(
-            ops.SCHEDULES[self._pipeline.schedule](
+            ops.SCHEDULES[self.schedule](
                 self.spec.stage_id,
                 num_stages=self.spec.num_stages,
                 num_micro_batches=self._pipeline.num_micro_batches,
@@ -232,6 +234,8 @@ class StageEngine:
             started = time.monotonic()
             self._INSTRUCTION_MAP[type(instruction)](self, instruction)
             if tracing:
+                if self.device.type == "cuda":  # kernels run on after their launch
+                    torch.cuda.synchronize(self.device)
                 micro_batch = getattr(instruction, "micro_batch", 0)
                 self.trace.events.append(
                     (instruction.trace_name, micro_batch, self._step, started, time.monotonic())

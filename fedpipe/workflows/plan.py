@@ -348,7 +348,7 @@ def _memory_rows(plan: Plan) -> list[_Row]:
         (
             "memory",
             _per_stage(total),
-            f"per rank, estimated, of it weights and optimizer {bytes_text(largest)} at most",
+            f"per rank, estimated; {bytes_text(largest)} of it weights and optimizer",
         )
     ]
 
@@ -358,7 +358,7 @@ def _ideal_rows(plan: Plan) -> list[_Row]:
     others = [name for name in SCHEDULES if name != own]
     mine = f"{own}: bubble {plan.ideal[own].bubble_pct:.1f} %"
     rest = ", ".join(f"{name}: {plan.ideal[name].bubble_pct:.1f} %" for name in others)
-    return [("ideal", mine, f"{rest} (bubbles with every stage on a device of its own)")]
+    return [("ideal", mine, rest)]
 
 
 def _client_rows(plan: Plan) -> list[_Row]:
@@ -374,18 +374,12 @@ def _client_rows(plan: Plan) -> list[_Row]:
                 "of a client, per local step",
             )
         )
-    weights = sum(
-        stage.averaged_parameters * _FLOAT32
-        for stage in plan.stages
-        if stage.spec.role is StageRole.CLIENT
-    )
-    kept = [
-        field
-        for field in ("embeddings", "client_layers", "aux_head", "server_layers", "final_head")
-        if not getattr(federation.average, field)
-    ]
-    stays = f"stays: text, {', '.join(kept)}" if kept else "stays: text"
-    rows.append(("leaves", f"{bytes_text(weights)} weights of the client's stages", stays))
+    own = [stage for stage in plan.stages if stage.spec.role is StageRole.CLIENT]
+    weights = bytes_text(sum(stage.averaged_parameters for stage in own) * _FLOAT32)
+    rows.append(("leaves", f"{weights} weights of the client's stages", "of a client, per round"))
+    parts = {part for stage in own for part in _parts(stage.spec, plan.shape)}
+    kept = sorted(part for part in parts if not getattr(federation.average, part))
+    rows.append(("stays", ", ".join(["text", *kept]), "with the client"))
     return rows
 
 

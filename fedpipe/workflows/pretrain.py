@@ -33,26 +33,34 @@ TRACED_STEPS = range(2, 6)
 """Local steps of the first round whose instructions are timed for the timeline."""
 
 
-def pretrain(setup: RunSetup, *, env: ProcessEnv, emit: Emit) -> None:
+def pretrain(
+    setup: RunSetup | None, *, config: RunConfig, env: ProcessEnv, emit: Emit
+) -> RunSetup:
     """Train, average, validate and save until all rounds are done.
 
     Args:
-        setup: What ``set_up`` found.
+        setup: What ``set_up`` found; None on ranks that get it from rank 0.
+        config: The run's configuration.
         env: This process' place in the run.
         emit: Told of every step, round and validation.
 
+    Returns:
+        The setup.
+
     Collective: every process of the run.
     """
-    config = setup.config
     comm = Comm(
         Grid.from_config(config), env, bidirectional=config.pipeline.objective == "end_to_end"
     )
     try:
+        setup = comm.broadcast(setup)
+        assert setup is not None, "rank 0 has the setup"
         run = Pretraining(setup, comm=comm, emit=emit)
         for round_id in range(run.position.round_id, config.federation.num_rounds):
             run.train_round(round_id)
     finally:
         comm.close()
+    return setup
 
 
 class Pretraining:

@@ -66,7 +66,7 @@ def set_up(
     from fedpipe.workflows.plan import build_plan, render
 
     started_at = time.monotonic()
-    config, directory, resumed = _resolve(config_path, overrides, run_dir)
+    config, directory, resumed = resolve_config(config_path, overrides, run_dir)
     load.check(config)
     deepspeed_dict = deepspeed_config(config)
     check_sources(config)
@@ -95,10 +95,14 @@ def set_up(
     )
 
 
-def _resolve(
+def resolve_config(
     config_path: str | None, overrides: Sequence[str], run_dir: str | None
 ) -> tuple[RunConfig, Path, bool]:
-    """Configuration, directory, and whether a run is there already."""
+    """Find the configuration, the directory, and whether a run is there already; writes nothing.
+
+    Raises:
+        FedPipeError: The configuration is wrong, or is not that of the run in the directory.
+    """
     if run_dir is not None and (Path(run_dir) / "config.yaml").is_file():
         directory = Path(run_dir)
         saved = load.load_config(str(directory / "config.yaml"), [])
@@ -117,7 +121,7 @@ def _resolve(
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"--run-dir: expected a directory, got the file {directory}.")
     if (directory / "config.yaml").is_file():
-        return _resolve(config_path, overrides, str(directory))
+        return resolve_config(config_path, overrides, str(directory))
     if directory.is_dir() and any(directory.iterdir()):
         raise CheckpointError(
             f"--run-dir: expected a new, empty or fedpipe run directory, got {directory} with other "

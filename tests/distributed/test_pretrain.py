@@ -42,7 +42,7 @@ def _pretrain(env: ProcessEnv, setup: RunSetup, patch: Callable[[], None] | None
 
     if patch:
         patch()
-    pretrain(setup, env=env, emit=lambda kind, record: None)
+    pretrain(setup, config=setup.config, env=env, emit=lambda kind, record: None)
 
 
 def _run(

@@ -105,7 +105,8 @@ def write_attribution(files: dict[str, list[Row]], path: Path) -> None:
     for name, rows in files.items():
         for row in sorted(rows, key=lambda row: (row["journal"], row["id"])):
             cells = (row["id"], row["title"], row["journal"], row["year"], row["license"], name)
-            lines.append("| " + " | ".join(" ".join(c.replace("|", "/").split()) for c in cells) + " |\n")
+            clean = (" ".join(cell.replace("|", "/").split()) for cell in cells)
+            lines.append("| " + " | ".join(clean) + " |\n")
     path.write_text(ATTRIBUTION + "".join(lines), encoding="utf-8")
 
 

@@ -1,0 +1,49 @@
+# Everything from a fresh clone: `make pretrain` trains a model, `make test` checks the code.
+# Needs Python 3.11 and make. Set-up goes to .venv and is repeated only when a pin changes.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUN_DIR ?= runs/quickstart
+
+.PHONY: help pretrain test lint format bench clean .venv
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make pretrain  train the quick start into $(RUN_DIR); again: resume, or say that it is done"
+	@echo "make test      lint, format, types and all tests"
+	@echo "make lint      ruff and mypy only"
+	@echo "make format    rewrite the code as ruff formats it"
+	@echo "make bench     measure every schedule in one interleaved run"
+	@echo "make clean     remove .venv and caches; runs/ stays"
+
+# .venv itself changes whenever something is written into it, so a stamp says when it was complete.
+.venv: $(READY)
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0 -e ".[dev]"
+	@touch $@
+
+pretrain: $(READY)
+	$(BIN)/fedpipe pretrain --run-dir $(RUN_DIR)
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fedpipe
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/fedpipe throughput --run-dir runs/bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find fedpipe tests launch -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,174 @@
+"""The command line: parse, call one workflow, turn errors into one line and an exit code.
+
+0 done, 2 the user's error (one line), 1 a failure, 75 interrupted and resumable (``EX_TEMPFAIL``).
+Workflows are imported inside the commands: ``--help``, ``plan`` and configuration errors answer
+without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from fedpipe import __version__
+from fedpipe.errors import CheckpointError, ConfigError, FedPipeError, LaunchError
+
+EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 75
+
+_DESCRIPTION = (
+    "Federated pre-training of BERT-like models over a pipeline of locally trained stages."
+)
+_EPILOG = """\
+exit codes:
+  0   done
+  1   a process of the run failed
+  2   an error of yours, in one line
+  75  interrupted; the same command with --run-dir DIR resumes
+
+Without --config the packaged quick start is used. Overrides win over the file:
+  fedpipe pretrain --config FILE --run-dir runs/mine federation.num_rounds=3 optimizer.lr=5e-4
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports its errors as ours: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}. See {self.prog} --help.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        args = _parse(argv)
+        command: Callable[[argparse.Namespace], int] = args.run
+        code = command(args)
+        sys.stdout.flush()
+        return code
+    except FedPipeError as error:
+        sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
+        return EXIT_FAILURE if isinstance(error, LaunchError) else EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of `fedpipe plan | head` has left; Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse stops collecting overrides at the first option that follows them.
+    for argument in rest:
+        if argument.startswith("-") or "=" not in argument:
+            parser.error(f"unknown argument {argument!r}")
+    args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fedpipe",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fedpipe {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (run, summary) in _COMMANDS.items():
+        command = commands.add_parser(
+            name, help=summary, description=_sentence(summary), allow_abbrev=False
+        )
+        command.add_argument("--config", metavar="FILE", help="YAML; default: the quick start")
+        command.add_argument(
+            "--run-dir", metavar="DIR", help="directory of the run; default: runs/NAME"
+        )
+        command.add_argument(
+            "overrides", metavar="section.key=value", nargs="*", help="wins over the file"
+        )
+        command.set_defaults(run=run)
+    return parser
+
+
+def _sentence(summary: str) -> str:
+    return f"{summary[0].upper()}{summary[1:]}."
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from fedpipe.config.load import load_config
+    from fedpipe.workflows.plan import build_plan, render
+
+    config_path = args.config
+    if args.run_dir and not config_path:
+        config_path = str(_existing_run(args) / "config.yaml")
+    plan = build_plan(load_config(config_path, args.overrides))
+    sys.stdout.write(render(plan) + "\n")
+    return EXIT_DONE
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    from fedpipe.launcher.local import pretrain
+
+    return pretrain(args.config, args.overrides, args.run_dir)
+
+
+def _throughput(args: argparse.Namespace) -> int:
+    from fedpipe.launcher.local import throughput
+
+    return throughput(args.config, args.overrides, args.run_dir)
+
+
+def _export(args: argparse.Namespace) -> int:
+    run_dir = _existing_run(args)
+    from fedpipe.workflows.export import export_run
+
+    sys.stdout.write(f"{export_run(run_dir)}\n")
+    return EXIT_DONE
+
+
+def _report(args: argparse.Namespace) -> int:
+    run_dir = _existing_run(args)
+    from fedpipe.metrics.report import write_report
+
+    write_report(run_dir)
+    sys.stdout.write(f"{run_dir / 'report.html'}\n")
+    return EXIT_DONE
+
+
+def _existing_run(args: argparse.Namespace) -> Path:
+    """Return the directory of a run that has been started."""
+    if args.run_dir:
+        run_dir = Path(args.run_dir)
+    else:
+        from fedpipe.config.load import read_config
+
+        run_dir = Path("runs") / read_config(args.config, args.overrides).name
+    if not (run_dir / "config.yaml").is_file():
+        raise CheckpointError(
+            f"--run-dir: expected the directory of a run, got {str(run_dir)!r} without a"
+            " config.yaml. Name one that fedpipe pretrain wrote."
+        )
+    return run_dir
+
+
+_COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
+    "plan": (_plan, "show processes, stages, bytes, memory and ideal bubble; start nothing"),
+    "pretrain": (_pretrain, "pre-train a model on this machine, or resume the run in DIR"),
+    "export": (_export, "write the newest checkpoint of a run as a Hugging Face folder"),
+    "report": (_report, "write report.html, report.md and the plots of a run"),
+    "throughput": (_throughput, "measure every schedule in one interleaved run"),
+}

@@ -1,0 +1,65 @@
+"""Emulated devices: stages that take their time without using a core.
+
+More processes than cores contend, so wall time on a small machine says nothing about a schedule.
+Here every stage sleeps the time that its device would compute; messages, autograd, engines and
+optimizers are real. Numbers made this way are labelled "emulated devices".
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpipe.models.stage import Stage
+
+BACKWARD_PER_FORWARD = 2.0
+"""A backward pass multiplies twice for every multiplication of the forward pass."""
+HEAD_LAYERS = 0.8
+"""Cost of a head in layers, with masked positions gathered before it."""
+
+
+class _Sleep(torch.autograd.Function):
+    """The identity, after a while; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, forward_s: float, backward_s: float) -> Tensor:
+        ctx.backward_s = backward_s
+        time.sleep(forward_s)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        time.sleep(ctx.backward_s)
+        return grads[0], None, None
+
+
+def emulate_(stage: Stage, *, layer_forward_s: float) -> None:
+    """Replace what a stage computes by the time that a device would take, in place.
+
+    Activations and gradients keep their shapes. One vector of the stage stays in the graph, so that
+    there is something to differentiate and to optimize.
+
+    Args:
+        stage: Its ``forward`` and ``loss`` are replaced.
+        layer_forward_s: Forward pass of one encoder layer for one micro-batch; the backward pass
+            takes twice that and a head 0.8 of a layer.
+    """
+    hidden = stage.hidden_size
+    anchor = next(p for p in stage.parameters() if p.shape == (hidden,))
+    layers_s = stage.spec.num_layers * layer_forward_s
+    head_s = HEAD_LAYERS * layer_forward_s
+
+    def forward(inputs: Tensor) -> Tensor:
+        if stage.spec.is_first:
+            inputs = torch.zeros(*inputs.shape, hidden, device=inputs.device)
+        return _Sleep.apply(inputs + anchor, layers_s, BACKWARD_PER_FORWARD * layers_s)
+
+    def loss(hidden_BTD: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+        mean = hidden_BTD.square().mean()
+        return _Sleep.apply(mean, head_s, BACKWARD_PER_FORWARD * head_s)
+
+    stage.forward = forward
+    stage.loss = loss

@@ -1,0 +1,60 @@
+"""Markers by folder, reasons for skips, and golden files."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden"
+MARKERS = {
+    "unit": "pure or one process, fast",
+    "distributed": "several processes over gloo",
+    "e2e": "a command from start to end",
+    "slurm": "needs sbatch",
+    "gpu": "needs an NVIDIA GPU",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning} (tests/{name})")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = {
+        "slurm": "" if shutil.which("sbatch") else "sbatch is not on PATH",
+        "gpu": "" if Path("/dev/nvidiactl").exists() else "there is no NVIDIA GPU",
+    }
+    for item in items:
+        if not item.path.is_relative_to(TESTS):
+            continue
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in MARKERS:
+            item.add_marker(folder)
+        if missing.get(folder):
+            item.add_marker(pytest.mark.skip(reason=missing[folder]))
+
+
+@pytest.fixture
+def golden() -> Callable[[str, str], None]:
+    """Compare a text with tests/golden/NAME; FEDPIPE_RECORD=1 writes it instead."""
+
+    def compare(name: str, text: str) -> None:
+        file = GOLDEN / name
+        if os.environ.get("FEDPIPE_RECORD") == "1":
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        expected = file.read_text(encoding="utf-8") if file.is_file() else ""
+        changed = difflib.unified_diff(
+            expected.splitlines(), text.splitlines(), f"golden/{name}", "now", lineterm="", n=0
+        )
+        lines = "\n".join(changed)
+        assert text == expected, f"{lines}\nIf this is wanted: FEDPIPE_RECORD=1 pytest {name}"
+
+    return compare
