@@ -36,7 +36,7 @@ class Position:
     round_id: int = 0
     """Rounds that are done."""
     step: int = 0
-    """Local steps that every replica has made in the next one (or all it has, where it has fewer)."""
+    """Local steps that every replica has made in the next one; all it has, where it has fewer."""
 
     @property
     def name(self) -> str:

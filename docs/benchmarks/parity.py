@@ -79,10 +79,14 @@ def _plot(curves: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for (variant, runs), color in zip(curves.items(), ("#444444", "#0072b2", "#d55e00"), strict=True):
+    for (variant, runs), color in zip(
+        curves.items(), ("#444444", "#0072b2", "#d55e00"), strict=True
+    ):
         for i, run in enumerate(runs):
             x, y = zip(*run, strict=True)
-            axes.plot(x, y, color=color, marker="o", markersize=3, alpha=0.8, label="" if i else variant)
+            axes.plot(
+                x, y, color=color, marker="o", markersize=3, alpha=0.8, label="" if i else variant
+            )
     axes.set_xlabel("tokens")
     axes.set_ylabel("held-out masked-LM loss of the final head, nats")
     axes.legend(frameon=False)

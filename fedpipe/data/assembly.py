@@ -136,9 +136,16 @@ def _pack(
         paths=[directory / f"{split}_{client:05d}.bin" for client in range(num_files)],
         tokenizer=job.tokenizer,
         sequence_length=job.config.data.sequence_length,
-        num_threads=job.config.data.num_workers or len(os.sched_getaffinity(0)),
+        num_threads=job.config.data.num_workers or _num_cores(),
         progress=lambda done: job.progress(f"tokenise {key}", done, len(clients)),
     )
+
+
+def _num_cores() -> int:
+    """Count the cores that this process may use; only Linux knows of a restriction."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _documents(job: Job, key: str) -> Iterator[Document]:

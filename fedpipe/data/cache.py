@@ -139,8 +139,7 @@ def building(root: Path, key: str) -> Iterator[Path]:
     with _writing(home):
         home.mkdir(exist_ok=True)
         _remove_abandoned(home)
-        prefix = f".building.{socket.gethostname()}.{os.getpid()}."
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
+        temporary = _temporary(home)
         try:
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
@@ -154,11 +153,15 @@ def building(root: Path, key: str) -> Iterator[Path]:
 def discard(directory: Path) -> None:
     """Take a damaged directory out of the cache, under its name at once."""
     with _writing(directory):
-        doomed = Path(tempfile.mkdtemp(prefix=f".building.{socket.gethostname()}.{os.getpid()}.",
-                                       dir=directory.parent))
+        doomed = _temporary(directory.parent)
         with suppress(FileNotFoundError):
             directory.rename(doomed / "old")
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _temporary(home: Path) -> Path:
+    prefix = f".building.{socket.gethostname()}.{os.getpid()}."
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=home))
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -175,9 +178,18 @@ def _remove_abandoned(home: Path) -> None:
     host = socket.gethostname()
     for path in home.glob(f".building.{host}.*"):
         pid = path.name.removeprefix(f".building.{host}.").split(".")[0]
-        if not pid.isdigit() or Path(f"/proc/{pid}").exists():
-            continue
-        shutil.rmtree(path, ignore_errors=True)
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _sync(path: Path) -> None:

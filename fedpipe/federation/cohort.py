@@ -102,9 +102,7 @@ def plan_round(
     )
 
 
-def blocks_seen(
-    config: RunConfig, *, round_id: int, blocks_per_client: Sequence[int]
-) -> list[int]:
+def blocks_seen(config: RunConfig, *, round_id: int, blocks_per_client: Sequence[int]) -> list[int]:
     """Position of every client in its stream of blocks at the start of a round.
 
     A pure function of the rounds before, so that nothing about the sampler needs to be stored.

@@ -14,7 +14,7 @@ from fedpipe.models.split import part_of
 from fedpipe.models.stage import Stage, trainable
 
 BUCKET_ELEMENTS = 16 * 2**20
-"""Elements per all-reduce, 64 MiB of float32: large enough for bandwidth, small enough to overlap."""
+"""Elements per all-reduce, 64 MiB of float32: large enough for full bandwidth."""
 
 
 class Synchronizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fedpipe import log
@@ -55,7 +55,9 @@ def _run(config_path: str | None, overrides: Sequence[str], run_dir: str | None)
         setup = set_up(config_path, overrides, str(directory), notify=console.text)
 
     def emit(kind: str, record: Any) -> None:
-        shows = {"round": console.round, "eval": console.evaluation, "note": console.text}
+        shows: dict[str, Callable[[Any], None]] = {
+            "round": console.round, "eval": console.evaluation, "note": console.text,
+        }  # fmt: skip
         if kind in shows:
             shows[kind](record)
 

@@ -1,4 +1,4 @@
-"""Run all processes of the grid on this machine, under one supervisor. No torch in the supervisor."""
+"""Run all processes of the grid on this machine, under one supervisor that needs no torch."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ def pretrain(config_path: str | None, overrides: Sequence[str], run_dir: str | N
     """
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
     context = _fork_server()
-    setup = set_up(
-        config_path, overrides, run_dir, notify=console.text, progress=console.preparing
-    )
+    setup = set_up(config_path, overrides, run_dir, notify=console.text, progress=console.preparing)
     console.close()
     if is_done(setup):
         console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
@@ -122,9 +120,7 @@ def _supervise(setup: RunSetup, context: Any) -> None:
                     local_world_size=grid.world_size, rendezvous=f"file://{scratch}/store",
                 )  # fmt: skip
                 reader, writer = context.Pipe(duplex=False)
-                process = context.Process(
-                    target=run_worker, args=(setup, env, writer), daemon=True
-                )
+                process = context.Process(target=run_worker, args=(setup, env, writer), daemon=True)
                 process.start()
                 writer.close()
                 processes.append(process)

@@ -159,7 +159,7 @@ def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str
 
 def _candidates(names: Any, *, family: Family) -> dict[str, list[str]]:
     """Names under which a folder may hold each parameter, best first."""
-    result = {}
+    result: dict[str, list[str]] = {}
     for name in names:
         if name.startswith(f"{AUX_HEADS}.") and not name.endswith("decoder.weight"):
             result[name] = []

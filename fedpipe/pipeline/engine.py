@@ -166,9 +166,7 @@ class StageEngine:
             loss = torch.stack(self._losses).mean().item() if self._losses else None
             self._losses.clear()
             seconds = time.monotonic() - started
-            on_step(
-                self.spec.stage_id, StepResult(step, loss, self._grad_norm, self._lr, seconds)
-            )
+            on_step(self.spec.stage_id, StepResult(step, loss, self._grad_norm, self._lr, seconds))
         self._drain()
 
     def run_evaluation(

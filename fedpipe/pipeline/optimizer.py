@@ -16,7 +16,8 @@ def build_optimizer(stage: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
     torch's own: DeepSpeed's Adam is compiled at first use, which takes minutes and a compiler.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in trainable(stage).items():
         lowered = name.lower()
         exempt = name.endswith("bias") or "layernorm" in lowered or "layer_norm" in lowered

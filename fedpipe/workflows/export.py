@@ -51,7 +51,8 @@ def export_run(run_dir: Path) -> Path:
     """
     if not (run_dir / "config.yaml").is_file():
         raise CheckpointError(
-            f"--run-dir: expected the directory of a run, got {run_dir}. Run `fedpipe pretrain` first."
+            f"--run-dir: expected the directory of a run, got {run_dir}. "
+            "Run `fedpipe pretrain` first."
         )
     config = load_config(str(run_dir / "config.yaml"), [])
     checkpoint, _ = find_latest(run_dir)

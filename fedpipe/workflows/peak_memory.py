@@ -18,8 +18,8 @@ class PeakMemory:
     """What a model needs at its peak: its weights and moments, and what comes on top at work.
 
     The process' other models are subtracted: ``peak - at start + own weights and moments``. On a
-    GPU torch counts; on a CPU the kernel does (resident set, its peak reset at the start). Where the
-    kernel does not allow the reset, the process' peak since its start is returned.
+    GPU torch counts; on a CPU the kernel does (resident set, its peak reset at the start). Where
+    the kernel does not allow the reset, the process' peak since its start is returned.
     """
 
     def __init__(

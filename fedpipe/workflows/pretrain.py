@@ -33,9 +33,7 @@ TRACED_STEPS = range(2, 6)
 """Local steps of the first round whose instructions are timed for the timeline."""
 
 
-def pretrain(
-    setup: RunSetup | None, *, config: RunConfig, env: ProcessEnv, emit: Emit
-) -> RunSetup:
+def pretrain(setup: RunSetup | None, *, config: RunConfig, env: ProcessEnv, emit: Emit) -> RunSetup:
     """Train, average, validate and save until all rounds are done.
 
     Args:
@@ -313,11 +311,10 @@ def _merge_data_ranks(records: Iterable[Mapping[str, Any]]) -> list[dict[str, An
     """One record per stage and step: the loss is the mean over the data-parallel ranks."""
     groups: dict[tuple[int, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:
-        key = (record["round"], record["replica"], record["client"], record["step"], record["stage"])
+        key = tuple(record[k] for k in ("round", "step", "replica", "client", "stage"))
         groups[key].append(record)
     merged = []
-    for key in sorted(groups, key=lambda k: (k[0], k[3], k[1], k[2], k[4])):
-        group = groups[key]
+    for _, group in sorted(groups.items()):
         losses = [r["loss"] for r in group if r["loss"] is not None]
         record = {k: v for k, v in group[0].items() if k != "data"}
         merged.append(record | {"loss": sum(losses) / len(losses) if losses else None})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,11 @@ class Replica:
             if keep:
                 state["optimizer"] = engine.optimizer_state()
             name = client_file(turn.client_id, stage_id, self.comm.data, round_id=round_id)
-            writer.save_client(name, lambda path, state=state: torch.save(state, path))
+            writer.save_client(name, partial(torch.save, state))
 
-    def _client_state(self, client_id: int, stage_id: int, last_round: int | None) -> dict[str, Any]:
+    def _client_state(
+        self, client_id: int, stage_id: int, last_round: int | None
+    ) -> dict[str, Any]:
         federation = self.config.federation
         kept = self.synchronizers[stage_id].keeps_parts or federation.optimizer_state == "keep"
         if last_round is None or not kept:
@@ -194,10 +197,13 @@ class Replica:
         return source
 
     def _mask(self, blocks: np.ndarray, rng: np.random.Generator) -> MaskedBatch:
+        settings = self.config.data
         return mask_blocks(
             blocks,
             rng=rng,
-            num_masked=num_masked(self.config.data.sequence_length, self.config.data.mask_probability),
+            num_masked=num_masked(
+                self.config.data.sequence_length, self.config.data.mask_probability
+            ),
             mask_id=self.data.mask_id,
             special_ids=self.data.special_ids,
             vocab_size=self.data.vocab_size,
@@ -266,7 +272,7 @@ class Replica:
         if self.comm.replica == 0 and self.comm.data == 0:
             for stage_id, synchronizer in self.synchronizers.items():
                 weights = {n: t.contiguous() for n, t in synchronizer.global_state().items()}
-                files[stage_file(stage_id)] = lambda path, w=weights: save_file(w, path)
+                files[stage_file(stage_id)] = partial(save_file, weights)
         if sent is not None:
             state = {
                 "sent": dict(sent),
@@ -280,7 +286,7 @@ class Replica:
                     for engine in self.stages
                 },
             }
-            files[f"rank_{self.comm.rank:05d}.pt"] = lambda path: torch.save(state, path)
+            files[f"rank_{self.comm.rank:05d}.pt"] = partial(torch.save, state)
         return files
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> dict[str, int]:
@@ -291,7 +297,9 @@ class Replica:
         """
         for engine in self.stages:
             stage_id = engine.spec.stage_id
-            weights = load_file(checkpoint.path / stage_file(stage_id), device=str(self.comm.device))
+            weights = load_file(
+                checkpoint.path / stage_file(stage_id), device=str(self.comm.device)
+            )
             self.synchronizers[stage_id].load_global_state(weights)
         if checkpoint.position.step == 0:
             return {}

@@ -22,6 +22,7 @@ from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.corpus import check_sources, prepare
 from fedpipe.errors import CheckpointError
+from fedpipe.workflows.plan import build_plan, render
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "submitit")
 
@@ -63,8 +64,6 @@ def set_up(
     Raises:
         FedPipeError: Anything a user can get wrong.
     """
-    from fedpipe.workflows.plan import build_plan, render
-
     started_at = time.monotonic()
     config, directory, resumed = resolve_config(config_path, overrides, run_dir)
     load.check(config)
@@ -124,8 +123,8 @@ def resolve_config(
         return resolve_config(config_path, overrides, str(directory))
     if directory.is_dir() and any(directory.iterdir()):
         raise CheckpointError(
-            f"--run-dir: expected a new, empty or fedpipe run directory, got {directory} with other "
-            "files. Choose another directory."
+            f"--run-dir: expected a new, empty or fedpipe run directory, got {directory} "
+            "with other files. Choose another directory."
         )
     return config, directory, False
 

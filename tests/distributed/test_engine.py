@@ -41,9 +41,7 @@ def _train(env: ProcessEnv, config: RunConfig, data: PreparedData, client_id: in
         lr=lambda step: 1e-3,
         on_step=lambda stage, r: results[stage].append((r.loss, r.grad_norm)),
     )
-    weights = {
-        n: p.detach().numpy() for s in replica.stages for n, p in s.stage.named_parameters()
-    }
+    weights = {n: p.detach().numpy() for s in replica.stages for n, p in s.stage.named_parameters()}
     sent = {
         (s.spec.stage_id, name): link.sent_bytes
         for s in replica.stages

@@ -180,10 +180,6 @@ def test_kept_parts_follow_the_client_to_another_replica(tmp_path: Path) -> None
         assert not any(n.startswith("lm_head") for n in newest["kept"])
 
 
-def _stop_after(run_dir: Path, after: int) -> Callable[[], None]:
-    return _StopAfter(after)
-
-
 @dataclasses.dataclass
 class _StopAfter:
     """Die by SIGKILL after some local steps of this rank."""

@@ -1,0 +1,257 @@
+"""What a user can get wrong in the configuration: one line, the key, the value, a way out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpipe.config.load import from_dict, load_config
+from fedpipe.config.model_shape import resolve
+from fedpipe.config.schema import ModelConfig
+from fedpipe.errors import ConfigError
+
+
+def message(overrides: list[str], path: str | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.rstrip().endswith((".", "?")), "it must end in a sentence: a way out"
+    return text
+
+
+OVERRIDES = [
+    # unknown keys: the nearest name, of the section or of any other
+    ("federation.num_round=3", "federation.num_round: unknown key in an override. Did you mean federation.num_rounds?"),
+    ("micro_batch_size=3", "Did you mean pipeline.micro_batch_size?"),
+    ("train.lr=3", "train: unknown key"),
+    ("modell.size=tiny", "Did you mean model?"),
+    ("federation.average.embedding=1", "Did you mean federation.average.embeddings?"),
+    ("log.zzz=1", "Keys of log: every, tensorboard."),
+    ("zzz=1", "Keys of the file: name, seed, model,"),
+    # not an override at all
+    ("seed", "expected section.key=value, got 'seed'"),
+    ("=3", "expected section.key=value"),
+    ("a..b=3", "expected section.key=value"),
+    ("model={", "model: expected a YAML value, got '{'"),
+    ("seed=!!int x", "seed: expected a YAML value"),
+    ("model={size: tiny, size: base}", "model.size: expected once, got a second time"),
+    # wrong types
+    ("seed=x", "seed: expected a whole number, got 'x' in an override. Write digits only."),
+    ("seed=1.5", "seed: expected a whole number, got 1.5"),
+    ("seed=true", "seed: expected a whole number, got True"),
+    ("seed=", "seed: expected a whole number, got null"),
+    ("seed=[1]", "seed: expected a whole number, got [1]"),
+    ("optimizer.lr=fast", "optimizer.lr: expected a number, got 'fast'"),
+    ("optimizer.lr=true", "optimizer.lr: expected a number, got True"),
+    ("optimizer.lr=.inf", "optimizer.lr: expected a finite number"),
+    ("optimizer.eps=.nan", "optimizer.eps: expected a finite number"),
+    ("name=3", "name: expected a text, got 3 in an override. Put it in quotes."),
+    ("name=null", "name: expected a text, got null"),
+    ("log.tensorboard=yes", "log.tensorboard: expected true or false, got 'yes'"),
+    ("log.tensorboard=1", "log.tensorboard: expected true or false, got 1"),
+    ("pipeline.cut=2", "pipeline.cut: expected a list, got 2 in an override. Write pipeline.cut=[2]."),
+    ("pipeline.cut=null", "pipeline.cut: expected a list, got null"),
+    ("pipeline.cut=[a]", "pipeline.cut[0]: expected a whole number, got 'a'"),
+    ("optimizer.betas=[0.9,x]", "optimizer.betas[1]: expected a number, got 'x'"),
+    ("federation=3", "federation: expected a section with keys, got 3"),
+    ("federation.average=true", "federation.average: expected a section with keys, got True"),
+    ("model.size=huge", "model.size: expected one of tiny, small, base, large, got 'huge'"),
+    ("model.family=robert", "Did you mean roberta?"),
+    ("model.size=null", "model.size: expected one of tiny, small, base, large, got null"),
+    ("model.hidden_size=big", "model.hidden_size: expected a whole number"),
+    ("model.hidden_act=3", "model.hidden_act: expected a text"),
+    # one section's own limits
+    ("data.train=[]", "data.train: expected at least one file"),
+    ("data.sequence_length=4", "data.sequence_length: expected 8 or more, got 4"),
+    ("data.mask_probability=1.5", "data.mask_probability: expected a value in (0, 1)"),
+    ("data.dirichlet_alpha=0", "data.dirichlet_alpha: expected a value above 0"),
+    ("data.num_workers=-1", "data.num_workers: expected 0 or more"),
+    ("pipeline.cut=[4,4]", "pipeline.cut: expected increasing layer indices"),
+    ("pipeline.cut=[-1]", "pipeline.cut: expected increasing layer indices, 0 or more"),
+    ("pipeline.num_client_stages=3", "pipeline.num_client_stages: expected 1..2"),
+    ("pipeline.num_micro_batches=0", "pipeline.num_micro_batches: expected 1 or more"),
+    ("pipeline.schedule=1f1b", "Set pipeline.schedule=streaming or change pipeline.objective."),
+    ("federation.num_replicas=0", "federation.num_replicas: expected 1 or more"),
+    ("federation.num_local_epochs=-1", "federation.num_local_epochs: expected 0 or more"),
+    ("federation.clients_per_round=7", "federation.clients_per_round: expected 1..6"),
+    ("optimizer.lr=0", "optimizer.lr: expected a value above 0"),
+    ("optimizer.betas=[0.9]", "optimizer.betas: expected two values in [0, 1)"),
+    ("optimizer.warmup_ratio=1", "optimizer.warmup_ratio: expected a value in [0, 1)"),
+    ("optimizer.max_grad_norm=-1", "optimizer.max_grad_norm: expected 0 or more"),
+    ("optimizer.power=0", "optimizer.power: expected a value above 0"),
+    ("checkpoint.every_rounds=0", "checkpoint.every_rounds: expected 1 or more"),
+    ("checkpoint.every_steps=-1", "checkpoint.every_steps: expected 0 or more"),
+    ("checkpoint.keep_last=0", "checkpoint.keep_last: expected 1 or more"),
+    ("validation.every_rounds=0", "validation.every_rounds: expected 1 or more"),
+    ("validation.max_blocks_per_client=-1", "validation.max_blocks_per_client: expected 0 or more"),
+    ("log.every=0", "log.every: expected 1 or more"),
+    # several sections
+    ("pipeline.cut=[4]", "pipeline.cut: expected increasing layer indices in 1..3 (the model has 4 layers), got [4]."),
+    ("pipeline.cut=[1,2,3,4]", "pipeline.cut: expected at most 4 stages (the model has 4 layers), got 5."),
+    ("pipeline.cut=[0,1,2,3,4]", "expected at most 5 stages"),
+    ("data.partition=paths", "data.train: expected 6 entries, one per client (data.partition=paths), got 1."),
+    ("data.mask_probability=0.99", "data.mask_probability: expected at most 0.98"),
+    ("model.num_attention_heads=3", "model.num_attention_heads: expected a divisor of model.hidden_size (128), got 3. Set model.num_attention_heads=2."),
+    ("model.num_hidden_layers=0", "model.num_hidden_layers: expected 1 or more, got 0"),
+    ("model.hidden_dropout_prob=1.0", "model.hidden_dropout_prob: expected a value in [0, 1)"),
+    ("model.initializer_range=0", "model.initializer_range: expected a value above 0"),
+    ("model.hidden_act=gleu", "model.hidden_act: expected one of gelu"),
+    ("model.max_position_embeddings=100", "model.max_position_embeddings: expected at least 130 (data.sequence_length + 2, where RoBERTa's positions start), got 100. Set data.sequence_length=98 or less."),
+    ("model.path=/nowhere", "model.path: expected a Hugging Face folder, got '/nowhere'"),
+    ("deepspeed.config=/nowhere.json", "deepspeed.config: expected a readable JSON file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("override", "expected"), OVERRIDES, ids=[o for o, _ in OVERRIDES])
+def test_a_bad_override_is_refused(override: str, expected: str) -> None:
+    assert expected in message([override])
+
+
+def test_a_bad_held_out_list_is_refused() -> None:
+    overrides = ["data.partition=paths", "federation.num_clients=2", "data.train=[a,b]"]
+    assert "data.valid: expected 2 entries" in message(overrides)
+
+
+FILES = [
+    ("federation:\n  num_round: 3\n", "federation.num_round: unknown key in {}:2. Did you mean"),
+    ("seed: 1\nfederation:\n  num_rounds: x\n", "got 'x' in {}:3."),
+    ("seed: 1\nname: a\nseed: 2\n", "seed: expected once, got a second time in {}:3 (first in {}:1)"),
+    ("log:\n  every: 1\n  every: 2\n", "log.every: expected once, got a second time in {}:3"),
+    ("model:\n  size: [tiny\nseed: 1\n", "expected YAML, got an error"),
+    ("model:\n\tsize: tiny\n", "{}:2: expected YAML"),
+    ("- a\n- b\n", "{}:1: expected sections such as 'model:'"),
+    ("just words\n", "expected sections"),
+    ("seed: 1\n---\nseed: 2\n", "expected YAML"),
+    ("seed: !!python/object:os.system x\n", "expected YAML"),
+    ("a: &a [*a]\n", "expected YAML"),
+    ("seed: \x01\n", "expected YAML"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), FILES, ids=[t for t, _ in FILES])
+def test_a_bad_file_is_refused_with_its_line(text: str, expected: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert expected.replace("{}", str(file)) in message([], str(file))
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    assert "--config: expected a readable YAML file" in message([], str(tmp_path / "none.yaml"))
+    assert "(Is a directory)" in message([], str(tmp_path))
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"seed: \xff\n")
+    assert "--config: expected UTF-8 text, got byte 0xff at offset 6" in message([], str(binary))
+
+
+def test_plain_data_is_checked_like_a_file() -> None:
+    with pytest.raises(ConfigError, match="seed: expected a whole number, got 'x' in state.json"):
+        from_dict({"seed": "x"}, source="state.json")
+
+
+# --------------------------------------------------------------------------- Hugging Face folders
+
+
+def folder_with(tmp_path: Path, content: Any, *, weights: bool = True) -> str:
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    if weights:
+        (tmp_path / "model.safetensors").touch()
+    return str(tmp_path)
+
+
+ROBERTA = {"model_type": "roberta", "num_hidden_layers": 2, "hidden_size": 32,
+           "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50265,
+           "max_position_embeddings": 514}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "expected JSON in"),
+        ("[]", "expected model_type 'roberta' (model.family)"),
+        ({"model_type": "bert"}, "got 'bert'. Set model.family to the folder's"),
+        ({**ROBERTA, "hidden_size": 33}, "model.num_attention_heads: expected a divisor"),
+        ({**ROBERTA, "max_position_embeddings": 100}, "model.max_position_embeddings"),
+    ],
+)
+def test_a_folder_of_another_model_is_refused(content: Any, expected: str, tmp_path: Path) -> None:
+    path = folder_with(tmp_path, content)
+    assert expected in message([f"model.path={path}", "pipeline.cut=[1]"])
+
+
+def test_a_folder_without_configuration_or_weights_is_refused(tmp_path: Path) -> None:
+    assert "expected a readable config.json" in message([f"model.path={tmp_path}"])
+    path = folder_with(tmp_path, ROBERTA, weights=False)
+    assert "model.path: expected weights" in message([f"model.path={path}"])
+
+
+def test_a_size_that_contradicts_the_folder_is_refused(tmp_path: Path) -> None:
+    path = folder_with(tmp_path, ROBERTA)
+    text = message([f"model.path={path}", "model.hidden_size=64", "pipeline.cut=[1]"])
+    assert "model.hidden_size: expected 32 (config.json in" in text
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
+    folder = ModelConfig(path=folder_with(tmp_path, ROBERTA))
+    with pytest.raises(ConfigError, match="vocabulary and model disagree: .* has 50265 tokens"):
+        resolve(folder, vocab_size=8192, sequence_length=128)
+    with pytest.raises(ConfigError, match="vocabulary and model disagree: expected at least 60000"):
+        resolve(folder, vocab_size=60000, sequence_length=128)
+    with pytest.raises(ConfigError, match="model.vocab_size: vocabulary and model disagree"):
+        resolve(ModelConfig(vocab_size=100), vocab_size=8192, sequence_length=128)
+    resolve(folder, vocab_size=50200, sequence_length=128)  # an embedding padded to a multiple
+
+
+# ------------------------------------------------------------------------------ DeepSpeed's JSON
+
+CLIPPING = (
+    "{}: gradient_clipping couples the stages' losses. Remove it and set"
+    " optimizer.max_grad_norm, which clips per stage."
+)
+JSONS = [
+    ({"gradient_clipping": 1.0}, CLIPPING),
+    ({"optimizer": {"type": "AdamW"}}, "{}: optimizer cannot be used: the optimizer is the YAML's."),
+    ({"scheduler": {}}, "Remove it and set optimizer.decay, warmup_ratio."),
+    ({"pipeline": {"stages": 2}}, "stages are the YAML's. Remove it and set pipeline.cut."),
+    ({"bf16": {"enabled": True}}, "FedAvg written into bf16 parameters is undone by their fp32 masters. Use torch_autocast"),
+    ({"bf16": {}}, "{}: bf16 cannot be used"),
+    ({"bf16": True}, "{}: bf16 cannot be used"),
+    ({"fp16": {"enabled": "auto"}}, "FedAvg written into fp16 parameters"),
+    ({"zero_optimization": {"stage": 2}}, "{}: zero_optimization.stage: expected 0 or 1, got 2."),
+    ({"zero_optimization": {"stage": True}}, "expected 0 or 1, got True"),
+    ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "{}: zero_optimization.offload_optimizer: expected no offloading"),
+    ({"zero_optimization": 1}, "{}: zero_optimization: expected an object, got 1"),
+    ({"torch_autocast": {"enabled": True}}, "{}: torch_autocast.dtype: expected 'bfloat16', got None"),
+    ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "got 'float16'"),
+    ({"torch_autocast": {"enabled": "yes"}}, "torch_autocast.enabled: expected true or false"),
+    ({"torch_autocast": {"dtyp": "bfloat16"}}, "{}: torch_autocast.dtyp: unknown DeepSpeed key"),
+    ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype: expected 'fp32'"),
+    ({"train_batch_size": 64}, "{}: train_batch_size: expected 32 (from pipeline.micro_batch_size"),
+    ({"train_micro_batch_size_per_gpu": "auto"}, "train_micro_batch_size_per_gpu: expected 8"),
+    ({"zero_optimisation": {}}, "{}: zero_optimisation: unknown DeepSpeed key. Did you mean zero_optimization?"),
+    ({"qqq": 1}, "{}: qqq: unknown DeepSpeed key. Remove it."),
+    ("[]", "deepspeed.config: expected a JSON object in {}, got list"),
+    ('{\n "a": 1,\n}', "deepspeed.config: expected JSON, got"),
+    ('{"steps_per_print": 1, "steps_per_print": 2}', "steps_per_print: expected once"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "expected"), JSONS, ids=[e[:50] for _, e in JSONS])
+def test_a_json_that_couples_stages_or_is_wrong_is_refused(
+    content: Any, expected: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
+    assert expected.replace("{}", str(file)) in message([f"deepspeed.config={file}"])
+
+
+def test_a_json_error_names_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{\n "steps_per_print": 1\n "x": 2\n}', encoding="utf-8")
+    assert f"{file}:3" in message([f"deepspeed.config={file}"])
+    file.write_bytes(b'{"a": "\xff"}')
+    assert "expected UTF-8 text, got byte 0xff" in message([f"deepspeed.config={file}"])
