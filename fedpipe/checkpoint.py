@@ -68,12 +68,20 @@ class CheckpointWriter:
         """
         self._run_dir, self._comm, self._keep_last = run_dir, comm, keep_last
         self._new_client_files: dict[str, tuple[int, str]] = {}
+        self._client_failure = ""
 
     def save_client(self, name: str, write: Callable[[Path], None]) -> None:
-        """Write a client's file below ``clients``; the next ``save`` lists it."""
+        """Write a client's file below ``clients``; the next ``save`` lists it.
+
+        A failure is raised there too, on every rank: here the others would wait for this one.
+        """
         path = self._run_dir / CLIENTS / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        entry = _write_atomically(path, write)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            entry = _write_atomically(path, write)
+        except _write_errors() as error:
+            self._client_failure = f"rank {self._comm.rank}: {error}"
+            return
         self._new_client_files[str(Path(CLIENTS, name))] = entry
 
     def save(
@@ -97,16 +105,20 @@ class CheckpointWriter:
         """
         folder = self._run_dir / CHECKPOINTS / position.name
         aside = folder.with_name(f".{position.name}.tmp")
+        failure = self._client_failure
         if self._comm.is_master():
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        self._comm.barrier()
-        entries, failure = dict(self._new_client_files), ""
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            except OSError as error:
+                failure = f"rank {self._comm.rank}: {error}"
+        self._raise_together(failure)  # and wait for the folder
+        entries = dict(self._new_client_files)
         try:
             for name, write in files.items():
                 entry = _write_atomically(aside / name, write)
                 entries[str(Path(CHECKPOINTS, position.name, name))] = entry
-        except OSError as error:
+        except _write_errors() as error:
             failure = f"rank {self._comm.rank}: {error}"
         self._raise_together(failure)
         self._new_client_files.clear()
@@ -121,8 +133,9 @@ class CheckpointWriter:
     def _raise_together(self, failure: str) -> None:
         failures = self._comm.agree(not failure, message=failure)
         if failures:
+            reason = " ".join(failures[0].split())
             raise CheckpointError(
-                f"checkpoint: could not be written ({failures[0]}). Free space or fix the "
+                f"checkpoint: could not be written ({reason}). Free space or fix the "
                 f"permissions of {self._run_dir}, then resume with --run-dir {self._run_dir}."
             )
 
@@ -135,10 +148,9 @@ class CheckpointWriter:
         metrics_offset: int,
     ) -> None:
         files: dict[str, Any] = {}
-        previous = _folders(self._run_dir)
+        previous = [p for p in _folders(self._run_dir) if p.name < position.name]
         if previous:  # client files of earlier rounds stay valid
-            old = json.loads((previous[-1] / STATE).read_text(encoding="utf-8"))["files"]
-            files |= {n: e for n, e in old.items() if n.startswith(f"{CLIENTS}/")}
+            files |= {n: e for n, e in _listed(previous[-1]).items() if n.startswith(f"{CLIENTS}/")}
         for entries in gathered:
             files |= entries
         files = _newest_of_each_client(files)
@@ -149,8 +161,7 @@ class CheckpointWriter:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
         _sync_folder(folder.parent)
-        latest = folder.parent / "latest"
-        _write_atomically(latest, lambda p: p.write_text(folder.name + "\n", encoding="utf-8"))
+        _point_latest(self._run_dir, position)
         self._prune()
 
     def _prune(self) -> None:
@@ -159,7 +170,7 @@ class CheckpointWriter:
             shutil.rmtree(folder)
         used: set[str] = set()
         for folder in folders[-self._keep_last :]:
-            used |= set(json.loads((folder / STATE).read_text(encoding="utf-8"))["files"])
+            used |= set(_listed(folder))
         for path in (self._run_dir / CLIENTS).glob("*/*"):
             name = str(path.relative_to(self._run_dir))
             if name not in used:  # every listed file may be needed to resume from its checkpoint
@@ -180,9 +191,23 @@ def _newest_of_each_client(files: Mapping[str, Any]) -> dict[str, Any]:
 
 def discard_later(run_dir: Path, position: Position) -> None:
     """Remove the (damaged) checkpoints after the one that a run resumes from."""
-    for folder in _folders(run_dir):
-        if folder.name > position.name:
-            shutil.rmtree(folder)
+    later = [folder for folder in _folders(run_dir) if folder.name > position.name]
+    if later:
+        _point_latest(run_dir, position)
+    for folder in later:
+        shutil.rmtree(folder)
+
+
+def _point_latest(run_dir: Path, position: Position) -> None:
+    latest = run_dir / CHECKPOINTS / "latest"
+    _write_atomically(latest, lambda p: p.write_text(position.name + "\n", encoding="utf-8"))
+
+
+def _write_errors() -> tuple[type[Exception], ...]:
+    """What a full disk or a missing folder raises: torch.save and safetensors have their own."""
+    from safetensors import SafetensorError
+
+    return OSError, RuntimeError, SafetensorError
 
 
 def _write_atomically(path: Path, write: Callable[[Path], Any]) -> tuple[int, str]:
@@ -206,8 +231,16 @@ def _sync_folder(path: Path) -> None:
 
 
 def _folders(run_dir: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
-    return sorted(p.parent for p in (run_dir / CHECKPOINTS).glob(f"round_*/{STATE}"))
+    """Committed checkpoints, oldest first, damaged ones included."""
+    return sorted(p for p in (run_dir / CHECKPOINTS).glob("round_*") if p.is_dir())
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """Files that a checkpoint needs; none where its manifest is damaged, since nobody resumes it."""
+    try:
+        return dict(json.loads((folder / STATE).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def find_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -246,10 +279,14 @@ def _problem(run_dir: Path, folder: Path) -> str | None:
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         files = dict(state["files"])
-        _ = state["round_id"], state["step"], state["metrics_offset"]
+        offset = int(state["metrics_offset"])
+        position = Position(round_id=int(state["round_id"]), step=int(state["step"]))
+        entries = [(str(name), int(size), str(digest)) for name, (size, digest) in files.items()]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{STATE} cannot be read"
-    for name, (size, digest) in files.items():
+    if position.name != folder.name or offset < 0:
+        return f"{STATE} is that of another checkpoint"
+    for name, size, digest in entries:
         path = run_dir / name
         if not path.is_file():
             return f"{name} is missing"

@@ -34,6 +34,13 @@ Without --config the packaged quick start is used. Overrides win over the file:
 """
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps every command and its summary on one line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports its errors as ours: one line, exit code 2."""
 
@@ -84,14 +91,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="fedpipe",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fedpipe {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (run, summary) in _COMMANDS.items():
         command = commands.add_parser(
-            name, help=summary, description=_sentence(summary), allow_abbrev=False
+            name,
+            help=summary,
+            description=_sentence(summary),
+            formatter_class=_Formatter,
+            allow_abbrev=False,
         )
         command.add_argument("--config", metavar="FILE", help="YAML; default: the quick start")
         command.add_argument(

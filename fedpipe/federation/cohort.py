@@ -38,7 +38,7 @@ def draw_cohort(
     Returns:
         Client ids in the order in which replicas take them; the same on every rank.
     """
-    rng = np.random.default_rng(np.random.SeedSequence([seed, 0xC0407, round_id]))
+    rng = np.random.default_rng(np.random.SeedSequence([seed % 2**64, 0xC0407, round_id]))
     return tuple(int(c) for c in rng.permutation(num_clients)[:clients_per_round])
 
 
@@ -56,7 +56,7 @@ def num_local_steps(config: RunConfig, num_blocks: int) -> int:
     if federation.num_local_epochs == 0:
         return federation.num_local_steps
     steps = federation.num_local_epochs * num_blocks / config.blocks_per_step
-    return max(1, math.floor(steps))
+    return max(1, math.floor(steps + 1e-9))  # 0.57 * 100 is 56.99999999999999
 
 
 def steps_per_round(config: RunConfig, blocks_per_client: Sequence[int]) -> int:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import BertConfig, PretrainedConfig, RobertaConfig
 from transformers.models.bert import modeling_bert as bert
@@ -82,7 +82,8 @@ def hf_config(
     config_class = FAMILIES[shape.family].config_class
     base: dict[str, Any] = {}
     if path:
-        base = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        file = Path(path).expanduser() / "config.json"
+        base = json.loads(file.read_text(encoding="utf-8"))
         base = {k: v for k, v in base.items() if k not in ("torch_dtype", "dtype", "architectures")}
     base |= {name: getattr(shape, name) for name in _SHAPE_FIELDS}
     config = config_class(
@@ -124,27 +125,33 @@ def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str
     """Fill a stage from a Hugging Face folder, reading only the tensors that the stage holds.
 
     A folder without a masked-LM head (a plain encoder) leaves the head's first values; a tied
-    decoder is read from the word embedding.
+    decoder is read from the word embedding. Old folders' ``LayerNorm.gamma`` and ``.beta`` (the
+    original BERT's among them) are read as weight and bias.
 
     Args:
         module: A stage; changed in place.
         family: Its family.
-        path: Folder with model.safetensors (or its shards), or pytorch_model.bin.
+        path: Folder with model.safetensors or pytorch_model.bin, whole or in shards.
 
     Returns:
-        Names that the folder does not hold.
+        Names of the heads' parameters that the folder does not hold.
 
     Raises:
-        ConfigError: A tensor of the folder has another shape.
+        ConfigError: A file cannot be read, a tensor has another shape, or a part of the encoder is
+            not there.
     """
-    found = {}
     wanted = dict(module.named_parameters())
-    for name, tensor in _read_tensors(Path(path), _candidates(wanted, family=family)):
-        found[name] = tensor
+    candidates = {name: _candidates(name, family=family) for name in wanted}
+    found = _read_tensors(path, {option for options in candidates.values() for option in options})
     missing = []
     for name, parameter in wanted.items():
-        source = next((c for c in _candidates([name], family=family)[name] if c in found), None)
+        source = next((c for c in candidates[name] if c in found), None)
         if source is None:
+            if name.startswith(f"{family.prefix}."):
+                raise ConfigError(
+                    f"model.path: expected {name} in {path}, got a folder without it. Use a whole "
+                    f"{family.prefix} model, written by save_pretrained."
+                )
             missing.append(name)
             continue
         if found[source].shape != parameter.shape:
@@ -157,28 +164,55 @@ def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str
     return missing
 
 
-def _candidates(names: Any, *, family: Family) -> dict[str, list[str]]:
-    """Names under which a folder may hold each parameter, best first."""
-    result: dict[str, list[str]] = {}
-    for name in names:
-        if name.startswith(f"{AUX_HEADS}.") and not name.endswith("decoder.weight"):
-            result[name] = []
-            continue
-        options = [name, family.word_embeddings] if name.endswith("decoder.weight") else [name]
-        options += [o.removeprefix(f"{family.prefix}.") for o in options]
-        result[name] = options
-    return result
+def _candidates(name: str, *, family: Family) -> list[str]:
+    """Names under which a folder may hold a parameter, best first."""
+    if name.endswith("decoder.weight"):
+        options = [name, family.word_embeddings]
+    elif name.startswith(f"{AUX_HEADS}."):
+        return []
+    else:
+        options = [name]
+    if name == f"{family.head_path}.bias":
+        options.append(f"{family.head_path}.decoder.bias")  # one tensor under two names
+    options += [
+        o.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        for o in options
+        if "LayerNorm." in o
+    ]
+    return options + [o.removeprefix(f"{family.prefix}.") for o in options]
 
 
-def _read_tensors(
-    folder: Path, candidates: dict[str, list[str]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    wanted = {option for options in candidates.values() for option in options}
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for name in wanted & set(handle.keys()):
-                yield name, handle.get_tensor(name)
-    if not files:
-        state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        yield from ((name, state[name]) for name in wanted & set(state))
+def _read_tensors(path: str, wanted: set[str]) -> dict[str, torch.Tensor]:
+    folder = Path(path).expanduser()
+    found: dict[str, torch.Tensor] = {}
+    for file in _weight_files(folder):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as handle:
+                    for name in wanted & set(handle.keys()):
+                        found[name] = handle.get_tensor(name)
+            else:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+                found |= {name: state[name] for name in wanted & set(state)}
+        except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                f"model.path: expected readable weights in {file}, got {reason}. "
+                "Download or save the model again."
+            ) from error
+    return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read: whole before sharded, safetensors before pickled."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / whole).is_file():
+            return [folder / whole]
+        index = folder / f"{whole}.index.json"
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [folder / shard for shard in sorted(set(shards))]
+    raise ConfigError(
+        f"model.path: expected model.safetensors or pytorch_model.bin in {folder}, got neither. "
+        "Use a folder written by save_pretrained."
+    )

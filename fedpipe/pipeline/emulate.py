@@ -61,5 +61,5 @@ def emulate_(stage: Stage, *, layer_forward_s: float) -> None:
         mean = hidden_BTD.square().mean()
         return _Sleep.apply(mean, head_s, BACKWARD_PER_FORWARD * head_s)
 
-    stage.forward = forward
-    stage.loss = loss
+    for name, method in (("forward", forward), ("loss", loss)):
+        setattr(stage, name, method)

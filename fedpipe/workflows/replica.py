@@ -197,7 +197,6 @@ class Replica:
         return source
 
     def _mask(self, blocks: np.ndarray, rng: np.random.Generator) -> MaskedBatch:
-        settings = self.config.data
         return mask_blocks(
             blocks,
             rng=rng,

@@ -163,7 +163,7 @@ def build_peers(
         "1f1b": SplitPeer(end_to_end, "1f1b", source=source),
         "sequential": SplitPeer(end_to_end, "sequential", source=source),
     }
-    stages = [*local.stages, *end_to_end.stages]
+    stages = [engine.stage for engine in (*local.stages, *end_to_end.stages)]
     if not config.pipeline.colocate:
         stock = StockPipeline(
             end_to_end.specs,
@@ -175,10 +175,10 @@ def build_peers(
         )
         targets = _targets(source, config, comm=comm, num_steps=settings.num_steps)
         peers["stock"] = StockPeer(stock, source=source, targets=targets)
-        stages.append(stock)
+        stages.append(stock.stage)
     if settings.emulate_ms:
-        for engine in stages:
-            emulate_(engine.stage, layer_forward_s=settings.emulate_ms / 1000)
+        for stage in stages:
+            emulate_(stage, layer_forward_s=settings.emulate_ms / 1000)
     return peers
 
 
@@ -210,15 +210,18 @@ def _measure(
     synchronous = comm.device.type == "cpu"  # elsewhere a trace waits for every kernel
     for name in names:
         _window(peers[name], comm=comm, num_steps=WARM_UP_STEPS, traced=False)
+
+    def window(name: str, *, traced: bool) -> list[StageWindow]:
+        return _window(peers[name], comm=comm, num_steps=settings.num_steps, traced=traced)
+
     windows: dict[str, list[list[StageWindow]]] = {name: [] for name in names}
     traces = windows if synchronous else {name: [] for name in names}
     for repetition in range(settings.repetitions):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
-            run = {"comm": comm, "num_steps": settings.num_steps}
-            windows[name].append(_window(peers[name], traced=synchronous, **run))
+            windows[name].append(window(name, traced=synchronous))
             if not synchronous:
-                traces[name].append(_window(peers[name], traced=True, **run))
+                traces[name].append(window(name, traced=True))
         if comm.is_master():
             emit("note", f"repetition {repetition + 1}/{settings.repetitions}")
     memory = {name: _peak_memory(peers[name], comm=comm) for name in names}

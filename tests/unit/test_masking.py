@@ -93,15 +93,19 @@ def test_a_block_with_fewer_ordinary_tokens_is_refused():
         mask(blocks, count=10)
 
 
-@pytest.mark.parametrize(("length", "share", "count"), [(128, 0.15, 19), (8, 0.01, 1), (512, 0.4, 205)])
+@pytest.mark.parametrize(
+    ("length", "share", "count"), [(128, 0.15, 19), (8, 0.01, 1), (512, 0.4, 205)]
+)
 def test_the_count_is_the_rounded_share_and_at_least_one(length, share, count):
     assert num_masked(length, share) == count
 
 
 def test_masking_is_cheap_beside_a_training_step():
     blocks = make_blocks(64, length=512)
-    start = time.perf_counter()
+    seconds = []
     for _ in range(10):
+        start = time.perf_counter()
         mask(blocks, count=77)
-    # About 1 ms for 32,768 tokens on one core; a loop over rows would take 20 times that.
-    assert (time.perf_counter() - start) / 10 < 0.03
+        seconds.append(time.perf_counter() - start)
+    # The best of ten, because other processes share the machine.
+    assert min(seconds) < 0.02

@@ -90,7 +90,8 @@ def test_a_small_alpha_gives_clients_few_values_and_a_large_one_a_mixture():
 
 def test_dirichlet_is_a_function_of_the_seed():
     train = many({"a": 50, "b": 50})
-    draws = [dirichlet(train, None, num_clients=3, alpha=1.0, seed=s)[0].tolist() for s in (1, 1, 2)]
+    drawn = (dirichlet(train, None, num_clients=3, alpha=1.0, seed=seed)[0] for seed in (1, 1, 2))
+    draws = [clients.tolist() for clients in drawn]
     assert draws[0] == draws[1] != draws[2]
 
 

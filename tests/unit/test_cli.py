@@ -1,0 +1,170 @@
+"""The command line: help as recorded, exit codes, one line per error, no heavy imports."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedpipe import __version__, errors
+from fedpipe.cli import main
+
+REPOSITORY = Path(__file__).parents[2]
+COMMANDS = ("plan", "pretrain", "export", "report", "throughput")
+HEAVY = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "tokenizers",
+    "matplotlib",
+    "tensorboard",
+)
+
+
+def fedpipe(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
+    return subprocess.run(
+        [sys.executable, "-m", "fedpipe", *arguments],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_help_is_the_recorded_one(
+    golden: Callable[[str, str], None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    for arguments in ([], *([command] for command in COMMANDS)):
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, "--help"])
+        assert ended.value.code == 0
+    golden("cli_help.txt", capsys.readouterr().out)
+
+
+def test_python_m_fedpipe_plans_the_quick_start() -> None:
+    done = fedpipe("plan")
+    assert done.returncode == 0
+    assert done.stdout == (REPOSITORY / "tests/golden/plan_quickstart.txt").read_text("utf-8")
+    assert done.stderr == ""
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fedpipe {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan"], ["--help"], ["plan", "seed=x"], ["pretrain", "federation.num_round=3"]]
+)
+def test_plan_help_and_configuration_errors_import_nothing_heavy(arguments: list[str]) -> None:
+    # The forkserver of `pretrain` imports beside us, never in this process.
+    script = (
+        "import sys, json\nfrom fedpipe.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+        f"sys.stderr.write('LOADED ' + ' '.join(m for m in {HEAVY!r} if m in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.stderr.rpartition("LOADED")[2].split() == []
+
+
+BAD_LINES = [
+    ([], "command line: the following arguments are required: COMMAND. See fedpipe --help."),
+    (["pln"], "invalid choice: 'pln' (choose from 'plan'"),
+    (["plan", "--confg", "x"], "command line: unknown argument '--confg'."),
+    (["plan", "--conf", "x"], "command line: unknown argument '--conf'."),
+    (["plan", "--config"], "argument --config: expected one argument. See fedpipe plan --help."),
+    (["plan", "seed=1", "--config", "x", "word"], "command line: unknown argument 'word'."),
+    (["plan", "word"], "word: expected section.key=value"),
+    (["plan", "seed=x"], "ConfigError: seed: expected a whole number"),
+    (["plan", "--config", "nowhere.yaml"], "ConfigError: --config: expected a readable YAML file"),
+    (["plan", "data.tokenizer=nowhere"], "CorpusError: data.tokenizer: expected a folder"),
+    (["plan", "--run-dir", "nowhere"], "CheckpointError: --run-dir: expected the directory of a"),
+    (["export", "--run-dir", "nowhere"], "got 'nowhere' without a config.yaml."),
+    (["report", "name=nothing"], "got 'runs/nothing' without a config.yaml."),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD_LINES)
+def test_a_users_error_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert expected in captured.err
+
+
+def test_overrides_may_stand_on_either_side_of_options(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("name: mine\n", encoding="utf-8")
+    arguments = ["plan", "seed=1", "--config", str(file), "federation.num_replicas=3"]
+    assert main(arguments) == 0
+    assert "mine  6 processes = 3 replicas" in capsys.readouterr().out
+
+
+def test_plan_of_a_run_is_its_own_configuration(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text("name: earlier\n", encoding="utf-8")
+    assert main(["plan", "--run-dir", str(tmp_path)]) == 0
+    assert "earlier" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.LaunchError("rank 3 failed"), 1),
+        (errors.TopologyError("two\nlines"), 2),
+        (KeyboardInterrupt(), 75),
+    ],
+)
+def test_every_kind_of_end_has_its_exit_code(
+    error: BaseException,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fedpipe.workflows.plan.build_plan", fail)
+    assert main(["plan"]) == code
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("fedpipe.workflows.plan.build_plan", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["plan"])
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m fedpipe plan | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
