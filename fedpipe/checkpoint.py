@@ -182,6 +182,12 @@ def client_file(client_id: int, stage_id: int, data: int, *, round_id: int) -> s
     return f"client_{client_id:04d}/stage_{stage_id:02d}_data_{data:02d}.round_{round_id:06d}.pt"
 
 
+def client_files(checkpoint: Checkpoint) -> list[str]:
+    """Names, below ``clients``, of the files that belong to a checkpoint."""
+    names = _listed(checkpoint.path)
+    return [n.removeprefix(f"{CLIENTS}/") for n in names if n.startswith(f"{CLIENTS}/")]
+
+
 def _newest_of_each_client(files: Mapping[str, Any]) -> dict[str, Any]:
     newest: dict[str, str] = {}
     for name in sorted(files):  # names of one client and stage sort by round

@@ -37,8 +37,11 @@ Without --config the packaged quick start is used. Overrides win over the file:
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Keeps every command and its summary on one line."""
 
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30)
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            # Python 3.11 forgets that commands are indented below their title.
+            self._action_max_length += self._indent_increment
 
 
 class _Parser(argparse.ArgumentParser):
@@ -138,7 +141,7 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 
 def _throughput(args: argparse.Namespace) -> int:
-    from fedpipe.launcher.local import throughput
+    from fedpipe.launcher.throughput import throughput
 
     return throughput(args.config, args.overrides, args.run_dir)
 

@@ -12,10 +12,14 @@ def samples_text(run_dir: Path) -> str:
     if not path.is_file():
         return ""
     samples = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["masked words of held-out text: truth | model's best guesses | unigram guess"]
+    lines = ["masked words of held-out text, filled in by the model and by unigram frequency:"]
     for example in samples["examples"]:
-        model = ", ".join(f"{word} {p:.2f}" for word, p in example["model"])
-        unigram = ", ".join(f"{word} {p:.2f}" for word, p in example["unigram"][:1])
-        lines.append(f"  ... {' '.join(example['text'].split())} ...")
-        lines.append(f"      {example['truth']} | {model} | {unigram}")
+        guesses = ", ".join(f"{word} {p:.3f}" for word, p in example["model"])
+        common, share = example["unigram"][0]
+        lines.append(f"  {' '.join(example['text'].split())}")
+        lines.append(
+            f"    truth   {example['truth']}: model {example['truth_probability']:.4f}, "
+            f"unigram {example['truth_unigram']:.4f}"
+        )
+        lines.append(f"    guesses model {guesses}; unigram {common} {share:.3f}")
     return "\n".join(lines)

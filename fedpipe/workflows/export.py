@@ -13,10 +13,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from fedpipe import __version__
-from fedpipe.checkpoint import CLIENTS, Checkpoint, client_file, find_latest
+from fedpipe.checkpoint import CLIENTS, Checkpoint, client_file, client_files, find_latest
 from fedpipe.config.load import load_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
@@ -27,11 +33,12 @@ from fedpipe.metrics.writer import read_metrics
 from fedpipe.models.families import hf_config
 from fedpipe.models.split import StageSpec, merge, part_of, stage_specs
 from fedpipe.models.stage import masked_lm_class
-from fedpipe.workflows.pretrain import last_rounds
 from fedpipe.workflows.replica import stage_file, validation_batch
 
 EXPORT = "export"
 NUM_EXAMPLES = 8
+COMMON = 0.02
+"""Words above this share of the text (the, of, and) are not shown: a unigram guess finds them."""
 
 
 def export_run(run_dir: Path) -> Path:
@@ -74,7 +81,7 @@ def export_run(run_dir: Path) -> Path:
     if not _kept_in_model(config, specs, parts):
         _save(merge(parts), model_config, aside, run_dir, config, data)
     else:
-        for client_id, own in enumerate(_client_parts(run_dir, config, data, specs, checkpoint)):
+        for client_id, own in enumerate(_client_parts(run_dir, config, specs, checkpoint)):
             state = merge([part | kept for part, kept in zip(parts, own, strict=True)])
             folder = aside / f"client_{client_id:04d}"
             _save(state, model_config, folder, run_dir, config, data)
@@ -99,22 +106,20 @@ def _kept_in_model(
 
 
 def _client_parts(
-    run_dir: Path,
-    config: RunConfig,
-    data: PreparedData,
-    specs: Sequence[StageSpec],
-    checkpoint: Checkpoint,
+    run_dir: Path, config: RunConfig, specs: Sequence[StageSpec], checkpoint: Checkpoint
 ) -> list[list[dict[str, Tensor]]]:
-    """By client and stage, the tensors that stayed with the client; none before its first turn."""
-    blocks = [shard.num_blocks for shard in data.train]
-    last = last_rounds(config, checkpoint.position.round_id, blocks_per_client=blocks)
+    """By client and stage, the tensors that stayed with the client; none before its first turn.
+
+    The manifest says which file is a client's: inside a round it may be that of this very round.
+    """
+    listed = sorted(client_files(checkpoint))
     result = []
-    for client_id, round_id in enumerate(last):
+    for client_id in range(config.federation.num_clients):
         own: list[dict[str, Tensor]] = []
         for spec in specs:
+            prefix = client_file(client_id, spec.stage_id, 0, round_id=0).partition(".round_")[0]
             state: dict[str, Any] = {}
-            if round_id is not None:
-                name = client_file(client_id, spec.stage_id, 0, round_id=round_id)
+            for name in (n for n in listed if n.startswith(f"{prefix}.")):
                 state = torch.load(run_dir / CLIENTS / name, map_location="cpu", weights_only=True)
             own.append(dict(state.get("kept", {})))
         result.append(own)
@@ -132,9 +137,20 @@ def _save(
     """Write one Hugging Face folder: weights, configuration, tokenizer, model card."""
     model = build_model(state, model_config)
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_dir)
-    tokenizer.save_pretrained(folder)
+    load_tokenizer(data).save_pretrained(folder)
     (folder / "README.md").write_text(_model_card(run_dir, config), encoding="utf-8")
+
+
+def load_tokenizer(data: PreparedData) -> PreTrainedTokenizerBase:
+    """Read the run's tokenizer; a folder with nothing but a tokenizer.json is enough."""
+    folder = Path(data.tokenizer_dir)
+    if (folder / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    ids = {"cls": data.cls_id, "sep": data.sep_id, "mask": data.mask_id, "pad": data.pad_id}
+    names = {f"{part}_token": tokenizer.convert_ids_to_tokens(i) for part, i in ids.items()}
+    tokenizer.add_special_tokens(names)
+    return tokenizer
 
 
 def build_model(state: dict[str, Tensor], model_config: Any) -> PreTrainedModel:
@@ -219,7 +235,7 @@ def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[
         ids = block.input_ids[0].copy()
         ids[block.positions[0]] = block.labels[0]  # the text as it was
         inner = np.arange(8, len(ids) - 8)
-        fits = whole[ids[inner]] & starts_word[ids[inner + 1]] & (unigram[ids[inner]] < 0.005)
+        fits = whole[ids[inner]] & starts_word[ids[inner + 1]] & (unigram[ids[inner]] < COMMON)
         if not fits.any():
             continue
         position = int(rng.choice(inner[fits]))

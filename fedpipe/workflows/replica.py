@@ -275,7 +275,7 @@ class Replica:
         if sent is not None:
             state = {
                 "sent": dict(sent),
-                "rng": torch.get_rng_state(),
+                "rng": _rng_state(self.comm.device),
                 "stages": {
                     engine.spec.stage_id: {
                         "parameters": dict(engine.stage.named_parameters()),
@@ -312,8 +312,22 @@ class Replica:
             engine.weights_changed()
             engine.load_optimizer_state(own["optimizer"])
             self.synchronizers[engine.spec.stage_id].load_partial_state(own["partial"])
-        torch.set_rng_state(state["rng"].cpu())
+        _set_rng_state(state["rng"], self.comm.device)
         return dict(state["sent"])
+
+
+def _rng_state(device: torch.device) -> dict[str, Tensor]:
+    """State of torch's generators, which dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_rng_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def stage_file(stage_id: int) -> str:

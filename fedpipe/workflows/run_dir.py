@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -102,31 +103,36 @@ def resolve_config(
     Raises:
         FedPipeError: The configuration is wrong, or is not that of the run in the directory.
     """
-    if run_dir is not None and (Path(run_dir) / "config.yaml").is_file():
-        directory = Path(run_dir)
-        saved = load.load_config(str(directory / "config.yaml"), [])
-        base = config_path or str(directory / "config.yaml")
-        if config_path or overrides:
-            changed = load.diff(saved, load.load_config(base, overrides))
-            if changed:
-                raise CheckpointError(
-                    f"{directory}: expected the configuration of the run that is there, got other "
-                    f"values of {', '.join(changed)}. Resume with --run-dir alone, or choose a "
-                    "new --run-dir."
-                )
-        return saved, directory, True
-    config = load.load_config(config_path, overrides)
+    saved = os.path.join(run_dir, "config.yaml") if run_dir else ""
+    # Without --config, the run's own file is what the overrides are applied to.
+    base = saved if not config_path and os.path.isfile(saved) else config_path
+    config = load.load_config(base, overrides)
     directory = Path(run_dir or Path("runs") / config.name)
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"--run-dir: expected a directory, got the file {directory}.")
-    if (directory / "config.yaml").is_file():
-        return resolve_config(config_path, overrides, str(directory))
-    if directory.is_dir() and any(directory.iterdir()):
+    if os.path.isfile(directory / "config.yaml"):
+        changed = load.diff(load.load_config(str(directory / "config.yaml"), []), config)
+        if changed:
+            raise CheckpointError(
+                f"{directory}: expected the configuration of the run that is there, got other "
+                f"values of {', '.join(changed)}. Resume with --run-dir alone, or choose a "
+                "new --run-dir."
+            )
+        return config, directory, True
+    if os.path.exists(directory) and not os.path.isdir(directory):
+        raise CheckpointError(
+            f"--run-dir: expected a directory, got the file {directory}. Choose another path."
+        )
+    if os.path.isdir(directory) and not _is_new(directory):
         raise CheckpointError(
             f"--run-dir: expected a new, empty or fedpipe run directory, got {directory} "
             "with other files. Choose another directory."
         )
     return config, directory, False
+
+
+def _is_new(directory: Path) -> bool:
+    """Whether a directory holds nothing but what a start that was killed early leaves behind."""
+    ours = re.compile(r"\.lock|\.writable|\..*\.part")
+    return all(ours.fullmatch(path.name) for path in directory.iterdir())
 
 
 def _check_writable(directory: Path) -> None:

@@ -76,7 +76,7 @@ def test_the_file_is_opened_at_the_first_read_and_again_after_close(tmp_path):
 def test_a_missing_file_is_one_line_with_a_way_out(tmp_path):
     shard = make_shard(tmp_path)
     shutil.move(shard.path, tmp_path / "elsewhere")
-    with pytest.raises(CorpusError, match=r"data.cache_dir: expected 23 blocks in .*Delete its fold"):
+    with pytest.raises(CorpusError, match=r"data.cache_dir: expected 23 blocks in .*Delete its"):
         BlockReader(shard, seed=0).batch(0, 1)
 
 

@@ -148,19 +148,19 @@ def test_the_line_reader_tells_how_far_it_is(tmp_path):
 
 
 REFUSED_AT_ONCE = {
-    "absent.jsonl": (None, r"data.train: expected a file or folder, got '.*absent.jsonl', which do"),
+    "absent.jsonl": (None, r"data.train: expected a file or folder, got '.*absent.jsonl', whic"),
     "*.none": (None, r"data.train: expected files that match '.*\*.none', got none"),
     "empty.txt": ("", r"data.train: expected text, got the empty file '.*empty.txt'"),
     "empty.txt.gz": ("", r"data.train: expected text, got the empty archive '.*empty.txt.gz'"),
-    "blank.txt": ("\n \n", r"data.train: expected at least one document, got only empty ones in"),
-    "table.csv": ("a,b", r"data.train: expected a file ending in .jsonl, .* got '.*table.csv'"),
+    "blank.txt": ("\n \n", r"data.train: expected at least one document, got only empty"),
+    "table.csv": ("a,b", r"data.train: expected a file ending in .*, got '.*table.csv'"),
     "zero.txt": (b"one\ntwo\nthr\0ee\n", r"data.train: .* NUL byte \(binary data\) in .*zero.txt:3"),
     "latin.txt": (b"one\ncaf\xe9\n", r"data.train: expected UTF-8 text, .* 0xe9 in .*latin.txt:2\."),
     "latin.jsonl": (b'{"text": "caf\xe9"}\n', r"0xe9 in .*latin.jsonl:1\. .* iconv"),
     "list.jsonl": ("[1]\n", r"data.train: expected a JSON object per line, got '\[1\]' in .*l:1\."),
-    "half.jsonl": ('{"text": "a\n', r"data.train: expected a JSON object per line, .*half.jsonl:1"),
+    "half.jsonl": ('{"text": "a\n', r"data.train: expected a JSON object per .*half.jsonl:1"),
     "columns.jsonl": ('{"body": 1, "id": 2}', r"data.text_column: .* 'text' in .*:1, got body, id"),
-    "number.jsonl": ('{"text": 12}', r"data.text_column: expected text in column 'text' .* got '12'"),
+    "number.jsonl": ('{"text": 12}', r"data.text_column: expected text in column .* got '12'"),
     "fake.parquet": ("no", r"data.train: expected a Parquet file, got '.*fake.parquet': \w+: .*"),
 }
 
@@ -175,7 +175,8 @@ def test_a_bad_source_is_refused_at_once_in_one_line(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-GOOD = jsonl(ROWS[:2]).encode()
+# Two good lines; they reach behind the first megabyte, where the quick check stops.
+GOOD = jsonl([ROWS[0], {"text": "word " * 220_000}]).encode()
 REFUSED_WITH_ITS_LINE = {
     "not_json.jsonl": (b"{oops\n", r"data.train: .* got '\{oops' in .*not_json.jsonl:3\."),
     "a_list.jsonl": (b'["text"]\n', r"data.train: expected a JSON object per line.*a_list.jsonl:3"),
@@ -190,8 +191,8 @@ REFUSED_WITH_ITS_LINE = {
 @pytest.mark.parametrize("name", REFUSED_WITH_ITS_LINE)
 def test_prepare_names_the_line_that_cannot_be_used(tmp_path, name):
     line, message = REFUSED_WITH_ITS_LINE[name]
-    # The fault lies behind the first megabyte's first row, where the quick check stops.
     path = write(tmp_path / name, GOOD + line)
+    check_sources(config(tmp_path, train=(path,)))
     with pytest.raises(CorpusError, match=message):
         prepare(config(tmp_path, train=(path,)))
     assert list((tmp_path / "cache" / "prepared").iterdir()) == []
@@ -199,11 +200,11 @@ def test_prepare_names_the_line_that_cannot_be_used(tmp_path, name):
 
 def test_a_missing_partition_column_is_named_with_those_that_exist(tmp_path):
     path = write(tmp_path / "a.jsonl", jsonl(ROWS[:1]))
-    message = r"data.partition_column: expected a column 'journal' in .*a.jsonl:1, got text, ward, id"
+    message = r"data.partition_column: expected a column 'journal' in .*a.jsonl:1, got text, ward,"
     with pytest.raises(CorpusError, match=message):
         check_sources(config(tmp_path, train=(path,), partition="column"))
     text = write(tmp_path / "a.txt", "words")
-    with pytest.raises(CorpusError, match=r"partition_column: .*a.txt, which is plain text, got te"):
+    with pytest.raises(CorpusError, match=r"partition_column: .*a.txt, which is plain text, go"):
         check_sources(config(tmp_path, train=(text,), partition="column"))
 
 
@@ -212,7 +213,7 @@ def test_a_missing_column_of_a_dataset_is_named_with_those_that_exist(tmp_path):
     datasets.Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     for name in ("a.parquet", "saved"):
-        with pytest.raises(CorpusError, match=rf"data.text_column: .*'body' in .*{name}, got text, w"):
+        with pytest.raises(CorpusError, match=rf"data.text_column: .*'body' in .*{name}, got t"):
             check_sources(config(tmp_path, train=(str(tmp_path / name),), text_column="body"))
 
 
@@ -222,23 +223,23 @@ def test_damaged_archives_and_parquet_files_are_refused(tmp_path):
     (tmp_path / "cut.txt.gz").write_bytes(packed[: len(packed) // 2])
     (tmp_path / "plain.txt.gz").write_bytes(b"never packed")
     for name in ("cut.txt.gz", "plain.txt.gz"):
-        with pytest.raises(CorpusError, match=rf"data.train: expected a readable file, got '.*{name}"):
+        with pytest.raises(CorpusError, match=rf"data.train: expected a readable .*{name}"):
             check_sources(config(tmp_path, train=(str(tmp_path / name),)))
     path = tmp_path / "a.parquet"
     datasets.Dataset.from_list(ROWS).to_parquet(str(path))
     content = bytearray(path.read_bytes())
     content[4:600] = os.urandom(596)
     path.write_bytes(content)
-    with pytest.raises(CorpusError, match=r"data.train: expected readable rows in .* after row 0: "):
+    with pytest.raises(CorpusError, match=r"data.train: expected readable rows in .* after row 0"):
         texts(str(path))
 
 
 def test_a_folder_that_datasets_did_not_save_is_refused(tmp_path):
-    with pytest.raises(CorpusError, match=r"expected a folder written by save_to_disk, .* without a"):
+    with pytest.raises(CorpusError, match=r"expected a folder written by save_to_disk, .* with"):
         resolve("data.train", (str(tmp_path),))
     (tmp_path / "test").mkdir()
     write(tmp_path / "test" / "state.json", "{}")
-    with pytest.raises(CorpusError, match=r"expected one split, got '.*' with test\. .*/test\."):
+    with pytest.raises(CorpusError, match=r"expected one split, got '.*' with test\."):
         resolve("data.train", (str(tmp_path),))
     source = only(str(tmp_path / "test"))
     with pytest.raises(CorpusError, match=r"save_to_disk, got '.*' with an unreadable dataset_info"):
@@ -261,14 +262,14 @@ def test_a_hub_name_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CorpusError, match=r"data.train: expected a readable dataset, got 'a/b:train'"):
+    with pytest.raises(CorpusError, match=r"data.train: expected a readable dataset, got 'a/b:"):
         prepare(config(tmp_path, train=("hf:a/b",)))
 
 
 @pytest.mark.parametrize(
     ("train", "valid", "message"),
     [
-        (3, 0, r"data.train: expected 2 entries, one per client .* got 3\. Set federation.num_clien"),
+        (3, 0, r"data.train: expected 2 entries, one per client .* got 3\. Set federation"),
         (2, 3, r"data.valid: expected 2 entries, one per client, or one for all .* got 3\."),
     ],
 )

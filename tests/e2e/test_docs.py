@@ -1,0 +1,79 @@
+"""What the documents say can be done: links lead somewhere, commands run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("slurm/*.md")])
+SHRINK = {
+    "pretrain": [
+        "model.num_hidden_layers=4", "model.hidden_size=32", "model.num_attention_heads=2",
+        "model.intermediate_size=64", "data.sequence_length=32", "pipeline.micro_batch_size=2",
+        "pipeline.num_micro_batches=2", "federation.num_rounds=1", "federation.num_local_steps=3",
+        "validation.max_blocks_per_client=2", "log.tensorboard=false",
+    ],
+}  # fmt: skip
+"""Added to every command that trains: the command is tested, not the model."""
+
+
+def _commands() -> list[str]:
+    """Commands of the README's section "Use it", in order; later ones use earlier ones' runs."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Use it\n")[1]
+    block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
+    assert block, "the section shows commands"
+    lines = [line.split(" #")[0].strip() for line in block.group(1).splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_link_leads_to_a_file(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_every_path_of_the_code_map_exists() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("\n## Map of the code\n")[1].split("\n## ")[0]
+    paths = re.findall(r"^(\S+)  ", section, re.MULTILINE)
+    assert len(paths) > 10
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    bin_dir = Path(sys.executable).parent
+    env = os.environ | {
+        "PATH": f"{bin_dir}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "COLUMNS": "200",
+    }
+    commands = _commands()
+    assert len(commands) >= 9
+    resumable: set[str] = set()
+    for command in commands:
+        words = shlex.split(command)
+        run_dir = words[words.index("--run-dir") + 1] if "--run-dir" in words else ""
+        trains = "pretrain" in command or "throughput" in command
+        if trains and run_dir not in resumable:
+            words += SHRINK["pretrain"]
+        resumable.add(run_dir)
+        result = subprocess.run(
+            words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+    assert (tmp_path / "runs/small/export/config.json").is_file()
+    assert (tmp_path / "runs/bench/throughput/report.json").is_file()
