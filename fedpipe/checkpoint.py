@@ -242,7 +242,7 @@ def _folders(run_dir: Path) -> list[Path]:
 
 
 def _listed(folder: Path) -> dict[str, Any]:
-    """Files that a checkpoint needs; none where its manifest is damaged, since nobody resumes it."""
+    """Files that a checkpoint needs; none where its manifest is damaged: it is never used."""
     try:
         return dict(json.loads((folder / STATE).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -12,10 +12,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fedpipe import __version__
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError, LaunchError
+
+if TYPE_CHECKING:
+    from fedpipe.config.schema import RunConfig
 
 EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 75
 
@@ -123,27 +126,38 @@ def _sentence(summary: str) -> str:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from fedpipe.config.load import load_config
+    if args.run_dir and not args.config:
+        _existing_run(args)
+    config = _checked_config(args)
     from fedpipe.workflows.plan import build_plan, render
 
-    config_path = args.config
-    if args.run_dir and not config_path:
-        config_path = str(_existing_run(args) / "config.yaml")
-    plan = build_plan(load_config(config_path, args.overrides))
-    sys.stdout.write(render(plan) + "\n")
+    sys.stdout.write(render(build_plan(config)) + "\n")
     return EXIT_DONE
 
 
 def _pretrain(args: argparse.Namespace) -> int:
+    _checked_config(args)
     from fedpipe.launcher.local import pretrain
 
     return pretrain(args.config, args.overrides, args.run_dir)
 
 
 def _throughput(args: argparse.Namespace) -> int:
+    _checked_config(args)
     from fedpipe.launcher.throughput import throughput
 
     return throughput(args.config, args.overrides, args.run_dir)
+
+
+def _checked_config(args: argparse.Namespace) -> RunConfig:
+    """Refuse a wrong configuration before a launcher starts to import torch in the background."""
+    from fedpipe.config.load import load_config
+
+    config_path = args.config
+    if args.run_dir and not config_path:
+        saved = Path(args.run_dir) / "config.yaml"
+        config_path = str(saved) if saved.is_file() else None
+    return load_config(config_path, args.overrides)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -180,7 +194,7 @@ def _existing_run(args: argparse.Namespace) -> Path:
 
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
-    "plan": (_plan, "show processes, stages, bytes, memory and ideal bubble; start nothing"),
+    "plan": (_plan, "show grid, stages, bytes, memory and ideal bubble; start nothing"),
     "pretrain": (_pretrain, "pre-train a model on this machine, or resume the run in DIR"),
     "export": (_export, "write the newest checkpoint of a run as a Hugging Face folder"),
     "report": (_report, "write report.html, report.md and the plots of a run"),

@@ -55,15 +55,21 @@ def pretrain(config_path: str | None, overrides: Sequence[str], run_dir: str | N
         LaunchError: A process failed.
     """
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
-    context = _fork_server()
-    setup = set_up(config_path, overrides, run_dir, notify=console.text, progress=console.preparing)
+    setup = set_up(
+        config_path,
+        overrides,
+        run_dir,
+        notify=console.text,
+        progress=console.preparing,
+        on_checked=_fork_server,
+    )
     console.close()
     if is_done(setup):
         console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
         return EXIT_DONE
     with _locked(setup.run_dir):
         try:
-            _supervise(setup, context)
+            _supervise(setup, _fork_server())
         except Interrupted:
             console.text(f"interrupted; resume with: fedpipe pretrain --run-dir {setup.run_dir}")
             return EXIT_INTERRUPTED
@@ -82,7 +88,11 @@ def is_done(setup: RunSetup) -> bool:
 
 
 def _fork_server() -> Any:
-    """Start importing torch, DeepSpeed and transformers, once, beside the supervisor's own work."""
+    """Start importing torch, DeepSpeed and transformers, once, beside the supervisor's own work.
+
+    Returns:
+        The context that forks ranks from the server; called again, the same one.
+    """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if not os.path.exists("/dev/nvidiactl"):  # DeepSpeed probes for accelerators otherwise
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

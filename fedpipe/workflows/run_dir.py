@@ -49,6 +49,7 @@ def set_up(
     *,
     notify: Callable[[str], None],
     progress: Callable[[str, int, int], None] | None = None,
+    on_checked: Callable[[], None] = lambda: None,
 ) -> RunSetup:
     """Resolve the configuration, refuse what cannot work, prepare the text, write the directory.
 
@@ -58,6 +59,7 @@ def set_up(
         run_dir: Directory of the run, or None for ``runs/NAME``.
         notify: Shows a line to the user.
         progress: Shows the preparation of the text: (label, done, total).
+        on_checked: Called when all cheap checks have passed, before the text is prepared.
 
     Returns:
         The setup.
@@ -81,6 +83,7 @@ def set_up(
             discard_later(directory, checkpoint.position)
             notify(f"resuming {directory} from {checkpoint.path.name}")
     notify(plan)
+    on_checked()
     data = prepare(config, progress=progress)
     _write(directory / "config.yaml", load.to_yaml(config))
     _write(directory / "deepspeed.json", json.dumps(deepspeed_dict, indent=2) + "\n")

@@ -18,7 +18,7 @@ SHRINK = {
         "model.num_hidden_layers=4", "model.hidden_size=32", "model.num_attention_heads=2",
         "model.intermediate_size=64", "data.sequence_length=32", "pipeline.micro_batch_size=2",
         "pipeline.num_micro_batches=2", "federation.num_rounds=1", "federation.num_local_steps=3",
-        "validation.max_blocks_per_client=2", "log.tensorboard=false",
+        "validation.max_blocks_per_client=2", "log.tensorboard=false", "pipeline.cut=[2]",
     ],
 }  # fmt: skip
 """Added to every command that trains: the command is tested, not the model."""
@@ -74,6 +74,8 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
         result = subprocess.run(
             words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
         )
-        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+        assert result.returncode == 0, (
+            f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+        )
     assert (tmp_path / "runs/small/export/config.json").is_file()
     assert (tmp_path / "runs/bench/throughput/report.json").is_file()

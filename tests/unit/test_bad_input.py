@@ -1,5 +1,7 @@
 """What a user can get wrong in the configuration: one line, the key, the value, a way out."""
 
+# ruff: noqa: E501  (one error a row: the tables are read across)
+
 from __future__ import annotations
 
 import json

@@ -1,94 +1,31 @@
-import dataclasses
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from fedpipe.config.schema import DataConfig, FederationConfig, RunConfig
-from fedpipe.data import cache
-from fedpipe.data.blocks import PreparedData, Shard
 from fedpipe.data.corpus import load_prepared, prepare, token_counts, tokenizer_info
 from fedpipe.data.packing import pack
-from fedpipe.data.sources import Source
 from fedpipe.errors import CorpusError
-
-WORDS = ("patients", "were", "randomised", "to", "placebo", "or", "caf\u00e9", "the", "trial", "<s>")
-
-
-def make_text(rng: random.Random, num_words: int) -> str:
-    return " ".join(rng.choices(WORDS, k=num_words))
-
-
-def write_rows(path: Path, num_rows: int, *, wards: int = 4, seed: int = 0) -> str:
-    rng = random.Random(seed)
-    # Ward i has about i + 1 shares of the documents.
-    names = [f"w{ward}" for ward in range(wards) for _ in range(ward + 1)]
-    lines = []
-    for index in range(num_rows):
-        ward = names[index % len(names)]
-        lines.append(json.dumps({"text": make_text(rng, rng.randint(20, 80)), "ward": ward}))
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
-
-
-def make_wordpiece(folder: Path, texts: list[str]) -> Path:
-    """A BERT tokenizer folder as old ones are: with padding and truncation switched on."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.enable_truncation(10)
-    tokenizer.enable_padding(length=10)
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+from tests.helpers.corpora import (
+    WORDS,
+    blocks_of,
+    make_text,
+    make_wordpiece,
+    rows_of,
+    run_maker,
+    run_python,
+    same_content,
+    write_rows,
+)
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run over generated rows, partitioned by their ward; keywords change ``data``."""
-    train = write_rows(tmp_path / "train.jsonl", 120)
-    valid = write_rows(tmp_path / "valid.jsonl", 40, seed=1)
-
-    def make(*, num_clients: int = 3, seed: int = 0, **data) -> RunConfig:
-        fields = {
-            "train": (train,), "valid": (valid,), "partition_column": "ward", "num_workers": 1,
-            "sequence_length": 32, "cache_dir": str(tmp_path / "cache"),
-        } | data  # fmt: skip
-        federation = FederationConfig(num_clients=num_clients, num_replicas=1, clients_per_round=1)
-        return RunConfig(data=DataConfig(**fields), federation=federation, seed=seed)
-
-    return make
-
-
-def blocks_of(shard: Shard) -> np.ndarray:
-    return np.fromfile(shard.path, shard.dtype).reshape(-1, shard.sequence_length)
-
-
-def rows_of(config: RunConfig, key: str = "train") -> list[dict]:
-    path = Path(getattr(config.data, key)[0])
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def phases_of(config: RunConfig) -> tuple[PreparedData, set[str]]:
-    seen: set[str] = set()
-    prepared = prepare(config, progress=lambda phase, done, total: seen.add(phase.split()[0]))
-    return prepared, seen
-
-
-def same_content(one: PreparedData, two: PreparedData) -> bool:
-    pairs = zip((*one.train, *one.valid), (*two.train, *two.valid), strict=True)
-    return all(np.array_equal(blocks_of(a), blocks_of(b)) for a, b in pairs)
+    return run_maker(tmp_path)
 
 
 def test_blocks_decode_back_to_the_documents_of_their_client(run):
@@ -100,7 +37,7 @@ def test_blocks_decode_back_to_the_documents_of_their_client(run):
         assert (blocks[:, 0] == prepared.cls_id).all() and (blocks[:, -1] == prepared.sep_id).all()
         stream = blocks[:, 1:-1].ravel()
         ends = np.flatnonzero(stream == prepared.sep_id)
-        pieces = [decoder.decode(part.tolist()).lstrip("</s>") for part in np.split(stream, ends)]
+        pieces = [decoder.decode(part.tolist()) for part in np.split(stream, ends)]
         texts = [row["text"] for row in rows_of(config) if row["ward"] in shard.values]
         assert shard.num_documents == len(texts)
         # The dropped partial block may take the end of the last documents.
@@ -193,153 +130,6 @@ def test_token_counts_are_those_of_the_training_text(run):
     assert counts.dtype == np.int64
 
 
-def test_a_second_call_only_looks_and_changed_content_is_tokenised_again(run):
-    config = run()
-    first, phases = phases_of(config)
-    assert phases == {"hash", "check", "tokenise"}
-    again, phases = phases_of(config)
-    assert (again, phases) == (first, {"hash"})
-    with open(config.data.train[0], "a") as file:
-        file.write(json.dumps({"text": "new words", "ward": "w0"}) + "\n")
-    changed, phases = phases_of(config)
-    assert "tokenise" in phases
-    assert sum(shard.num_documents for shard in changed.train) == 121
-
-
-def test_a_cache_hit_imports_neither_datasets_nor_tokenizers(run):
-    config = run()
-    prepare(config)
-    code = f"""
-        import sys
-        from fedpipe.config.schema import DataConfig, FederationConfig, RunConfig
-        from fedpipe.data.corpus import prepare
-        prepare({config!r}.__class__(**{{k: v for k, v in []}})) if 0 else None
-        config = RunConfig(
-            data=DataConfig(**{dataclasses.asdict(config.data)!r}),
-            federation=FederationConfig(num_clients=3, num_replicas=1, clients_per_round=1),
-        )
-        seen = set()
-        prepare(config, progress=lambda phase, done, total: seen.add(phase))
-        print(seen, [m for m in ("datasets", "tokenizers", "transformers", "torch", "pyarrow")
-                     if m in sys.modules])
-    """
-    result = run_python(code)
-    assert result.stdout.strip() == "{'hash'} []", result.stderr
-
-
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60
-    )
-
-
-def test_the_key_follows_content_and_settings_but_not_paths(run, tmp_path):
-    base = prepare(run()).directory
-    moved = tmp_path / "elsewhere.jsonl"
-    moved.write_bytes(Path(run().data.train[0]).read_bytes())
-    assert prepare(run(train=(str(moved),))).directory == base
-    # Only a partition that draws depends on the seed.
-    assert prepare(run(seed=7)).directory == base
-    assert prepare(run(mask_probability=0.3)).directory == base
-    assert prepare(run(num_workers=2)).directory == base
-    others = [
-        run(sequence_length=16), run(num_clients=2), run(partition="iid"), run(valid=()),
-        run(partition="iid", seed=7), run(partition="dirichlet"), run(train=run().data.valid),
-        run(partition="dirichlet", dirichlet_alpha=2.0),
-    ]  # fmt: skip
-    directories = {prepare(config).directory for config in others}
-    assert len(directories) == len(others)
-    assert base not in directories
-
-
-def test_the_tokenizer_is_part_of_the_key(run, tmp_path):
-    texts = [row["text"] for row in rows_of(run())]
-    one = prepare(run(tokenizer=str(make_wordpiece(tmp_path / "bert", texts)))).directory
-    two = prepare(run(tokenizer=str(make_wordpiece(tmp_path / "bert", texts[:3])))).directory
-    assert one != two != prepare(run()).directory
-
-
-def test_a_digest_is_remembered_until_size_or_time_changes(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("one")
-    source = Source(key="data.train", entry=0, kind="txt", path=str(path))
-
-    def digest() -> list[str]:
-        return cache.content_digests((source,), tmp_path, progress=lambda done, total: None)
-
-    os.utime(path, ns=(0, 10**18))
-    before = digest()
-    path.write_text("two")
-    os.utime(path, ns=(0, 10**18))
-    assert digest() == before
-    os.utime(path, ns=(0, 10**18 + 1))
-    after = digest()
-    assert after != before
-    # A file of this very moment may change once more under the same time stamp.
-    path.write_text("six")
-    assert digest() != after
-    path.write_text("ten")
-    assert digest() not in (before, after)
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(CorpusError, match=r"data.train: expected a readable file, got '.*a.txt'"):
-        digest()
-
-
-@pytest.mark.parametrize("phase", ["tokenise data.train", "tokenise data.valid"])
-def test_a_killed_preparation_leaves_nothing_that_a_later_one_takes(run, tmp_path, phase):
-    config = run()
-    code = f"""
-        import os, signal
-        from fedpipe.config.schema import DataConfig, FederationConfig, RunConfig
-        from fedpipe.data import packing
-        from fedpipe.data.corpus import prepare
-        packing._BATCH_CHARACTERS_PER_THREAD = 2000
-        def kill(phase, done, total):
-            if phase == {phase!r} and done > total // 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-        prepare(RunConfig(
-            data=DataConfig(**{dataclasses.asdict(config.data)!r}),
-            federation=FederationConfig(num_clients=3, num_replicas=1, clients_per_round=1),
-        ), progress=kill)
-    """
-    result = run_python(code)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    (left,) = (tmp_path / "cache" / "prepared").iterdir()
-    assert left.name.startswith(".building.")
-    assert any(file.stat().st_size for file in left.glob("*.bin"))
-    prepared = prepare(config)
-    assert not left.exists()
-    undisturbed = prepare(run(cache_dir=str(tmp_path / "other")))
-    assert same_content(prepared, undisturbed)
-    assert (token_counts(prepared) == token_counts(undisturbed)).all()
-
-
-@pytest.mark.parametrize("damage", ["missing", "short", "manifest"])
-def test_damaged_prepared_text_is_made_again(run, damage):
-    prepared = prepare(run())
-    shard = Path(prepared.train[1].path)
-    whole = shard.read_bytes()
-    if damage == "missing":
-        shard.unlink()
-    elif damage == "short":
-        shard.write_bytes(whole[:-2])
-    else:
-        (shard.parent / "manifest.json").unlink()
-    assert prepare(run()) == prepared
-    assert shard.read_bytes() == whole
-    assert [path.name for path in shard.parent.parent.iterdir()] == [shard.parent.name]
-
-
-def test_of_two_builds_of_one_key_the_first_stays(tmp_path):
-    with cache.building(tmp_path, "key") as slow:
-        with cache.building(tmp_path, "key") as quick:
-            (quick / "manifest.json").write_text("first")
-        (slow / "manifest.json").write_text("second")
-    assert (tmp_path / "prepared" / "key" / "manifest.json").read_text() == "first"
-    assert len(list((tmp_path / "prepared").iterdir())) == 1
-
-
 def test_the_batches_of_the_tokenizer_do_not_show(run, monkeypatch, tmp_path):
     whole = prepare(run())
     monkeypatch.setattr("fedpipe.data.packing._BATCH_CHARACTERS_PER_THREAD", 100)
@@ -383,7 +173,7 @@ def test_a_client_with_less_than_a_block_is_named_with_its_size(run, tmp_path, k
     rows = rows_of(run())
     rows = [row for row in rows if row["ward"] != "w2"] + [{"text": "two words", "ward": "w2"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    message = rf"{key}: expected at least one block of 30 tokens for client \d \(w2\), got \d tokens"
+    message = rf"{key}: expected at least one block of 30 tokens for client \d \(w2\), got \d t"
     with pytest.raises(CorpusError, match=message):
         prepare(run(num_clients=4, **{key.removeprefix("data."): (str(path),)}))
 
@@ -391,21 +181,10 @@ def test_a_client_with_less_than_a_block_is_named_with_its_size(run, tmp_path, k
 def test_a_text_that_changes_between_the_readings_is_refused(tmp_path, run):
     info = tokenizer_info(run())
     for num_documents in (1, 3):
-        with pytest.raises(CorpusError, match=r"data: expected 2 documents as in the first reading"):
+        with pytest.raises(CorpusError, match=r"data: expected 2 documents as in the first"):
             pack([("words", "")] * num_documents, np.zeros(2, dtype=np.int32),
                  paths=[tmp_path / "a.bin"], tokenizer=info, sequence_length=16, num_threads=1,
                  progress=lambda done: None)  # fmt: skip
-
-
-def test_a_cache_that_cannot_be_written_is_refused(run, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CorpusError, match=r"data.cache_dir: expected a writable directory, got '.*f"):
-        prepare(run(cache_dir=str(tmp_path / "file" / "cache")))
-
-
-def test_the_cache_is_where_the_desktop_keeps_caches(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert prepare(run(cache_dir="")).directory.startswith(str(tmp_path / "xdg" / "fedpipe"))
 
 
 def test_large_vocabularies_take_four_bytes_per_token(run, tmp_path):

@@ -1,0 +1,342 @@
+"""Stages: first weights, continued pre-training, and equality with the unsplit transformers model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForMaskedLM,
+    BertForMaskedLM,
+    BertModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    RobertaForMaskedLM,
+    RobertaModel,
+)
+
+from fedpipe.config.model_shape import resolve
+from fedpipe.config.schema import ModelConfig, PipelineConfig
+from fedpipe.errors import CheckpointError, ConfigError
+from fedpipe.models.families import FAMILIES, hf_config, load_pretrained, stable_seed
+from fedpipe.models.split import merge, stage_specs
+from fedpipe.models.stage import Stage, build_stage
+from fedpipe.workflows.export import build_model
+
+LAYERS, VOCAB, LENGTH = 4, 53, 12
+CUTS = [(), (0,), (2,), (1, 3), (0, 1, 2, 3)]
+MASKED_LM = {"bert": BertForMaskedLM, "roberta": RobertaForMaskedLM}
+ENCODER = {"bert": BertModel, "roberta": RobertaModel}
+FAMILY = pytest.mark.parametrize("family", ["roberta", "bert"])
+
+
+def _config(family: str, **keys: Any) -> PretrainedConfig:
+    model = ModelConfig(
+        family=family, num_hidden_layers=LAYERS, hidden_size=16, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=20, **keys,
+    )  # fmt: skip
+    shape = resolve(model, vocab_size=VOCAB, sequence_length=LENGTH)
+    pad = 1 if family == "roberta" else 0
+    return hf_config(shape, pad_id=pad, cls_id=2, sep_id=3)
+
+
+def _stages(
+    config: PretrainedConfig, cut: tuple[int, ...], *, path: str = "", seed: int = 0, **keys: Any
+) -> list[Stage]:
+    specs = stage_specs(PipelineConfig(cut=cut, **keys), num_hidden_layers=LAYERS)
+    return [build_stage(s, config, seed=seed, path=path)[0].eval() for s in specs]
+
+
+def _weights(stages: list[Stage]) -> dict[str, torch.Tensor]:
+    return merge(dict(stage.named_parameters()) for stage in stages)
+
+
+def _randomise(module: torch.nn.Module) -> None:
+    """Give every parameter, biases too, a value that no default has."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in module.parameters():
+        with torch.no_grad():
+            parameter.normal_(0.1, 0.3, generator=generator)
+
+
+def _random_model(family: str, *, tied: bool, bare: bool = False) -> PreTrainedModel:
+    config = _config(family)
+    config.tie_word_embeddings = tied
+    model = ENCODER[family](config) if bare else MASKED_LM[family](config)
+    _randomise(model)
+    return model.eval()
+
+
+def _logits(stages: list[Stage], ids: torch.Tensor) -> torch.Tensor:
+    """The stages in sequence; the final head at every position."""
+    hidden = ids
+    with torch.no_grad():
+        for stage in stages:
+            hidden = stage(hidden)
+        return stages[-1].logits(hidden, torch.arange(ids.shape[1]).expand_as(ids))
+
+
+def _ids() -> torch.Tensor:
+    return torch.randint(4, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+# -- first weights -------------------------------------------------------------------------------
+
+
+@FAMILY
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_first_weights_do_not_depend_on_the_cut(family: str, cut: tuple[int, ...]) -> None:
+    config = _config(family)
+    whole = _weights(_stages(config, ()))
+    torch.manual_seed(99)  # nor on torch's generator
+    parts = _weights(_stages(config, cut, local_head="mlm+layer"))
+    assert parts.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(parts[name], tensor), name
+
+
+@FAMILY
+def test_first_weights_depend_on_the_seed_and_on_the_name(family: str) -> None:
+    config = _config(family)
+    first, other = (_weights(_stages(config, (2,), seed=seed)) for seed in (0, 1))
+    query = f"{family}.encoder.layer.{{}}.attention.self.query.weight"
+    assert not torch.equal(first[query.format(0)], other[query.format(0)])
+    assert not torch.equal(first[query.format(0)], first[query.format(1)])
+
+
+@FAMILY
+def test_first_weights_have_the_scale_of_bert(family: str) -> None:
+    for name, tensor in _weights(_stages(_config(family, initializer_range=0.05), ())).items():
+        if name.endswith("bias"):
+            assert not tensor.any(), name
+        elif "LayerNorm" in name or "layer_norm" in name:
+            assert (tensor == 1).all(), name
+        else:
+            assert 0.03 < tensor.std() < 0.07, name
+
+
+@FAMILY
+def test_only_the_first_auxiliary_head_is_tied_to_the_embedding(family: str) -> None:
+    stages = _stages(_config(family), (1, 3))
+    embedding = stages[0].get_parameter(FAMILIES[family].word_embeddings)
+    first, middle = (
+        stages[s].get_submodule(f"aux_heads.{s}.head.decoder").weight for s in (0, 1)
+    )
+    final = stages[2].get_parameter(FAMILIES[family].decoder)
+    assert first is embedding
+    assert len({t.data_ptr() for t in (embedding, middle, final)}) == 3
+    assert torch.equal(middle, embedding) and torch.equal(final, embedding)
+    names = [name for stage in stages for name, _ in stage.named_parameters()]
+    assert "aux_heads.0.head.decoder.weight" not in names, "a tied tensor is trained once"
+
+
+def test_a_seed_is_the_same_everywhere() -> None:
+    assert stable_seed(0, "roberta.embeddings") == 3726088441176485494
+    assert 0 <= stable_seed("x", (1, 2)) < 2**63
+
+
+# -- equality with transformers --------------------------------------------------------------------
+
+
+@FAMILY
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_export_has_the_logits_of_the_stages_in_sequence(
+    family: str, cut: tuple[int, ...], tmp_path: Path
+) -> None:
+    config = _config(family)
+    stages = _stages(config, cut)
+    for stage in stages:
+        _randomise(stage)
+    build_model(_weights(stages), config).save_pretrained(tmp_path)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    assert type(model) is MASKED_LM[family]
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    with torch.no_grad():
+        expected = model(input_ids=_ids()).logits
+    torch.testing.assert_close(_logits(stages, _ids()), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_checkpoint_of_another_model_is_not_exported() -> None:
+    config = _config("roberta")
+    state = _weights(_stages(config, (2,)))
+    del state["lm_head.bias"]
+    with pytest.raises(CheckpointError, match=r"difference at \['lm_head.bias'\]"):
+        build_model(state, config)
+
+
+@FAMILY
+@pytest.mark.parametrize("head", ["mlm", "mlm+layer"])
+def test_the_loss_is_that_of_transformers_on_the_masked_tokens(family: str, head: str) -> None:
+    """Checked on the client stage: a model of its layers and its head has the same loss."""
+    config = _config(family)
+    stage = _stages(config, (2,), local_head=head)[0]
+    _randomise(stage)
+    ids = _ids()
+    positions = torch.tensor([[1, 5], [0, 11], [3, 4]])
+    targets = torch.stack([positions, torch.tensor([[7, 8], [9, 10], [11, 12]])]).int()
+    with torch.no_grad():
+        loss = stage.loss(stage(ids), targets)
+        each = stage.loss(stage(ids), targets, reduction="none")
+
+    whole = _config(family)
+    whole.num_hidden_layers = 2 + (head == "mlm+layer")
+    model = MASKED_LM[family](whole).eval()
+    state = {n: p for n, p in stage.named_parameters() if not n.startswith("aux_heads")}
+    prefix = FAMILIES[family].head_path
+    for name, parameter in stage.get_submodule("aux_heads.0.head").state_dict().items():
+        state[f"{prefix}.{name}"] = parameter
+    if head == "mlm+layer":
+        for name, parameter in stage.get_submodule("aux_heads.0.layer").state_dict().items():
+            state[f"{family}.encoder.layer.2.{name}"] = parameter
+    assert not model.load_state_dict(state, strict=False).unexpected_keys
+    labels = torch.full_like(ids, -100).scatter(1, positions, targets[1].long())
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=labels).loss
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-6)
+    assert each.shape == (3, 2)
+    torch.testing.assert_close(each.mean(), loss)
+
+
+# -- continued pre-training ------------------------------------------------------------------------
+
+
+def _assert_equals(stages: list[Stage], model: PreTrainedModel) -> None:
+    expected = dict(model.named_parameters())
+    for name, parameter in _weights(stages).items():
+        other = expected.get(name)
+        if other is None:
+            assert name == FAMILIES[model.config.model_type].decoder  # tied: one tensor there
+            other = model.get_input_embeddings().weight
+        assert torch.equal(parameter, other), name
+
+
+@FAMILY
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("form", ["safetensors", "sharded", "pickled", "sharded_pickled"])
+def test_a_masked_lm_folder_is_continued_exactly(
+    family: str, tied: bool, form: str, tmp_path: Path
+) -> None:
+    model = _random_model(family, tied=tied)
+    size = "8KB" if form.startswith("sharded") else "5GB"
+    pickled = form.endswith("pickled")
+    model.save_pretrained(tmp_path, safe_serialization=not pickled, max_shard_size=size)
+    suffix = "bin" if pickled else "safetensors"
+    files = sorted(tmp_path.glob(f"*.{suffix}"))
+    assert (len(files) > 1) == form.startswith("sharded")
+    # transformers' Trainer leaves such a file beside the weights
+    torch.save({"lr": 1}, tmp_path / "training_args.bin")
+
+    config = _config(family)
+    stages = _stages(config, (1, 3), path=str(tmp_path))
+    _assert_equals(stages, model)
+    with torch.no_grad():
+        expected = model(input_ids=_ids()).logits
+    torch.testing.assert_close(_logits(stages, _ids()), expected, atol=1e-5, rtol=1e-5)
+
+
+@FAMILY
+def test_a_bare_encoder_leaves_the_head_its_first_values_and_says_so(
+    family: str, tmp_path: Path
+) -> None:
+    model = _random_model(family, tied=True, bare=True)
+    model.save_pretrained(tmp_path)
+    config = _config(family)
+    specs = stage_specs(PipelineConfig(cut=(2,)), num_hidden_layers=LAYERS)
+    (client, client_missing), (server, server_missing) = (
+        build_stage(s, config, seed=0, path=str(tmp_path)) for s in specs
+    )
+    head = FAMILIES[family].head_path
+    names = {n for n, _ in server.named_parameters() if n.startswith(head)}
+    assert set(server_missing) == names - {f"{head}.decoder.weight"}
+    assert all(n.startswith("aux_heads.0.head.") for n in client_missing) and client_missing
+    decoder = server.get_parameter(f"{head}.decoder.weight")
+    assert torch.equal(decoder, model.get_input_embeddings().weight)
+    assert torch.equal(server.get_parameter(f"{head}.bias"), torch.zeros(VOCAB))
+    for name, parameter in model.named_parameters():
+        if ".layer." in f".{name}" and int(name.split(".")[2]) >= 2:
+            assert torch.equal(server.get_parameter(f"{family}.{name}"), parameter), name
+
+
+def test_the_names_of_the_original_bert_are_understood(tmp_path: Path) -> None:
+    """Its LayerNorms have gamma and beta, as in TensorFlow."""
+    model = _random_model("bert", tied=True)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    renamed = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        : t for n, t in load_file(file).items()
+    }  # fmt: skip
+    assert any(n.endswith("gamma") for n in renamed)
+    save_file(renamed, file)
+    _assert_equals(_stages(_config("bert"), (2,), path=str(tmp_path)), model)
+
+
+@FAMILY
+def test_a_folder_in_half_precision_is_read_as_float32(family: str, tmp_path: Path) -> None:
+    model = _random_model(family, tied=True).half()
+    model.save_pretrained(tmp_path)
+    stages = _stages(_config(family), (2,), path=str(tmp_path))
+    assert {p.dtype for p in _weights(stages).values()} == {torch.float32}
+    _assert_equals(stages, model.float())
+
+
+def test_the_configuration_of_a_folder_is_kept_but_for_the_ties(tmp_path: Path) -> None:
+    _random_model("roberta", tied=True).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(
+        json.dumps(json.loads((tmp_path / "config.json").read_text()) | {"my_note": "kept"})
+    )
+    shape = resolve(ModelConfig(path=str(tmp_path)), vocab_size=VOCAB, sequence_length=LENGTH)
+    config = hf_config(shape, pad_id=1, cls_id=2, sep_id=3, path=str(tmp_path))
+    assert config.my_note == "kept"
+    assert config.tie_word_embeddings is False
+    assert config.model_type == "roberta"
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    _random_model("roberta", tied=True).save_pretrained(tmp_path)
+    config = _config("roberta")
+    config.vocab_size = VOCAB + 1
+    with pytest.raises(
+        ConfigError, match=r"^model.path: expected roberta.embeddings.word_embeddings.weight of "
+        r"shape \[54, 16\], got \[53, 16\] in .*\. Use that model's own tokenizer and sizes\."
+    ):  # fmt: skip
+        _stages(config, (2,), path=str(tmp_path))
+
+
+def test_a_folder_without_a_layer_is_refused(tmp_path: Path) -> None:
+    """The layer would start at random in the middle of a trained model."""
+    _random_model("roberta", tied=True).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if ".layer.3." not in n}, file)
+    with pytest.raises(ConfigError, match=r"^model.path: expected roberta.encoder.layer.3\."):
+        _stages(_config("roberta"), (2,), path=str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_damaged_weights_are_refused_in_one_line(file: str, tmp_path: Path) -> None:
+    model = _random_model("roberta", tied=True)
+    model.save_pretrained(tmp_path, safe_serialization=file.endswith("safetensors"))
+    content = (tmp_path / file).read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"<!DOCTYPE html>" * 9):
+        (tmp_path / file).write_bytes(damaged)
+        with pytest.raises(ConfigError, match=rf"^model.path: expected readable .*{file}, got "):
+            _stages(_config("roberta"), (2,), path=str(tmp_path))
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    stage = _stages(_config("roberta"), ())[0]
+    with pytest.raises(ConfigError, match=r"^model.path: expected model.safetensors or pytorch"):
+        load_pretrained(stage, family=stage.family, path=str(tmp_path))
+
+
+def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _random_model("roberta", tied=False)
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shape = resolve(ModelConfig(path="~/model"), vocab_size=VOCAB, sequence_length=LENGTH)
+    config = hf_config(shape, pad_id=1, cls_id=2, sep_id=3, path="~/model")
+    _assert_equals(_stages(config, (2,), path="~/model"), model)
