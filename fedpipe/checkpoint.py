@@ -112,7 +112,7 @@ class CheckpointWriter:
                 aside.mkdir(parents=True)
             except OSError as error:
                 failure = f"rank {self._comm.rank}: {error}"
-        self._raise_together(failure)  # and wait for the folder
+        self._raise_together(failure, aside)  # and wait for the folder
         entries = dict(self._new_client_files)
         try:
             for name, write in files.items():
@@ -120,7 +120,7 @@ class CheckpointWriter:
                 entries[str(Path(CHECKPOINTS, position.name, name))] = entry
         except _write_errors() as error:
             failure = f"rank {self._comm.rank}: {error}"
-        self._raise_together(failure)
+        self._raise_together(failure, aside)
         self._new_client_files.clear()
         gathered = self._comm.gather(entries)
         if gathered is not None:
@@ -128,11 +128,13 @@ class CheckpointWriter:
                 self._commit(aside, folder, position, gathered, metrics_offset)
             except OSError as error:
                 failure = f"rank 0: {error}"
-        self._raise_together(failure)
+        self._raise_together(failure, aside)
 
-    def _raise_together(self, failure: str) -> None:
+    def _raise_together(self, failure: str, aside: Path) -> None:
         failures = self._comm.agree(not failure, message=failure)
         if failures:
+            if self._comm.is_master():  # a full disk needs the space
+                shutil.rmtree(aside, ignore_errors=True)
             reason = " ".join(failures[0].split())
             raise CheckpointError(
                 f"checkpoint: could not be written ({reason}). Free space or fix the "

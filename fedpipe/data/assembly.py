@@ -89,6 +89,7 @@ def _survey(job: Job, key: str) -> Documents:
     total = sum(os.path.getsize(s.path) for s in job.sources[key] if os.path.isfile(s.path))
     before = 0
     for source in job.sources[key]:
+
         def tick(done: int, base: int = before) -> None:
             job.progress(f"check {key}", base + done, total)
 
@@ -106,7 +107,8 @@ def _survey(job: Job, key: str) -> Documents:
             job.progress(f"check {key}", before, total)
     return Documents(
         codes=np.frombuffer(codes, dtype=np.int32) if codes else np.empty(0, dtype=np.int32),
-        values=tuple(index), sizes=tuple(sizes),
+        values=tuple(index),
+        sizes=tuple(sizes),
     )
 
 
@@ -132,7 +134,8 @@ def _pack(
 ) -> Packed:
     split = key.removeprefix("data.")
     return pack(
-        _documents(job, key), clients,
+        _documents(job, key),
+        clients,
         paths=[directory / f"{split}_{client:05d}.bin" for client in range(num_files)],
         tokenizer=job.tokenizer,
         sequence_length=job.config.data.sequence_length,
@@ -183,11 +186,18 @@ def _shards(
                 "federation.num_clients or data.sequence_length"
                 + (", or set data.valid=[]." if key == "data.valid" else ".")
             )
-        shards.append(Shard(
-            client_id=client, path=stream.path.name, num_blocks=stream.num_blocks,
-            num_documents=stream.num_documents, num_tokens=stream.num_tokens,
-            sequence_length=length, dtype=stream.dtype, values=held,
-        ))
+        shards.append(
+            Shard(
+                client_id=client,
+                path=stream.path.name,
+                num_blocks=stream.num_blocks,
+                num_documents=stream.num_documents,
+                num_tokens=stream.num_tokens,
+                sequence_length=length,
+                dtype=stream.dtype,
+                values=held,
+            )
+        )
     return tuple(shards)
 
 
@@ -202,9 +212,17 @@ def _finish(
         if Path(info.directory, name).is_file():
             shutil.copyfile(Path(info.directory, name), tokenizer_dir / name)
     prepared = PreparedData(
-        directory=str(directory), train=train, valid=valid, tokenizer_dir=tokenizer_dir.name,
-        vocab_size=info.vocab_size, cls_id=info.cls_id, sep_id=info.sep_id, mask_id=info.mask_id,
-        pad_id=info.pad_id, special_ids=info.special_ids,
-        sequence_length=job.config.data.sequence_length, num_ignored_documents=num_ignored,
+        directory=str(directory),
+        train=train,
+        valid=valid,
+        tokenizer_dir=tokenizer_dir.name,
+        vocab_size=info.vocab_size,
+        cls_id=info.cls_id,
+        sep_id=info.sep_id,
+        mask_id=info.mask_id,
+        pad_id=info.pad_id,
+        special_ids=info.special_ids,
+        sequence_length=job.config.data.sequence_length,
+        num_ignored_documents=num_ignored,
     )
     save_manifest(prepared, directory)

@@ -104,7 +104,8 @@ def cache_key(
         "sources": [[s.key, s.entry, s.kind, d] for s, d in zip(sources, digests, strict=True)],
         "tokenizer": [
             [name, hashlib.sha256((folder / name).read_bytes()).hexdigest()]
-            for name in FILES if (folder / name).is_file()
+            for name in FILES
+            if (folder / name).is_file()
         ],
         "sequence_length": data.sequence_length,
         "text_column": data.text_column,

@@ -42,6 +42,7 @@ __all__ = [
     "tokenizer_info",
 ]
 
+
 def check_sources(config: RunConfig) -> None:
     """Check ``data.train`` and ``data.valid`` as far as that is quick.
 

@@ -215,8 +215,10 @@ def _check_head(source: Source) -> None:
     with _opened(source) as (stream, _):
         head = stream.read(_HEAD_BYTES)
     if not head:
-        raise CorpusError(f"{source.key}: expected text, got the empty archive {source.path!r}. "
-                          "Remove it from the list or fill it.")
+        raise CorpusError(
+            f"{source.key}: expected text, got the empty archive {source.path!r}. "
+            "Remove it from the list or fill it."
+        )
     zero = head.find(b"\0")
     if zero >= 0:
         raise _binary(source, head.count(b"\n", 0, zero) + 1)

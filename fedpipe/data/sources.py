@@ -21,12 +21,17 @@ from fedpipe.errors import CorpusError
 Kind = Literal["jsonl", "txt", "parquet", "folder", "hub"]
 
 _KINDS: dict[str, Kind] = {
-    ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".txt": "txt", ".txt.gz": "txt", ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".txt": "txt",
+    ".txt.gz": "txt",
+    ".parquet": "parquet",
 }
 _HUB = "hf:"
 _HUB_SPLITS = {"data.train": "train", "data.valid": "validation"}
 _PACKAGED_FILES = {
-    "data.train": "bio_pmc.train.jsonl.gz", "data.valid": "bio_pmc.valid.jsonl.gz",
+    "data.train": "bio_pmc.train.jsonl.gz",
+    "data.valid": "bio_pmc.valid.jsonl.gz",
 }
 
 
@@ -166,8 +171,9 @@ def _paths(key: str, entry: str) -> list[str]:
                 f"{key}: expected files that match {entry!r}, got none. Correct the pattern."
             )
         return found
-    raise CorpusError(f"{key}: expected a file or folder, got {entry!r}, which does not exist. "
-                      "Correct the path.")
+    raise CorpusError(
+        f"{key}: expected a file or folder, got {entry!r}, which does not exist. Correct the path."
+    )
 
 
 def _kind(key: str, path: str) -> Kind:
@@ -181,8 +187,10 @@ def _kind(key: str, path: str) -> Kind:
             f"got {path!r}. Convert it, for example with load_dataset(...).save_to_disk(DIR)."
         )
     if Path(path).stat().st_size == 0:
-        raise CorpusError(f"{key}: expected text, got the empty file {path!r}. "
-                          "Remove it from the list or fill it.")
+        raise CorpusError(
+            f"{key}: expected text, got the empty file {path!r}. "
+            "Remove it from the list or fill it."
+        )
     return _KINDS[suffix]
 
 

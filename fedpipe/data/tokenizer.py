@@ -14,8 +14,12 @@ SAMPLES = Path(__file__).parent / "samples"
 """The packaged text and vocabulary."""
 
 FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "vocab.txt", "vocab.json", "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
 )
 """The files of a Hugging Face tokenizer folder that an exported model takes along."""
 

@@ -68,9 +68,7 @@ def throughput(
     )
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
     context = _fork_server()
-    setup = set_up(
-        config_path, overrides, run_dir, notify=console.text, progress=console.preparing
-    )
+    setup = set_up(config_path, overrides, run_dir, notify=console.text, progress=console.preparing)
     config = single_replica(setup.config)
     folder = setup.run_dir / "throughput"
     with _locked(setup.run_dir):

@@ -9,11 +9,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import BertConfig, PretrainedConfig, RobertaConfig
 from transformers.models.bert import modeling_bert as bert
@@ -173,7 +172,8 @@ def _candidates(name: str, *, family: Family) -> list[str]:
     else:
         options = [name]
     if name == f"{family.head_path}.bias":
-        options.append(f"{family.head_path}.decoder.bias")  # one tensor under two names
+        # One tensor under two names, or, from transformers 5.x, two of which this one is used.
+        options.insert(0, f"{family.head_path}.decoder.bias")
     options += [
         o.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
         for o in options
@@ -194,7 +194,7 @@ def _read_tensors(path: str, wanted: set[str]) -> dict[str, torch.Tensor]:
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True)
                 found |= {name: state[name] for name in wanted & set(state)}
-        except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        except Exception as error:  # a damaged pickle raises whatever it stumbles over
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 f"model.path: expected readable weights in {file}, got {reason}. "

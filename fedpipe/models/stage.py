@@ -54,6 +54,8 @@ class Stage(nn.Module):
             return
         path = family.head_path if spec.is_last else f"{AUX_HEADS}.{spec.stage_id}.head"
         head = _place(self, path, family.head_class(config))
+        decoder = head.get_submodule("decoder")
+        decoder.bias = head.get_parameter("bias")  # transformers 4.x does so, 5.x leaves it to us
         self._head.append(head)
         if spec.is_last:
             return
@@ -61,7 +63,6 @@ class Stage(nn.Module):
             path = f"{AUX_HEADS}.{spec.stage_id}.layer"
             self._head_layer.append(_place(self, path, family.layer_class(config)))
         if spec.is_first:  # tied inside the stage, as in a whole BERT
-            decoder = head.get_submodule("decoder")
             decoder.weight = self.get_parameter(family.word_embeddings)
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -17,8 +17,6 @@ from fedpipe.models.stage import Stage
 
 BACKWARD_PER_FORWARD = 2.0
 """A backward pass multiplies twice for every multiplication of the forward pass."""
-HEAD_LAYERS = 0.8
-"""Cost of a head in layers, with masked positions gathered before it."""
 
 
 class _Sleep(torch.autograd.Function):
@@ -36,7 +34,7 @@ class _Sleep(torch.autograd.Function):
         return grads[0], None, None
 
 
-def emulate_(stage: Stage, *, layer_forward_s: float) -> None:
+def emulate_(stage: Stage, *, layer_forward_s: float, head_forward_s: float) -> None:
     """Replace what a stage computes by the time that a device would take, in place.
 
     Activations and gradients keep their shapes. One vector of the stage stays in the graph, so that
@@ -45,12 +43,12 @@ def emulate_(stage: Stage, *, layer_forward_s: float) -> None:
     Args:
         stage: Its ``forward`` and ``loss`` are replaced.
         layer_forward_s: Forward pass of one encoder layer for one micro-batch; the backward pass
-            takes twice that and a head 0.8 of a layer.
+            takes twice that.
+        head_forward_s: The same of a head.
     """
     hidden = stage.hidden_size
     anchor = next(p for p in stage.parameters() if p.shape == (hidden,))
     layers_s = stage.spec.num_layers * layer_forward_s
-    head_s = HEAD_LAYERS * layer_forward_s
 
     def forward(inputs: Tensor) -> Tensor:
         if stage.spec.is_first:
@@ -59,7 +57,7 @@ def emulate_(stage: Stage, *, layer_forward_s: float) -> None:
 
     def loss(hidden_BTD: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         mean = hidden_BTD.square().mean()
-        return _Sleep.apply(mean, head_s, BACKWARD_PER_FORWARD * head_s)
+        return _Sleep.apply(mean, head_forward_s, BACKWARD_PER_FORWARD * head_forward_s)
 
     for name, method in (("forward", forward), ("loss", loss)):
         setattr(stage, name, method)

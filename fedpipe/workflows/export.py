@@ -30,7 +30,7 @@ from fedpipe.data.blocks import PreparedData, token_counts
 from fedpipe.data.corpus import prepare
 from fedpipe.errors import CheckpointError
 from fedpipe.metrics.writer import read_metrics
-from fedpipe.models.families import hf_config
+from fedpipe.models.families import FAMILIES, hf_config
 from fedpipe.models.split import StageSpec, merge, part_of, stage_specs
 from fedpipe.models.stage import masked_lm_class
 from fedpipe.workflows.replica import stage_file, validation_batch
@@ -136,7 +136,10 @@ def _save(
 ) -> None:
     """Write one Hugging Face folder: weights, configuration, tokenizer, model card."""
     model = build_model(state, model_config)
-    model.save_pretrained(folder)
+    # The decoder's bias is one tensor with the head's in transformers 4.x and two in 5.x: a folder
+    # that holds both names is read alike by both.
+    tensors = {n: t.clone() for n, t in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=tensors)
     load_tokenizer(data).save_pretrained(folder)
     (folder / "README.md").write_text(_model_card(run_dir, config), encoding="utf-8")
 
@@ -160,14 +163,16 @@ def build_model(state: dict[str, Tensor], model_config: Any) -> PreTrainedModel:
         CheckpointError: A tensor is missing or is not the model's.
     """
     model = masked_lm_class(model_config)(model_config)
-    expected = {name for name, _ in model.named_parameters()}
-    if set(state) != expected:
-        difference = sorted(set(state) ^ expected)
+    bias = f"{FAMILIES[model_config.model_type].head_path}.bias"
+    decoder_bias = bias.replace(".bias", ".decoder.bias")
+    state = state | {decoder_bias: state[bias]} if bias in state else state
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if set(state) != set(parameters):
+        difference = sorted(set(state) ^ set(parameters))
         raise CheckpointError(
             f"export: expected the model's own parameters, got a difference at {difference[:3]}. "
             "The checkpoint is of another model."
         )
-    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in state.items():
             parameters[name].copy_(tensor)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from fedpipe.config.deepspeed import deepspeed_config
+from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
+from fedpipe.data.masking import num_masked
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
@@ -177,9 +179,20 @@ def build_peers(
         peers["stock"] = StockPeer(stock, source=source, targets=targets)
         stages.append(stock.stage)
     if settings.emulate_ms:
+        layer_s = settings.emulate_ms / 1000
+        head_s = layer_s * _head_layers(config, vocab_size=data.vocab_size)
         for stage in stages:
-            emulate_(stage, layer_forward_s=settings.emulate_ms / 1000)
+            emulate_(stage, layer_forward_s=layer_s, head_forward_s=head_s)
     return peers
+
+
+def _head_layers(config: RunConfig, *, vocab_size: int) -> float:
+    """Cost of a head in encoder layers, by FLOPs; it sees the masked positions only."""
+    length = config.data.sequence_length
+    shape = resolve(config.model, vocab_size=vocab_size, sequence_length=length)
+    masked = num_masked(length, config.data.mask_probability)
+    layer_flops = length * shape.layer_flops_per_token(length)
+    return masked * shape.head_flops_per_token() / layer_flops
 
 
 def _with_objective(config: RunConfig, objective: Any, schedule: Any) -> RunConfig:

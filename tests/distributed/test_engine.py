@@ -121,6 +121,8 @@ def _plain_pytorch(env: ProcessEnv, config: RunConfig, data: PreparedData) -> An
     replica = _replica(env, config, data)  # for its batches; one stage, not trained
     model = masked_lm_class(replica.hf_config)(replica.hf_config)
     stage, _ = build_stage(replica.specs[0], replica.hf_config, seed=config.seed)
+    head = model.get_submodule(stage.family.head_path)
+    head.decoder.bias = head.bias  # one tensor in transformers 4.x, two in 5.x
     model.load_state_dict(stage.state_dict())
     optimizer = build_optimizer(model, config.optimizer)
     source = replica.training_source(0, start=0)

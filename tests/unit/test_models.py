@@ -1,4 +1,4 @@
-"""Stages: first weights, continued pre-training, and equality with the unsplit transformers model."""
+"""Stages: first weights, continued pre-training, equality with the unsplit transformers model."""
 
 from __future__ import annotations
 
@@ -123,9 +123,7 @@ def test_first_weights_have_the_scale_of_bert(family: str) -> None:
 def test_only_the_first_auxiliary_head_is_tied_to_the_embedding(family: str) -> None:
     stages = _stages(_config(family), (1, 3))
     embedding = stages[0].get_parameter(FAMILIES[family].word_embeddings)
-    first, middle = (
-        stages[s].get_submodule(f"aux_heads.{s}.head.decoder").weight for s in (0, 1)
-    )
+    first, middle = (stages[s].get_submodule(f"aux_heads.{s}.head.decoder").weight for s in (0, 1))
     final = stages[2].get_parameter(FAMILIES[family].decoder)
     assert first is embedding
     assert len({t.data_ptr() for t in (embedding, middle, final)}) == 3

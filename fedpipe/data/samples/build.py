@@ -130,17 +130,27 @@ def write_tokenizer(texts: list[str], folder: Path) -> None:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.RobertaProcessing(
-        sep=(sep, tokenizer.token_to_id(sep)), cls=(cls, tokenizer.token_to_id(cls)),
+        sep=(sep, tokenizer.token_to_id(sep)),
+        cls=(cls, tokenizer.token_to_id(cls)),
         add_prefix_space=False,
     )
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     mask_entry = {
-        "content": mask, "lstrip": True, "normalized": False, "rstrip": False, "single_word": False,
+        "content": mask,
+        "lstrip": True,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
     }
     names = {
-        "bos_token": cls, "cls_token": cls, "eos_token": sep, "sep_token": sep,
-        "pad_token": pad, "unk_token": unk, "mask_token": mask_entry,
+        "bos_token": cls,
+        "cls_token": cls,
+        "eos_token": sep,
+        "sep_token": sep,
+        "pad_token": pad,
+        "unk_token": unk,
+        "mask_token": mask_entry,
     }
     settings = {
         **names,

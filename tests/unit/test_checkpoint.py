@@ -1,0 +1,320 @@
+"""Checkpoints: damage is noticed, said and survived; failures leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpipe.checkpoint import (
+    CHECKPOINTS,
+    CLIENTS,
+    STATE,
+    CheckpointWriter,
+    Position,
+    client_file,
+    client_files,
+    discard_later,
+    find_latest,
+)
+from fedpipe.distributed.env import ProcessEnv
+from fedpipe.errors import CheckpointError
+from tests.helpers.distributed import run_distributed
+from tests.helpers.tiny import tiny_config
+
+
+class _Alone:
+    """The collectives of a run of one process."""
+
+    rank = 0
+
+    def is_master(self) -> bool:
+        return True
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def agree(self, ok: bool, *, message: str = "") -> list[str]:
+        return [] if ok else [message]
+
+    def barrier(self) -> None:
+        pass
+
+
+def _writer(run_dir: Path, *, keep_last: int = 2) -> CheckpointWriter:
+    return CheckpointWriter(run_dir, comm=_Alone(), keep_last=keep_last)  # type: ignore[arg-type]
+
+
+def _content(text: str) -> Callable[[Path], None]:
+    return lambda path: (path.write_text(text), None)[1]
+
+
+def _save(writer: CheckpointWriter, round_id: int, step: int = 0) -> Position:
+    position = Position(round_id=round_id, step=step)
+    files = {n: _content(f"{n} of {position.name}") for n in ("stage_00", "stage_01")}
+    writer.save(position, files, metrics_offset=100 * round_id + step)
+    return position
+
+
+def _names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / CHECKPOINTS).iterdir())
+
+
+def _latest(run_dir: Path) -> tuple[Position, list[str]]:
+    checkpoint, passed_over = find_latest(run_dir)
+    assert checkpoint is not None
+    return checkpoint.position, passed_over
+
+
+def test_what_was_saved_last_is_found(tmp_path: Path) -> None:
+    assert find_latest(tmp_path) == (None, [])
+    writer = _writer(tmp_path)
+    for round_id, step in ((1, 0), (1, 5), (1, 10), (2, 0)):
+        position = _save(writer, round_id, step)
+        checkpoint, passed_over = find_latest(tmp_path)
+        assert checkpoint is not None and passed_over == []
+        assert checkpoint.position == position
+        assert checkpoint.metrics_offset == 100 * round_id + step
+        assert (checkpoint.path / "stage_01").read_text() == f"stage_01 of {position.name}"
+        assert (tmp_path / CHECKPOINTS / "latest").read_text() == f"{position.name}\n"
+    assert _names(tmp_path) == ["latest", "round_000001_step_000010", "round_000002"]
+
+
+def _truncate(folder: Path) -> None:
+    os.truncate(folder / "stage_01", 3)
+
+
+def _flip(folder: Path) -> None:
+    content = bytearray((folder / "stage_01").read_bytes())
+    content[4] ^= 1
+    (folder / "stage_01").write_bytes(content)
+
+
+def _edit_state(folder: Path, **values: Any) -> None:
+    state = json.loads((folder / STATE).read_text())
+    (folder / STATE).write_text(json.dumps(state | values))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "torn": (_truncate, "stage_01 has 3 bytes instead of"),
+    "other content": (_flip, "stage_01 has other content than was written"),
+    "missing": (lambda f: (f / "stage_01").unlink(), "stage_01 is missing"),
+    "no manifest": (lambda f: (f / STATE).unlink(), "state.json cannot be read"),
+    "torn manifest": (lambda f: os.truncate(f / STATE, 40), "state.json cannot be read"),
+    "empty manifest": (lambda f: os.truncate(f / STATE, 0), "state.json cannot be read"),
+    "binary manifest": (lambda f: (f / STATE).write_bytes(b"\xff\0"), "state.json cannot be read"),
+    "list": (lambda f: (f / STATE).write_text("[]"), "state.json cannot be read"),
+    "no files": (lambda f: _edit_state(f, files=None), "state.json cannot be read"),
+    "no digest": (lambda f: _edit_state(f, files={"a": 1}), "state.json cannot be read"),
+    "no number": (lambda f: _edit_state(f, step="x"), "state.json cannot be read"),
+    "other round": (lambda f: _edit_state(f, round_id=7), "state.json is that of another"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_named(damage: str, tmp_path: Path) -> None:
+    writer = _writer(tmp_path)
+    first, second = _save(writer, 1), _save(writer, 2)
+    spoil, problem = DAMAGES[damage]
+    spoil(tmp_path / CHECKPOINTS / second.name)
+    position, (line,) = _latest(tmp_path)
+    assert position == first
+    assert line.startswith("checkpoint round_000002 is damaged: ")
+    assert problem in line
+
+    discard_later(tmp_path, position)
+    assert _names(tmp_path) == ["latest", "round_000001"]
+    assert (tmp_path / CHECKPOINTS / "latest").read_text() == "round_000001\n"
+    assert _save(_writer(tmp_path), 2) == second
+    assert _latest(tmp_path) == (second, [])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(
+    damage: str, tmp_path: Path
+) -> None:
+    writer = _writer(tmp_path)
+    for round_id in (1, 2):
+        DAMAGES[damage][0](tmp_path / CHECKPOINTS / _save(writer, round_id).name)
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints: expected an intact checkpoint, got none "
+        r"\(checkpoint round_000002 is damaged: .*\)\. Restore one from a backup or start in a new"
+    ):  # fmt: skip
+        find_latest(tmp_path)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_older_damaged_checkpoint_stops_neither_saving_nor_pruning(
+    damage: str, tmp_path: Path
+) -> None:
+    writer = _writer(tmp_path)
+    DAMAGES[damage][0](tmp_path / CHECKPOINTS / _save(writer, 1).name)
+    _save(writer, 2)
+    _save(writer, 3)
+    assert _latest(tmp_path) == (Position(round_id=3), [])
+    assert _names(tmp_path) == ["latest", "round_000002", "round_000003"]
+
+
+def test_what_a_killed_save_left_behind_is_no_checkpoint(tmp_path: Path) -> None:
+    first = _save(_writer(tmp_path), 1)
+    aside = tmp_path / CHECKPOINTS / ".round_000002.tmp"
+    aside.mkdir()
+    (aside / "stage_00").write_text("half")
+    (aside / "old").write_text("x")
+    assert _latest(tmp_path) == (first, [])
+    _save(_writer(tmp_path), 2)
+    assert _latest(tmp_path) == (Position(round_id=2), [])
+    assert not (tmp_path / CHECKPOINTS / "round_000002" / "old").exists()
+    assert not aside.exists()
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3])
+def test_pruning_keeps_the_newest(keep_last: int, tmp_path: Path) -> None:
+    writer = _writer(tmp_path, keep_last=keep_last)
+    for round_id in range(1, 6):
+        _save(writer, round_id)
+        expected = range(max(1, round_id - keep_last + 1), round_id + 1)
+        folders = [n for n in _names(tmp_path) if n != "latest"]
+        assert folders == [f"round_{r:06d}" for r in expected]
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3])
+def test_no_client_file_that_a_kept_manifest_lists_is_pruned(
+    keep_last: int, tmp_path: Path
+) -> None:
+    """Client 0 trains in every round, client 1 only in the first: its file must stay for ever."""
+    writer = _writer(tmp_path, keep_last=keep_last)
+    for round_id in range(7):
+        for client_id in (0, 1) if round_id == 0 else (0,):
+            name = client_file(client_id, 0, 0, round_id=round_id)
+            writer.save_client(name, _content(f"{client_id} {round_id}"))
+        if round_id % 2 == 0:
+            _save(writer, round_id, step=1)
+        _save(writer, round_id + 1)
+        for folder in (tmp_path / CHECKPOINTS).glob("round_*"):
+            for name in json.loads((folder / STATE).read_text())["files"]:
+                assert (tmp_path / name).is_file(), f"{folder.name} needs {name}"
+    checkpoint, passed_over = find_latest(tmp_path)
+    assert checkpoint is not None and passed_over == []
+    assert client_files(checkpoint) == [
+        client_file(0, 0, 0, round_id=6), client_file(1, 0, 0, round_id=0)
+    ]  # fmt: skip
+    on_disk = {str(p.relative_to(tmp_path / CLIENTS)) for p in (tmp_path / CLIENTS).glob("*/*")}
+    assert len(on_disk) <= keep_last + 1, "what no manifest lists is removed"
+
+
+def test_a_damaged_client_file_damages_the_checkpoints_that_need_it(tmp_path: Path) -> None:
+    writer = _writer(tmp_path)
+    for round_id in (0, 1):
+        name = client_file(3, 1, 0, round_id=round_id)
+        writer.save_client(name, _content("weights"))
+        _save(writer, round_id + 1)
+    (tmp_path / CLIENTS / name).write_text("Weights")
+    position, (line,) = _latest(tmp_path)
+    assert position == Position(round_id=1)
+    assert f"clients/{name} has other content" in line
+
+
+@pytest.mark.parametrize("obstacle", [CHECKPOINTS, f"{CHECKPOINTS}/.round_000002.tmp"])
+def test_a_folder_that_cannot_be_made_is_an_error_and_no_checkpoint(
+    obstacle: str, tmp_path: Path
+) -> None:
+    if obstacle != CHECKPOINTS:
+        _save(_writer(tmp_path), 1)
+    (tmp_path / obstacle).write_text("a file where a folder should be")
+    with pytest.raises(
+        CheckpointError, match=r"^checkpoint: could not be written \(rank 0: .*\)\. Free space or "
+        r"fix the permissions of .*, then resume with --run-dir "
+    ):  # fmt: skip
+        _save(_writer(tmp_path), 2)
+    assert not (tmp_path / CHECKPOINTS / "round_000002").exists()
+
+
+def test_a_client_file_that_cannot_be_written_is_an_error_of_the_next_save(tmp_path: Path) -> None:
+    (tmp_path / CLIENTS).write_text("a file where a folder should be")
+    writer = _writer(tmp_path)
+    writer.save_client(client_file(0, 0, 0, round_id=0), _content("x"))
+    with pytest.raises(CheckpointError, match=r"could not be written \(rank 0: .*clients"):
+        _save(writer, 1)
+    assert find_latest(tmp_path) == (None, [])
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Let no file grow beyond 4 KiB: writes then fail as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("owner", ["stage", "client"])
+@pytest.mark.parametrize("library", ["torch", "safetensors"])
+def test_a_full_disk_is_an_error_in_one_line_and_no_checkpoint(
+    library: str, owner: str, tmp_path: Path, full_disk: None
+) -> None:
+    """torch.save and safetensors do not raise OSError where the disk is full."""
+    import torch
+    from safetensors.torch import save_file
+
+    first = _save(_writer(tmp_path), 1)
+    tensors = {"weight": torch.ones(5000)}
+
+    def write(path: Path) -> None:
+        torch.save(tensors, path) if library == "torch" else save_file(tensors, path)
+
+    writer = _writer(tmp_path)
+    files = {"stage_00": write}
+    if owner == "client":
+        writer.save_client(client_file(0, 0, 0, round_id=1), write)
+        files = {}
+    with pytest.raises(CheckpointError, match=r"could not be written \(rank 0: [^\n]*$"):
+        writer.save(Position(round_id=2), files, metrics_offset=0)
+    assert _latest(tmp_path) == (first, [])
+    assert _names(tmp_path) == ["latest", "round_000001"], "what was half written makes room"
+
+
+def _fail_on_one(env: ProcessEnv, run_dir: Path, failing: int) -> list[str]:
+    from fedpipe.distributed.comm import Comm
+    from fedpipe.distributed.topology import Grid
+
+    comm = Comm(Grid.from_config(tiny_config()), env, bidirectional=False)
+    writer = CheckpointWriter(run_dir, comm=comm, keep_last=2)
+
+    def write(path: Path) -> None:
+        path.write_text("x")
+
+    def fail(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    results = []
+    for round_id, bad in ((1, -1), (2, failing), (3, -1)):
+        name = f"rank_{env.rank}"
+        try:
+            writer.save(
+                Position(round_id=round_id),
+                {name: fail if env.rank == bad else write},
+                metrics_offset=0,
+            )
+            results.append("saved")
+        except CheckpointError as error:
+            results.append(str(error))
+    comm.close()
+    return results
+
+
+def test_one_rank_that_cannot_write_fails_every_rank_and_hangs_none(tmp_path: Path) -> None:
+    for results in run_distributed(_fail_on_one, 4, tmp_path, 2, timeout_s=180):
+        assert results[0] == results[2] == "saved"
+        assert "(rank 2: [Errno 28] No space left on device)" in results[1]
+    assert _names(tmp_path) == ["latest", "round_000001", "round_000003"]
+    state = json.loads((tmp_path / CHECKPOINTS / "round_000003" / STATE).read_text())
+    assert len(state["files"]) == 4, "every rank's file is listed"
