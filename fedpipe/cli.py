@@ -117,8 +117,26 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", metavar="section.key=value", nargs="*", help="wins over the file"
         )
+        if name == "throughput":
+            _add_measurement(command)
         command.set_defaults(run=run)
     return parser
+
+
+def _add_measurement(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--repetitions", metavar="N", type=int, default=6, help="windows per schedule; default: 6"
+    )
+    command.add_argument(
+        "--steps", metavar="N", type=int, default=6, help="local steps per window; default: 6"
+    )
+    command.add_argument(
+        "--emulate-ms",
+        metavar="MS",
+        type=float,
+        default=0.0,
+        help="a layer's forward sleeps this long instead of computing (backward twice that)",
+    )
 
 
 def _sentence(summary: str) -> str:
@@ -146,7 +164,14 @@ def _throughput(args: argparse.Namespace) -> int:
     _checked_config(args)
     from fedpipe.launcher.throughput import throughput
 
-    return throughput(args.config, args.overrides, args.run_dir)
+    return throughput(
+        args.config,
+        args.overrides,
+        args.run_dir,
+        repetitions=args.repetitions,
+        num_steps=args.steps,
+        emulate_ms=args.emulate_ms,
+    )
 
 
 def _checked_config(args: argparse.Namespace) -> RunConfig:

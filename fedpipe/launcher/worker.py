@@ -10,6 +10,7 @@ import os
 import random
 import sys
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -22,42 +23,62 @@ PRELOAD = ("fedpipe.workflows.pretrain", "fedpipe.workflows.export", "fedpipe.me
 """Modules that a rank needs and that take seconds to import."""
 
 
-def run_worker(setup: RunSetup, env: ProcessEnv, pipe: Connection) -> None:
-    """Run one rank; tell the parent through ``pipe``: records, then ("done" | "error", text).
+Emit = Callable[[str, Any], None]
+"""Sends (kind, value) to the supervisor."""
+
+
+def run_rank(task: str, setup: RunSetup, env: ProcessEnv, pipe: Connection, *args: Any) -> None:
+    """Run one rank's task; what it emits, and at worst ("error", text), goes to the supervisor.
 
     Args:
+        task: "pretrain" or "throughput".
         setup: The run.
         env: This process' place in it.
-        pipe: To the parent.
+        pipe: To the supervisor.
+        *args: For the task.
     """
     import torch
-
-    from fedpipe.workflows.pretrain import pretrain
 
     _redirect_output(setup, env)
     random.seed(env.rank)
     torch.set_num_threads(threads_per_process(env.local_world_size))
     log.setup(rank=env.rank)
 
-    def emit(kind: str, record: Any) -> None:
-        pipe.send((kind, record))
+    def emit(kind: str, value: Any) -> None:
+        pipe.send((kind, value))
 
     try:
-        pretrain(setup, config=setup.config, env=env, emit=emit)
-        if env.rank == 0:
-            emit("note", "writing the model folder and the report")
-            finish(setup)
-        emit("done", None)
-    except FedPipeError as error:
-        emit("error", f"{type(error).__name__}: {error}")
-        sys.exit(1)
+        _TASKS[task](setup, env, emit, *args)
     except BaseException as error:
-        traceback.print_exc()
+        if not isinstance(error, FedPipeError):
+            traceback.print_exc()
         emit("error", f"{type(error).__name__}: {error}")
         sys.exit(1)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _pretrain(setup: RunSetup, env: ProcessEnv, emit: Emit) -> None:
+    from fedpipe.workflows.pretrain import pretrain
+
+    pretrain(setup, config=setup.config, env=env, emit=emit)
+    if env.rank == 0:
+        emit("note", "writing the model folder and the report")
+        finish(setup)
+
+
+def _throughput(setup: RunSetup, env: ProcessEnv, emit: Emit, settings: Any) -> None:
+    from fedpipe.data.blocks import load_prepared
+    from fedpipe.workflows.throughput import measure
+
+    data = load_prepared(setup.data_dir)
+    measurement = measure(setup.config, data, env=env, settings=settings, emit=emit)
+    if measurement is not None:
+        emit("measurement", measurement)
+
+
+_TASKS: dict[str, Callable[..., None]] = {"pretrain": _pretrain, "throughput": _throughput}
 
 
 def finish(setup: RunSetup) -> None:

@@ -70,7 +70,7 @@ def test_parameters_are_those_of_the_real_stages(overrides: list[str]) -> None:
 
 def test_bytes_of_a_step_are_activations_and_targets() -> None:
     plan = plan_of()
-    sequences, tokens, hidden, masked = 32, 128, 128, 19
+    sequences, tokens, hidden, masked = 16, 128, 256, 19
     assert plan.num_masked == masked
     assert plan.bytes_forward == sequences * (tokens * hidden * 4 + masked * 2 * 4)
     assert plan.bytes_backward == 0
