@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -10,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -74,6 +76,8 @@ def set_up(
     check_sources(config)
     plan = render(build_plan(config))
     _check_writable(directory)
+    with locked(directory):  # of a running command: its checkpoints come and go
+        pass
     checkpoint = None
     if resumed:
         checkpoint, passed_over = find_latest(directory)
@@ -149,6 +153,24 @@ def _check_writable(directory: Path) -> None:
             f"--run-dir: expected a directory that can be written, got {directory} "
             f"({error.strerror}). Choose another directory."
         ) from None
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep every other command out of a run directory.
+
+    Raises:
+        CheckpointError: Another command is at work there.
+    """
+    with open(run_dir / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(
+                f"--run-dir: expected a run that no other process works on, got {run_dir} in use. "
+                "Wait for it, stop it, or choose another directory."
+            ) from None
+        yield
 
 
 def _write(path: Path, text: str) -> None:
