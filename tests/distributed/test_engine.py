@@ -217,3 +217,27 @@ def test_data_parallel_ranks_equal_one_rank_with_their_batches(tmp_path: Path) -
         for name, weight in results[rank][1].items():
             np.testing.assert_array_equal(weight, results[rank + 1][1][name], err_msg=name)
     assert expected[1].keys() == (results[0][1] | results[2][1]).keys()
+
+
+def _opened_shards(env: ProcessEnv, config: RunConfig, data: PreparedData) -> set[str]:
+    """Corpus files that this process has mapped or open while it trains on client 1."""
+    replica = _replica(env, config, data)
+    source = replica.training_source(1, start=0)
+    opened: set[str] = set()
+
+    def look(stage: int, result: Any) -> None:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+        files = [line.split()[-1] for line in maps.splitlines() if line.endswith(".bin")]
+        files += [str(p.resolve()) for p in Path("/proc/self/fd").iterdir() if p.exists()]
+        opened.update(Path(f).name for f in files if f.endswith(".bin"))
+
+    replica.engine.train(range(2), source=source, lr=lambda step: 1e-3, on_step=look)
+    replica.comm.close()
+    return opened
+
+
+def test_a_first_stage_opens_its_clients_shard_and_a_later_one_none(tmp_path: Path) -> None:
+    config = tiny_config(federation=ONE_REPLICA)
+    client, server = run_distributed(_opened_shards, 2, config, tiny_data(tmp_path))
+    assert client == {"train_1.bin"}
+    assert server == set()

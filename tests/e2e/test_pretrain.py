@@ -18,10 +18,16 @@ import pytest
 from fedpipe.metrics.writer import read_metrics
 from tests.helpers.cli import REPOSITORY, Command, fedpipe
 
+# What the tests count on is named, so that the quick start may change.
 TINY = (
-    "model.hidden_size=32", "model.num_attention_heads=2", "model.intermediate_size=64",
-    "data.sequence_length=32", "federation.num_rounds=2", "federation.num_local_steps=3",
-    "checkpoint.every_steps=1", "validation.max_blocks_per_client=4",
+    "model.num_hidden_layers=4", "model.hidden_size=32", "model.num_attention_heads=2",
+    "model.intermediate_size=64", "data.sequence_length=32", "pipeline.cut=[2]",
+    "pipeline.micro_batch_size=8", "pipeline.num_micro_batches=2", "federation.num_clients=6",
+    "federation.num_replicas=2", "federation.clients_per_round=2", "federation.num_rounds=2",
+    "federation.num_local_steps=3", "checkpoint.every_rounds=1", "checkpoint.every_steps=1",
+    "checkpoint.keep_last=2", "validation.every_rounds=1", "validation.max_blocks_per_client=4",
+    "log.tensorboard=true", "model.hidden_dropout_prob=0.1",
+    "model.attention_probs_dropout_prob=0.1",
 )  # fmt: skip
 ONE_REPLICA = ("federation.num_replicas=1", "federation.clients_per_round=2")
 TIMES = ("seconds", "tokens_per_s", "sync_s")
@@ -237,7 +243,7 @@ def test_a_run_in_use_refuses_a_second_command_and_a_killed_worker_is_named(
     for expected in (
         "LaunchError: rank 3 (stage 1, replica 1) failed: killed by SIGKILL",
         f"Full log: {interrupted / 'logs' / 'rank_00003.log'}",
-        f"Resume with: fedpipe pretrain --run-dir {interrupted}",
+        f"with: fedpipe pretrain --run-dir {interrupted}",
     ):
         assert expected in result.error
     first.assert_nothing_left()
