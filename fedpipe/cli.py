@@ -181,7 +181,7 @@ def _checked_config(args: argparse.Namespace) -> RunConfig:
     config_path = args.config
     if args.run_dir and not config_path:
         saved = Path(args.run_dir) / "config.yaml"
-        config_path = str(saved) if saved.is_file() else None
+        config_path = str(saved) if os.path.isfile(saved) else None
     return load_config(config_path, args.overrides)
 
 
@@ -210,7 +210,7 @@ def _existing_run(args: argparse.Namespace) -> Path:
         from fedpipe.config.load import read_config
 
         run_dir = Path("runs") / read_config(args.config, args.overrides).name
-    if not (run_dir / "config.yaml").is_file():
+    if not os.path.isfile(run_dir / "config.yaml"):  # Path.is_file raises on a long name
         raise CheckpointError(
             f"--run-dir: expected the directory of a run, got {str(run_dir)!r} without a"
             " config.yaml. Name one that fedpipe pretrain wrote."

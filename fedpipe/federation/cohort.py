@@ -12,6 +12,16 @@ from fedpipe.config.schema import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClientHistory:
+    """What came before a round, by client id: a function of the seed, so nothing is stored."""
+
+    blocks_seen: tuple[int, ...]
+    """Position in the client's stream of blocks."""
+    last_round: tuple[int | None, ...]
+    """Round in which the client trained last; None at its first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
     """One client's training in one round, on one replica."""
 
@@ -102,13 +112,14 @@ def plan_round(
     )
 
 
-def blocks_seen(config: RunConfig, *, round_id: int, blocks_per_client: Sequence[int]) -> list[int]:
-    """Position of every client in its stream of blocks at the start of a round.
-
-    A pure function of the rounds before, so that nothing about the sampler needs to be stored.
-    """
+def client_history(
+    config: RunConfig, *, before: int, blocks_per_client: Sequence[int]
+) -> ClientHistory:
+    """Replay the draws of all rounds before ``before``."""
     seen = [0] * len(blocks_per_client)
-    for earlier in range(round_id):
-        for turn in plan_round(config, round_id=earlier, blocks_per_client=blocks_per_client):
+    last: list[int | None] = [None] * len(blocks_per_client)
+    for round_id in range(before):
+        for turn in plan_round(config, round_id=round_id, blocks_per_client=blocks_per_client):
             seen[turn.client_id] += turn.num_steps * config.blocks_per_step
-    return seen
+            last[turn.client_id] = round_id
+    return ClientHistory(blocks_seen=tuple(seen), last_round=tuple(last))

@@ -14,12 +14,12 @@ from fedpipe.launcher.supervisor import (
     EXIT_INTERRUPTED,
     Interrupted,
     fork_server,
-    locked,
+    signals_interrupt,
     supervise,
 )
 from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.samples import samples_text
-from fedpipe.workflows.run_dir import RunSetup, set_up
+from fedpipe.workflows.run_dir import RunSetup, locked, set_up
 
 
 def pretrain(config_path: str | None, overrides: Sequence[str], run_dir: str | None) -> int:
@@ -38,24 +38,26 @@ def pretrain(config_path: str | None, overrides: Sequence[str], run_dir: str | N
         LaunchError: A process failed.
     """
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
-    setup = set_up(
-        config_path,
-        overrides,
-        run_dir,
-        notify=console.text,
-        progress=console.preparing,
-        on_checked=fork_server,
-    )
-    console.close()
-    if is_done(setup):
-        console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
-        return EXIT_DONE
-    with locked(setup.run_dir):
-        try:
-            _train(setup)
-        except Interrupted:
-            console.text(f"interrupted; resume with: fedpipe pretrain --run-dir {setup.run_dir}")
-            return EXIT_INTERRUPTED
+    try:
+        with signals_interrupt():
+            setup = set_up(
+                config_path,
+                overrides,
+                run_dir,
+                notify=console.text,
+                progress=console.preparing,
+                on_checked=fork_server,
+            )
+            console.close()
+            if is_done(setup):
+                console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
+                return EXIT_DONE
+            with locked(setup.run_dir):
+                _train(setup)
+    except Interrupted:
+        again = f" --run-dir {run_dir}" if run_dir else ""
+        console.text(f"interrupted; resume with: fedpipe pretrain{again}")
+        return EXIT_INTERRUPTED
     console.text(samples_text(setup.run_dir))
     console.text(f"model   {setup.run_dir / 'export'}")
     console.text(f"report  {setup.run_dir / 'report.html'}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import multiprocessing
 import os
 import re
@@ -14,13 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
-from fedpipe.errors import CheckpointError, LaunchError
+from fedpipe.errors import LaunchError
 from fedpipe.launcher.worker import PRELOAD, run_rank
 from fedpipe.workflows.run_dir import RunSetup
 
@@ -66,10 +64,10 @@ def supervise(task: str, setup: RunSetup, *args: Any, grid: Grid, shows: Shows) 
 
     Raises:
         LaunchError: A rank failed; all have been stopped.
-        Interrupted: SIGTERM or Ctrl-C; all have been stopped.
+        Interrupted: A signal came (see ``signals_interrupt``); all have been stopped.
     """
     context = fork_server()
-    with tempfile.TemporaryDirectory(prefix="fedpipe-") as scratch, _signals_interrupt():
+    with tempfile.TemporaryDirectory(prefix="fedpipe-") as scratch:
         processes: list[BaseProcess] = []
         pipes: dict[Connection, int] = {}
         try:
@@ -156,7 +154,7 @@ def _stop(processes: list[BaseProcess]) -> None:
 
 
 @contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
+def signals_interrupt() -> Iterator[None]:
     """Turn SIGTERM and Ctrl-C into ``Interrupted`` in the supervisor."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
@@ -168,17 +166,3 @@ def _signals_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Keep a second command out of the run directory."""
-    with open(run_dir / ".lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(
-                f"--run-dir: expected a run that no other process works on, got {run_dir} in use. "
-                "Wait for it, stop it, or choose another directory."
-            ) from None
-        yield

@@ -10,11 +10,11 @@ from fedpipe.launcher.supervisor import (
     EXIT_INTERRUPTED,
     Interrupted,
     fork_server,
-    locked,
+    signals_interrupt,
     supervise,
 )
 from fedpipe.metrics.console import RunConsole
-from fedpipe.workflows.run_dir import describe_environment, set_up
+from fedpipe.workflows.run_dir import describe_environment, locked, set_up
 from fedpipe.workflows.throughput_files import render, write_files
 from fedpipe.workflows.throughput_report import (
     Measurement,
@@ -54,36 +54,37 @@ def throughput(
         repetitions=repetitions, num_steps=num_steps, emulate_ms=emulate_ms
     )
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
-    setup = set_up(
-        config_path,
-        overrides,
-        run_dir,
-        notify=console.text,
-        progress=console.preparing,
-        on_checked=fork_server,
-    )
-    config = single_replica(setup.config)
-    folder = setup.run_dir / "throughput"
     measurements: list[Measurement] = []
-    with locked(setup.run_dir):
-        try:
-            supervise(
-                "throughput",
-                setup,
-                settings,
-                grid=Grid.from_config(config),
-                shows={"note": console.text, "measurement": measurements.append},
+    try:
+        with signals_interrupt():
+            setup = set_up(
+                config_path,
+                overrides,
+                run_dir,
+                notify=console.text,
+                progress=console.preparing,
+                on_checked=fork_server,
             )
-        except Interrupted:
-            console.text("interrupted; nothing was written")
-            return EXIT_INTERRUPTED
-        finally:
-            console.close()
-        environment = describe_environment() | {
-            "emulate_ms": emulate_ms, "repetitions": repetitions, "num_steps": num_steps,
-        }  # fmt: skip
-        report = summarise(measurements[0], config, environment=environment)
-        write_files(folder, report, measurements[0])
+            config = single_replica(setup.config)
+            with locked(setup.run_dir):
+                supervise(
+                    "throughput",
+                    setup,
+                    settings,
+                    grid=Grid.from_config(config),
+                    shows={"note": console.text, "measurement": measurements.append},
+                )
+    except Interrupted:
+        console.text("interrupted; nothing was written")
+        return EXIT_INTERRUPTED
+    finally:
+        console.close()
+    folder = setup.run_dir / "throughput"
+    environment = describe_environment() | {
+        "emulate_ms": emulate_ms, "repetitions": repetitions, "num_steps": num_steps,
+    }  # fmt: skip
+    report = summarise(measurements[0], config, environment=environment)
+    write_files(folder, report, measurements[0])
     console.text(render(report))
     console.text(f"report  {folder / 'report.md'}")
     return EXIT_DONE

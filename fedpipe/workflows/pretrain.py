@@ -13,7 +13,13 @@ from fedpipe.data.blocks import PreparedData, load_prepared
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
-from fedpipe.federation.cohort import Turn, blocks_seen, plan_round, steps_per_round
+from fedpipe.federation.cohort import (
+    ClientHistory,
+    Turn,
+    client_history,
+    plan_round,
+    steps_per_round,
+)
 from fedpipe.metrics.writer import MetricsWriter, read_metrics
 from fedpipe.pipeline.engine import StepResult
 from fedpipe.pipeline.optimizer import learning_rate
@@ -84,6 +90,9 @@ class Pretraining:
             self._sent_before.subtract(self.replica.load_checkpoint(setup.checkpoint))
             self.position = setup.checkpoint.position
         self._first_step_after: float | None = None
+        if self.replica.missing and self.comm.data == 0 and self.comm.replica == 0:
+            names = ", ".join(self.replica.missing)
+            emit("note", f"model.path has no {names}: they start with first values of their own")
 
     def train_round(self, round_id: int) -> None:
         """Train a cohort, average it, validate the result, record and save."""
@@ -92,6 +101,7 @@ class Pretraining:
             self._sent_before = Counter(self._sent())  # validation is not part of the ledger
         started = time.monotonic()
         turns = plan_round(config, round_id=round_id, blocks_per_client=self.blocks)
+        self._history = self._history_before(round_id)
         first = self.position.step if round_id == self.position.round_id else 0
         self._train_cohort(turns, round_id=round_id, first=first)
 
@@ -134,7 +144,7 @@ class Pretraining:
             if low >= high:
                 continue
             if low == 0:
-                last_round = self._last_rounds(round_id)[turn.client_id]
+                last_round = self._history.last_round[turn.client_id]
                 self.replica.begin_turn(turn, round_id=round_id, last_round=last_round)
             self._train(turn, range(low, high), round_id=round_id)
             if high == turn.num_steps:
@@ -143,7 +153,7 @@ class Pretraining:
     def _train(self, turn: Turn, steps: range, *, round_id: int) -> None:
         per_round = steps_per_round(self.config, self.blocks)
         total = per_round * self.config.federation.num_rounds
-        start = blocks_seen(self.config, round_id=round_id, blocks_per_client=self.blocks)
+        start = self._history.blocks_seen[turn.client_id]
         for stage in self.replica.stages:  # the timeline shows the run's first turn
             first = round_id == 0 and not stage.trace.events
             stage.trace.steps = TRACED_STEPS if first else range(0)
@@ -153,7 +163,7 @@ class Pretraining:
 
         self.replica.engine.train(
             steps,
-            source=self.replica.training_source(turn.client_id, start=start[turn.client_id]),
+            source=self.replica.training_source(turn.client_id, start=start),
             lr=lambda step: learning_rate(
                 self.config.optimizer, round_id * per_round + step, total_steps=total
             ),
@@ -235,7 +245,8 @@ class Pretraining:
         replicas = self.config.federation.num_replicas
         mine = range(self.comm.replica, len(self.data.valid), replicas)
         clients = [c for c in mine if self.data.valid[c].num_blocks]
-        scores = self.replica.evaluate(clients, last_rounds=self._last_rounds(round_id + 1))
+        history = self._history_before(round_id + 1)
+        scores = self.replica.evaluate(clients, last_rounds=history.last_round)
         gathered = self.comm.gather(scores)
         if gathered is None:
             return
@@ -265,9 +276,8 @@ class Pretraining:
             self._writer.write(records)
             self._writer.flush()
 
-    def _last_rounds(self, before: int) -> list[int | None]:
-        """By client id, the last round before ``before`` in which the client trained."""
-        return last_rounds(self.config, before, blocks_per_client=self.blocks)
+    def _history_before(self, round_id: int) -> ClientHistory:
+        return client_history(self.config, before=round_id, blocks_per_client=self.blocks)
 
     def _sent_in_round(self) -> dict[str, int]:
         return {name: total - self._sent_before[name] for name, total in self._sent().items()}
@@ -294,17 +304,6 @@ class Pretraining:
             for engine in self.replica.stages
             for event in engine.trace.events
         ]
-
-
-def last_rounds(
-    config: RunConfig, before: int, *, blocks_per_client: list[int]
-) -> list[int | None]:
-    """By client id, the last round before ``before`` in which the client trained, or None."""
-    result: list[int | None] = [None] * len(blocks_per_client)
-    for round_id in range(before):
-        for turn in plan_round(config, round_id=round_id, blocks_per_client=blocks_per_client):
-            result[turn.client_id] = round_id
-    return result
 
 
 def _merge_data_ranks(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

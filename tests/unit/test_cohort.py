@@ -10,7 +10,7 @@ import pytest
 
 from fedpipe.config.schema import RunConfig
 from fedpipe.federation.cohort import (
-    blocks_seen,
+    client_history,
     draw_cohort,
     num_local_steps,
     plan_round,
@@ -120,7 +120,8 @@ def test_every_client_goes_on_where_it_stopped(epochs: float) -> None:
     config = _config(num_local_epochs=epochs, data_parallel_degree=2)
     seen = [0] * len(BLOCKS)
     for round_id in range(9):
-        assert blocks_seen(config, round_id=round_id, blocks_per_client=BLOCKS) == seen
+        history = client_history(config, before=round_id, blocks_per_client=BLOCKS)
+        assert list(history.blocks_seen) == seen
         for turn in plan_round(config, round_id=round_id, blocks_per_client=BLOCKS):
             seen[turn.client_id] += turn.num_steps * config.blocks_per_step
     assert sum(seen) > 0

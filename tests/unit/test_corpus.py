@@ -158,7 +158,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
             prepare(RunConfig(
                 data=DataConfig(train=({str(path)!r},), valid=(), tokenizer={str(tmp_path)!r},
                                 partition_column="ward", num_workers=1,
-                                cache_dir={str(tmp_path / 'cache')!r}),
+                                cache_dir={str(tmp_path / "cache")!r}),
                 federation=FederationConfig(num_clients=1, num_replicas=1, clients_per_round=1)))
             print(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
         """)
