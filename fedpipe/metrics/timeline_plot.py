@@ -140,7 +140,7 @@ def _legend(figure: Figure, names: set[str]) -> None:
     figure.legend(
         handles=handles,
         loc="outside upper left",
-        ncols=min(len(handles), 7),
+        ncols=min(len(handles), 6),
         handlelength=1,
         handleheight=0.8,
         columnspacing=1.2,

@@ -198,6 +198,17 @@ class StageEngine:
         if self._zero:
             self.optimizer.refresh_fp32_params()
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes this rank has sent to average gradients over the client's own ranks.
+
+        ``2 (d - 1) / d`` of the float32 gradients per step: a ring all-reduce, or ZeRO-1's
+        reduce-scatter and all-gather. DeepSpeed sends them, so they are computed, not counted.
+        """
+        ranks = self.engine.dp_world_size
+        numel = sum(p.numel() for p in self.stage.parameters())
+        return int(self.engine.global_steps) * 2 * (ranks - 1) * numel * 4 // ranks
+
     def optimizer_state(self) -> dict[str, Any]:
         """Moments and counters of this rank's optimizer."""
         return dict(self._torch_optimizer.state_dict())

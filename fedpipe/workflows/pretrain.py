@@ -285,6 +285,7 @@ class Pretraining:
     def _sent(self) -> dict[str, int]:
         """What this process has sent since it started, by ledger entry."""
         sent = dict(self.comm.sent_bytes)
+        sent["gradients"] = sum(engine.gradient_bytes for engine in self.replica.stages)
         for engine in self.replica.stages:
             stage = engine.spec.stage_id
             for name, link, edge in (

@@ -257,3 +257,22 @@ def test_every_stage_is_validated_for_every_client(tmp_path: Path) -> None:
         assert scores["clients"].keys() == {"0", "1", "2"}
         assert scores["worst_loss"] == max(scores["clients"].values())
         assert scores["loss"] < first["stages"][stage]["loss"]
+
+
+def test_the_ledger_counts_gradients_inside_a_client(tmp_path: Path) -> None:
+    federation = {"data_parallel_degree": 2, "num_replicas": 1, "clients_per_round": 1}
+    config = tiny_config(federation=federation | {"num_rounds": 1})
+    records = _run(config, tiny_data(tmp_path / "data"), tmp_path / "run")
+    (traffic,) = (r for r in records if r["kind"] == "traffic")
+    weights = load_files(tmp_path / "run")
+    numel = sum(tensor.size for tensor in weights.values())
+    # 3 steps, 2 ranks, each sends 2 (d - 1) / d = 1 times the float32 gradients.
+    assert traffic["collectives"] == {"fedavg": 0, "gradients": 3 * 2 * numel * 4}
+
+
+def load_files(run_dir: Path) -> dict[str, np.ndarray]:
+    """Tensors of the newest checkpoint, all stages."""
+    tensors: dict[str, np.ndarray] = {}
+    for file in sorted((run_dir / "checkpoints" / "round_000001").glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
