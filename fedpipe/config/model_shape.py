@@ -16,7 +16,7 @@ from fedpipe.errors import ConfigError
 # Layers, hidden size, heads, feed-forward width. base and large are BERT's, Devlin et al. 2018,
 # https://arxiv.org/abs/1810.04805; small and tiny keep its 64 per head and 4 x hidden.
 _PRESETS: dict[str, tuple[int, int, int, int]] = {
-    "tiny": (4, 128, 2, 512),
+    "tiny": (4, 256, 4, 1024),
     "small": (4, 512, 8, 2048),
     "base": (12, 768, 12, 3072),
     "large": (24, 1024, 16, 4096),
