@@ -6,8 +6,10 @@ while the supervisor prepared the text without them.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -39,6 +41,7 @@ def run_rank(task: str, setup: RunSetup, env: ProcessEnv, pipe: Connection, *arg
     """
     import torch
 
+    _die_with_parent()
     _redirect_output(setup, env)
     random.seed(env.rank)
     torch.set_num_threads(threads_per_process(env.local_world_size))
@@ -92,6 +95,12 @@ def finish(setup: RunSetup) -> None:
     if data.valid:
         export.write_samples(setup.run_dir, setup.config, data)
     write_report(setup.run_dir)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this rank with the fork server, which ends with the supervisor."""
+    pr_set_pdeathsig = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _redirect_output(setup: RunSetup, env: ProcessEnv) -> None:

@@ -80,6 +80,7 @@ def set_up(
         pass
     checkpoint = None
     if resumed:
+        _check_same_deepspeed(directory, deepspeed_dict)
         checkpoint, passed_over = find_latest(directory)
         for line in passed_over:
             notify(f"warning: {line}; falling back to an earlier one")
@@ -100,6 +101,21 @@ def set_up(
         checkpoint=checkpoint,
         started_at=started_at,
     )
+
+
+def _check_same_deepspeed(directory: Path, deepspeed_dict: dict[str, Any]) -> None:
+    """Refuse to resume with another DeepSpeed JSON under the old name."""
+    path = directory / "deepspeed.json"
+    if not path.is_file():
+        return
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    changed = [k for k in sorted(saved | deepspeed_dict) if saved.get(k) != deepspeed_dict.get(k)]
+    if changed:
+        raise CheckpointError(
+            f"{directory}: expected the DeepSpeed JSON of the run that is there, got other values "
+            f"of {', '.join(changed)} in deepspeed.config. Restore the file, or choose a new "
+            "--run-dir."
+        )
 
 
 def resolve_config(

@@ -320,6 +320,19 @@ def test_resuming_with_another_value_names_the_key(done: Path, folder: Path) -> 
     assert "got other values of pipeline.cut, optimizer.lr." in error
 
 
+def test_resuming_with_an_edited_deepspeed_json_names_its_key(
+    done: Path, folder: Path, tmp_path: Path
+) -> None:
+    for name in ("config.yaml", "deepspeed.json"):
+        (tmp_path / name).write_bytes((done / name).read_bytes())
+    saved = json.loads((tmp_path / "deepspeed.json").read_text())
+    saved["zero_optimization"] = {"stage": 1}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(saved))
+    error = _refused("--run-dir", str(tmp_path), folder=folder)
+    assert error.startswith(f"CheckpointError: {tmp_path}: expected the DeepSpeed JSON of the run")
+    assert "got other values of zero_optimization in deepspeed.config." in error
+
+
 def test_another_quick_start_does_not_resume_the_one_that_is_there(
     done: Path, tmp_path: Path
 ) -> None:
