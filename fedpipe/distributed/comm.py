@@ -163,16 +163,7 @@ class Comm:
 
         Collective: the same stage and data index of every replica.
         """
-        return self._all_reduce(self._replica_groups[stage], tensor, label=label)
-
-    def sum_over_data_(self, stage: int, tensor: Tensor, *, label: str) -> int:
-        """Sum a tensor over the ranks that share a client's batch on one stage, in place.
-
-        Collective: every data index of this replica's stage.
-        """
-        return self._all_reduce(self._data_groups[stage], tensor, label=label)
-
-    def _all_reduce(self, group: Any, tensor: Tensor, *, label: str) -> int:
+        group = self._replica_groups[stage]
         if group is None:
             return 0
         size = dist.get_world_size(group)

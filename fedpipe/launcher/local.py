@@ -13,13 +13,13 @@ from fedpipe.launcher.supervisor import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     Interrupted,
-    fork_server,
+    set_up_here,
     signals_interrupt,
     supervise,
 )
 from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.samples import samples_text
-from fedpipe.workflows.run_dir import RunSetup, locked, set_up
+from fedpipe.workflows.run_dir import RunSetup, locked
 
 
 def pretrain(config_path: str | None, overrides: Sequence[str], run_dir: str | None) -> int:
@@ -40,14 +40,7 @@ def pretrain(config_path: str | None, overrides: Sequence[str], run_dir: str | N
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
     try:
         with signals_interrupt():
-            setup = set_up(
-                config_path,
-                overrides,
-                run_dir,
-                notify=console.text,
-                progress=console.preparing,
-                on_checked=fork_server,
-            )
+            setup = set_up_here(config_path, overrides, run_dir, console=console)
             console.close()
             if is_done(setup):
                 console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")

@@ -9,7 +9,7 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -20,7 +20,8 @@ from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import LaunchError
 from fedpipe.launcher.worker import PRELOAD, run_rank
-from fedpipe.workflows.run_dir import RunSetup
+from fedpipe.metrics.console import RunConsole
+from fedpipe.workflows.run_dir import RunSetup, set_up
 
 EXIT_DONE, EXIT_INTERRUPTED = 0, 75
 REPORT_S = 2.0
@@ -50,6 +51,30 @@ def fork_server() -> Any:
     context.set_forkserver_preload(list(PRELOAD))
     forkserver.ensure_running()
     return context
+
+
+def set_up_here(
+    config_path: str | None, overrides: Sequence[str], run_dir: str | None, *, console: RunConsole
+) -> RunSetup:
+    """Set a run up (see ``set_up``), while the fork server makes the slow imports.
+
+    Args:
+        config_path: YAML, or None.
+        overrides: ``section.key=value``.
+        run_dir: Directory of the run, or None.
+        console: Shows the plan and the preparation of the text.
+
+    Returns:
+        The setup.
+    """
+    return set_up(
+        config_path,
+        overrides,
+        run_dir,
+        notify=console.text,
+        progress=console.preparing,
+        on_checked=fork_server,
+    )
 
 
 def supervise(task: str, setup: RunSetup, *args: Any, grid: Grid, shows: Shows) -> None:

@@ -9,12 +9,12 @@ from fedpipe.launcher.supervisor import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     Interrupted,
-    fork_server,
+    set_up_here,
     signals_interrupt,
     supervise,
 )
 from fedpipe.metrics.console import RunConsole
-from fedpipe.workflows.run_dir import describe_environment, locked, set_up
+from fedpipe.workflows.run_dir import describe_environment, locked
 from fedpipe.workflows.throughput_files import render, write_files
 from fedpipe.workflows.throughput_report import (
     Measurement,
@@ -57,14 +57,7 @@ def throughput(
     measurements: list[Measurement] = []
     try:
         with signals_interrupt():
-            setup = set_up(
-                config_path,
-                overrides,
-                run_dir,
-                notify=console.text,
-                progress=console.preparing,
-                on_checked=fork_server,
-            )
+            setup = set_up_here(config_path, overrides, run_dir, console=console)
             config = single_replica(setup.config)
             with locked(setup.run_dir):
                 supervise(
