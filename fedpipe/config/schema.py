@@ -123,8 +123,10 @@ class PipelineConfig:
     0 as the first cut leaves only the embeddings on the client."""
     num_client_stages: int = 1
     """Leading stages that belong to the data owner."""
-    head_location: Literal["server"] = "server"
-    """Where the final head sits. server: the masked tokens' labels travel with the activations."""
+    head_location: Literal["server", "client"] = "server"
+    """Where the final head sits. server: the masked tokens' labels travel with the activations.
+    client (U-shape): labels stay at home, the masked positions' hidden states come back and their
+    gradients go to the last server stage."""
     local_head: Literal["mlm", "mlm+layer"] = "mlm"
     """Auxiliary head of a stage that is not the last: masked-LM head, or one encoder layer before
     it."""
@@ -134,6 +136,9 @@ class PipelineConfig:
     """Micro-batches per local step (gradient accumulation)."""
     in_flight: int = 2
     """Messages a stage may have sent that the next stage has not yet received."""
+    wire: tuple[Literal["auto", "fp32", "bf16", "int8"], ...] = ("auto",)
+    """Format of hidden states and their gradients on the edges: one for all, or one per edge.
+    auto is what the stages compute in; int8 has one scale per row."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     colocate: bool = False
@@ -164,11 +169,33 @@ class PipelineConfig:
             self.schedule,
             f"Set pipeline.schedule={fitting[0]} or change pipeline.objective.",
         )
+        self._check_home_head()
+        edges = self.num_virtual_stages - 1
+        _require(
+            len(self.wire) == 1 or len(self.wire) == edges,
+            "pipeline.wire",
+            f"one format, or {edges} (one per edge)",
+            list(self.wire),
+        )
+
+    def _check_home_head(self) -> None:
+        _require(
+            self.head_location == "server" or self.num_client_stages < self.num_stages,
+            "pipeline.head_location",
+            "server where no stage is the server's",
+            self.head_location,
+            "Add a cut, or lower pipeline.num_client_stages.",
+        )
 
     @property
     def num_stages(self) -> int:
-        """Stages of the pipeline."""
+        """Stages with a part of the encoder: processes along the pipe axis."""
         return len(self.cut) + 1
+
+    @property
+    def num_virtual_stages(self) -> int:
+        """``num_stages``, and one more where the final head stays on the client's first process."""
+        return self.num_stages + (self.head_location == "client")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,6 +212,84 @@ class AverageConfig:
     """Encoder layers of the server stages."""
     final_head: bool = True
     """The masked-LM head of the last stage."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AggregationConfig:
+    """How a round's clients become one model, per stage."""
+
+    rule: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
+    """mean is FedAvg. The others withstand num_byzantine arbitrary clients: coordinate-wise median
+    or trimmed mean, or multi-Krum."""
+    weighting: Literal["tokens", "uniform"] = "tokens"
+    """Weight of a client in the mean: its trained tokens, or 1. The robust rules need uniform."""
+    num_byzantine: int = 0
+    """Clients of a cohort that may send anything: trimmed from each end, or Krum's f."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        _require(
+            self.num_byzantine >= 0,
+            "federation.aggregation.num_byzantine",
+            "0 or more",
+            self.num_byzantine,
+        )
+        _require(
+            self.rule == "mean" or self.weighting == "uniform",
+            "federation.aggregation.weighting",
+            f"uniform with federation.aggregation.rule={self.rule}",
+            self.weighting,
+            "A robust rule has no weights.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerOptimizerConfig:
+    """What turns the averaged change of a round into the next global weights, per stage."""
+
+    name: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
+    """fedavg takes the average as it is. fedavgm adds momentum, fedadam and fedyogi also scale it
+    by its own second moment."""
+    lr: float = 1.0
+    """Step along the averaged change."""
+    betas: tuple[float, ...] = (0.9, 0.99)
+    """Decay of the first moment (momentum) and of the second."""
+    tau: float = 1e-3
+    """Term in the denominator of fedadam and fedyogi."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        _require(self.lr > 0, "federation.server_optimizer.lr", "a value above 0", self.lr)
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "federation.server_optimizer.betas",
+            "two values in [0, 1)",
+            list(self.betas),
+        )
+        _require(self.tau > 0, "federation.server_optimizer.tau", "a value above 0", self.tau)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttackConfig:
+    """Clients that send a false update, to study robust rules; nobody attacks by default."""
+
+    kind: Literal["none", "sign_flip", "noise"] = "none"
+    """sign_flip sends ``-scale`` times the change; noise adds Gaussian noise of ``scale`` times the
+    change's own standard deviation."""
+    num_attackers: int = 0
+    """Clients 0 .. num_attackers - 1 attack whenever they are drawn."""
+    scale: float = 1.0
+    """Strength."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        _require(
+            self.num_attackers >= 0,
+            "federation.attack.num_attackers",
+            "0 or more",
+            self.num_attackers,
+        )
+        _require(self.scale > 0, "federation.attack.scale", "a value above 0", self.scale)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,8 +310,23 @@ class FederationConfig:
     """Passes over a client's blocks in a round; 0 means num_local_steps for everyone."""
     data_parallel_degree: int = 1
     """Ranks inside a replica's stage that share a client's batch; their gradients are averaged."""
+    server: Literal["replicated", "shared", "sequential"] = "replicated"
+    """Server stages across clients. replicated: one copy per replica, averaged per round. shared:
+    one model, its gradients averaged over the replicas every step. sequential (FedBERT's): one
+    replica, every client starts from the state in which the one before it ended."""
     average: AverageConfig = field(default_factory=AverageConfig)
     """What FedAvg averages, part by part."""
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    """Mean, or a rule that withstands false updates."""
+    server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
+    """What is done with the averaged change."""
+    fedprox_mu: float = 0.0
+    """Weight of FedProx's pull to the round's global weights; 0 means none."""
+    wire: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Format in which changes of the weights travel; what bf16 and int8 round off is sent in a
+    later round (error feedback)."""
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    """Clients that attack, in a study."""
     optimizer_state: Literal["reset", "keep"] = "reset"
     """Optimizer moments at the start of a client's turn: fresh, or those the client left with."""
 
@@ -229,6 +349,7 @@ class FederationConfig:
             "0 or more",
             self.num_local_epochs,
         )
+        _require(self.fedprox_mu >= 0, "federation.fedprox_mu", "0 or more", self.fedprox_mu)
         _require(
             self.clients_per_round <= self.num_clients,
             "federation.clients_per_round",
