@@ -1,7 +1,7 @@
 """Links: one direction of one pipeline edge, with a bounded window of messages in flight.
 
 ``DistLink`` carries messages between processes (gloo, NCCL); ``QueueLink`` between stages that are
-threads of one process. A message is a tuple of tensors whose shapes and dtypes are agreed once.
+threads of one process. A message is a tuple of tensors whose specs are agreed once.
 """
 
 from __future__ import annotations
@@ -10,29 +10,16 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fedpipe.distributed.comm import Channel
+from fedpipe.pipeline.wire import TensorSpec
 
 _POLL_S = 0.5
 """How soon a waiting thread notices that its neighbour has failed."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Shape and dtype of one tensor of a message."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the wire."""
-        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
 class Link(Protocol):
@@ -91,16 +78,16 @@ class DistLink:
         if self._expected == 0:
             return
         self._expected -= 1
-        buffers = [torch.empty(s.shape, dtype=s.dtype, device=self._device) for s in self._specs]
+        buffers = [spec.empty(self._device) for spec in self._specs]
         self._receiving.append([(self._channel.irecv(b), b) for b in buffers])
 
     def send(self, *tensors: Tensor) -> None:
-        """Send one message, in the dtypes of the specs."""
+        """Send one message, in the formats of the specs."""
         while len(self._sending) >= self._window:
             self._wait_oldest_send()
         message = []
         for tensor, spec in zip(tensors, self._specs, strict=True):
-            wire = tensor.to(spec.dtype).contiguous()
+            wire = spec.encode(tensor)
             message.append((self._channel.isend(wire), wire))
             self.sent_bytes += spec.nbytes
         self._sending.append(message)
@@ -116,7 +103,8 @@ class DistLink:
         for work, _ in message:
             work.wait()
         self._post()
-        return tuple(tensor for _, tensor in message)
+        pairs = zip(message, self._specs, strict=True)
+        return tuple(spec.decode(buffer) for (_, buffer), spec in pairs)
 
     def drain(self) -> None:
         """Wait until everything sent has been received."""
@@ -125,7 +113,7 @@ class DistLink:
 
 
 class QueueLink:
-    """Messages between two threads of one process; tensors change hands without a copy."""
+    """Messages between two threads of one process; a format that changes nothing copies nothing."""
 
     def __init__(self, specs: tuple[TensorSpec, ...], *, window: int) -> None:
         """Make an empty link; both ends share this object."""
@@ -138,16 +126,16 @@ class QueueLink:
         """Nothing to post."""
 
     def send(self, *tensors: Tensor) -> None:
-        """Hand one message over, in the dtypes of the specs."""
-        pairs = zip(tensors, self._specs, strict=True)
-        message = tuple(t.to(s.dtype) for t, s in pairs)
+        """Hand one message over, in the formats of the specs."""
+        message = tuple(s.encode(t) for t, s in zip(tensors, self._specs, strict=True))
         self._until_closed(lambda: self._queue.put(message, timeout=_POLL_S))
         self.sent_bytes += sum(s.nbytes for s in self._specs)
         self.sent_messages += 1
 
     def recv(self) -> tuple[Tensor, ...]:
         """Wait for the next message."""
-        return self._until_closed(lambda: self._queue.get(timeout=_POLL_S))
+        message = self._until_closed(lambda: self._queue.get(timeout=_POLL_S))
+        return tuple(s.decode(b) for b, s in zip(message, self._specs, strict=True))
 
     def _until_closed(self, action: Callable[[], Any]) -> Any:
         while not self._closed.is_set():

@@ -27,7 +27,8 @@ from fedpipe.models.split import StageSpec, stage_specs
 from fedpipe.models.stage import build_stage
 from fedpipe.pipeline.engine import Links, MicroBatchSource, SplitPipelineEngine, StageEngine
 from fedpipe.pipeline.optimizer import build_optimizer
-from fedpipe.pipeline.p2p import DistLink, Link, QueueLink, TensorSpec
+from fedpipe.pipeline.p2p import DistLink, Link, QueueLink
+from fedpipe.pipeline.wire import TensorSpec
 
 
 class Replica:
