@@ -26,7 +26,8 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 COMM = "fedpipe/distributed/comm.py"
 LIGHT = (
     "__init__", "__main__", "cli", "errors", "log", "config/load", "config/tree", "config/schema",
-    "config/deepspeed", "config/model_shape", "distributed/topology", "distributed/env",
+    "config/federation", "config/require", "config/deepspeed", "config/model_shape",
+    "distributed/topology", "distributed/env",
     "models/split", "pipeline/schedule", "pipeline/timeline", "workflows/plan", "data/tokenizer",
 )  # fmt: skip
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "tokenizers", "matplotlib"}
