@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedpipe.distributed.comm import Channel
-from fedpipe.pipeline.wire import TensorSpec
+from fedpipe.distributed.wire import TensorSpec
 
 _POLL_S = 0.5
 """How soon a waiting thread notices that its neighbour has failed."""

@@ -20,6 +20,7 @@ from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import BlockReader, PreparedData, Shard
 from fedpipe.data.masking import MaskedBatch, mask_blocks, mask_rng, num_masked
 from fedpipe.distributed.comm import Comm
+from fedpipe.distributed.wire import TensorSpec
 from fedpipe.federation.cohort import Turn
 from fedpipe.federation.synchronizer import Synchronizer
 from fedpipe.models.families import hf_config, stable_seed
@@ -28,7 +29,6 @@ from fedpipe.models.stage import build_stage
 from fedpipe.pipeline.engine import Links, MicroBatchSource, SplitPipelineEngine, StageEngine
 from fedpipe.pipeline.optimizer import build_optimizer
 from fedpipe.pipeline.p2p import DistLink, Link, QueueLink
-from fedpipe.pipeline.wire import TensorSpec
 
 
 class Replica:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from fedpipe.distributed.comm import Channel
 from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.wire import TensorSpec
 from fedpipe.pipeline.p2p import DistLink, Link, QueueLink
-from fedpipe.pipeline.wire import TensorSpec
 from tests.helpers.distributed import run_distributed
 
 NUM_MESSAGES, WINDOW = 5, 2

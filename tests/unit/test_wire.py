@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedpipe.distributed.wire import TensorSpec
 from fedpipe.pipeline.p2p import QueueLink
-from fedpipe.pipeline.wire import TensorSpec
 
 SHAPE = (3, 5, 24)
 CPU = torch.device("cpu")
