@@ -29,9 +29,9 @@ class Turn:
     replica_id: int
     num_steps: int
     tokens: int
-    """Trained tokens: the client's weight before normalisation."""
+    """Trained tokens."""
     weight: float
-    """``tokens`` as a share of the round's; the cohort's weights sum to 1."""
+    """Share in the mean: of the round's tokens, or one over the cohort. A cohort's sum to 1."""
 
 
 def draw_cohort(
@@ -99,14 +99,15 @@ def plan_round(
     )
     steps = [num_local_steps(config, blocks_per_client[c]) for c in cohort]
     tokens = [s * config.blocks_per_step * config.data.sequence_length for s in steps]
-    total = sum(tokens)
+    shares = tokens if federation.aggregation.weighting == "tokens" else [1] * len(cohort)
+    total = sum(shares)
     return tuple(
         Turn(
             client_id=client_id,
             replica_id=k % federation.num_replicas,
             num_steps=steps[k],
             tokens=tokens[k],
-            weight=tokens[k] / total,
+            weight=shares[k] / total,
         )
         for k, client_id in enumerate(cohort)
     )

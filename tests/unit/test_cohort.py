@@ -73,6 +73,13 @@ def test_weights_are_shares_of_the_trained_tokens() -> None:
             assert turn.weight == pytest.approx(turn.num_steps / total)
 
 
+def test_uniform_weights_ignore_how_much_a_client_has() -> None:
+    config = _config(num_local_epochs=1.0, aggregation={"weighting": "uniform"})
+    turns = plan_round(config, round_id=1, blocks_per_client=BLOCKS)
+    assert len({t.tokens for t in turns}) > 1
+    assert [t.weight for t in turns] == [1 / 3] * 3
+
+
 @pytest.mark.parametrize(("replicas", "cohort"), [(1, 3), (2, 3), (2, 6), (5, 3), (3, 1)])
 def test_clients_are_spread_evenly_and_in_order(replicas: int, cohort: int) -> None:
     config = _config(num_replicas=replicas, clients_per_round=cohort)
