@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fedpipe import __version__
+from fedpipe.config.load import load_config, preset_names, read_config
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError, LaunchError
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ exit codes:
   2   an error of yours, in one line
   75  interrupted; the same command with --run-dir DIR resumes
 
-Without --config the packaged quick start is used. Overrides win over the file:
-  fedpipe pretrain --config FILE --run-dir runs/mine federation.num_rounds=3 optimizer.lr=5e-4
+Default < preset < --config < override; without preset and file the packaged quick start is used:
+  fedpipe pretrain --preset fedbiobert-4-8 --config FILE --run-dir runs/mine optimizer.lr=5e-4
 """
 
 
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fedpipe {__version__}")
+    presets = f"a published system: {', '.join(preset_names())}"
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (run, summary) in _COMMANDS.items():
         command = commands.add_parser(
@@ -110,7 +112,10 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=_Formatter,
             allow_abbrev=False,
         )
-        command.add_argument("--config", metavar="FILE", help="YAML; default: the quick start")
+        command.add_argument("--preset", metavar="NAME", help=presets)
+        command.add_argument(
+            "--config", metavar="FILE", help="YAML, laid over the preset; default: the quick start"
+        )
         command.add_argument(
             "--run-dir", metavar="DIR", help="directory of the run; default: runs/NAME"
         )
@@ -144,7 +149,7 @@ def _sentence(summary: str) -> str:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    if args.run_dir and not args.config:
+    if args.run_dir and not (args.config or args.preset):
         _existing_run(args)
     config = _checked_config(args)
     from fedpipe.workflows.plan import build_plan, render
@@ -157,7 +162,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     _checked_config(args)
     from fedpipe.launcher.local import pretrain
 
-    return pretrain(args.config, args.overrides, args.run_dir)
+    return pretrain(args.config, args.overrides, args.run_dir, preset=args.preset)
 
 
 def _throughput(args: argparse.Namespace) -> int:
@@ -168,6 +173,7 @@ def _throughput(args: argparse.Namespace) -> int:
         args.config,
         args.overrides,
         args.run_dir,
+        preset=args.preset,
         repetitions=args.repetitions,
         num_steps=args.steps,
         emulate_ms=args.emulate_ms,
@@ -176,13 +182,11 @@ def _throughput(args: argparse.Namespace) -> int:
 
 def _checked_config(args: argparse.Namespace) -> RunConfig:
     """Refuse a wrong configuration before a launcher starts to import torch in the background."""
-    from fedpipe.config.load import load_config
-
     config_path = args.config
-    if args.run_dir and not config_path:
+    if args.run_dir and not (config_path or args.preset):
         saved = Path(args.run_dir) / "config.yaml"
         config_path = str(saved) if os.path.isfile(saved) else None
-    return load_config(config_path, args.overrides)
+    return load_config(config_path, args.overrides, preset=args.preset)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -207,9 +211,8 @@ def _existing_run(args: argparse.Namespace) -> Path:
     if args.run_dir:
         run_dir = Path(args.run_dir)
     else:
-        from fedpipe.config.load import read_config
-
-        run_dir = Path("runs") / read_config(args.config, args.overrides).name
+        config = read_config(args.config, args.overrides, preset=args.preset)
+        run_dir = Path("runs") / config.name
     if not os.path.isfile(run_dir / "config.yaml"):  # Path.is_file raises on a long name
         raise CheckpointError(
             f"--run-dir: expected the directory of a run, got {str(run_dir)!r} without a"

@@ -1,7 +1,7 @@
 """From a YAML file and ``section.key=value`` overrides to a checked ``RunConfig``, and back.
 
-Precedence in one sentence: dataclass default < YAML < override. Unknown keys, wrong types and keys
-given twice are refused with file and line.
+Precedence in one sentence: dataclass default < preset < YAML file < override. Unknown keys, wrong
+types and keys given twice are refused with file and line.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, reduce
 from importlib import resources
+from importlib.resources.abc import Traversable
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -22,48 +23,77 @@ from fedpipe.config.tree import Node, dump, merge, parse, parse_override, read_t
 from fedpipe.errors import ConfigError
 
 PACKAGED_CONFIG = "quickstart.yaml"
-"""What ``load_config`` reads when it is given no file."""
+"""What ``load_config`` reads when it is given neither preset nor file."""
 
 
-def load_config(path: str | None, overrides: Sequence[str]) -> RunConfig:
+def load_config(
+    path: str | None, overrides: Sequence[str], *, preset: str | None = None
+) -> RunConfig:
     """Return the checked configuration of a run.
 
     Args:
-        path: YAML file; None reads the packaged quick start.
+        path: YAML file; without it and without a preset the packaged quick start is read.
         overrides: ``section.key=value`` each; the value is YAML.
+        preset: One of ``preset_names()``; the file is laid over it.
 
     Returns:
         The configuration, with every default in place.
 
     Raises:
-        ConfigError: A key is unknown, given twice or of the wrong type, or values do not fit.
+        ConfigError: A key is unknown, given twice or of the wrong type, values do not fit, or there
+            is no such preset.
     """
-    config = read_config(path, overrides)
+    config = read_config(path, overrides, preset=preset)
     check(config)
     return config
 
 
-def read_config(path: str | None, overrides: Sequence[str]) -> RunConfig:
+def read_config(
+    path: str | None, overrides: Sequence[str], *, preset: str | None = None
+) -> RunConfig:
     """Return the configuration without the checks that need several sections or files.
 
     Args:
-        path: YAML file; None reads the packaged quick start.
+        path: YAML file; without it and without a preset the packaged quick start is read.
         overrides: ``section.key=value`` each; the value is YAML.
+        preset: One of ``preset_names()``; the file is laid over it.
 
     Returns:
         The configuration, with every default in place.
 
     Raises:
-        ConfigError: A key is unknown, given twice or of the wrong type.
+        ConfigError: A key is unknown, given twice or of the wrong type, or there is no such preset.
     """
-    if path is None:
-        text = resources.files("fedpipe.config").joinpath(PACKAGED_CONFIG).read_text("utf-8")
-        tree = parse(text, source=PACKAGED_CONFIG)
-    else:
-        tree = parse(read_text(path), source=path)
-    for override in overrides:
-        tree = merge(tree, parse_override(override))
-    return cast(RunConfig, _build(RunConfig, tree, key=""))
+    packaged = resources.files("fedpipe.config")
+    layers = [] if preset is None else [_read_preset(preset)]
+    if path is not None:
+        layers.append(parse(read_text(path), source=path))
+    elif preset is None:
+        text = packaged.joinpath(PACKAGED_CONFIG).read_text("utf-8")
+        layers.append(parse(text, source=PACKAGED_CONFIG))
+    layers += map(parse_override, overrides)
+    return cast(RunConfig, _build(RunConfig, reduce(merge, layers), key=""))
+
+
+def preset_names() -> list[str]:
+    """Return the names of the packaged presets."""
+    return sorted(file.name.removesuffix(".yaml") for file in _presets().iterdir())
+
+
+def _presets() -> Traversable:
+    return resources.files("fedpipe.config").joinpath("presets")
+
+
+def _read_preset(name: str) -> Node:
+    names = preset_names()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(
+            f"--preset: expected one of {', '.join(names)}, got {name!r}.{hint or ' Choose one.'}"
+        )
+    file = _presets().joinpath(f"{name}.yaml")
+    return parse(file.read_text("utf-8"), source=file.name)
 
 
 def from_dict(data: Mapping[str, Any], *, source: str = "config") -> RunConfig:

@@ -26,24 +26,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 when the run is done, 2 for a user's error (one line on stderr).
     """
     parser = argparse.ArgumentParser(description="one rank of `fedpipe pretrain`")
+    parser.add_argument("--preset")
     parser.add_argument("--config")
     parser.add_argument("--run-dir")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(arguments)
     try:
-        _run(args.config, args.overrides, args.run_dir)
+        _run(args.config, args.overrides, args.run_dir, args.preset)
     except FedPipeError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2
     return 0
 
 
-def _run(config_path: str | None, overrides: Sequence[str], run_dir: str | None) -> None:
+def _run(
+    config_path: str | None, overrides: Sequence[str], run_dir: str | None, preset: str | None
+) -> None:
     env = detect()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(env.local_world_size)))
     log.setup(rank=env.rank)
-    config, directory, _ = resolve_config(config_path, overrides, run_dir)
+    config, directory, _ = resolve_config(config_path, overrides, run_dir, preset=preset)
     console = RunConsole(
         num_rounds=config.federation.num_rounds,
         steps_per_round=config.federation.num_local_steps,
@@ -52,7 +55,9 @@ def _run(config_path: str | None, overrides: Sequence[str], run_dir: str | None)
     )
     setup: RunSetup | None = None
     if env.rank == 0:  # before any process group exists; the others wait for it in the rendezvous
-        setup = set_up(config_path, overrides, str(directory), notify=console.text)
+        setup = set_up(
+            config_path, overrides, str(directory), preset=preset, notify=console.text
+        )
 
     def emit(kind: str, record: Any) -> None:
         shows: dict[str, Callable[[Any], None]] = {

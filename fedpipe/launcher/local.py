@@ -22,13 +22,20 @@ from fedpipe.metrics.samples import samples_text
 from fedpipe.workflows.run_dir import RunSetup, locked
 
 
-def pretrain(config_path: str | None, overrides: Sequence[str], run_dir: str | None) -> int:
+def pretrain(
+    config_path: str | None,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    *,
+    preset: str | None = None,
+) -> int:
     """Pre-train on this machine, or resume; the whole of ``fedpipe pretrain``.
 
     Args:
         config_path: YAML, or None.
         overrides: ``section.key=value``.
         run_dir: Directory of the run, or None.
+        preset: What the YAML is laid over, or None.
 
     Returns:
         0 when the run is done, 75 when it was interrupted and can be resumed.
@@ -40,7 +47,7 @@ def pretrain(config_path: str | None, overrides: Sequence[str], run_dir: str | N
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
     try:
         with signals_interrupt():
-            setup = set_up_here(config_path, overrides, run_dir, console=console)
+            setup = set_up_here(config_path, overrides, run_dir, preset=preset, console=console)
             console.close()
             if is_done(setup):
                 console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")

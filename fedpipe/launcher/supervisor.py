@@ -54,7 +54,12 @@ def fork_server() -> Any:
 
 
 def set_up_here(
-    config_path: str | None, overrides: Sequence[str], run_dir: str | None, *, console: RunConsole
+    config_path: str | None,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    *,
+    preset: str | None,
+    console: RunConsole,
 ) -> RunSetup:
     """Set a run up (see ``set_up``), while the fork server makes the slow imports.
 
@@ -62,6 +67,7 @@ def set_up_here(
         config_path: YAML, or None.
         overrides: ``section.key=value``.
         run_dir: Directory of the run, or None.
+        preset: What the YAML is laid over, or None.
         console: Shows the plan and the preparation of the text.
 
     Returns:
@@ -71,6 +77,7 @@ def set_up_here(
         config_path,
         overrides,
         run_dir,
+        preset=preset,
         notify=console.text,
         progress=console.preparing,
         on_checked=fork_server,

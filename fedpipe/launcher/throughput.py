@@ -29,6 +29,7 @@ def throughput(
     overrides: Sequence[str],
     run_dir: str | None,
     *,
+    preset: str | None = None,
     repetitions: int = 6,
     num_steps: int = 6,
     emulate_ms: float = 0.0,
@@ -39,6 +40,7 @@ def throughput(
         config_path: YAML, or None.
         overrides: ``section.key=value``.
         run_dir: Directory of the run, or None; the report goes to ``throughput/`` in it.
+        preset: What the YAML is laid over, or None.
         repetitions: Windows of every schedule.
         num_steps: Local steps per window.
         emulate_ms: Milliseconds that a layer's forward sleeps instead of computing; 0 computes.
@@ -57,7 +59,7 @@ def throughput(
     measurements: list[Measurement] = []
     try:
         with signals_interrupt():
-            setup = set_up_here(config_path, overrides, run_dir, console=console)
+            setup = set_up_here(config_path, overrides, run_dir, preset=preset, console=console)
             config = single_replica(setup.config)
             with locked(setup.run_dir):
                 supervise(

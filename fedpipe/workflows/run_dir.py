@@ -49,6 +49,7 @@ def set_up(
     overrides: Sequence[str],
     run_dir: str | None,
     *,
+    preset: str | None = None,
     notify: Callable[[str], None],
     progress: Callable[[str, int, int], None] | None = None,
     on_checked: Callable[[], None] = lambda: None,
@@ -59,6 +60,7 @@ def set_up(
         config_path: YAML, or None for the packaged quick start (a resumed run reads its own).
         overrides: ``section.key=value``.
         run_dir: Directory of the run, or None for ``runs/NAME``.
+        preset: What the YAML is laid over, or None.
         notify: Shows a line to the user.
         progress: Shows the preparation of the text: (label, done, total).
         on_checked: Called when all cheap checks have passed, before the text is prepared.
@@ -70,7 +72,7 @@ def set_up(
         FedPipeError: Anything a user can get wrong.
     """
     started_at = time.monotonic()
-    config, directory, resumed = resolve_config(config_path, overrides, run_dir)
+    config, directory, resumed = resolve_config(config_path, overrides, run_dir, preset=preset)
     load.check(config)
     deepspeed_dict = deepspeed_config(config)
     check_sources(config)
@@ -119,7 +121,11 @@ def _check_same_deepspeed(directory: Path, deepspeed_dict: dict[str, Any]) -> No
 
 
 def resolve_config(
-    config_path: str | None, overrides: Sequence[str], run_dir: str | None
+    config_path: str | None,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    *,
+    preset: str | None = None,
 ) -> tuple[RunConfig, Path, bool]:
     """Find the configuration, the directory, and whether a run is there already; writes nothing.
 
@@ -127,9 +133,9 @@ def resolve_config(
         FedPipeError: The configuration is wrong, or is not that of the run in the directory.
     """
     saved = os.path.join(run_dir, "config.yaml") if run_dir else ""
-    # Without --config, the run's own file is what the overrides are applied to.
-    base = saved if not config_path and os.path.isfile(saved) else config_path
-    config = load.load_config(base, overrides)
+    # Without --config and --preset, the run's own file is what the overrides are applied to.
+    base = saved if not (config_path or preset) and os.path.isfile(saved) else config_path
+    config = load.load_config(base, overrides, preset=preset)
     directory = Path(run_dir or Path("runs") / config.name)
     if os.path.isfile(directory / "config.yaml"):
         changed = load.diff(load.load_config(str(directory / "config.yaml"), []), config)
