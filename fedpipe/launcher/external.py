@@ -55,9 +55,7 @@ def _run(
     )
     setup: RunSetup | None = None
     if env.rank == 0:  # before any process group exists; the others wait for it in the rendezvous
-        setup = set_up(
-            config_path, overrides, str(directory), preset=preset, notify=console.text
-        )
+        setup = set_up(config_path, overrides, str(directory), preset=preset, notify=console.text)
 
     def emit(kind: str, record: Any) -> None:
         shows: dict[str, Callable[[Any], None]] = {

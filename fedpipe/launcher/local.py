@@ -48,6 +48,7 @@ def pretrain(
     try:
         with signals_interrupt():
             setup = set_up_here(config_path, overrides, run_dir, preset=preset, console=console)
+            run_dir = str(setup.run_dir)
             console.close()
             if is_done(setup):
                 console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
