@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections import Counter
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Any
 
@@ -40,16 +42,32 @@ class Channel:
         return dist.irecv(tensor, src=self._source, group=self._group)
 
 
+class Pending:
+    """A collective under way."""
+
+    def __init__(self, result: Tensor, work: Any = None, *, source: Tensor | None = None) -> None:
+        """Wrap what it fills and torch's handle, None where nothing travels; keep what it reads."""
+        self._result, self._work, self._source = result, work, source
+
+    def wait(self) -> Tensor:
+        """Return the result once it is there."""
+        if self._work is not None:
+            self._work.wait()
+        return self._result
+
+
 class Comm:
     """The process groups of one process, and the bytes it has sent through them."""
 
-    def __init__(self, grid: Grid, env: ProcessEnv, *, bidirectional: bool) -> None:
+    def __init__(
+        self, grid: Grid, env: ProcessEnv, *, backward_edges: Collection[int] = ()
+    ) -> None:
         """Join the run.
 
         Args:
             grid: The process grid.
             env: This process' place in it.
-            bidirectional: Edges also carry gradients backwards (``end_to_end``).
+            backward_edges: Edges that also carry gradients, by the stage that receives them.
 
         Raises:
             TopologyError: The processes do not fill the grid.
@@ -62,11 +80,12 @@ class Comm:
         self.stages, self.replica, self.data = grid.coordinates(env.rank)
         self.device = self._device()
         self.sent_bytes: Counter[str] = Counter()
+        self._counting = threading.Lock()
         self._init_process_group()
         self._channels: dict[tuple[int, str], Channel] = {}
         self._replica_groups: dict[int, Any] = {}
         self._data_groups: dict[int, Any] = {}
-        self._make_groups(bidirectional)
+        self._make_groups(backward_edges)
 
     def _device(self) -> torch.device:
         if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu":
@@ -78,6 +97,7 @@ class Comm:
         timeout = timedelta(seconds=TIMEOUT_S)
         scheme, _, address = self.env.rendezvous.partition("://")
         store: dist.Store
+        board: dist.Store | None = None
         if self.env.world_size == 1:
             store = dist.HashStore()
         elif scheme == "file":
@@ -85,6 +105,9 @@ class Comm:
         else:
             host, _, port = address.rpartition(":")
             store = dist.TCPStore(host, int(port), is_master=self.rank == 0, timeout=timeout)
+            # A connection of its own: one that waits for a peer is closed to other threads.
+            board = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+        self._board = dist.PrefixStore(f"board/{self.env.attempt}", board or store)
         dist.init_process_group(
             # control, checkpoint votes and records stay on gloo whatever carries the tensors
             backend="cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
@@ -109,7 +132,7 @@ class Comm:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
-    def _make_groups(self, bidirectional: bool) -> None:
+    def _make_groups(self, backward_edges: Collection[int]) -> None:
         """Create every group of the grid, on every rank in the same order, as torch asks.
 
         torch's ``use_local_synchronization`` would let only the members take part, but it names a
@@ -117,14 +140,15 @@ class Comm:
         """
         grid = self.grid
         self._self_group = dist.new_group([self.rank], use_local_synchronization=True)
-        directions = ("forward", "backward") if bidirectional else ("forward",)
         for stage, replica, data in itertools.product(
-            range(grid.num_stages), range(grid.num_replicas), range(grid.data_parallel_degree)
+            range(grid.num_virtual_stages),
+            range(grid.num_replicas),
+            range(grid.data_parallel_degree),
         ):
             mine = (replica, data) == (self.replica, self.data)
-            if stage + 1 < grid.num_stages and not grid.colocate:
+            if stage + 1 < grid.num_virtual_stages and not grid.colocate:
                 source, target = grid.edge(stage, replica, data)
-                for direction in directions:
+                for direction in ("forward", "backward")[: 1 + (stage in backward_edges)]:
                     group = dist.new_group([source, target])
                     ends = (source, target) if direction == "forward" else (target, source)
                     if mine and self.rank in ends:
@@ -169,8 +193,60 @@ class Comm:
         size = dist.get_world_size(group)
         dist.all_reduce(tensor, group=group)
         sent = 2 * (size - 1) * tensor.numel() * tensor.element_size() // size
-        self.sent_bytes[label] += sent
+        self._count(label, sent)
         return sent
+
+    def all_to_all(self, stage: int, tensor: Tensor, *, label: str) -> Pending:
+        """Start to hand slice r of a tensor to replica r of a stage, on all replicas.
+
+        Args:
+            stage: A stage of this process.
+            tensor: (R, ...), contiguous, same shape and dtype on every replica; must not change
+                before the result is there.
+            label: Entry of the traffic ledger; this rank sends ``(R - 1) / R`` of the tensor.
+
+        Returns:
+            (R, ...): slice r came from replica r.
+
+        Collective: the same stage and data index of every replica.
+        """
+        group = self._replica_groups[stage]
+        if group is None:
+            return Pending(tensor)
+        self._count(label, tensor.nbytes - tensor[0].nbytes)
+        result = torch.empty_like(tensor)
+        work = dist.all_to_all_single(result, tensor, group=group, async_op=True)
+        return Pending(result, work, source=tensor)
+
+    def all_gather(self, stage: int, tensor: Tensor, *, label: str) -> Pending:
+        """Start to hand a tensor to all replicas of a stage.
+
+        Args:
+            stage: A stage of this process.
+            tensor: Contiguous, same shape and dtype on every replica; must not change before the
+                result is there.
+            label: Entry of the traffic ledger; this rank sends the tensor R - 1 times over, its own
+                or another's: a ring.
+
+        Returns:
+            (R, ...): slice r is replica r's.
+
+        Collective: the same stage and data index of every replica.
+        """
+        group = self._replica_groups[stage]
+        if group is None:
+            return Pending(tensor.unsqueeze(0))
+        size = dist.get_world_size(group)
+        self._count(label, (size - 1) * tensor.nbytes)
+        result = tensor.new_empty((size, *tensor.shape))
+        work = dist.all_gather_single(
+            result.flatten(), tensor.flatten(), group=group, async_op=True
+        )
+        return Pending(result, work, source=tensor)
+
+    def _count(self, label: str, sent: int) -> None:
+        with self._counting:  # the stages of a process may be threads
+            self.sent_bytes[label] += sent
 
     def gather(self, value: Any) -> list[Any] | None:
         """Collect a picklable value of every rank on rank 0.
@@ -210,6 +286,16 @@ class Comm:
         messages: list[Any] = [None] * self.env.world_size
         dist.all_gather_object(messages, None if ok else message)
         return [m for m in messages if m is not None]
+
+    def post(self, key: str, value: str) -> None:
+        """Leave a short text for every rank, from any thread; waits for nobody."""
+        self._board.set(key, value)
+
+    def posted(self, keys: list[str]) -> list[str] | None:
+        """Texts that were posted under some keys, None until all are there; waits for nobody."""
+        if not self._board.check(keys):
+            return None
+        return [text.decode() for text in self._board.multi_get(keys)]
 
     def barrier(self) -> None:
         """Wait for every rank. Collective: every rank."""

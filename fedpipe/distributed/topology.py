@@ -26,13 +26,16 @@ class Grid:
     """Processes of a run, ``num_stages x num_replicas x data_parallel_degree``.
 
     With ``colocate`` all stages of a replica are threads of one process: the ``pipe`` axis has one
-    coordinate, and every stage of a replica has the same rank.
+    coordinate, and every stage of a replica has the same rank. With ``head_at_home`` the head is
+    one more stage, ``num_stages``, on the ranks of stage 0.
     """
 
     num_stages: int
+    """Stages with a part of the encoder."""
     num_replicas: int
     data_parallel_degree: int
     colocate: bool = False
+    head_at_home: bool = False
 
     @classmethod
     def from_config(cls, config: RunConfig) -> Grid:
@@ -42,7 +45,13 @@ class Grid:
             num_replicas=config.federation.num_replicas,
             data_parallel_degree=config.federation.data_parallel_degree,
             colocate=config.pipeline.colocate,
+            head_at_home=config.pipeline.head_location == "client",
         )
+
+    @property
+    def num_virtual_stages(self) -> int:
+        """Stages, the head at home counted."""
+        return self.num_stages + self.head_at_home
 
     @property
     def dims(self) -> tuple[int, int, int]:
@@ -60,17 +69,17 @@ class Grid:
         """Return the rank that holds a stage of a replica.
 
         Args:
-            stage: Stage index.
+            stage: Stage index, below ``num_virtual_stages``.
             replica: Replica index.
             data: Index among the ranks that share the replica's batch.
 
         Returns:
             The global rank.
         """
-        assert 0 <= stage < self.num_stages, stage
+        assert 0 <= stage < self.num_virtual_stages, stage
         assert 0 <= replica < self.num_replicas, replica
         assert 0 <= data < self.data_parallel_degree, data
-        pipe = 0 if self.colocate else stage
+        pipe = 0 if self.colocate or stage == self.num_stages else stage
         return (pipe * self.num_replicas + replica) * self.data_parallel_degree + data
 
     def coordinates(self, rank: int) -> tuple[tuple[int, ...], int, int]:
@@ -80,12 +89,15 @@ class Grid:
             rank: Global rank.
 
         Returns:
-            The stages it holds (one; all of them with ``colocate``), its replica and data index.
+            The stages it holds (one; the first and the head with ``head_at_home``; all of them with
+            ``colocate``), its replica and data index.
         """
         assert 0 <= rank < self.world_size, rank
         rest, data = divmod(rank, self.data_parallel_degree)
         pipe, replica = divmod(rest, self.num_replicas)
         stages = tuple(range(self.num_stages)) if self.colocate else (pipe,)
+        if pipe == 0 and self.head_at_home:
+            stages += (self.num_stages,)
         return stages, replica, data
 
     def replica_group(self, stage: int, data: int) -> list[int]:

@@ -50,7 +50,7 @@ def _run(
     console = RunConsole(
         num_rounds=config.federation.num_rounds,
         steps_per_round=config.federation.num_local_steps,
-        num_stages=config.pipeline.num_stages,
+        num_stages=config.pipeline.num_virtual_stages,
         interactive=False,
     )
     setup: RunSetup | None = None

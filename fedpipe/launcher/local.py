@@ -78,7 +78,7 @@ def _train(setup: RunSetup) -> None:
     console = RunConsole(
         num_rounds=config.federation.num_rounds,
         steps_per_round=_steps_per_round(setup),
-        num_stages=config.pipeline.num_stages,
+        num_stages=config.pipeline.num_virtual_stages,
         log_every=config.log.every,
     )
     shows: dict[str, Callable[[Any], None]] = {

@@ -7,7 +7,7 @@ called so wherever layer 7 lives), so nothing is ever renumbered. Pure: no torch
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, TypeVar
@@ -41,7 +41,15 @@ class StageSpec:
     end_layer: int
     """One past its last encoder layer."""
     head: Literal["", "mlm", "mlm+layer"]
-    """Its own loss: "" where end_to_end leaves the stage without one."""
+    """Its own loss: "" where a later stage's gradient trains it."""
+    sends_labels: bool = True
+    """Its messages carry the masked tokens' labels beside their positions."""
+    sends_grad: bool = False
+    """It hands the gradient of what it received back to the stage before it."""
+    receives_grad: bool = False
+    """The stage after it hands the gradient of what it sent back."""
+    sends_home: bool = False
+    """It sends the masked positions' hidden states alone, to the head at the client's (U-shape)."""
 
     @property
     def is_first(self) -> bool:
@@ -52,6 +60,11 @@ class StageSpec:
     def is_last(self) -> bool:
         """It holds the final head."""
         return self.stage_id == self.num_stages - 1
+
+    @property
+    def is_home_head(self) -> bool:
+        """It is the final head alone, on the client's first process (U-shape)."""
+        return self.is_last and not self.is_first and self.num_layers == 0
 
     @property
     def num_layers(self) -> int:
@@ -76,32 +89,66 @@ class StageSpec:
 def stage_specs(pipeline: PipelineConfig, *, num_hidden_layers: int) -> tuple[StageSpec, ...]:
     """Describe every stage of a pipeline.
 
+    With ``head_location: client`` the final head is a virtual stage of its own after the encoder's,
+    on the process of stage 0. The server's stages then know no labels: the head's gradient comes
+    back to the last of them and goes on to the first, and no further under ``local_loss``.
+
     Args:
         pipeline: Cut, objective and heads.
         num_hidden_layers: Encoder layers of the whole model.
 
     Returns:
-        One description per stage, in order.
+        One description per virtual stage, in order.
     """
-    bounds = [0, *pipeline.cut, num_hidden_layers]
-    last = pipeline.num_stages - 1
+    bounds = [0, *pipeline.cut, num_hidden_layers, num_hidden_layers]
+    at_home = pipeline.head_location == "client"
+    end_to_end = pipeline.objective == "end_to_end"
+    num_stages, clients = pipeline.num_virtual_stages, pipeline.num_client_stages
+
+    def role(stage_id: int) -> StageRole:
+        at_client = stage_id < clients or stage_id == pipeline.num_stages
+        return StageRole.CLIENT if at_client else StageRole.SERVER
+
+    def coupled(stage_id: int) -> bool:
+        """Whether gradients cross the edge from a stage to the one after it."""
+        inside = 0 <= stage_id < num_stages - 1
+        return inside and (end_to_end or (at_home and role(stage_id) is StageRole.SERVER))
 
     def head(stage_id: int) -> Literal["", "mlm", "mlm+layer"]:
-        if stage_id == last:
+        if stage_id == num_stages - 1:
             return "mlm"
-        return pipeline.local_head if pipeline.objective == "local_loss" else ""
+        return "" if coupled(stage_id) else pipeline.local_head
 
     return tuple(
         StageSpec(
             stage_id=s,
-            num_stages=pipeline.num_stages,
-            role=StageRole.CLIENT if s < pipeline.num_client_stages else StageRole.SERVER,
+            num_stages=num_stages,
+            role=role(s),
             first_layer=bounds[s],
             end_layer=bounds[s + 1],
             head=head(s),
+            sends_labels=not at_home or role(s + 1) is StageRole.CLIENT,
+            sends_grad=coupled(s - 1),
+            receives_grad=coupled(s),
+            sends_home=at_home and s == pipeline.num_stages - 1,
         )
-        for s in range(pipeline.num_stages)
+        for s in range(num_stages)
     )
+
+
+def backward_edges(pipeline: PipelineConfig) -> frozenset[int]:
+    """Stages to which the stage after them hands gradients; empty for a stream of local losses."""
+    layers = pipeline.cut[-1] + 1 if pipeline.cut else 1  # how many does not matter
+    specs = stage_specs(pipeline, num_hidden_layers=layers)
+    return frozenset(s.stage_id for s in specs if s.receives_grad)
+
+
+def placement(specs: Sequence[StageSpec]) -> tuple[tuple[StageSpec, ...], ...]:
+    """Group the stages by process: one each, and a head that is at home with the first stage."""
+    *encoder, last = specs
+    if not last.is_home_head:
+        return tuple((spec,) for spec in specs)
+    return ((encoder[0], last), *((spec,) for spec in encoder[1:]))
 
 
 def owner(name: str, specs: Iterable[StageSpec]) -> int:

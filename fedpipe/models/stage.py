@@ -69,7 +69,8 @@ class Stage(nn.Module):
         """Run the stage's part of the encoder.
 
         Args:
-            inputs: Token ids (B, T) int64 on the first stage, else hidden states (B, T, D).
+            inputs: Token ids (B, T) int64 on the first stage, else hidden states (B, T, D). A head
+                at home gets those of the masked positions, (B, M, D), and hands them through.
 
         Returns:
             Hidden states (B, T, D).
@@ -105,10 +106,17 @@ class Stage(nn.Module):
     def logits(self, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
         """Scores (B, M, V) of the stage's head at the given positions."""
         assert self._head, "this stage has no head"
+        if self.spec.is_home_head:  # the server has gathered them
+            return self._head[0](hidden_BTD)
         for layer in self._head_layer:
             hidden_BTD = _run(layer, hidden_BTD)
-        index = positions_BM.long().unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
-        return self._head[0](hidden_BTD.gather(1, index))
+        return self._head[0](gather_masked(hidden_BTD, positions_BM))
+
+
+def gather_masked(hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
+    """Hidden states (B, M, D) of the masked positions (B, M) int."""
+    index = positions_BM.long().unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
+    return hidden_BTD.gather(1, index)
 
 
 def build_stage(

@@ -1,9 +1,13 @@
 """Pipeline schedules as pure generators of instructions, in DeepSpeed's vocabulary.
 
-A schedule yields what one stage does in **one local step**; the engine maps every instruction type
-to a method and ``fedpipe.pipeline.timeline`` simulates the very same streams. Instructions carry
-DeepSpeed's names (``deepspeed.runtime.pipe.schedule``) and a micro-batch index instead of a buffer
-index. Two are ours: ``LocalBackwardPass`` and ``EvaluateLoss``.
+A schedule yields, slot by slot, what one stage does in **one local step**; ``rank_stream`` joins
+the stages of one process over a client's turn. The engine maps every instruction type to a method
+and ``fedpipe.pipeline.timeline`` simulates the very same streams. Instructions carry DeepSpeed's
+names (``deepspeed.runtime.pipe.schedule``) and a micro-batch index instead of a buffer index. Two
+are ours: ``LocalBackwardPass`` and ``EvaluateLoss``.
+
+With the head at the client's (U-shape) the first process holds two virtual stages, the first and
+the last, as ZBV (Qi et al. 2024, https://arxiv.org/abs/2405.15362) places them: a V.
 
 Sends do not block while fewer than ``pipeline.in_flight`` messages of an edge are pending; receives
 block until their message is there. Messages of an edge and direction arrive in the order of the
@@ -12,9 +16,12 @@ micro-batches, so every send is paired with the receive of the same index in the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar, Protocol
+
+from fedpipe.models.split import StageSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,7 @@ class RecvActivation(MicroBatchInstruction):
     """Wait for the previous stage's activations and targets.
 
     Blocking, paired with the previous stage's ``SendActivation``. Roughly:
-    ``inputs[m] = link_in.receive().requires_grad_(objective == "end_to_end")``.
+    ``inputs[m] = link_in.receive().requires_grad_(spec.sends_grad)``.
     """
 
     trace_name: ClassVar[str] = "recv_activation"
@@ -63,7 +70,8 @@ class SendActivation(MicroBatchInstruction):
     """Hand the detached activations to the next stage.
 
     Waits only while ``in_flight`` earlier ones are pending. Roughly:
-    ``link_out.send(outputs[m].detach(), targets[m])``.
+    ``link_out.send(outputs[m].detach(), targets[m])``; to a head at the client's only the masked
+    positions of the outputs, and no targets.
     """
 
     trace_name: ClassVar[str] = "send_activation"
@@ -121,37 +129,48 @@ class Schedule(Protocol):
     """What ``SCHEDULES`` holds."""
 
     def __call__(
-        self, stage_id: int, *, num_stages: int, num_micro_batches: int
-    ) -> Iterator[Instruction]:
-        """Yield the instructions of one stage for one local step."""
+        self, spec: StageSpec, *, num_micro_batches: int, in_flight: int
+    ) -> Iterator[list[Instruction]]:
+        """Yield the instructions of one stage for one local step, slot by slot."""
         ...
 
 
-def _receive_input(stage_id: int, micro_batch: int) -> Instruction:
-    return LoadMicroBatch(micro_batch) if stage_id == 0 else RecvActivation(micro_batch)
+def streaming(
+    spec: StageSpec, *, num_micro_batches: int, in_flight: int
+) -> Iterator[list[Instruction]]:
+    """Yield the local-loss stream: activations leave at once and no client stage waits.
 
-
-def streaming(stage_id: int, *, num_stages: int, num_micro_batches: int) -> Iterator[Instruction]:
-    """Yield the local-loss stream: activations leave at once and nothing ever comes back.
+    A stage with a loss of its own goes backward at once. Server stages behind which the head is at
+    the client's run ``in_flight`` forwards ahead, and one more per server stage between, so that
+    the way home and back hides behind their compute.
 
     Args:
-        stage_id: Stage whose instructions are wanted.
-        num_stages: Stages of the pipeline.
+        spec: Stage whose instructions are wanted.
         num_micro_batches: Micro-batches of the local step.
+        in_flight: Forwards that hide the way to the head and back.
 
     Yields:
-        Per micro-batch load or receive, forward, send, local backward; then the optimizer step.
+        A slot per micro-batch: load or receive, forward, send, backward of this or an earlier
+        micro-batch; the last slot ends with the optimizer step.
     """
-    for micro_batch in range(num_micro_batches):
-        yield _receive_input(stage_id, micro_batch)
-        yield ForwardPass(micro_batch)
-        if stage_id < num_stages - 1:
-            yield SendActivation(micro_batch)
-        yield LocalBackwardPass(micro_batch)
-    yield OptimizerStep()
+    ahead = 0
+    if spec.receives_grad:
+        last_of_encoder = spec.num_stages - 2
+        ahead = min(in_flight + last_of_encoder - spec.stage_id, num_micro_batches)
+    for slot in range(num_micro_batches + ahead):
+        instructions: list[Instruction] = []
+        if slot < num_micro_batches:
+            instructions += _forward(spec, slot)
+        if slot >= ahead:
+            instructions += _backward(spec, slot - ahead)
+        if slot == num_micro_batches + ahead - 1:
+            instructions.append(OptimizerStep())
+        yield instructions
 
 
-def one_f_one_b(stage_id: int, *, num_stages: int, num_micro_batches: int) -> Iterator[Instruction]:
+def one_f_one_b(
+    spec: StageSpec, *, num_micro_batches: int, in_flight: int
+) -> Iterator[list[Instruction]]:
     """Yield 1F1B exactly as DeepSpeed's ``TrainSchedule`` orders it, flush included.
 
     In unit slots the forward of micro-batch m runs on stage s at slot ``2m + s``, its backward at
@@ -161,78 +180,80 @@ def one_f_one_b(stage_id: int, *, num_stages: int, num_micro_batches: int) -> It
     loads: labels reach the last stage with the activations.
 
     Args:
-        stage_id: Stage whose instructions are wanted.
-        num_stages: Stages of the pipeline.
+        spec: Stage whose instructions are wanted.
         num_micro_batches: Micro-batches of the local step.
+        in_flight: Not used: the distance to the last stage says how far a stage runs ahead.
 
     Yields:
-        The stage's instructions, ending with the optimizer step.
+        The stage's slots; the last ends with the optimizer step.
     """
-    first, last = stage_id == 0, stage_id == num_stages - 1
-    slots = range(num_micro_batches)
-    for slot in range(2 * (num_micro_batches + num_stages - 1)):
-        forward_id = (slot - stage_id) // 2
-        backward_id = (slot - 2 * num_stages + 1 + stage_id) // 2
-        if (slot - stage_id) % 2 == 0:
+    first, last, num_stages = spec.is_first, spec.is_last, spec.num_stages
+    valid = range(num_micro_batches)
+    slots = 2 * (num_micro_batches + num_stages - 1)
+    for slot in range(slots):
+        forward_id = (slot - spec.stage_id) // 2
+        backward_id = (slot - 2 * num_stages + 1 + spec.stage_id) // 2
+        instructions: list[Instruction] = []
+        if (slot - spec.stage_id) % 2 == 0:
             # backward_id is rounded down here: the backward of the slot before this one.
-            if not first and backward_id in slots:
-                yield SendGrad(backward_id)
-            if forward_id in slots:
-                yield _receive_input(stage_id, forward_id)
-                yield ForwardPass(forward_id)
+            if not first and backward_id in valid:
+                instructions.append(SendGrad(backward_id))
+            if forward_id in valid:
+                instructions += [_receive_input(spec, forward_id), ForwardPass(forward_id)]
         else:
             # forward_id is rounded down here: the forward of the slot before this one.
-            if not last and backward_id in slots:
-                yield RecvGrad(backward_id)
-            if not last and forward_id in slots:
-                yield SendActivation(forward_id)
-            if backward_id in slots:
-                yield BackwardPass(backward_id)
-    yield OptimizerStep()
+            if not last and backward_id in valid:
+                instructions.append(RecvGrad(backward_id))
+            if not last and forward_id in valid:
+                instructions.append(SendActivation(forward_id))
+            if backward_id in valid:
+                instructions.append(BackwardPass(backward_id))
+        if slot == slots - 1:
+            instructions.append(OptimizerStep())
+        yield instructions
 
 
-def sequential(stage_id: int, *, num_stages: int, num_micro_batches: int) -> Iterator[Instruction]:
+def sequential(
+    spec: StageSpec, *, num_micro_batches: int, in_flight: int
+) -> Iterator[list[Instruction]]:
     """Yield FedBERT's order: one micro-batch goes through all stages and back before the next.
 
     Source: FedBERT, Tian et al. 2022, https://doi.org/10.1145/3510033.
 
     Args:
-        stage_id: Stage whose instructions are wanted.
-        num_stages: Stages of the pipeline.
+        spec: Stage whose instructions are wanted.
         num_micro_batches: Micro-batches of the local step.
+        in_flight: Not used: one micro-batch is.
 
     Yields:
-        Per micro-batch forward and backward with their messages; then the optimizer step.
+        Per micro-batch a slot forward and a slot backward, in which the last stage has nothing left
+        to do: its head turns round at once. The last slot ends with the optimizer step.
     """
     for micro_batch in range(num_micro_batches):
-        yield _receive_input(stage_id, micro_batch)
-        yield ForwardPass(micro_batch)
-        if stage_id < num_stages - 1:
-            yield SendActivation(micro_batch)
-            yield RecvGrad(micro_batch)
-        yield BackwardPass(micro_batch)
-        if stage_id > 0:
-            yield SendGrad(micro_batch)
-    yield OptimizerStep()
+        forward, backward = _forward(spec, micro_batch), _backward(spec, micro_batch)
+        if spec.is_last:
+            forward, backward = [*forward, *backward], []
+        if micro_batch == num_micro_batches - 1:
+            backward.append(OptimizerStep())
+        yield forward
+        yield backward
 
 
-def evaluation(stage_id: int, *, num_stages: int, num_micro_batches: int) -> Iterator[Instruction]:
+def evaluation(
+    spec: StageSpec, *, num_micro_batches: int, in_flight: int
+) -> Iterator[list[Instruction]]:
     """Yield the scoring of held-out blocks: forward only, every head's loss, no optimizer.
 
     Args:
-        stage_id: Stage whose instructions are wanted.
-        num_stages: Stages of the pipeline.
+        spec: Stage whose instructions are wanted.
         num_micro_batches: Micro-batches to score.
+        in_flight: Not used: nothing comes back.
 
     Yields:
-        Per micro-batch load or receive, forward, send, evaluate.
+        A slot per micro-batch: load or receive, forward, send, evaluate.
     """
     for micro_batch in range(num_micro_batches):
-        yield _receive_input(stage_id, micro_batch)
-        yield ForwardPass(micro_batch)
-        if stage_id < num_stages - 1:
-            yield SendActivation(micro_batch)
-        yield EvaluateLoss(micro_batch)
+        yield [*_forward(spec, micro_batch), EvaluateLoss(micro_batch)]
 
 
 SCHEDULES: dict[str, Schedule] = {
@@ -241,3 +262,73 @@ SCHEDULES: dict[str, Schedule] = {
     "sequential": sequential,
 }
 """Training schedules by their name in ``pipeline.schedule``."""
+
+
+def rank_stream(
+    schedule: Schedule,
+    specs: Sequence[StageSpec],
+    *,
+    num_micro_batches: int,
+    in_flight: int,
+    steps: Callable[[], Iterable[int]],
+) -> Iterator[tuple[int, Instruction]]:
+    """Yield what one process does in a number of local steps.
+
+    On the client's first process of a U-shape the head's slots follow those of the first stage. In
+    a stream they lag by as many micro-batches as are on their way through the server, so that the
+    process never waits for one; only at the end of a local step, when the server waits for the last
+    gradients, the head catches up, behind the first micro-batch of the next step. Simulated with
+    one server stage and no slack anywhere this order has no bubble at all; a constant lag idles for
+    the head's time once per step.
+
+    Args:
+        schedule: Of ``SCHEDULES``, or ``evaluation``.
+        specs: The stages of this process: one, or the first and the head that is at home with it.
+        num_micro_batches: Micro-batches of a local step.
+        in_flight: Messages of an edge that may be pending.
+        steps: The local steps, the same for every stage; asked for one when a stage starts it.
+
+    Yields:
+        ``(stage_id, instruction)``.
+    """
+
+    def slots(spec: StageSpec) -> Iterator[list[tuple[int, Instruction]]]:
+        for _ in steps():
+            for slot in schedule(spec, num_micro_batches=num_micro_batches, in_flight=in_flight):
+                yield [(spec.stage_id, instruction) for instruction in slot]
+
+    own, *heads = (slots(spec) for spec in specs)
+    num_server_stages = specs[-1].num_stages - 2
+    lag = num_server_stages if schedule in (streaming, evaluation) else 0
+    done = 0
+    for index, slot in enumerate(own):
+        yield from slot
+        step, micro_batch = divmod(index, num_micro_batches)
+        due = step * num_micro_batches + max(0, micro_batch - lag) if lag else index + 1
+        for head in heads:
+            for slot_behind in islice(head, due - done):
+                yield from slot_behind
+        done = due
+    for head in heads:
+        for slot in head:
+            yield from slot
+
+
+def _receive_input(spec: StageSpec, micro_batch: int) -> Instruction:
+    return LoadMicroBatch(micro_batch) if spec.is_first else RecvActivation(micro_batch)
+
+
+def _forward(spec: StageSpec, micro_batch: int) -> list[Instruction]:
+    instructions = [_receive_input(spec, micro_batch), ForwardPass(micro_batch)]
+    return instructions if spec.is_last else [*instructions, SendActivation(micro_batch)]
+
+
+def _backward(spec: StageSpec, micro_batch: int) -> list[Instruction]:
+    if not (spec.receives_grad or spec.sends_grad):
+        return [LocalBackwardPass(micro_batch)]
+    instructions: list[Instruction] = [BackwardPass(micro_batch)]
+    if spec.receives_grad:
+        instructions.insert(0, RecvGrad(micro_batch))
+    if spec.sends_grad:
+        instructions.append(SendGrad(micro_batch))
+    return instructions

@@ -24,8 +24,8 @@ from transformers import PretrainedConfig
 from fedpipe.config.schema import RunConfig
 from fedpipe.models.split import StageSpec
 from fedpipe.models.stage import Stage, build_stage
-from fedpipe.pipeline.engine import MicroBatchSource, StepResult, Trace
 from fedpipe.pipeline.optimizer import build_optimizer
+from fedpipe.pipeline.stage_engine import MicroBatchSource, StepResult, Trace
 
 _TRACE_NAMES = {
     stock_ops.LoadMicroBatch: "load",

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from fedpipe.models.split import StageSpec, placement
 from fedpipe.pipeline.schedule import (
     SCHEDULES,
     BackwardPass,
@@ -23,6 +24,7 @@ from fedpipe.pipeline.schedule import (
     RecvGrad,
     SendActivation,
     SendGrad,
+    rank_stream,
 )
 
 COMPUTE = ("forward", "local_backward", "backward", "optimizer_step")
@@ -64,13 +66,14 @@ class Timeline:
     events: list[Event]
     """Every instruction, stage by stage, in order of time."""
     step_s: float
-    """Seconds per local step in steady state; the first half of the steps is warm-up."""
+    """Seconds per local step in steady state."""
     stage_busy_pct: list[float]
-    """Share of ``step_s`` that each stage computes."""
+    """Share of ``step_s`` that each stage's process computes; a head that is at the client's counts
+    for the process of the first stage."""
 
     @property
     def bubble_pct(self) -> float:
-        """Idle share of the stages in steady state.
+        """Idle share of the processes in steady state.
 
         A schedule that flushes pays for it in every step. The streaming fill happens once in a
         client's turn, before the steady state, and is not in here.
@@ -96,36 +99,37 @@ class _Edge:
             self.arrived_s.append(max(ready_s, before_s) + transfer_s)
 
 
-class _Stage:
-    """One stage on its way through its instructions."""
+class _Rank:
+    """One process on its way through the instructions of its stages."""
 
-    def __init__(
-        self, stage_id: int, cost: StageCost, *, stream: Iterator[tuple[int, Instruction]]
-    ) -> None:
-        self.stage_id = stage_id
-        self.cost = cost
+    def __init__(self, stages: Sequence[int], *, stream: Iterator[tuple[int, Instruction]]) -> None:
+        self.stages = stages
         self.stream = stream
         self.next = next(stream, None)
         self.now_s = 0.0
         self.events: list[Event] = []
+        self._batch = dict.fromkeys(stages, 0)
 
     def finish(self, end_s: float) -> None:
         """Record the current instruction and take the next one."""
         assert self.next is not None
-        batch, instruction = self.next
+        stage, instruction = self.next
         micro_batch = getattr(instruction, "micro_batch", -1)
-        name = instruction.trace_name
-        self.events.append(Event(self.stage_id, name, micro_batch, batch, self.now_s, end_s))
+        name, batch = instruction.trace_name, self._batch[stage]
+        self.events.append(Event(stage, name, micro_batch, batch, self.now_s, end_s))
+        if isinstance(instruction, OptimizerStep):
+            self._batch[stage] += 1
         self.now_s = end_s
         self.next = next(self.stream, None)
 
 
 def simulate(
     schedule: str,
+    specs: Sequence[StageSpec],
     costs: Sequence[StageCost],
     *,
     num_micro_batches: int,
-    num_batches: int = 8,
+    num_batches: int = 16,
     in_flight: int = 2,
     transfer_s: float = 0.0,
 ) -> Timeline:
@@ -133,9 +137,11 @@ def simulate(
 
     Args:
         schedule: A name in ``SCHEDULES``.
+        specs: The stages, of an objective that the schedule trains.
         costs: One entry per stage.
         num_micro_batches: Micro-batches per local step.
-        num_batches: Local steps to simulate, 2 or more; the first half is warm-up.
+        num_batches: Local steps to simulate, 2 or more; the first half is warm-up, the last quarter
+            is not counted.
         in_flight: Receives posted ahead, and messages pending before a send waits, per edge and
             direction.
         transfer_s: Seconds a message is on the wire.
@@ -144,29 +150,36 @@ def simulate(
         Events and steady-state figures.
     """
     assert num_batches >= 2, num_batches
-    stages = [
-        _Stage(
-            stage, cost, stream=_stream(schedule, stage, len(costs), num_micro_batches, num_batches)
+    ranks = [
+        _Rank(
+            [s.stage_id for s in held],
+            stream=rank_stream(
+                SCHEDULES[schedule],
+                held,
+                num_micro_batches=num_micro_batches,
+                in_flight=in_flight,
+                steps=lambda: range(num_batches),
+            ),
         )
-        for stage, cost in enumerate(costs)
+        for held in placement(specs)
     ]
     edges = {
         (a, b): _Edge(posted_s=[0.0] * in_flight)
-        for a in range(len(costs))
+        for a in range(len(specs))
         for b in (a - 1, a + 1)
-        if 0 <= b < len(costs)
+        if 0 <= b < len(specs)
     }
     progress = True
     while progress:
         progress = False
-        for stage in stages:
-            while stage.next is not None and _advance(
-                stage, edges, in_flight=in_flight, transfer_s=transfer_s
+        for rank in ranks:
+            while rank.next is not None and _advance(
+                rank, costs, edges, in_flight=in_flight, transfer_s=transfer_s
             ):
                 progress = True
-    stuck = [f"stage {stage.stage_id} at {stage.next}" for stage in stages if stage.next]
+    stuck = [f"stage {rank.next[0]} at {rank.next[1]}" for rank in ranks if rank.next]
     assert not stuck, f"the schedule {schedule} is in deadlock: {', '.join(stuck)}"
-    return _summarise(stages, num_batches=num_batches)
+    return _summarise(ranks, num_stages=len(specs), num_batches=num_batches)
 
 
 def to_chrome_trace(timeline: Timeline) -> dict[str, Any]:
@@ -195,74 +208,66 @@ def to_chrome_trace(timeline: Timeline) -> dict[str, Any]:
     }
 
 
-def _stream(
-    schedule: str, stage: int, num_stages: int, num_micro_batches: int, num_batches: int
-) -> Iterator[tuple[int, Instruction]]:
-    for batch in range(num_batches):
-        for instruction in SCHEDULES[schedule](
-            stage, num_stages=num_stages, num_micro_batches=num_micro_batches
-        ):
-            yield batch, instruction
-
-
 def _advance(
-    stage: _Stage, edges: dict[tuple[int, int], _Edge], *, in_flight: int, transfer_s: float
+    rank: _Rank,
+    costs: Sequence[StageCost],
+    edges: dict[tuple[int, int], _Edge],
+    *,
+    in_flight: int,
+    transfer_s: float,
 ) -> bool:
-    """Execute the next instruction, or say that a neighbour must move first."""
-    assert stage.next is not None
-    _, instruction = stage.next
-    here = stage.stage_id
+    """Execute the next instruction, or say that another process must move first."""
+    assert rank.next is not None
+    here, instruction = rank.next
     if isinstance(instruction, (RecvActivation, RecvGrad)):
         source = here - 1 if isinstance(instruction, RecvActivation) else here + 1
-        return _receive(stage, edges[source, here], in_flight=in_flight, transfer_s=transfer_s)
+        return _receive(rank, edges[source, here], in_flight=in_flight, transfer_s=transfer_s)
     if isinstance(instruction, (SendActivation, SendGrad)):
         target = here + 1 if isinstance(instruction, SendActivation) else here - 1
-        return _send(stage, edges[here, target], in_flight=in_flight, transfer_s=transfer_s)
-    is_last = (here, here + 1) not in edges
-    stage.finish(stage.now_s + _compute_s(instruction, stage.cost, is_last=is_last))
+        return _send(rank, edges[here, target], in_flight=in_flight, transfer_s=transfer_s)
+    rank.finish(rank.now_s + _compute_s(instruction, costs[here]))
     return True
 
 
-def _receive(stage: _Stage, edge: _Edge, *, in_flight: int, transfer_s: float) -> bool:
+def _receive(rank: _Rank, edge: _Edge, *, in_flight: int, transfer_s: float) -> bool:
     edge.move(transfer_s)
     # The first receives are posted when the stream starts, then one more whenever one is done.
     index = len(edge.posted_s) - in_flight
     if index >= len(edge.arrived_s):
         return False
-    stage.finish(max(stage.now_s, edge.arrived_s[index]))
-    edge.posted_s.append(stage.now_s)
+    rank.finish(max(rank.now_s, edge.arrived_s[index]))
+    edge.posted_s.append(rank.now_s)
     return True
 
 
-def _send(stage: _Stage, edge: _Edge, *, in_flight: int, transfer_s: float) -> bool:
+def _send(rank: _Rank, edge: _Edge, *, in_flight: int, transfer_s: float) -> bool:
     edge.move(transfer_s)
     oldest = len(edge.sent_s) - in_flight
     if oldest >= len(edge.arrived_s):
         return False
-    stage.finish(max(stage.now_s, edge.arrived_s[oldest] if oldest >= 0 else 0.0))
-    edge.sent_s.append(stage.now_s)
+    rank.finish(max(rank.now_s, edge.arrived_s[oldest] if oldest >= 0 else 0.0))
+    edge.sent_s.append(rank.now_s)
     return True
 
 
-def _compute_s(instruction: Instruction, cost: StageCost, *, is_last: bool) -> float:
+def _compute_s(instruction: Instruction, cost: StageCost) -> float:
     if isinstance(instruction, ForwardPass):
         return cost.forward_s
-    if isinstance(instruction, LocalBackwardPass):
+    if isinstance(instruction, (LocalBackwardPass, BackwardPass)):
         return cost.backward_s + cost.head_s
-    if isinstance(instruction, BackwardPass):
-        # Over the cut only the last stage has a head.
-        return cost.backward_s + (cost.head_s if is_last else 0.0)
     return cost.optimizer_s if isinstance(instruction, OptimizerStep) else 0.0
 
 
-def _summarise(stages: list[_Stage], *, num_batches: int) -> Timeline:
-    # Fast stages in front run ahead by what the links hold, so the pace is the last stage's.
-    done_s = [event.end_s for event in stages[-1].events if event.name == "optimizer_step"]
+def _summarise(ranks: list[_Rank], *, num_stages: int, num_batches: int) -> Timeline:
+    events = [event for rank in ranks for event in rank.events]
+    # Fast stages in front run ahead by what the links hold, so the pace is the last stage's. At the
+    # end a first stage that is through no longer shares its process with a head: not counted.
+    done_s = [e.end_s for e in events if e.name == "optimizer_step" and e.stage == num_stages - 1]
     warm_up = num_batches // 2 - 1
-    step_s = (done_s[-1] - done_s[warm_up]) / (num_batches - 1 - warm_up)
+    end = num_batches - 1 - num_batches // 4
+    step_s = (done_s[end] - done_s[warm_up]) / (end - warm_up)
     busy = []
-    for stage in stages:
-        busy_s = sum(e.end_s - e.start_s for e in stage.events if e.name in COMPUTE) / num_batches
+    for rank in ranks:
+        busy_s = sum(e.end_s - e.start_s for e in rank.events if e.name in COMPUTE) / num_batches
         busy.append(100.0 * busy_s / step_s if step_s > 0 else 100.0)
-    events = [event for stage in stages for event in stage.events]
     return Timeline(events=events, step_s=step_s, stage_busy_pct=busy)

@@ -11,19 +11,19 @@ from math import ceil
 from fedpipe import __version__
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
 from fedpipe.config.model_shape import ModelShape, resolve
-from fedpipe.config.schema import AverageConfig, RunConfig
+from fedpipe.config.schema import AverageConfig, PipelineConfig, RunConfig
 from fedpipe.data.masking import num_masked
 from fedpipe.data.tokenizer import tokenizer_info
 from fedpipe.distributed.topology import Grid
 from fedpipe.metrics.format import bytes_text, count
 from fedpipe.models.split import StageRole, StageSpec, stage_specs
+from fedpipe.pipeline.messages import EdgeMessages, edge_messages
 from fedpipe.pipeline.schedule import SCHEDULES
 from fedpipe.pipeline.timeline import StageCost, simulate
+from fedpipe.workflows.disclosure import Transfer, client_rows, client_transfers, stays
 
 _FLOAT32 = 4
 """Bytes of a weight, a gradient and each of Adam's moments."""
-_TARGET_BYTES = 2 * 4
-"""Per masked token on the wire: position and label, int32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,15 +66,20 @@ class Plan:
     stages: tuple[StagePlan, ...]
     num_masked: int
     """Masked tokens per sequence."""
-    wire_dtype: str
-    bytes_forward: int
-    """Per edge, local step and replica, over its data-parallel ranks."""
-    bytes_backward: int
-    """Likewise; 0 with local losses."""
-    target_bytes: int
-    """The part of ``bytes_forward`` that is positions and labels."""
+    edges: tuple[EdgeMessages, ...]
+    """What a micro-batch sends over every edge, by the stage that it leaves."""
     ideal: dict[str, IdealPlan]
-    """By schedule; streaming has a head on every stage, the others on the last."""
+    """By schedule; streaming has local losses, the others back-propagate over the cuts."""
+    transfers: tuple[Transfer, ...]
+    """What leaves and enters a client."""
+    stays: list[str]
+    """What never leaves it."""
+
+    @property
+    def messages_per_step(self) -> int:
+        """Messages per edge, local step and replica, over its data-parallel ranks."""
+        pipeline, federation = self.config.pipeline, self.config.federation
+        return pipeline.num_micro_batches * federation.data_parallel_degree
 
 
 def build_plan(config: RunConfig) -> Plan:
@@ -95,23 +100,19 @@ def build_plan(config: RunConfig) -> Plan:
     shape = resolve(config.model, vocab_size=vocab_size, sequence_length=length)
     masked = num_masked(length, config.data.mask_probability)
     autocast = autocast_dtype(deepspeed_config(config))
-    pipeline = config.pipeline
-    blocks = config.blocks_per_step
-    hidden_bytes = blocks * length * shape.hidden_size * (2 if autocast else 4)
-    target_bytes = blocks * masked * _TARGET_BYTES
-    has_edges = pipeline.num_stages > 1
-    backward = pipeline.objective == "end_to_end" and has_edges
+    specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
+    edges = tuple(edge_messages(config, spec, hidden_size=shape.hidden_size) for spec in specs[:-1])
+    parts = [_parts(spec, shape) for spec in specs]
     return Plan(
         config=config,
         grid=Grid.from_config(config),
         shape=shape,
         stages=_stages(config, shape, num_masked=masked, activation_size=2 if autocast else 4),
         num_masked=masked,
-        wire_dtype=autocast or "float32",
-        bytes_forward=hidden_bytes + target_bytes if has_edges else 0,
-        bytes_backward=hidden_bytes if backward else 0,
-        target_bytes=target_bytes if has_edges else 0,
+        edges=edges,
         ideal={name: _ideal(name, config, shape, num_masked=masked) for name in SCHEDULES},
+        transfers=client_transfers(config, specs=specs, edges=edges, parts=parts),
+        stays=stays(config, specs=specs, parts=parts),
     )
 
 
@@ -197,9 +198,9 @@ def _ideal(schedule: str, config: RunConfig, shape: ModelShape, *, num_masked: i
     specs = stage_specs(pipeline, num_hidden_layers=shape.num_hidden_layers)
     timeline = simulate(
         schedule,
+        specs,
         [_cost(spec, config, shape, num_masked=num_masked) for spec in specs],
         num_micro_batches=pipeline.num_micro_batches,
-        num_batches=4,
         in_flight=pipeline.in_flight,
     )
     return IdealPlan(bubble_pct=timeline.bubble_pct, step_flops=timeline.step_s)
@@ -221,15 +222,24 @@ def _activation_bytes(
     if pipeline.activation_checkpointing:
         own = spec.num_layers * tokens * hidden + (layer if spec.num_layers else 0)
     own += 3 * tokens * hidden if spec.is_first else 0
-    # 1F1B runs ahead by the stages behind this one; the other schedules hold one micro-batch.
-    ahead = spec.num_stages - spec.stage_id if pipeline.schedule == "1f1b" else 1
-    held = min(ahead, pipeline.num_micro_batches) * own * element
+    held = _micro_batches_held(spec, pipeline) * own * element
     masked = pipeline.micro_batch_size * num_masked
     # Scores and their gradient are float32 also under autocast.
     head = float(masked * (2 * shape.vocab_size + 6 * hidden) * _FLOAT32 if spec.has_head else 0)
     head += layer * element if spec.head == "mlm+layer" else 0
     edges = (not spec.is_first) + (not spec.is_last)
-    return ceil(held + head + edges * pipeline.in_flight * tokens * hidden * element)
+    message = masked if spec.is_home_head else tokens
+    return ceil(held + head + edges * pipeline.in_flight * message * hidden * element)
+
+
+def _micro_batches_held(spec: StageSpec, pipeline: PipelineConfig) -> int:
+    """Micro-batches between their forward and their backward; see the schedules."""
+    ahead = 1
+    if pipeline.schedule == "1f1b":
+        ahead = spec.num_stages - spec.stage_id
+    elif pipeline.schedule == "streaming" and spec.receives_grad:
+        ahead = pipeline.in_flight + spec.num_stages - 1 - spec.stage_id
+    return min(ahead, pipeline.num_micro_batches)
 
 
 # --------------------------------------------------------------------------------------- the text
@@ -251,7 +261,7 @@ def render(plan: Plan) -> str:
         *_traffic_rows(plan),
         *_memory_rows(plan),
         *_ideal_rows(plan),
-        *_client_rows(plan),
+        *client_rows(plan.transfers, plan.stays, config=plan.config),
     ]
     width = max(len(middle) for _, middle, _ in rows)
     lines = [f"  {name:<8} {middle:<{width}}  {end}".rstrip() for name, middle, end in rows]
@@ -324,11 +334,16 @@ def _idle(plan: Plan) -> str:
 
 def _traffic_rows(plan: Plan) -> list[_Row]:
     average = [bytes_text(stage.fedavg_bytes) for stage in plan.stages]
+    messages = plan.messages_per_step
+    forward = _per_edge([messages * edge.bytes_forward for edge in plan.edges])
+    backward = _per_edge([messages * edge.bytes_backward for edge in plan.edges])
+    wires = {edge.forward[0].wire or edge.forward[0].dtype for edge in plan.edges}
+    kind = f", {'/'.join(sorted(wires))}" if wires else ""
     rows = [
         (
             "traffic",
-            f"{bytes_text(plan.bytes_forward)} forward, {bytes_text(plan.bytes_backward)} backward",
-            f"per edge, local step and replica, {plan.wire_dtype}",
+            f"{forward} forward, {backward} backward",
+            f"per edge, local step and replica{kind}",
         ),
         ("fedavg", _per_stage(average), "sent per stage, rank and round"),
     ]
@@ -361,26 +376,10 @@ def _ideal_rows(plan: Plan) -> list[_Row]:
     return [("ideal", mine, rest)]
 
 
-def _client_rows(plan: Plan) -> list[_Row]:
-    federation, pipeline = plan.config.federation, plan.config.pipeline
-    rows: list[_Row] = []
-    if pipeline.num_client_stages < pipeline.num_stages:
-        hidden = plan.bytes_forward - plan.target_bytes
-        rows.append(
-            (
-                "leaves",
-                f"{bytes_text(hidden)} activations, {bytes_text(plan.target_bytes)} positions and"
-                " labels",
-                "of a client, per local step",
-            )
-        )
-    own = [stage for stage in plan.stages if stage.spec.role is StageRole.CLIENT]
-    weights = bytes_text(sum(stage.averaged_parameters for stage in own) * _FLOAT32)
-    rows.append(("leaves", f"{weights} weights of the client's stages", "of a client, per round"))
-    parts = {part for stage in own for part in _parts(stage.spec, plan.shape)}
-    kept = sorted(part for part in parts if not getattr(federation.average, part))
-    rows.append(("stays", ", ".join(["text", *kept]), "with the client"))
-    return rows
+def _per_edge(values: list[int]) -> str:
+    """One value where all edges are alike."""
+    texts = [bytes_text(value) for value in values] or [bytes_text(0)]
+    return texts[0] if len(set(texts)) == 1 else _per_stage(texts)
 
 
 def _per_stage(values: list[str]) -> str:

@@ -21,8 +21,9 @@ from fedpipe.federation.cohort import (
     steps_per_round,
 )
 from fedpipe.metrics.writer import MetricsWriter, read_metrics
-from fedpipe.pipeline.engine import StepResult
+from fedpipe.models.split import backward_edges
 from fedpipe.pipeline.optimizer import learning_rate
+from fedpipe.pipeline.stage_engine import StepResult
 from fedpipe.workflows.records import (
     evaluation_record,
     round_record,
@@ -53,9 +54,7 @@ def pretrain(setup: RunSetup | None, *, config: RunConfig, env: ProcessEnv, emit
 
     Collective: every process of the run.
     """
-    comm = Comm(
-        Grid.from_config(config), env, bidirectional=config.pipeline.objective == "end_to_end"
-    )
+    comm = Comm(Grid.from_config(config), env, backward_edges=backward_edges(config.pipeline))
     try:
         setup = comm.broadcast(setup)
         assert setup is not None, "rank 0 has the setup"
@@ -230,7 +229,7 @@ class Pretraining:
             round_id,
             turns=turns,
             steps=steps,
-            num_stages=self.config.pipeline.num_stages,
+            num_stages=self.config.pipeline.num_virtual_stages,
             seconds=time.monotonic() - started,
             sync=[g["sync"] for g in gathered],
         )

@@ -86,9 +86,9 @@ def traffic_record(
             "messages_forward": total[f"forward/messages/{edge}"],
             "messages_backward": total[f"backward/messages/{edge}"],
         }
-        for edge in range(config.pipeline.num_stages - 1)
+        for edge in range(config.pipeline.num_virtual_stages - 1)
     ]
-    collectives = {name: total[name] for name in ("fedavg", "gradients")}
+    collectives = {name: total[name] for name in ("fedavg", "shared_gradients", "gradients")}
     return {"kind": "traffic", "round": round_id, "edges": edges, "collectives": collectives}
 
 

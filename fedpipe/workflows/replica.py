@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedpipe.checkpoint import CLIENTS, Checkpoint, CheckpointWriter, client_file
-from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
+from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import BlockReader, PreparedData, Shard
@@ -22,13 +23,15 @@ from fedpipe.data.masking import MaskedBatch, mask_blocks, mask_rng, num_masked
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.wire import TensorSpec
 from fedpipe.federation.cohort import Turn
-from fedpipe.federation.synchronizer import Synchronizer
+from fedpipe.federation.synchronizer import Synchronizer, restore
 from fedpipe.models.families import hf_config, stable_seed
 from fedpipe.models.split import StageSpec, stage_specs
 from fedpipe.models.stage import build_stage
-from fedpipe.pipeline.engine import Links, MicroBatchSource, SplitPipelineEngine, StageEngine
+from fedpipe.pipeline.engine import SplitPipelineEngine
+from fedpipe.pipeline.messages import WireTensor, edge_messages
 from fedpipe.pipeline.optimizer import build_optimizer
 from fedpipe.pipeline.p2p import DistLink, Link, QueueLink
+from fedpipe.pipeline.stage_engine import Links, MicroBatchSource, StageEngine
 
 
 class Replica:
@@ -60,13 +63,10 @@ class Replica:
         self.specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
         self._deepspeed = deepspeed_config(config)
         self.missing: list[str] = []
+        self.synchronizers: dict[int, Synchronizer] = {}
         links = self._build_links()
         self.stages = [self._build_stage(self.specs[s], links[s]) for s in comm.stages]
-        self.engine = SplitPipelineEngine(self.stages)
-        self.synchronizers = {
-            s.spec.stage_id: Synchronizer(s.stage, config.federation.average, comm=comm)
-            for s in self.stages
-        }
+        self.engine = SplitPipelineEngine(self.stages, config.pipeline)
 
     @property
     def reads_text(self) -> bool:
@@ -83,6 +83,8 @@ class Replica:
             activation_checkpointing=config.pipeline.activation_checkpointing,
         )
         self.missing += missing
+        synchronizer = Synchronizer(stage.to(self.comm.device), config, comm=self.comm)
+        self.synchronizers[spec.stage_id] = synchronizer
         return StageEngine(
             stage,
             build_optimizer(stage, config.optimizer),
@@ -92,43 +94,37 @@ class Replica:
             max_grad_norm=config.optimizer.max_grad_norm,
             links=links,
             device=self.comm.device,
+            before_step=synchronizer.before_step,
         )
-
-    def message_specs(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        """Tensors of a message forwards (activations, targets) and backwards (gradient)."""
-        config = self.config
-        batch, length = config.pipeline.micro_batch_size, config.data.sequence_length
-        autocast = autocast_dtype(self._deepspeed)
-        dtype = getattr(torch, autocast) if autocast else torch.float32
-        hidden = TensorSpec((batch, length, self.hf_config.hidden_size), dtype)
-        masked = num_masked(length, config.data.mask_probability)
-        return (hidden, TensorSpec((2, batch, masked), torch.int32)), (hidden,)
 
     def _build_links(self) -> dict[int, Links]:
         """One link per edge and direction that has an end in this process."""
         links = {stage: Links() for stage in self.comm.stages}
-        forward, backward = self.message_specs()
-        window = self.config.pipeline.in_flight
-        bidirectional = self.config.pipeline.objective == "end_to_end"
-        for edge in range(self.config.pipeline.num_stages - 1):
-            ends = [s for s in (edge, edge + 1) if s in links]
-            if not ends:
+        for edge in range(len(self.specs) - 1):
+            if not {edge, edge + 1} & set(links):
                 continue
-
-            def link(direction: str, specs: tuple[TensorSpec, ...], edge: int = edge) -> Link:
-                if self.comm.grid.colocate:
-                    return QueueLink(specs, window=window)
-                channel = self.comm.channel(edge, direction)
-                return DistLink(channel, specs, window=window, device=self.comm.device)
-
-            activations = link("forward", forward)
-            gradients = link("backward", backward) if bidirectional else None
+            messages = edge_messages(
+                self.config, self.specs[edge], hidden_size=self.hf_config.hidden_size
+            )
+            back = messages.backward
+            activations = self._link(edge, "forward", messages.forward)
+            gradients = self._link(edge, "backward", back) if back else None
             if edge in links:
                 links[edge].activations_out, links[edge].gradients_in = activations, gradients
             if edge + 1 in links:
                 links[edge + 1].activations_in = activations
                 links[edge + 1].gradients_out = gradients
+        if self.reads_text and self.specs[-1].is_home_head:
+            links[0].labels = links[self.specs[-1].stage_id].labels = deque()
         return links
+
+    def _link(self, edge: int, direction: str, message: tuple[WireTensor, ...]) -> Link:
+        specs = tuple(TensorSpec(t.shape, getattr(torch, t.dtype), t.wire) for t in message)
+        window = self.config.pipeline.in_flight
+        if self.comm.grid.colocate:
+            return QueueLink(specs, window=window)
+        channel = self.comm.channel(edge, direction)
+        return DistLink(channel, specs, window=window, device=self.comm.device)
 
     # -- training ----------------------------------------------------------------------------
 
@@ -140,13 +136,14 @@ class Replica:
             round_id: Of the round.
             last_round: The round in which the client trained last; None at its first.
         """
-        keep = self.config.federation.optimizer_state == "keep"
         for engine in self.stages:
             stage_id = engine.spec.stage_id
+            synchronizer = self.synchronizers[stage_id]
             state = self._client_state(turn.client_id, stage_id, last_round)
-            self.synchronizers[stage_id].begin_turn(state.get("kept"))
+            synchronizer.begin_turn(state.get("kept"))
             engine.weights_changed()
-            engine.load_optimizer_state(state.get("optimizer") if keep else None)
+            if not synchronizer.optimizer_goes_on:
+                engine.load_optimizer_state(state.get("optimizer"))
         # Dropout; nothing else draws from torch's generator.
         stages = self.comm.stages
         torch.manual_seed(
@@ -154,16 +151,15 @@ class Replica:
         )
 
     def end_turn(self, turn: Turn, *, round_id: int, writer: CheckpointWriter) -> None:
-        """Add the client's weights to the round's sum and put away what stays with the client."""
-        keep = self.config.federation.optimizer_state == "keep"
+        """Take the client's weights into the round and put away what stays with the client."""
         for engine in self.stages:
             stage_id = engine.spec.stage_id
             synchronizer = self.synchronizers[stage_id]
-            synchronizer.end_turn(turn.weight)
-            if not (keep or synchronizer.keeps_parts):
+            synchronizer.end_turn(turn, round_id=round_id)
+            if not self._keeps_state(stage_id):
                 continue
             state: dict[str, Any] = {"kept": synchronizer.kept_state()}
-            if keep:
+            if self._keeps_optimizer(stage_id):
                 state["optimizer"] = engine.optimizer_state()
             name = client_file(turn.client_id, stage_id, self.comm.data, round_id=round_id)
             writer.save_client(name, partial(torch.save, state))
@@ -171,14 +167,20 @@ class Replica:
     def _client_state(
         self, client_id: int, stage_id: int, last_round: int | None
     ) -> dict[str, Any]:
-        federation = self.config.federation
-        kept = self.synchronizers[stage_id].keeps_parts or federation.optimizer_state == "keep"
-        if last_round is None or not kept:
+        if last_round is None or not self._keeps_state(stage_id):
             return {}
         assert self._run_dir is not None, "a run with kept state has a directory"
         name = client_file(client_id, stage_id, self.comm.data, round_id=last_round)
         path = self._run_dir / CLIENTS / name
         return dict(torch.load(path, map_location=self.comm.device, weights_only=True))
+
+    def _keeps_state(self, stage_id: int) -> bool:
+        """Whether a client has a file of its own for a stage."""
+        return self.synchronizers[stage_id].keeps_parts or self._keeps_optimizer(stage_id)
+
+    def _keeps_optimizer(self, stage_id: int) -> bool:
+        goes_on = self.synchronizers[stage_id].optimizer_goes_on
+        return self.config.federation.optimizer_state == "keep" and not goes_on
 
     def training_source(self, client_id: int, *, start: int) -> MicroBatchSource | None:
         """Masked micro-batches of a client from block ``start`` of its stream; first stage only."""
@@ -263,58 +265,77 @@ class Replica:
     def checkpoint_files(
         self, *, sent: Mapping[str, int] | None
     ) -> dict[str, Callable[[Path], None]]:
-        """What this rank writes: global weights once per stage, and its own state in mid-round.
+        """What this rank writes: what all replicas share once per stage, then its own state.
 
         Args:
             sent: In mid-round, the ledger of the round so far; None between rounds.
         """
         files: dict[str, Callable[[Path], None]] = {}
-        if self.comm.replica == 0 and self.comm.data == 0:
-            for stage_id, synchronizer in self.synchronizers.items():
+        for engine in self.stages if self.comm.replica == 0 else ():
+            stage_id = engine.spec.stage_id
+            synchronizer = self.synchronizers[stage_id]
+            if self.comm.data == 0:
                 weights = {n: t.contiguous() for n, t in synchronizer.global_state().items()}
                 files[stage_file(stage_id)] = partial(save_file, weights)
+            server: dict[str, Any] = {"moments": dict(synchronizer.moments)}
+            if synchronizer.optimizer_goes_on and sent is None:
+                server["optimizer"] = engine.optimizer_state()
+            if any(server.values()):
+                files[server_file(stage_id, self.comm.data)] = partial(torch.save, server)
+        residuals = {s: dict(sync.residuals) for s, sync in self.synchronizers.items()}
+        own: dict[str, Any] = {"residuals": residuals}
         if sent is not None:
-            state = {
-                "sent": dict(sent),
-                "rng": _rng_state(self.comm.device),
-                "stages": {
-                    engine.spec.stage_id: {
-                        "parameters": dict(engine.stage.named_parameters()),
-                        "optimizer": engine.optimizer_state(),
-                        "partial": self.synchronizers[engine.spec.stage_id].partial_state(),
-                    }
-                    for engine in self.stages
-                },
+            own |= {"sent": dict(sent), "rng": _rng_state(self.comm.device)}
+            own["stages"] = {
+                engine.spec.stage_id: {
+                    "parameters": dict(engine.stage.named_parameters()),
+                    "optimizer": engine.optimizer_state(),
+                    "partial": dict(self.synchronizers[engine.spec.stage_id].partial),
+                }
+                for engine in self.stages
             }
-            files[f"rank_{self.comm.rank:05d}.pt"] = partial(torch.save, state)
+        if sent is not None or any(residuals.values()):
+            files[rank_file(self.comm.rank)] = partial(torch.save, own)
         return files
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> dict[str, int]:
-        """Take over global weights and, from a checkpoint in mid-round, this rank's own state.
+        """Take over what all replicas share and this rank's own state, the unfinished round's too.
 
         Returns:
             The ledger of the unfinished round; empty between rounds.
         """
+        device = self.comm.device
         for engine in self.stages:
             stage_id = engine.spec.stage_id
-            weights = load_file(
-                checkpoint.path / stage_file(stage_id), device=str(self.comm.device)
-            )
-            self.synchronizers[stage_id].load_global_state(weights)
-        if checkpoint.position.step == 0:
+            synchronizer = self.synchronizers[stage_id]
+            weights = load_file(checkpoint.path / stage_file(stage_id), device=str(device))
+            synchronizer.load_global_state(weights)
+            path = checkpoint.path / server_file(stage_id, self.comm.data)
+            if path.is_file():  # the manifest lists it where this configuration needs it
+                server = torch.load(path, map_location=device, weights_only=True)
+                restore(synchronizer.moments, server["moments"])
+                if "optimizer" in server:
+                    engine.load_optimizer_state(server["optimizer"])
+        path = checkpoint.path / rank_file(self.comm.rank)
+        if not path.is_file():
             return {}
-        path = checkpoint.path / f"rank_{self.comm.rank:05d}.pt"
-        state = torch.load(path, map_location=self.comm.device, weights_only=True)
+        own = torch.load(path, map_location=device, weights_only=True)
+        for stage_id, synchronizer in self.synchronizers.items():
+            restore(synchronizer.residuals, own["residuals"][stage_id])
+        return self._load_unfinished(own) if checkpoint.position.step else {}
+
+    def _load_unfinished(self, own: Mapping[str, Any]) -> dict[str, int]:
+        """Continue in mid-round; return the ledger of the round so far."""
         for engine in self.stages:
-            own = state["stages"][engine.spec.stage_id]
+            stage_id = engine.spec.stage_id
+            state = own["stages"][stage_id]
             with torch.no_grad():
-                for name, parameter in engine.stage.named_parameters():
-                    parameter.copy_(own["parameters"][name])
+                restore(dict(engine.stage.named_parameters()), state["parameters"])
             engine.weights_changed()
-            engine.load_optimizer_state(own["optimizer"])
-            self.synchronizers[engine.spec.stage_id].load_partial_state(own["partial"])
-        _set_rng_state(state["rng"], self.comm.device)
-        return dict(state["sent"])
+            engine.load_optimizer_state(state["optimizer"])
+            restore(self.synchronizers[stage_id].partial, state["partial"])
+        _set_rng_state(own["rng"], self.comm.device)
+        return dict(own["sent"])
 
 
 def _rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -334,6 +355,16 @@ def _set_rng_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 def stage_file(stage_id: int) -> str:
     """File of a stage's global weights in a checkpoint."""
     return f"stage_{stage_id:02d}.safetensors"
+
+
+def server_file(stage_id: int, data: int) -> str:
+    """File of what a stage carries from round to round beside its weights, in a checkpoint."""
+    return f"server_{stage_id:02d}_data_{data:02d}.pt"
+
+
+def rank_file(rank: int) -> str:
+    """File of a rank's own state in a checkpoint."""
+    return f"rank_{rank:05d}.pt"
 
 
 def validation_batch(

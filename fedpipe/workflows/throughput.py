@@ -24,7 +24,7 @@ from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.pipeline.emulate import emulate_
-from fedpipe.pipeline.engine import MicroBatchSource, StageEngine, StepResult
+from fedpipe.pipeline.stage_engine import MicroBatchSource, StageEngine, StepResult
 from fedpipe.pipeline.stock import StockPipeline
 from fedpipe.workflows.peak_memory import PeakMemory
 from fedpipe.workflows.replica import Replica
@@ -131,7 +131,9 @@ def measure(
     Collective: every process; as many as stages (one with ``pipeline.colocate``).
     """
     config = single_replica(config)
-    comm = Comm(Grid.from_config(config), env, bidirectional=True)
+    comm = Comm(
+        Grid.from_config(config), env, backward_edges=range(config.pipeline.num_virtual_stages - 1)
+    )
     try:
         peers = build_peers(config, data, comm=comm, settings=settings)
         return _measure(peers, comm=comm, settings=settings, emit=emit)
@@ -151,8 +153,8 @@ def build_peers(
         settings: Steps, and emulated devices.
 
     Returns:
-        By name: streaming, 1f1b, sequential, stock (not where the stages share a process, which
-        DeepSpeed's pipeline cannot do).
+        By name: streaming, 1f1b, sequential, stock (not where stages share a process, colocated or
+        with a head at home: DeepSpeed's pipeline cannot do that).
 
     Collective: every process.
     """
@@ -166,7 +168,7 @@ def build_peers(
         "sequential": SplitPeer(end_to_end, "sequential", source=source),
     }
     stages = [engine.stage for engine in (*local.stages, *end_to_end.stages)]
-    if not config.pipeline.colocate:
+    if not config.pipeline.colocate and config.pipeline.head_location == "server":
         stock = StockPipeline(
             end_to_end.specs,
             hf_config=end_to_end.hf_config,

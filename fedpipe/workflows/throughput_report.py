@@ -9,6 +9,7 @@ from typing import Any
 
 from fedpipe.config.schema import RunConfig
 from fedpipe.errors import ConfigError
+from fedpipe.models.split import stage_specs
 from fedpipe.pipeline.timeline import COMPUTE, StageCost, Timeline, simulate
 
 WAITING = ("recv_activation", "send_activation", "recv_grad", "send_grad")
@@ -17,7 +18,7 @@ SIMULATED = {"streaming": "streaming", "1f1b": "1f1b", "sequential": "sequential
 """Schedules that are measured, by what the simulator calls them."""
 
 TraceEvent = tuple[str, int, int, float, float]
-"""(name, micro_batch, step, start_s, end_s), as in ``fedpipe.pipeline.engine.Trace``."""
+"""(name, micro_batch, step, start_s, end_s), as in ``fedpipe.pipeline.stage_engine.Trace``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +127,7 @@ def summarise(
     schedules, ideal = {}, {}
     for name, windows in measurement.windows.items():
         traces = measurement.traces[name]
-        schedules[name] = _schedule(windows, traces, tokens=tokens)
+        schedules[name] = _schedule(windows, traces, config=config, tokens=tokens)
         schedules[name]["peak_memory_bytes"] = measurement.peak_memory_bytes[name]
         ideal[name] = _ideal(name, traces, config=config, tokens=tokens)
         # Repetition by repetition: what slows the machine down slows the ideal down, too.
@@ -181,12 +182,13 @@ def _schedule(
     windows: Sequence[Sequence[StageWindow]],
     traces: Sequence[Sequence[StageWindow]],
     *,
+    config: RunConfig,
     tokens: int,
 ) -> dict[str, Any]:
     # The last stage completes a step; the periods between completions are the pace.
     steps = [b - a for w in windows for a, b in _periods(w[-1].ends)]
     means = [_step_s(w[-1]) for w in windows]
-    shares = [_shares(stage) for stage in zip(*traces, strict=True)]
+    shares = _by_process([_shares(stage) for stage in zip(*traces, strict=True)], config)
     waiting = [sum(share[name] for name in WAITING if name in share) for share in shares]
     total = tokens * sum(len(w[-1].ends) for w in windows)
     return {
@@ -198,6 +200,17 @@ def _schedule(
         "bytes_forward_per_token": sum(s.forward_bytes for w in windows for s in w) / total,
         "bytes_backward_per_token": sum(s.backward_bytes for w in windows for s in w) / total,
     }
+
+
+def _by_process(shares: list[dict[str, float]], config: RunConfig) -> list[dict[str, float]]:
+    """Add up the stages of a process: the first one and a head that is at home there."""
+    if config.pipeline.head_location == "server":
+        return shares
+    *encoder, head = shares
+    both = {name: encoder[0].get(name, 0.0) + head.get(name, 0.0) for name in encoder[0] | head}
+    del both["other"]
+    both["other"] = max(0.0, 100.0 - sum(both.values()))
+    return [both, *encoder[1:]]
 
 
 def _periods(ends: tuple[float, ...]) -> list[tuple[float, float]]:
@@ -233,8 +246,16 @@ def _ideal(
 
 
 def _simulate(name: str, stages: list[StageCost], *, config: RunConfig) -> Timeline:
+    schedule = SIMULATED[name]
+    pipeline = replace(
+        config.pipeline,
+        objective="local_loss" if schedule == "streaming" else "end_to_end",
+        schedule=schedule,  # type: ignore[arg-type]
+    )
+    layers = max((1, *(cut + 1 for cut in pipeline.cut)))  # costs count, not layers
     return simulate(
-        SIMULATED[name],
+        schedule,
+        stage_specs(pipeline, num_hidden_layers=layers),
         stages,
         num_micro_batches=config.pipeline.num_micro_batches,
         in_flight=config.pipeline.in_flight,

@@ -19,15 +19,17 @@ ATOL = 2e-6
 """float32: the order of sums may differ between a thread and a process, nothing else."""
 
 ONE_REPLICA = {"num_replicas": 1, "clients_per_round": 1}
+HOME = {"head_location": "client"}
 
 
 def _replica(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
+    from fedpipe.models.split import backward_edges
     from fedpipe.workflows.replica import Replica
 
-    grid = Grid.from_config(config)
-    comm = Comm(grid, env, bidirectional=config.pipeline.objective == "end_to_end")
+    edges = backward_edges(config.pipeline)
+    comm = Comm(Grid.from_config(config), env, backward_edges=edges)
     return Replica(config, data, comm=comm)
 
 
@@ -80,6 +82,21 @@ def _assert_equal(a: Any, b: Any, atol: float = ATOL) -> None:
         {"cut": [0], "activation_checkpointing": True},
         {"cut": [2], "objective": "end_to_end", "schedule": "1f1b"},
         {"cut": [1, 3], "objective": "end_to_end", "schedule": "sequential"},
+        {**HOME, "cut": [2]},
+        {**HOME, "cut": [1, 2, 3], "num_client_stages": 2},
+        {
+            "cut": [1, 2],
+            "head_location": "client",
+            "in_flight": 1,
+            "wire": ["fp32", "bf16", "int8"],
+        },
+        {
+            "cut": [0],
+            "head_location": "client",
+            "objective": "end_to_end",
+            "schedule": "sequential",
+        },
+        {"cut": [1, 2], "head_location": "client", "objective": "end_to_end", "schedule": "1f1b"},
     ],
     ids=str,
 )
@@ -101,6 +118,59 @@ def test_local_loss_sends_nothing_backwards(tmp_path: Path) -> None:
     *_, sent = _united(run_distributed(_train, 2, config, tiny_data(tmp_path)))
     hidden, targets = 2 * 16 * 32 * 4, 2 * 2 * 2 * 4
     assert sent == {(0, "fwd"): STEPS * 3 * (hidden + targets)}
+
+
+def test_only_masked_positions_go_home_and_only_their_gradients_come_back(tmp_path: Path) -> None:
+    config = tiny_config(
+        pipeline={"cut": [1, 2], "head_location": "client"}, federation=ONE_REPLICA
+    )
+    *_, sent = _united(run_distributed(_train, 3, config, tiny_data(tmp_path)))
+    hidden, masked, positions = 2 * 16 * 32 * 4, 2 * 2 * 32 * 4, 2 * 2 * 4
+    messages = STEPS * 3
+    assert sent == {
+        (0, "fwd"): messages * (hidden + positions),
+        (1, "fwd"): messages * (hidden + positions),
+        (2, "bwd"): messages * hidden,  # inside the server
+        (2, "fwd"): messages * masked,
+        (3, "bwd"): messages * masked,
+    }
+
+
+@pytest.mark.parametrize(
+    ("cut", "objective", "schedule"),
+    [
+        ([2], "local_loss", "streaming"),
+        ([1, 3], "end_to_end", "1f1b"),
+        ([0], "end_to_end", "sequential"),
+    ],
+)
+def test_a_head_at_home_learns_what_a_head_on_the_server_does(
+    cut: list[int], objective: str, schedule: str, tmp_path: Path
+) -> None:
+    """One server stage and its head are one back-propagated piece, wherever the head is."""
+    data = tiny_data(tmp_path)
+    pipeline = {"cut": cut, "objective": objective, "schedule": schedule}
+    sections = {"federation": ONE_REPLICA, "optimizer": {"max_grad_norm": 0.0}}
+    server = tiny_config(pipeline=pipeline, **sections)
+    home = tiny_config(pipeline={**pipeline, "head_location": "client"}, **sections)
+    a = _united(run_distributed(_train, server.world_size, server, data))
+    b = _united(run_distributed(_train, home.world_size, home, data))
+    for (loss_a, _), (loss_b, _) in zip(a[0][max(a[0])], b[0][max(b[0])], strict=True):
+        assert abs(loss_a - loss_b) <= ATOL
+    assert a[1].keys() == b[1].keys()
+    for name in a[1]:
+        np.testing.assert_allclose(a[1][name], b[1][name], atol=10 * ATOL, err_msg=name)
+
+
+def test_server_stages_behind_a_head_at_home_learn_as_one(tmp_path: Path) -> None:
+    data = tiny_data(tmp_path)
+    sections = {"federation": ONE_REPLICA, "optimizer": {"max_grad_norm": 0.0}}
+    one = tiny_config(pipeline={"cut": [1], "head_location": "client"}, **sections)
+    three = tiny_config(pipeline={"cut": [1, 2, 3], "head_location": "client"}, **sections)
+    a = _united(run_distributed(_train, 2, one, data))
+    b = _united(run_distributed(_train, 4, three, data))
+    for name in a[1]:
+        np.testing.assert_allclose(a[1][name], b[1][name], atol=10 * ATOL, err_msg=name)
 
 
 def test_end_to_end_sends_one_gradient_per_activation(tmp_path: Path) -> None:
@@ -194,15 +264,25 @@ def _first_gradients(
     return gradients
 
 
-def test_scaling_a_later_loss_changes_no_earlier_gradient(tmp_path: Path) -> None:
-    config = tiny_config(federation=ONE_REPLICA, optimizer={"max_grad_norm": 0.0})
+@pytest.mark.parametrize("head_location", ["server", "client"])
+def test_scaling_a_later_loss_changes_no_earlier_gradient(
+    head_location: str, tmp_path: Path
+) -> None:
+    config = tiny_config(
+        pipeline={"head_location": head_location},
+        federation=ONE_REPLICA,
+        optimizer={"max_grad_norm": 0.0},
+    )
     data = tiny_data(tmp_path)
     client, server = run_distributed(_first_gradients, 2, config, data, 1.0)
     client_scaled, server_scaled = run_distributed(_first_gradients, 2, config, data, 1000.0)
-    for name in client:
+    encoder = [name for name in client if not name.startswith("lm_head.")]
+    assert encoder
+    for name in encoder:
         np.testing.assert_array_equal(client[name], client_scaled[name], err_msg=name)
-    name = "lm_head.dense.weight"
-    np.testing.assert_allclose(server_scaled[name], 1000 * server[name], rtol=1e-3, atol=1e-3)
+    scaled, plain = client_scaled | server_scaled, client | server
+    for name in ("lm_head.dense.weight", "roberta.encoder.layer.3.output.dense.weight"):
+        np.testing.assert_allclose(scaled[name], 1000 * plain[name], rtol=1e-3, atol=1e-3)
 
 
 def test_data_parallel_ranks_equal_one_rank_with_their_batches(tmp_path: Path) -> None:

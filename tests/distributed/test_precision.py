@@ -26,7 +26,7 @@ def _train_two_turns(env: ProcessEnv, config: RunConfig, data: PreparedData) -> 
     from fedpipe.federation.cohort import Turn
     from fedpipe.workflows.replica import Replica
 
-    comm = Comm(Grid.from_config(config), env, bidirectional=False)
+    comm = Comm(Grid.from_config(config), env)
     replica = Replica(config, data, comm=comm)
     losses: list[float] = []
     turn = Turn(client_id=0, replica_id=0, num_steps=STEPS, tokens=1, weight=1.0)

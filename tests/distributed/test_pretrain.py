@@ -94,9 +94,10 @@ def _synchronize(env: ProcessEnv, config: RunConfig, data: PreparedData, weights
 
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
+    from fedpipe.federation.cohort import Turn
     from fedpipe.workflows.replica import Replica
 
-    comm = Comm(Grid.from_config(config), env, bidirectional=False)
+    comm = Comm(Grid.from_config(config), env)
     replica = Replica(config, data, comm=comm)
     result = {}
     for engine in replica.stages:
@@ -106,7 +107,10 @@ def _synchronize(env: ProcessEnv, config: RunConfig, data: PreparedData, weights
             with torch.no_grad():
                 for parameter in engine.stage.parameters():
                     parameter.fill_(1.0 + comm.replica)
-            synchronizer.end_turn(weights[comm.replica])
+            turn = Turn(
+                client_id=0, replica_id=0, num_steps=1, tokens=1, weight=weights[comm.replica]
+            )
+            synchronizer.end_turn(turn, round_id=0)
         synchronizer.synchronize()
         kept = synchronizer.kept_state()
         synchronizer.begin_turn(None)
@@ -190,7 +194,7 @@ class _StopAfter:
         import os
         import signal
 
-        from fedpipe.pipeline.engine import StageEngine
+        from fedpipe.pipeline.stage_engine import StageEngine
 
         original = StageEngine._optimizer_step
         left = [self.steps]
@@ -267,7 +271,8 @@ def test_the_ledger_counts_gradients_inside_a_client(tmp_path: Path) -> None:
     weights = load_files(tmp_path / "run")
     numel = sum(tensor.size for tensor in weights.values())
     # 3 steps, 2 ranks, each sends 2 (d - 1) / d = 1 times the float32 gradients.
-    assert traffic["collectives"] == {"fedavg": 0, "gradients": 3 * 2 * numel * 4}
+    gradients = 3 * 2 * numel * 4
+    assert traffic["collectives"] == {"fedavg": 0, "shared_gradients": 0, "gradients": gradients}
 
 
 def load_files(run_dir: Path) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ def _losses(env: ProcessEnv, config: RunConfig, data: PreparedData) -> dict[str,
     from fedpipe.workflows.throughput import build_peers
     from fedpipe.workflows.throughput_report import ThroughputSettings
 
-    comm = Comm(Grid.from_config(config), env, bidirectional=True)
+    comm = Comm(Grid.from_config(config), env, backward_edges=range(3))
     peers = build_peers(config, data, comm=comm, settings=ThroughputSettings(num_steps=STEPS))
     results: dict[str, Any] = {}
     for name in ("1f1b", "stock"):

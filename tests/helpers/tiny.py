@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from fedpipe.config.load import from_dict
-from fedpipe.config.schema import RunConfig
+from fedpipe.config.schema import PipelineConfig, RunConfig
 from fedpipe.data.blocks import PreparedData, Shard
+from fedpipe.models.split import StageSpec, stage_specs
 
 VOCAB, LENGTH = 97, 16
 
@@ -79,3 +80,17 @@ def _blocks(rng: np.random.Generator, num_blocks: int) -> np.ndarray:
     words = 5 + (rng.pareto(1.0, size=(num_blocks, LENGTH)) * 4).astype(np.int64) % (VOCAB - 5)
     words[:, 0], words[:, -1] = 0, 2
     return words
+
+
+def stage_chain(
+    schedule: str, num_stages: int, *, head_location: str = "server"
+) -> tuple[StageSpec, ...]:
+    """Stages of one layer each, of the objective that a schedule trains."""
+    local = schedule in ("streaming", "evaluation")
+    pipeline = PipelineConfig(
+        objective="local_loss" if local else "end_to_end",
+        schedule="streaming" if local else schedule,  # type: ignore[arg-type]
+        cut=tuple(range(1, num_stages)),
+        head_location=head_location,  # type: ignore[arg-type]
+    )
+    return stage_specs(pipeline, num_hidden_layers=num_stages)

@@ -28,7 +28,8 @@ LIGHT = (
     "__init__", "__main__", "cli", "errors", "log", "config/load", "config/tree", "config/schema",
     "config/federation", "config/require", "config/deepspeed", "config/model_shape",
     "distributed/topology", "distributed/env",
-    "models/split", "pipeline/schedule", "pipeline/timeline", "workflows/plan", "data/tokenizer",
+    "models/split", "pipeline/messages", "pipeline/schedule", "pipeline/timeline",
+    "workflows/plan", "data/tokenizer",
 )  # fmt: skip
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "tokenizers", "matplotlib"}
 

@@ -71,21 +71,43 @@ def test_parameters_are_those_of_the_real_stages(overrides: list[str]) -> None:
 def test_bytes_of_a_step_are_activations_and_targets() -> None:
     plan = plan_of()
     sequences, tokens, hidden, masked = 16, 128, 256, 19
+    (edge,) = plan.edges
     assert plan.num_masked == masked
-    assert plan.bytes_forward == sequences * (tokens * hidden * 4 + masked * 2 * 4)
-    assert plan.bytes_backward == 0
+    step = plan.messages_per_step * edge.bytes_forward
+    assert step == sequences * (tokens * hidden * 4 + masked * 2 * 4)
+    assert edge.bytes_backward == 0
 
 
-def test_only_back_propagation_over_the_cut_sends_backwards() -> None:
-    plan = plan_of("pipeline.objective=end_to_end", "pipeline.schedule=1f1b")
-    assert plan.bytes_backward == plan.bytes_forward - plan.target_bytes == 32 * 128 * 128 * 4
+def test_back_propagation_over_the_cut_sends_a_gradient_per_activation() -> None:
+    (edge,) = plan_of("pipeline.objective=end_to_end", "pipeline.schedule=1f1b").edges
+    assert edge.bytes_backward == edge.forward[0].nbytes == 8 * 128 * 256 * 4
 
 
 def test_bf16_halves_the_activations_on_the_wire() -> None:
-    plan = plan_of(f"deepspeed.config={REPOSITORY / 'ds_configs' / 'bf16.json'}")
-    assert plan.wire_dtype == "bfloat16"
-    assert plan.bytes_forward - plan.target_bytes == 32 * 128 * 128 * 2
-    assert plan.target_bytes == plan_of().target_bytes
+    (edge,) = plan_of(f"deepspeed.config={REPOSITORY / 'ds_configs' / 'bf16.json'}").edges
+    (full,) = plan_of().edges
+    assert edge.forward[0].dtype == "bfloat16"
+    assert 2 * edge.forward[0].nbytes == full.forward[0].nbytes
+    assert edge.forward[1] == full.forward[1]
+
+
+def test_int8_on_the_wire_is_a_byte_per_element_and_a_scale_per_row() -> None:
+    (edge,) = plan_of("pipeline.wire=[int8]").edges
+    assert edge.forward[0].nbytes == 8 * 128 * (256 + 4)
+
+
+def test_a_head_at_home_gets_masked_positions_and_no_labels_leave() -> None:
+    cut, home = plan_of("pipeline.head_location=client").edges
+    assert [t.name for t in cut.forward] == ["activations", "masked positions"]
+    assert cut.forward[1].shape == (1, 8, 19) and not cut.backward
+    assert [t.shape for t in (*home.forward, *home.backward)] == [(8, 19, 256)] * 2
+    assert "labels" not in render(plan_of("pipeline.head_location=client"))
+
+
+@pytest.mark.parametrize("cut", ["[1]", "[2]", "[1,2,3]"])
+def test_no_process_is_busier_than_always(cut: str) -> None:
+    plan = plan_of("pipeline.head_location=client", f"pipeline.cut={cut}")
+    assert all(0 <= ideal.bubble_pct < 100 for ideal in plan.ideal.values())
 
 
 def test_fedavg_bytes_are_those_of_a_ring_all_reduce() -> None:
@@ -105,7 +127,8 @@ def test_a_part_that_stays_is_not_sent_and_is_named() -> None:
 
 def test_one_stage_has_no_traffic_and_no_bubble() -> None:
     plan = plan_of("pipeline.cut=[]")
-    assert plan.bytes_forward == plan.bytes_backward == plan.target_bytes == 0
+    assert plan.edges == ()
+    assert "0 B forward, 0 B backward" in render(plan)
     assert all(ideal.bubble_pct == pytest.approx(0.0) for ideal in plan.ideal.values())
     assert "positions and labels" not in render(plan)
 

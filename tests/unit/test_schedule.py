@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
+from fedpipe.models.split import placement
 from fedpipe.pipeline import schedule as ops
-from fedpipe.pipeline.schedule import SCHEDULES, evaluation
+from fedpipe.pipeline.schedule import SCHEDULES, evaluation, rank_stream
+from tests.helpers.tiny import stage_chain
 
 GRIDS = list(itertools.product((1, 2, 3, 4), (1, 2, 3, 4, 5, 6)))
 EVERY = {**SCHEDULES, "evaluation": evaluation}
@@ -16,10 +19,16 @@ SENDS = {ops.SendActivation: +1, ops.SendGrad: -1}
 RECEIVES = {ops.RecvActivation: -1, ops.RecvGrad: +1}
 
 
-def streams(name: str, stages: int, micro_batches: int) -> list[list[ops.Instruction]]:
+def streams(
+    name: str, stages: int, micro_batches: int, *, head_location: str = "server", in_flight: int = 2
+) -> list[list[ops.Instruction]]:
     return [
-        list(EVERY[name](stage, num_stages=stages, num_micro_batches=micro_batches))
-        for stage in range(stages)
+        [
+            instruction
+            for slot in EVERY[name](spec, num_micro_batches=micro_batches, in_flight=in_flight)
+            for instruction in slot
+        ]
+        for spec in stage_chain(name, stages, head_location=head_location)
     ]
 
 
@@ -54,12 +63,26 @@ def test_streaming_never_moves_a_gradient(stages: int, micro_batches: int) -> No
     assert not kinds & {ops.SendGrad, ops.RecvGrad, ops.BackwardPass}
 
 
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize(("stages", "micro_batches"), GRIDS)
-def test_every_send_meets_its_receive_in_order(name: str, stages: int, micro_batches: int) -> None:
+def places(stages: int) -> list[str]:
+    return ["server", "client"] if stages > 1 else ["server"]
+
+
+CASES = [
+    (name, stages, micro_batches, head_location)
+    for name in EVERY
+    for stages, micro_batches in GRIDS
+    for head_location in places(stages)
+]
+
+
+@pytest.mark.parametrize(("name", "stages", "micro_batches", "head_location"), CASES)
+def test_every_send_meets_its_receive_in_order(
+    name: str, stages: int, micro_batches: int, head_location: str
+) -> None:
     sent: dict[tuple[int, int], list[int]] = {}
     received: dict[tuple[int, int], list[int]] = {}
-    for stage, stream in enumerate(streams(name, stages, micro_batches)):
+    every = streams(name, stages, micro_batches, head_location=head_location)
+    for stage, stream in enumerate(every):
         for i in stream:
             if type(i) in SENDS:
                 sent.setdefault((stage, stage + SENDS[type(i)]), []).append(i.micro_batch)
@@ -69,16 +92,30 @@ def test_every_send_meets_its_receive_in_order(name: str, stages: int, micro_bat
     assert all(order == list(range(micro_batches)) for order in sent.values())
 
 
-def execute(stages: list[list[ops.Instruction]], *, window: int) -> list[int]:
-    """Run streams under rendezvous links without receives posted ahead; return what is left."""
-    position = [0] * len(stages)
+@pytest.mark.parametrize(("stages", "micro_batches"), GRIDS)
+def test_no_gradient_reaches_a_client_stage_of_the_local_loss_stream(
+    stages: int, micro_batches: int
+) -> None:
+    if stages == 1:
+        return
+    first, *servers, head = streams("streaming", stages, micro_batches, head_location="client")
+    assert not {type(i) for i in first} & {ops.RecvGrad, ops.SendGrad, ops.BackwardPass}
+    assert ops.SendGrad not in {type(i) for i in servers[0]}
+    assert all(ops.RecvGrad in {type(i) for i in server} for server in servers)
+    assert ops.SendGrad in {type(i) for i in head}
+
+
+def execute(ranks: list[list[tuple[int, ops.Instruction]]], *, window: int) -> list[int]:
+    """Run processes under rendezvous links without receives posted ahead; return what is left."""
+    position = [0] * len(ranks)
     pending: Counter[tuple[int, int]] = Counter()
     moved = True
     while moved:
         moved = False
-        for stage, stream in enumerate(stages):
-            while position[stage] < len(stream):
-                kind = type(stream[position[stage]])
+        for rank, stream in enumerate(ranks):
+            while position[rank] < len(stream):
+                stage, instruction = stream[position[rank]]
+                kind = type(instruction)
                 if kind in SENDS:
                     edge = (stage, stage + SENDS[kind])
                     if pending[edge] == window:
@@ -89,17 +126,59 @@ def execute(stages: list[list[ops.Instruction]], *, window: int) -> list[int]:
                     if not pending[edge]:
                         break
                     pending[edge] -= 1
-                position[stage] += 1
+                position[rank] += 1
                 moved = True
-    return [len(stream) - at for stream, at in zip(stages, position, strict=True)]
+    return [len(stream) - at for stream, at in zip(ranks, position, strict=True)]
 
 
-@pytest.mark.parametrize("window", [1, 2])
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize(("stages", "micro_batches"), GRIDS)
-def test_no_schedule_deadlocks(name: str, stages: int, micro_batches: int, window: int) -> None:
-    steps = [stream * 2 for stream in streams(name, stages, micro_batches)]
-    assert execute(steps, window=window) == [0] * stages
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize(("name", "stages", "micro_batches", "head_location"), CASES)
+def test_no_schedule_deadlocks(
+    name: str, stages: int, micro_batches: int, head_location: str, window: int
+) -> None:
+    ranks = [
+        list(
+            rank_stream(
+                EVERY[name], specs, num_micro_batches=micro_batches, in_flight=window,
+                steps=lambda: range(3),
+            )
+        )
+        for specs in placement(stage_chain(name, stages, head_location=head_location))
+    ]  # fmt: skip
+    assert execute(ranks, window=window) == [0] * stages
+
+
+def test_a_head_at_home_lags_behind_the_first_stage_across_steps() -> None:
+    first, *_ = placement(stage_chain("streaming", 2, head_location="client"))
+    stream = rank_stream(
+        SCHEDULES["streaming"], first, num_micro_batches=1, in_flight=2, steps=lambda: range(2)
+    )
+    kinds = [(stage, i.trace_name) for stage, i in stream]
+    own = ["load", "forward", "send_activation", "local_backward", "optimizer_step"]
+    head = ["recv_activation", "forward", "backward", "send_grad", "optimizer_step"]
+    order = ((0, own), (0, own), (2, head), (2, head))
+    assert kinds == [(stage, name) for stage, names in order for name in names]
+
+
+def test_stages_of_a_process_ask_for_every_step_when_they_start_it() -> None:
+    first, *_ = placement(stage_chain("streaming", 3, head_location="client"))
+    asked: list[str] = []
+
+    def steps() -> Iterator[int]:
+        for step in range(2):
+            asked.append(f"step {step}")
+            yield step
+
+    stream = rank_stream(
+        SCHEDULES["streaming"], first, num_micro_batches=3, in_flight=2, steps=steps
+    )
+    for stage, instruction in stream:
+        if isinstance(instruction, ops.OptimizerStep):
+            asked.append(f"stage {stage} done")
+    assert asked == [
+        "step 0", "stage 0 done", "step 1", "step 0", "stage 3 done", "stage 0 done", "step 1",
+        "stage 3 done",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -107,16 +186,18 @@ def test_no_schedule_deadlocks(name: str, stages: int, micro_batches: int, windo
 def test_every_micro_batch_is_trained_once_and_then_one_step_is_taken(
     name: str, stages: int, micro_batches: int
 ) -> None:
-    for stage, stream in enumerate(streams(name, stages, micro_batches)):
-        seen: dict[int, list[str]] = {}
-        for i in stream[:-1]:
-            seen.setdefault(i.micro_batch, []).append(i.trace_name)
-        assert isinstance(stream[-1], ops.OptimizerStep)
-        assert sorted(seen) == list(range(micro_batches))
-        source = "recv_activation" if stage else "load"
-        for names in seen.values():
-            assert names[:2] == [source, "forward"]
-            assert len([n for n in names if n in ("backward", "local_backward")]) == 1
+    for head_location in places(stages):
+        every = streams(name, stages, micro_batches, head_location=head_location)
+        for stage, stream in enumerate(every):
+            seen: dict[int, list[str]] = {}
+            for i in stream[:-1]:
+                seen.setdefault(i.micro_batch, []).append(i.trace_name)
+            assert isinstance(stream[-1], ops.OptimizerStep)
+            assert sorted(seen) == list(range(micro_batches))
+            source = "recv_activation" if stage else "load"
+            for names in seen.values():
+                assert names[:2] == [source, "forward"]
+                assert len([n for n in names if n in ("backward", "local_backward")]) == 1
 
 
 def test_sequential_keeps_one_micro_batch_in_flight() -> None:

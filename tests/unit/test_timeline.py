@@ -8,12 +8,18 @@ import pytest
 
 from fedpipe.pipeline.schedule import SCHEDULES
 from fedpipe.pipeline.timeline import COMPUTE, StageCost, Timeline, simulate, to_chrome_trace
+from tests.helpers.tiny import stage_chain
 
 BALANCED = StageCost(1.0, 2.0)
 
 
 def run(schedule: str, stages: int, micro_batches: int, **options: float) -> Timeline:
-    return simulate(schedule, [BALANCED] * stages, num_micro_batches=micro_batches, **options)
+    costs = [BALANCED] * stages
+    return simulated(schedule, costs, num_micro_batches=micro_batches, **options)
+
+
+def simulated(schedule: str, costs: list[StageCost], **options: float) -> Timeline:
+    return simulate(schedule, stage_chain(schedule, len(costs)), costs, **options)
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
@@ -55,21 +61,22 @@ def test_streaming_has_no_bubble_when_balanced(stages: int, in_flight: int) -> N
 def test_the_slowest_stage_sets_the_pace_of_streaming() -> None:
     costs = [StageCost(1, 1), StageCost(2, 4), StageCost(1, 1)]
     for order in (costs, costs[::-1], [costs[1], costs[0], costs[2]]):
-        timeline = simulate("streaming", order, num_micro_batches=4)
+        timeline = simulated("streaming", order, num_micro_batches=4)
         assert timeline.step_s == pytest.approx(24.0)
         assert max(timeline.stage_busy_pct) == pytest.approx(100.0)
         assert timeline.bubble_pct == pytest.approx(100.0 * (1 - 10 / 18))
 
 
-def test_head_counts_with_every_local_backward_but_over_the_cut_only_on_the_last_stage() -> None:
+def test_head_counts_with_every_backward_of_its_stage() -> None:
     costs = [StageCost(1, 2, head_s=3)] * 2
-    assert simulate("streaming", costs, num_micro_batches=2).step_s == pytest.approx(12.0)
-    assert simulate("sequential", costs, num_micro_batches=2).step_s == pytest.approx(18.0)
+    assert simulated("streaming", costs, num_micro_batches=2).step_s == pytest.approx(12.0)
+    costs[0] = StageCost(1, 2)
+    assert simulated("sequential", costs, num_micro_batches=2).step_s == pytest.approx(18.0)
 
 
 def test_optimizer_step_counts_once_per_batch() -> None:
     costs = [StageCost(1, 2, optimizer_s=0.5)] * 2
-    assert simulate("streaming", costs, num_micro_batches=4).step_s == pytest.approx(12.5)
+    assert simulated("streaming", costs, num_micro_batches=4).step_s == pytest.approx(12.5)
 
 
 def test_transfers_hide_behind_compute_in_streaming_and_show_in_sequential() -> None:
@@ -83,9 +90,39 @@ def test_transfers_slower_than_compute_set_the_pace() -> None:
 
 def test_a_fast_sender_waits_for_the_window() -> None:
     costs = [StageCost(0.0, 0.001), StageCost(1, 1)]
-    timeline = simulate("streaming", costs, num_micro_batches=2, in_flight=1)
+    timeline = simulated("streaming", costs, num_micro_batches=2, in_flight=1)
     sends = [e for e in timeline.events if e.stage == 0 and e.name == "send_activation"]
     assert max(e.end_s - e.start_s for e in sends) > 1.0
+
+
+def u_shape(
+    schedule: str, costs: list[StageCost], *, num_micro_batches: int, in_flight: int = 2
+) -> Timeline:
+    """The last cost is the head's, which shares a process with the first stage."""
+    specs = stage_chain(schedule, len(costs) - 1, head_location="client")
+    return simulate(
+        schedule, specs, costs, num_micro_batches=num_micro_batches, in_flight=in_flight,
+        num_batches=12, transfer_s=0.01,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+@pytest.mark.parametrize("head_s", [0.2, 0.6])
+def test_the_way_to_a_head_at_home_and_back_hides_behind_compute(
+    micro_batches: int, head_s: float
+) -> None:
+    # The client's own work and the head's add up to the server's: nobody has slack.
+    client = StageCost((3.0 - head_s) / 3, (3.0 - head_s) / 3 * 2)
+    costs = [client, StageCost(1, 2), StageCost(0, 0, head_s=head_s)]
+    timeline = u_shape("streaming", costs, num_micro_batches=micro_batches)
+    assert timeline.bubble_pct < 0.5
+    assert u_shape("sequential", costs, num_micro_batches=micro_batches).bubble_pct > 45.0
+
+
+def test_a_server_behind_a_fast_client_never_idles_while_it_has_a_forward_to_run() -> None:
+    costs = [StageCost(0.5, 1.0), StageCost(1, 2), StageCost(0, 0, head_s=0.5)]
+    timeline = u_shape("streaming", costs, num_micro_batches=4)
+    assert timeline.stage_busy_pct[1] > 99.0
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

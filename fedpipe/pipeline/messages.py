@@ -1,0 +1,86 @@
+"""What crosses every edge of the pipeline, as plain data: the plan, the links and the ledger agree.
+
+Pure: no torch.
+"""
+
+# B = sequences, T = tokens per sequence, M = masked tokens per sequence, D = hidden size
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.masking import num_masked
+from fedpipe.models.split import StageSpec
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WireTensor:
+    """One tensor of a message."""
+
+    name: str
+    """What it is, in words."""
+    shape: tuple[int, ...]
+    dtype: str
+    """What its receiver gets, a torch dtype's name."""
+    wire: str = ""
+    """How it travels: "" as ``dtype``, "fp32", "bf16", or "int8" with a float32 scale per row."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        if self.wire == "int8":
+            return prod(self.shape) + prod(self.shape[:-1]) * _ITEM_BYTES["float32"]
+        return prod(self.shape) * _ITEM_BYTES[self.wire or self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EdgeMessages:
+    """What one micro-batch of one data-parallel rank sends over an edge, both ways."""
+
+    forward: tuple[WireTensor, ...]
+    backward: tuple[WireTensor, ...]
+    """Empty where nothing goes back."""
+
+    @property
+    def bytes_forward(self) -> int:
+        """Bytes towards the later stage."""
+        return sum(tensor.nbytes for tensor in self.forward)
+
+    @property
+    def bytes_backward(self) -> int:
+        """Bytes towards the earlier stage."""
+        return sum(tensor.nbytes for tensor in self.backward)
+
+
+def edge_messages(config: RunConfig, spec: StageSpec, *, hidden_size: int) -> EdgeMessages:
+    """Describe the messages between a stage and the one after it.
+
+    Args:
+        config: Batch, precision and wire formats.
+        spec: The stage that sends activations.
+        hidden_size: D.
+
+    Returns:
+        Forwards the activations (B, T, D) and, int32, the masked tokens' positions and labels
+        (2, B, M), or without labels (1, B, M); to a head at home the masked positions' activations
+        (B, M, D) alone. Backwards the gradient of the activations, or nothing.
+    """
+    batch, length = config.pipeline.micro_batch_size, config.data.sequence_length
+    masked = num_masked(length, config.data.mask_probability)
+    dtype = autocast_dtype(deepspeed_config(config)) or "float32"
+    wire = config.pipeline.wire_of(spec.stage_id)
+    wire = "" if wire == "auto" else wire
+    rows, prefix = (masked, "masked positions' ") if spec.sends_home else (length, "")
+    shape = (batch, rows, hidden_size)
+    forward = [WireTensor(name=f"{prefix}activations", shape=shape, dtype=dtype, wire=wire)]
+    if not spec.sends_home:
+        name = "masked positions and labels" if spec.sends_labels else "masked positions"
+        shape_targets = (1 + spec.sends_labels, batch, masked)
+        forward.append(WireTensor(name=name, shape=shape_targets, dtype="int32"))
+    back = WireTensor(name=f"{prefix}gradients", shape=shape, dtype=dtype, wire=wire)
+    return EdgeMessages(forward=tuple(forward), backward=(back,) if spec.receives_grad else ())

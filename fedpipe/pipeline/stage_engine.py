@@ -1,0 +1,359 @@
+"""One stage at work: the instructions of a schedule, through the stage's own DeepSpeed engine.
+
+``StageEngine`` maps every instruction of ``fedpipe.pipeline.schedule`` to a method; precision,
+accumulation, gradient averaging inside the client, ZeRO-1 and the profiler are DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from fedpipe.config.schema import PipelineConfig
+from fedpipe.models.stage import Stage, gather_masked
+from fedpipe.pipeline import schedule as ops
+from fedpipe.pipeline.optimizer import clip_
+from fedpipe.pipeline.p2p import Link
+
+MicroBatchSource = Callable[[int, int], tuple[Tensor, Tensor]]
+"""(step, micro_batch) -> token ids (B, T) int64 and targets (2, B, M) int32, on the CPU."""
+
+
+@dataclass(slots=True)
+class Links:
+    """The ends of a stage's edges; None where there is no neighbour or nothing goes back."""
+
+    activations_in: Link | None = None
+    activations_out: Link | None = None
+    gradients_in: Link | None = None
+    gradients_out: Link | None = None
+    labels: deque[Tensor] | None = None
+    """Targets on their way from the first stage to a head in the same process; never sent."""
+
+    def all(self) -> list[Link]:
+        """Those that exist."""
+        ends = (
+            self.activations_in, self.activations_out, self.gradients_in, self.gradients_out,
+        )  # fmt: skip
+        return [link for link in ends if link is not None]
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """What a stage keeps of a micro-batch between its instructions."""
+
+    inputs: Tensor | None = None
+    targets: Tensor | None = None
+    outputs: Tensor | None = None
+    output_grad: Tensor | None = None
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one local step of one stage was."""
+
+    step: int
+    loss: float | None
+    grad_norm: float
+    lr: float
+    seconds: float
+
+
+@dataclass(slots=True)
+class Trace:
+    """Events of the instructions of some steps: (name, micro_batch, step, start_s, end_s)."""
+
+    steps: range = range(0)
+    events: list[tuple[str, int, int, float, float]] = field(default_factory=list)
+
+
+class StageEngine:
+    """One stage of one replica: DeepSpeed engine, links and the methods behind the instructions."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        optimizer: torch.optim.Optimizer,
+        *,
+        deepspeed_config: dict[str, Any],
+        mpu: Any,
+        pipeline: PipelineConfig,
+        max_grad_norm: float,
+        links: Links,
+        device: torch.device,
+        before_step: Callable[[], None] | None = None,
+    ) -> None:
+        """Wrap a stage.
+
+        Args:
+            stage: With its first weights, on the CPU.
+            optimizer: torch optimizer over the stage's parameters.
+            deepspeed_config: What ``fedpipe.config.deepspeed`` made of the JSON.
+            mpu: Answers DeepSpeed's questions about this stage's groups.
+            pipeline: Schedule and micro-batches.
+            max_grad_norm: Clipping, this stage alone; 0 means none.
+            links: Ends of its edges.
+            device: Where it computes.
+            before_step: Called before the gradients are clipped and applied.
+
+        Collective: every data-parallel rank of the stage constructs it.
+        """
+        self.stage, self.links, self.device = stage.to(device), links, device
+        self.spec = stage.spec
+        self._pipeline = pipeline
+        self.schedule: str = pipeline.schedule
+        """A name in ``SCHEDULES``; may change between calls, within the stage's objective."""
+        zero = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+        self._max_grad_norm = max_grad_norm
+        self._zero = zero > 0
+        if self._zero:  # ZeRO shards gradients over the client's ranks and so must clip itself
+            deepspeed_config = deepspeed_config | {"gradient_clipping": max_grad_norm}
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.stage,
+            optimizer=optimizer,
+            config=deepspeed_config,
+            mpu=mpu,
+            dist_init_required=False,
+        )
+        self.engine.enable_backward_allreduce = mpu.get_data_parallel_world_size() > 1 or self._zero
+        self._autocast = deepspeed_config.get("torch_autocast", {})
+        self._before_step = before_step
+        self._batches: dict[int, MicroBatch] = {}
+        self._losses: list[Tensor] = []
+        self._source: MicroBatchSource | None = None
+        self._step = 0
+        self._lr: Callable[[int], float] = float
+        self._on_step: Callable[[int, StepResult], None] | None = None
+        self._grad_norm = 0.0
+        self._started_at = 0.0
+        self.trace = Trace()
+
+    def begin_training(
+        self,
+        steps: range,
+        *,
+        source: MicroBatchSource | None,
+        lr: Callable[[int], float],
+        on_step: Callable[[int, StepResult], None],
+    ) -> None:
+        """Get ready for local steps (see ``SplitPipelineEngine.train``)."""
+        self._step, self._lr, self._on_step = steps.start, lr, on_step
+        self._begin(len(steps) * self._pipeline.num_micro_batches, source, train=True)
+
+    def begin_evaluation(self, num_micro_batches: int, *, source: MicroBatchSource | None) -> None:
+        """Get ready to score micro-batches (see ``SplitPipelineEngine.evaluate``)."""
+        self._step = 0
+        self._begin(num_micro_batches, source, train=False)
+
+    def execute(self, instruction: ops.Instruction) -> None:
+        """Do one thing.
+
+        Raises:
+            Whatever a message or the model raises; the links are then unusable.
+        """
+        tracing = self._step in self.trace.steps and torch.is_grad_enabled()
+        if not tracing:
+            self._INSTRUCTION_MAP[type(instruction)](self, instruction)
+            return
+        step, started = self._step, time.monotonic()
+        self._INSTRUCTION_MAP[type(instruction)](self, instruction)
+        if self.device.type == "cuda":  # kernels run on after their launch
+            torch.cuda.synchronize(self.device)
+        micro_batch = getattr(instruction, "micro_batch", 0)
+        self.trace.events.append(
+            (instruction.trace_name, micro_batch, step, started, time.monotonic())
+        )
+
+    def drain(self) -> None:
+        """Wait until everything sent has been received."""
+        for link in self.links.all():
+            link.drain()
+        assert not self._batches, "a micro-batch was left in the stage"
+
+    def take_losses(self) -> Tensor | None:
+        """Losses since the last call.
+
+        Returns:
+            (num_micro_batches,) float32 while training; (num_micro_batches, B, M) of the masked
+            tokens when scoring; in nats. None for a stage without a head.
+        """
+        losses = torch.stack(self._losses) if self._losses else None
+        self._losses.clear()
+        return losses
+
+    def weights_changed(self) -> None:
+        """Tell the optimizer that the stage's parameters were written from outside."""
+        if self._zero:
+            self.optimizer.refresh_fp32_params()
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes this rank has sent to average gradients over the client's own ranks.
+
+        ``2 (d - 1) / d`` of the float32 gradients per step: a ring all-reduce, or ZeRO-1's
+        reduce-scatter and all-gather. DeepSpeed sends them, so they are computed, not counted.
+        """
+        ranks = self.engine.dp_world_size
+        numel = sum(p.numel() for p in self.stage.parameters())
+        return int(self.engine.global_steps) * 2 * (ranks - 1) * numel * 4 // ranks
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Moments and counters of this rank's optimizer."""
+        return dict(self._torch_optimizer.state_dict())
+
+    def load_optimizer_state(self, state: dict[str, Any] | None) -> None:
+        """Take moments over from ``optimizer_state``; None starts afresh."""
+        if state is None:
+            self._torch_optimizer.state.clear()
+        else:
+            self._torch_optimizer.load_state_dict(state)
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer if self._zero else self.optimizer
+
+    def _begin(self, messages: int, source: MicroBatchSource | None, *, train: bool) -> None:
+        self._source = source
+        self._started_at = time.monotonic()
+        self.engine.train(train)
+        if self.links.activations_in:
+            self.links.activations_in.begin(messages)
+        if self.links.gradients_in and train:
+            self.links.gradients_in.begin(messages)
+
+    # -- instructions ------------------------------------------------------------------------
+
+    def _load_micro_batch(self, cmd: ops.LoadMicroBatch) -> None:
+        assert self._source is not None, "the first stage needs a source"
+        inputs, targets = self._source(self._step, cmd.micro_batch)
+        batch = MicroBatch(
+            inputs=inputs.to(self.device, non_blocking=True),
+            targets=targets.to(self.device, non_blocking=True),
+        )
+        self._batches[cmd.micro_batch] = batch
+        if self.links.labels is not None:
+            self.links.labels.append(batch.targets)
+
+    def _recv_activation(self, cmd: ops.RecvActivation) -> None:
+        assert self.links.activations_in is not None
+        inputs, *rest = self.links.activations_in.recv()
+        if self.spec.is_home_head:
+            assert self.links.labels is not None, "labels do not come with the message"
+            rest = [self.links.labels.popleft()]
+        inputs.requires_grad_(self.spec.sends_grad and torch.is_grad_enabled())
+        self._batches[cmd.micro_batch] = MicroBatch(inputs=inputs, targets=rest[0])
+
+    def _forward_pass(self, cmd: ops.ForwardPass) -> None:
+        batch = self._batches[cmd.micro_batch]
+        batch.outputs = self.engine(batch.inputs)
+
+    def _send_activation(self, cmd: ops.SendActivation) -> None:
+        batch = self._batches[cmd.micro_batch]
+        assert batch.outputs is not None and batch.targets is not None
+        assert self.links.activations_out is not None
+        if self.spec.sends_home:
+            batch.outputs = gather_masked(batch.outputs, batch.targets[0])
+            self.links.activations_out.send(batch.outputs.detach())
+        else:
+            targets = batch.targets if self.spec.sends_labels else batch.targets[:1]
+            self.links.activations_out.send(batch.outputs.detach(), targets)
+
+    def _local_backward_pass(self, cmd: ops.LocalBackwardPass) -> None:
+        batch = self._batches.pop(cmd.micro_batch)
+        loss = self._loss(batch)
+        self._losses.append(loss.detach())
+        self._set_boundary(cmd.micro_batch)
+        self.engine.backward(loss)
+
+    def _recv_grad(self, cmd: ops.RecvGrad) -> None:
+        assert self.links.gradients_in is not None
+        (self._batches[cmd.micro_batch].output_grad,) = self.links.gradients_in.recv()
+
+    def _backward_pass(self, cmd: ops.BackwardPass) -> None:
+        batch = self._batches[cmd.micro_batch]
+        self._set_boundary(cmd.micro_batch)
+        if self.spec.receives_grad:
+            assert batch.outputs is not None and batch.output_grad is not None
+            # d/dh sum(h * g) = g: DeepSpeed's backward wants a scalar. The gradient was divided by
+            # the number of micro-batches where the loss was.
+            scalar = (batch.outputs * batch.output_grad).sum()
+            self.engine.backward(scalar, scale_wrt_gas=False)
+        else:
+            loss = self._loss(batch)
+            self._losses.append(loss.detach())
+            self.engine.backward(loss)
+        batch.outputs = batch.output_grad = None
+        if not self.spec.sends_grad:
+            del self._batches[cmd.micro_batch]
+
+    def _send_grad(self, cmd: ops.SendGrad) -> None:
+        batch = self._batches.pop(cmd.micro_batch)
+        assert batch.inputs is not None and self.links.gradients_out is not None
+        self.links.gradients_out.send(batch.inputs.grad)
+
+    def _optimizer_step(self, cmd: ops.OptimizerStep) -> None:
+        lr = self._lr(self._step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self._before_step is not None:
+            self._before_step()
+        if not self._zero:
+            self._grad_norm = clip_(self.stage, max_norm=self._max_grad_norm)
+        self.engine.step()
+        if self._zero:
+            self._grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        losses = self.take_losses()
+        now = time.monotonic()
+        result = StepResult(
+            self._step,
+            None if losses is None else losses.mean().item(),
+            self._grad_norm,
+            lr,
+            now - self._started_at,
+        )
+        self._started_at, self._step = now, self._step + 1
+        assert self._on_step is not None
+        self._on_step(self.spec.stage_id, result)
+
+    def _evaluate_loss(self, cmd: ops.EvaluateLoss) -> None:
+        batch = self._batches.pop(cmd.micro_batch)
+        if self.spec.has_head:
+            self._losses.append(self._loss(batch, reduction="none"))
+
+    _INSTRUCTION_MAP: dict[type[ops.Instruction], Callable[..., None]] = {
+        ops.LoadMicroBatch: _load_micro_batch,
+        ops.RecvActivation: _recv_activation,
+        ops.ForwardPass: _forward_pass,
+        ops.SendActivation: _send_activation,
+        ops.LocalBackwardPass: _local_backward_pass,
+        ops.RecvGrad: _recv_grad,
+        ops.BackwardPass: _backward_pass,
+        ops.SendGrad: _send_grad,
+        ops.OptimizerStep: _optimizer_step,
+        ops.EvaluateLoss: _evaluate_loss,
+    }
+
+    # ----------------------------------------------------------------------------------------
+
+    def _loss(self, batch: MicroBatch, *, reduction: str = "mean") -> Tensor:
+        with self._precision():
+            return self.stage.loss(batch.outputs, batch.targets, reduction=reduction)
+
+    def _precision(self) -> Any:
+        """The head's precision: DeepSpeed applies autocast around ``forward`` only."""
+        if not self._autocast.get("enabled"):
+            return nullcontext()
+        dtype = getattr(torch, self._autocast.get("dtype", "bfloat16"))
+        return torch.autocast(self.device.type, dtype=dtype)
+
+    def _set_boundary(self, micro_batch: int) -> None:
+        last = micro_batch == self._pipeline.num_micro_batches - 1
+        self.engine.set_gradient_accumulation_boundary(last)

@@ -1,0 +1,246 @@
+"""What leaves a client and what enters it: every tensor and record that crosses its border.
+
+Arithmetic on the configuration alone, no torch. A client's border runs between its processes and
+everything else; what passes between its own stages or its own data-parallel ranks does not cross.
+Sizes are those that the ledger counts (``traffic`` records of metrics.jsonl).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from fedpipe.config.schema import RunConfig
+from fedpipe.federation.traffic import averaging_bytes
+from fedpipe.metrics.format import bytes_text
+from fedpipe.models.split import StageRole, StageSpec
+from fedpipe.pipeline.messages import EdgeMessages, WireTensor
+
+Direction = Literal["leaves", "enters"]
+When = Literal["start", "micro-batch", "local step", "round", "validation batch", "validation"]
+"""A validation batch is a micro-batch of held-out text."""
+Parts = Mapping[str, int]
+"""Parameters of a stage by the switch of ``federation.average`` that they obey."""
+
+_MASTER = "process 0"
+_FORMATS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8 + scales"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transfer:
+    """One thing that crosses the border, as one of the client's processes sends or receives it."""
+
+    direction: Direction
+    what: str
+    peer: str
+    """To whom it goes, or from whom it comes."""
+    form: str
+    """Shape and format on the wire; words for what is no tensor."""
+    nbytes: int | None
+    """Bytes each time; None for pickled records, whose length varies."""
+    when: When
+    entry: str = ""
+    """Its entry of the ledger: "forward/0", "backward/1", "fedavg"; "" if it has none."""
+
+
+def client_transfers(
+    config: RunConfig,
+    *,
+    specs: Sequence[StageSpec],
+    edges: Sequence[EdgeMessages],
+    parts: Sequence[Parts],
+) -> tuple[Transfer, ...]:
+    """List everything that crosses a client's border.
+
+    Args:
+        config: The run.
+        specs: Its stages.
+        edges: What a micro-batch sends over every edge, by the stage that it leaves.
+        parts: What every stage holds.
+
+    Returns:
+        What leaves, then what enters, each by how often.
+    """
+    transfers = [*_over_edges(config, edges), *_records(config)]
+    for spec, held in zip(specs, parts, strict=True):
+        if spec.role is StageRole.CLIENT:
+            transfers += _weights(config, held)
+    often = get_args(When).index
+    return tuple(sorted(transfers, key=lambda t: (t.direction != "leaves", often(t.when))))
+
+
+def stays(config: RunConfig, *, specs: Sequence[StageSpec], parts: Sequence[Parts]) -> list[str]:
+    """Name what never crosses a client's border, the text first."""
+    at_home = not any(
+        spec.sends_labels and spec.role is StageRole.CLIENT and following.role is StageRole.SERVER
+        for spec, following in zip(specs, specs[1:], strict=False)
+    )
+    kept = {
+        part
+        for spec, held in zip(specs, parts, strict=True)
+        for part, numel in held.items()
+        if spec.role is StageRole.CLIENT and numel and not getattr(config.federation.average, part)
+    }
+    tokens = ["token ids", "labels"] if at_home else ["unmasked token ids"]
+    named = ["text", *tokens, *sorted(kept), "optimizer moments"]
+    if config.federation.data_parallel_degree > 1:
+        named.append("gradients, averaged among its own ranks")
+    return named
+
+
+def _over_edges(config: RunConfig, edges: Sequence[EdgeMessages]) -> list[Transfer]:
+    """Messages over the cut, and those between the last server stage and the head at home."""
+    pipeline = config.pipeline
+    if pipeline.num_client_stages == pipeline.num_stages:
+        return []
+    cut, last = pipeline.num_client_stages - 1, pipeline.num_stages - 1
+    transfers = _over_edge(config, edges[cut], edge=cut, outward="leaves", server=cut + 1)
+    if pipeline.head_location == "client":
+        transfers += _over_edge(config, edges[last], edge=last, outward="enters", server=last)
+    return transfers
+
+
+def _over_edge(
+    config: RunConfig, messages: EdgeMessages, *, edge: int, outward: Direction, server: int
+) -> list[Transfer]:
+    """Both directions of an edge; ``outward`` is the forward one, seen from the client."""
+    back: Direction = "enters" if outward == "leaves" else "leaves"
+    peer = f"server stage {server}"
+    ways = (
+        (outward, messages.forward, f"forward/{edge}"),
+        (back, messages.backward, f"backward/{edge}"),
+    )
+    training = [
+        Transfer(
+            direction=direction,
+            what=tensor.name,
+            peer=peer,
+            form=_form(tensor),
+            nbytes=tensor.nbytes,
+            when="micro-batch",
+            entry=entry,
+        )
+        for direction, tensors, entry in ways
+        for tensor in tensors
+    ]
+    if not config.data.valid:
+        return training
+    return training + [
+        Transfer(
+            direction=outward,
+            what=f"{tensor.name} of held-out text",
+            peer=peer,
+            form=_form(tensor),
+            nbytes=tensor.nbytes,
+            when="validation batch",
+        )
+        for tensor in messages.forward
+    ]
+
+
+def _form(tensor: WireTensor) -> str:
+    return f"{tensor.shape} {_FORMATS.get(tensor.wire, tensor.dtype)}"
+
+
+def _weights(config: RunConfig, parts: Parts) -> list[Transfer]:
+    """The averaged parts of one client stage, to the mean and back."""
+    federation = config.federation
+    averaged = {p: n for p, n in parts.items() if n and getattr(federation.average, p)}
+    if not averaged:
+        return []
+    numel = sum(averaged.values())
+    wire = federation.wire if federation.aggregation.rule == "mean" else "fp32"
+    peer = "other replicas' clients"
+    if federation.server == "sequential":
+        peer = "the next client, in the same process"
+    elif federation.num_replicas == 1:
+        peer = "the round's other clients, in the same process"
+    return [
+        Transfer(
+            direction=direction,
+            what=f"weights: {', '.join(averaged)}",
+            peer=peer,
+            form=f"{numel:,} parameters, {_FORMATS[wire]}",
+            nbytes=averaging_bytes(numel, federation=federation),
+            when="round",
+            entry="fedavg",
+        )
+        for direction in ("leaves", "enters")
+    ]
+
+
+def _records(config: RunConfig) -> list[Transfer]:
+    """Numbers for metrics.jsonl, which process 0 writes: the first replica's client itself."""
+    records = [
+        _record("configuration, paths and checkpoint of the run", "start", direction="enters"),
+        _record("loss, gradient norm, learning rate, time and client id", "local step"),
+        _record("bytes and seconds of the round, times of a few instructions", "round"),
+    ]
+    if config.data.valid:
+        records.append(_record("summed loss and masked tokens, by client id", "validation"))
+    return records
+
+
+def _record(what: str, when: When, *, direction: Direction = "leaves") -> Transfer:
+    return Transfer(
+        direction=direction, what=what, peer=_MASTER, form="numbers", nbytes=None, when=when
+    )
+
+
+# --------------------------------------------------------------------------------------- the text
+
+
+def per_step(transfer: Transfer, config: RunConfig) -> int:
+    """Bytes per local step, over a client's data-parallel ranks, of what a micro-batch sends."""
+    if transfer.when != "micro-batch":
+        return 0
+    messages = config.pipeline.num_micro_batches * config.federation.data_parallel_degree
+    return messages * (transfer.nbytes or 0)
+
+
+def per_round(transfer: Transfer, config: RunConfig) -> int:
+    """Bytes per round, over a client's data-parallel ranks, of what is averaged."""
+    if transfer.entry != "fedavg":
+        return 0
+    return config.federation.data_parallel_degree * (transfer.nbytes or 0)
+
+
+def client_rows(
+    transfers: Sequence[Transfer], kept: Sequence[str], *, config: RunConfig
+) -> list[tuple[str, str, str]]:
+    """Write what crosses the border in training as rows of the plan: name, what, how much."""
+    rows = []
+    for transfer in transfers:
+        toward = f"{'to' if transfer.direction == 'leaves' else 'from'} {transfer.peer}"
+        if transfer.when == "micro-batch":
+            what = f"{transfer.what} {transfer.form}"
+            much = f"{bytes_text(per_step(transfer, config))} per local step"
+        elif transfer.entry == "fedavg" and transfer.direction == "leaves":
+            what = transfer.what
+            much = f"{bytes_text(per_round(transfer, config))} per round"
+            much += " and as much back" if transfer.nbytes else ""
+        else:
+            continue
+        rows.append((transfer.direction, what, f"{much}, {toward}"))
+    rows.append(("leaves", "losses, norms, times and byte counts", f"to {_MASTER}"))
+    return [*rows, ("stays", ", ".join(kept), "with the client")]
+
+
+def markdown(transfers: Sequence[Transfer], kept: Sequence[str], *, config: RunConfig) -> str:
+    """Write everything that crosses the border as a Markdown table, then what stays."""
+    lines = ["| | what | on the wire | bytes | every | to or from |", "|---|---|---|---|---|---|"]
+    for t in transfers:
+        size = "" if t.nbytes is None else f"{t.nbytes:,}"
+        lines.append(f"| {t.direction} | {t.what} | {t.form} | {size} | {t.when} | {t.peer} |")
+    totals = {
+        direction: [
+            bytes_text(sum(size(t, config) for t in transfers if t.direction == direction))
+            for size in (per_step, per_round)
+        ]
+        for direction in ("leaves", "enters")
+    }
+    (out_step, out_round), (in_step, in_round) = totals["leaves"], totals["enters"]
+    step = f"Per local step {out_step} leave and {in_step} enter"
+    round_ = f"per round {out_round} leave and {in_round} enter"
+    return "\n".join([*lines, "", f"{step}; {round_}. Stays: {', '.join(kept)}."])
