@@ -1,57 +1,86 @@
-"""The FedAvg synchronizer of one stage: accumulate clients, average over replicas, keep parts."""
+"""The synchronizer of one stage: what a client starts from, what it leaves, what becomes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from fedpipe.config.schema import AverageConfig
+from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.comm import Comm
-from fedpipe.models.split import part_of
+from fedpipe.federation.aggregation import (
+    BUCKET_ELEMENTS,
+    LEDGER,
+    Aggregator,
+    make_aggregator,
+)
+from fedpipe.federation.attack import falsify
+from fedpipe.federation.cohort import Turn
+from fedpipe.federation.strategy import ServerOptimizer
+from fedpipe.models.families import stable_seed
+from fedpipe.models.split import StageRole, part_of
 from fedpipe.models.stage import Stage, trainable
 
-BUCKET_ELEMENTS = 16 * 2**20
-"""Elements per all-reduce, 64 MiB of float32: large enough for full bandwidth."""
+SHARED_LEDGER = "shared_gradients"
+"""Entry of the traffic ledger."""
 
 
 class Synchronizer:
-    """Averages one stage's parameters over the clients of a round.
+    """One stage's parameters across clients: averaged, kept by the client, or handed on.
 
-    ``w <- sum_k (n_k / n) w_k`` over the clients k of the cohort, with n_k their trained tokens;
-    float32 sums, one flat vector, per stage.
-    Source: FedAvg, McMahan et al. 2017, algorithm 1, https://arxiv.org/abs/1602.05629.
+    *Averaged* ones start every turn from the global weights; the round's clients are aggregated,
+    and a server optimizer moves the global weights there, per stage.
+    Source: Reddi et al. 2021, algorithm 1, https://arxiv.org/abs/2003.00295; with the default rule
+    and optimizer it is FedAvg, McMahan et al. 2017, https://arxiv.org/abs/1602.05629.
 
-    Parts that ``federation.average`` switches off are *kept*: they are not averaged, every client
-    starts from the run's first values and finds its own again at its next turn, on any replica.
+    Parts that ``federation.average`` switches off are *kept*: every client starts from the run's
+    first values and finds its own again at its next turn, on any replica.
+
+    With ``federation.server`` sequential, or shared on a server stage, the rest is *handed on*:
+    a turn starts where the one before it ended. A shared stage is one model on all replicas: their
+    gradients are averaged in every step.
     """
 
-    def __init__(self, stage: Stage, average: AverageConfig, *, comm: Comm) -> None:
+    def __init__(self, stage: Stage, config: RunConfig, *, comm: Comm) -> None:
         """Remember the global weights of a stage.
 
         Args:
             stage: With its first weights; identical on every replica.
-            average: What is averaged.
+            config: Federation and seed.
             comm: Its replica group holds this stage once per replica.
         """
-        self._stage_id = stage.spec.stage_id
-        self._comm = comm
-        parameters = trainable(stage)
-        kept = {n for n in parameters if not getattr(average, part_of(n, stage.spec))}
-        self._averaged = {n: p for n, p in parameters.items() if n not in kept}
-        self._kept = {n: p for n, p in parameters.items() if n in kept}
-        self._global = {n: p.detach().clone() for n, p in parameters.items()}
-        numel = sum(p.numel() for p in self._averaged.values())
-        device = next(iter(parameters.values())).device
-        self._sum = torch.zeros(numel, dtype=torch.float32, device=device)
+        federation, spec = config.federation, stage.spec
+        self._federation, self._seed = federation, config.seed
+        self._stage_id, self._comm = spec.stage_id, comm
+        self._parameters = trainable(stage)
+        is_server = spec.role is StageRole.SERVER
+        self._shared = federation.server == "shared" and is_server
+        handed_on = self._shared or federation.server == "sequential"
+        self.optimizer_goes_on = handed_on and is_server
+        """The optimizer state is the stage's, not the client's: no turn resets or exchanges it."""
+
+        kept = {n for n in self._parameters if not getattr(federation.average, part_of(n, spec))}
+        self._averaged = {n: p for n, p in self._parameters.items() if n not in kept}
+        self._kept = {n: p for n, p in self._parameters.items() if n in kept}
+        self._start_N = _flat(self._averaged.values())
+        sizes = [p.numel() for p in self._averaged.values()]
+        views = zip(self._averaged.items(), self._start_N.split(sizes), strict=True)
+        self._global = {n: part.view_as(p) for (n, p), part in views}
+        self._global |= {n: p.detach().clone() for n, p in self._kept.items()}
+        self._aggregator: Aggregator | None = None
+        if self._averaged and not handed_on:
+            self._aggregator = make_aggregator(
+                federation, stage_id=spec.stage_id, numel=self._start_N.numel(), comm=comm
+            )
+            self._optimizer = ServerOptimizer(federation.server_optimizer, like=self._start_N)
 
     @property
     def keeps_parts(self) -> bool:
         """Some parameters stay with their client."""
         return bool(self._kept)
 
+    @torch.no_grad()
     def begin_turn(self, kept: Mapping[str, Tensor] | None) -> None:
         """Set the stage to the global weights and a client's own kept parts.
 
@@ -59,51 +88,80 @@ class Synchronizer:
             kept: What ``kept_state`` returned at the end of the client's last turn; None at its
                 first, which starts from the run's first values.
         """
-        with torch.no_grad():
-            for name, parameter in (self._averaged | self._kept).items():
-                parameter.copy_((kept or {}).get(name, self._global[name]))
+        for name, parameter in self._parameters.items():
+            parameter.copy_((kept or {}).get(name, self._global[name]))
 
-    def end_turn(self, weight: float) -> None:
-        """Add the trained weights of a client to the round's sum.
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Complete the gradients of a local step, before they are clipped.
+
+        A shared stage: ``g <- sum_r g_r / R`` over the replicas. With FedProx, on the averaged
+        parameters of other stages: ``g <- g + mu (w - w_global)``.
+        Source: FedProx, Li et al. 2020, equation 2, https://arxiv.org/abs/1812.06127.
+
+        Collective: this stage and data index of every replica, where the stage is shared.
+        """
+        if self._shared:
+            self._average_gradients()
+        elif self._federation.fedprox_mu:
+            mu = self._federation.fedprox_mu
+            for name, parameter in self._averaged.items():
+                parameter.grad.add_(parameter, alpha=mu).sub_(self._global[name], alpha=mu)
+
+    def _average_gradients(self) -> None:
+        replicas = self._federation.num_replicas
+        if replicas == 1:
+            return
+        gradients = [p.grad for p in self._parameters.values()]
+        flat_N = torch.cat([g.flatten() for g in gradients])
+        for bucket in flat_N.split(BUCKET_ELEMENTS):
+            self._comm.sum_over_replicas_(self._stage_id, bucket, label=SHARED_LEDGER)
+        parts = flat_N.div_(replicas).split([g.numel() for g in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    @torch.no_grad()
+    def end_turn(self, turn: Turn, *, round_id: int) -> None:
+        """Take what a client has trained into the round, or hand it on.
 
         Args:
-            weight: The client's share of the round's tokens.
+            turn: Whose, with its share of the round.
+            round_id: Of the round.
         """
-        offset = 0
-        with torch.no_grad():
-            for parameter in self._averaged.values():
-                part = self._sum[offset : offset + parameter.numel()]
-                part.add_(parameter.flatten().float(), alpha=weight)
-                offset += parameter.numel()
+        if self._aggregator is None:
+            for name, parameter in self._averaged.items():
+                self._global[name].copy_(parameter)
+            return
+        weights: Iterable[Tensor] = self._averaged.values()
+        attack = self._federation.attack
+        if attack.kind != "none" and turn.client_id < attack.num_attackers:
+            seed = stable_seed(self._seed, "attack", round_id, turn.client_id, self._stage_id)
+            change_N = _flat(weights).sub_(self._start_N)
+            weights = [falsify(change_N, attack, seed=seed).add_(self._start_N)]
+        self._aggregator.add(weights, weight=turn.weight)
 
     def kept_state(self) -> dict[str, Tensor]:
         """Parameters that stay with the client that trained last; empty if all are averaged."""
         return {n: p.detach().cpu().clone() for n, p in self._kept.items()}
 
+    @torch.no_grad()
     def synchronize(self) -> int:
-        """Sum over the replicas; the result becomes the global weights and the stage's.
+        """Make one model of the round's clients; it becomes the global weights and the stage's.
 
-        A replica that trained nothing contributes zero.
+        A replica that trained nobody takes part; a stage that is handed on has nothing to do.
 
         Returns:
             Bytes this rank sent.
 
         Collective: this stage and data index of every replica, with the stream drained.
         """
-        sent = sum(
-            self._comm.sum_over_replicas_(self._stage_id, bucket, label="fedavg")
-            for bucket in self._sum.split(BUCKET_ELEMENTS)
-            if bucket.numel()  # everything may be kept
-        )
-        offset = 0
-        with torch.no_grad():
-            for name, parameter in self._averaged.items():
-                mean = self._sum[offset : offset + parameter.numel()].view_as(parameter)
-                self._global[name].copy_(mean)
-                parameter.copy_(mean)
-                offset += parameter.numel()
-        self._sum.zero_()
-        return sent
+        if self._aggregator is None:
+            return 0
+        before = self._comm.sent_bytes[LEDGER]
+        self._optimizer.step_(self._start_N, self._aggregator.reduce(self._start_N))
+        for name, parameter in self._averaged.items():
+            parameter.copy_(self._global[name])
+        return self._comm.sent_bytes[LEDGER] - before
 
     def global_state(self) -> dict[str, Tensor]:
         """Global weights by full name; kept parts with the run's first values."""
@@ -111,13 +169,30 @@ class Synchronizer:
 
     def load_global_state(self, state: Mapping[str, Tensor]) -> None:
         """Replace the global weights; the stage takes them at the next ``begin_turn``."""
-        for name, tensor in self._global.items():
-            tensor.copy_(state[name])
+        restore(self._global, state)
 
-    def partial_state(self) -> dict[str, Any]:
-        """The unfinished round: what ``end_turn`` has summed so far."""
-        return {"sum": self._sum.detach().cpu().clone()}
+    @property
+    def moments(self) -> Mapping[str, Tensor]:
+        """The server optimizer's, live; the same on every replica."""
+        return self._optimizer.moments if self._aggregator else {}
 
-    def load_partial_state(self, state: Mapping[str, Any]) -> None:
-        """Continue an unfinished round."""
-        self._sum.copy_(state["sum"])
+    @property
+    def residuals(self) -> Mapping[str, Tensor]:
+        """What this replica has rounded off and owes to the next round, live."""
+        return self._aggregator.residuals if self._aggregator else {}
+
+    @property
+    def partial(self) -> Mapping[str, Tensor]:
+        """The unfinished round, live: what ``end_turn`` has taken so far."""
+        return self._aggregator.partial if self._aggregator else {}
+
+
+def restore(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors into the live ones of the same names."""
+    for name, tensor in live.items():
+        tensor.copy_(saved[name])
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    pieces = [t.detach().flatten().float() for t in tensors]
+    return torch.cat(pieces) if pieces else torch.empty(0)

@@ -11,6 +11,7 @@ from fedpipe.metrics.writer import Record
 
 _COLLECTIVES = {
     "fedavg": "stage weights to and from the average (FedAvg)",
+    "shared_gradients": "gradients of the shared server stages between replicas",
     "gradients": "gradients between a client's own ranks",
     "control": "counters and agreements",
 }

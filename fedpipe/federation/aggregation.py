@@ -1,0 +1,242 @@
+"""From the trained weights of a round's clients to one aggregate, over the replicas of a stage.
+
+An aggregator takes the clients that its replica hosts, one after another; ``reduce`` brings the
+replicas together. Every replica gets the same bits: either the collective says so, or each
+coordinate is computed by one replica, in its shard, and handed to the others.
+"""
+
+# K = clients of the round, R = replicas, H = clients that a replica hosts at most, N = parameters
+# that are averaged, P = N padded to R shards of S; a bucket's own sizes are in lower case
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fedpipe.config.federation import FederationConfig
+from fedpipe.distributed.comm import Comm, Pending
+from fedpipe.distributed.wire import TensorSpec
+from fedpipe.federation.strategy import krum_select, median, squared_distances, trimmed_mean
+from fedpipe.federation.traffic import BLOCK, hosted_clients, padded
+
+BUCKET_ELEMENTS = 16 * 2**20
+"""Elements per collective, 64 MiB of float32: large enough for full bandwidth."""
+LEDGER = "fedavg"
+"""Entry of the traffic ledger."""
+
+
+class Aggregator(ABC):
+    """Clients in, one flat vector of weights out."""
+
+    def __init__(
+        self, federation: FederationConfig, *, stage_id: int, numel: int, comm: Comm
+    ) -> None:
+        """Start with no client.
+
+        Args:
+            federation: Rule, format, clients and replicas.
+            stage_id: A stage of this process.
+            numel: N of the stage.
+            comm: Its replica group holds the stage once per replica.
+        """
+        self._federation, self._stage_id, self._comm = federation, stage_id, comm
+        self._replicas = federation.num_replicas
+        self._numel, self._padded = numel, padded(numel, federation=federation)
+        shares = self._replicas * BLOCK  # a bucket has a shard of whole blocks for every replica
+        self._bucket_size = max(1, BUCKET_ELEMENTS // shares) * shares
+        self.partial: dict[str, Tensor] = {}
+        """The unfinished round, live: what a checkpoint in mid-round holds and writes back."""
+        self.residuals: dict[str, Tensor] = {}
+        """What this replica has rounded off and owes to the next round, live."""
+
+    @abstractmethod
+    def add(self, tensors: Iterable[Tensor], *, weight: float) -> None:
+        """Take a client's trained weights, N elements in all; ``weight`` is its share."""
+
+    @abstractmethod
+    def reduce(self, start_N: Tensor) -> Tensor:
+        """Combine the round's clients and forget them.
+
+        Args:
+            start_N: float32 weights that the clients started from.
+
+        Returns:
+            The aggregate (N), the same on every replica.
+
+        Collective: this stage and data index of every replica.
+        """
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=self._comm.device)
+
+    def _sum_over_replicas_(self, flat: Tensor) -> None:
+        for bucket in flat.split(BUCKET_ELEMENTS):
+            self._comm.sum_over_replicas_(self._stage_id, bucket, label=LEDGER)
+
+
+class Mean(Aggregator):
+    """The weighted mean, ``sum_k (n_k / n) w_k``.
+
+    Source: FedAvg, McMahan et al. 2017, algorithm 1, https://arxiv.org/abs/1602.05629.
+    """
+
+    def __init__(
+        self, federation: FederationConfig, *, stage_id: int, numel: int, comm: Comm
+    ) -> None:
+        """Start with no client; see ``Aggregator``."""
+        super().__init__(federation, stage_id=stage_id, numel=numel, comm=comm)
+        self._sum_N = self.partial["sum"] = self._zeros(numel)
+
+    def add(self, tensors: Iterable[Tensor], *, weight: float) -> None:
+        """Add to a running sum."""
+        offset = 0
+        for tensor in tensors:
+            part = self._sum_N[offset : offset + tensor.numel()]
+            part.add_(tensor.flatten().float(), alpha=weight)
+            offset += tensor.numel()
+
+    def reduce(self, start_N: Tensor) -> Tensor:
+        """All-reduce the sums; a replica without clients adds zero."""
+        self._sum_over_replicas_(self._sum_N)
+        mean_N = self._sum_N.clone()
+        self._sum_N.zero_()
+        return mean_N
+
+
+class CompressedMean(Mean):
+    """The weighted mean; its changes travel in bf16 or int8, with error feedback at both ends.
+
+    With a replica's change ``d = sum_k (n_k / n) (w_k - start)``, encoding Q and residual e:
+    ``x = d + e``, send Q(x), ``e <- x - Q(x)``. Replica r sums shard r of everyone's Q(x), adds a
+    residual of its own and hands Q of the sum to all, in the same way. What is rounded off in one
+    round is sent in a later one.
+    Source: DoubleSqueeze, Tang et al. 2019, algorithm 1, https://arxiv.org/abs/1905.05957; shards
+    take the place of its server, as in 1-bit Adam, section 5, https://arxiv.org/abs/2102.02888.
+    """
+
+    def __init__(
+        self, federation: FederationConfig, *, stage_id: int, numel: int, comm: Comm
+    ) -> None:
+        """Start with no client and nothing owed; see ``Aggregator``."""
+        super().__init__(federation, stage_id=stage_id, numel=numel, comm=comm)
+        self._weight = self.partial["weight"] = torch.zeros((), dtype=torch.float64)
+        self._change_P = self.residuals["change"] = self._zeros(self._padded)
+        self._total_S = self.residuals["total"] = self._zeros(self._padded // self._replicas)
+
+    def add(self, tensors: Iterable[Tensor], *, weight: float) -> None:
+        """Add to a running sum, and to the weight in it."""
+        super().add(tensors, weight=weight)
+        self._weight += weight
+
+    def reduce(self, start_N: Tensor) -> Tensor:
+        """Exchange encoded shards, sum them, exchange encoded sums.
+
+        All buckets are under way at once: one is encoded while others travel.
+        """
+        self._change_P[: self._numel].add_(self._sum_N).sub_(start_N, alpha=float(self._weight))
+        self._sum_N.zero_()
+        self._weight.zero_()
+        totals = self._total_S.split(self._bucket_size // self._replicas)
+        scattered = [self._scatter(bucket) for bucket in self._change_P.split(self._bucket_size)]
+        gathered = [
+            self._gather(pending, total) for pending, total in zip(scattered, totals, strict=True)
+        ]
+        shards = [
+            self._spec(total).decode(encoded).flatten()
+            for pending, total in zip(gathered, totals, strict=True)
+            for encoded in pending.wait()
+        ]
+        return torch.cat(shards)[: self._numel].add_(start_N)
+
+    def _scatter(self, change: Tensor) -> Pending:
+        shards = [self._encode(shard) for shard in change.chunk(self._replicas)]
+        return self._comm.all_to_all(self._stage_id, torch.stack(shards), label=LEDGER)
+
+    def _gather(self, pending: Pending, total: Tensor) -> Pending:
+        spec = self._spec(total)
+        for encoded in pending.wait():
+            total.view(spec.shape).add_(spec.decode(encoded))
+        return self._comm.all_gather(self._stage_id, self._encode(total), label=LEDGER)
+
+    def _encode(self, owed: Tensor) -> Tensor:
+        """Encode a shard; what that rounds off stays owed."""
+        spec, blocks = self._spec(owed), owed.view(-1, BLOCK)
+        encoded = spec.encode(blocks)
+        blocks.sub_(spec.decode(encoded))
+        return encoded
+
+    def _spec(self, shard: Tensor) -> TensorSpec:
+        shape = (shard.numel() // BLOCK, BLOCK)
+        return TensorSpec(shape, torch.float32, wire=self._federation.wire)
+
+
+class RobustRule(Aggregator):
+    """Median, trimmed mean or multi-Krum of the clients (see ``fedpipe.federation.strategy``).
+
+    Every replica gets its shard of all clients and combines it, so what a rank sends does not grow
+    with the number of replicas.
+    """
+
+    def __init__(
+        self, federation: FederationConfig, *, stage_id: int, numel: int, comm: Comm
+    ) -> None:
+        """Start with no client; see ``Aggregator``."""
+        super().__init__(federation, stage_id=stage_id, numel=numel, comm=comm)
+        self._rows_HP = self.partial["rows"] = self._zeros(hosted_clients(federation), self._padded)
+        self._count = self.partial["count"] = torch.zeros((), dtype=torch.int64)
+
+    def add(self, tensors: Iterable[Tensor], *, weight: float) -> None:
+        """Keep the client's weights; all clients weigh the same."""
+        torch.cat(
+            [t.flatten() for t in tensors], out=self._rows_HP[int(self._count), : self._numel]
+        )
+        self._count += 1
+
+    def reduce(self, start_N: Tensor) -> Tensor:
+        """Combine shard by shard, bucket by bucket."""
+        self._count.zero_()
+        aggregation = self._federation.aggregation
+        if aggregation.rule == "krum":
+            return self._krum_mean()
+        result = []
+        for bucket_Hp in self._rows_HP.split(self._bucket_size, dim=1):
+            clients_Ks = self._exchange(bucket_Hp)
+            if aggregation.rule == "median":
+                shard = median(clients_Ks)
+            else:
+                shard = trimmed_mean(clients_Ks, num_byzantine=aggregation.num_byzantine)
+            result.append(self._comm.all_gather(self._stage_id, shard, label=LEDGER).wait())
+        return torch.cat([bucket.flatten() for bucket in result])[: self._numel]
+
+    def _exchange(self, bucket_Hp: Tensor) -> Tensor:
+        """Return this replica's shard of a bucket, of every client, (K, s)."""
+        mine_RHs = bucket_Hp.unflatten(1, (self._replicas, -1)).transpose(0, 1).contiguous()
+        all_RHs = self._comm.all_to_all(self._stage_id, mine_RHs, label=LEDGER).wait()
+        # Client k of the cohort is the (k div R)th of replica k mod R.
+        return all_RHs.transpose(0, 1).flatten(0, 1)[: self._federation.clients_per_round]
+
+    def _krum_mean(self) -> Tensor:
+        buckets = self._rows_HP.split(self._bucket_size, dim=1)
+        distances_KK = torch.stack([squared_distances(self._exchange(b)) for b in buckets]).sum(0)
+        self._comm.sum_over_replicas_(self._stage_id, distances_KK, label=LEDGER)
+        num_byzantine = self._federation.aggregation.num_byzantine
+        selected = krum_select(distances_KK, num_byzantine=num_byzantine)
+        mine = [k // self._replicas for k in selected if k % self._replicas == self._comm.replica]
+        mean_P = self._rows_HP[mine].sum(0).div_(len(selected))
+        self._sum_over_replicas_(mean_P)
+        return mean_P[: self._numel]
+
+
+def make_aggregator(
+    federation: FederationConfig, *, stage_id: int, numel: int, comm: Comm
+) -> Aggregator:
+    """Return the aggregator that a configuration asks for; see ``Aggregator``."""
+    kind: type[Aggregator] = Mean
+    if federation.aggregation.rule != "mean":
+        kind = RobustRule
+    elif federation.wire != "fp32" and federation.num_replicas > 1:
+        kind = CompressedMean
+    return kind(federation, stage_id=stage_id, numel=numel, comm=comm)

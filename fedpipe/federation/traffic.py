@@ -1,0 +1,47 @@
+"""What a rank sends to make one model of its stage, in bytes. Pure: no torch."""
+
+from __future__ import annotations
+
+import math
+
+from fedpipe.config.federation import FederationConfig
+
+BLOCK = 1024
+"""Elements of an int8 change that share a float32 scale: 0.4 % on top of a byte each."""
+_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4.0 / BLOCK}
+
+
+def padded(numel: int, *, federation: FederationConfig) -> int:
+    """Elements that travel for ``numel``: whole shards, one per replica, of whole blocks."""
+    if federation.aggregation.rule != "mean":
+        unit = federation.num_replicas
+    else:
+        unit = 1 if federation.wire == "fp32" else federation.num_replicas * BLOCK
+    return math.ceil(numel / unit) * unit
+
+
+def hosted_clients(federation: FederationConfig) -> int:
+    """Clients of a round on the replica that hosts most of them."""
+    return math.ceil(federation.clients_per_round / federation.num_replicas)
+
+
+def averaging_bytes(numel: int, *, federation: FederationConfig) -> int:
+    """Bytes that a rank sends per round for the ``numel`` averaged parameters of its stage.
+
+    With R replicas that host up to h of K clients: the mean sends ``2 (R - 1) / R`` of the weights
+    (a ring all-reduce) or of their encoded changes. Under the other rules every replica combines
+    its shard of all clients: median and trimmed mean send ``(h + 1) (R - 1) / R`` of the weights,
+    Krum ``(h + 2) (R - 1) / R`` and K x K distances in float64.
+
+    Args:
+        numel: Without what stays with the clients, and without a shared stage.
+        federation: Replicas, rule and format.
+    """
+    replicas, rule = federation.num_replicas, federation.aggregation.rule
+    shards = 2 if rule == "mean" else hosted_clients(federation) + (2 if rule == "krum" else 1)
+    wire = federation.wire if rule == "mean" else "fp32"
+    elements = shards * (replicas - 1) * padded(numel, federation=federation)
+    sent = int(elements * _BYTES[wire]) // replicas
+    if rule == "krum" and numel:
+        sent += 2 * (replicas - 1) * federation.clients_per_round**2 * 8 // replicas
+    return sent
