@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 from fedpipe.config.require import require
@@ -122,8 +124,8 @@ class FederationConfig:
     """Ranks inside a replica's stage that share a client's batch; their gradients are averaged."""
     server: Literal["replicated", "shared", "sequential"] = "replicated"
     """Server stages across clients. replicated: one copy per replica, averaged per round. shared:
-    one model, its gradients averaged over the replicas every step. sequential (FedBERT's): one
-    replica, every client starts from the state in which the one before it ended."""
+    one model, its gradients averaged over the replicas every step and never reset. sequential
+    (FedBERT's): one replica; every stage starts a turn as the client before it left it."""
     average: AverageConfig = field(default_factory=AverageConfig)
     """What FedAvg averages, part by part."""
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
@@ -131,14 +133,15 @@ class FederationConfig:
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     """What is done with the averaged change."""
     fedprox_mu: float = 0.0
-    """Weight of FedProx's pull to the round's global weights; 0 means none."""
+    """Weight of FedProx's pull to the round's global weights, on what is averaged; 0 means none."""
     wire: Literal["fp32", "bf16", "int8"] = "fp32"
     """Format in which changes of the weights travel; what bf16 and int8 round off is sent in a
     later round (error feedback)."""
     attack: AttackConfig = field(default_factory=AttackConfig)
     """Clients that attack, in a study."""
     optimizer_state: Literal["reset", "keep"] = "reset"
-    """Optimizer moments at the start of a client's turn: fresh, or those the client left with."""
+    """Optimizer moments at the start of a client's turn: fresh, or those the client left with. A
+    shared or sequential server keeps its own."""
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
@@ -167,3 +170,94 @@ class FederationConfig:
             self.clients_per_round,
             "Draw fewer clients or raise federation.num_clients.",
         )
+        self._check_rule()
+        self._check_attack()
+        if self.server == "shared":
+            self._check_shared()
+        if self.server == "sequential":
+            self._check_sequential()
+
+    def _check_rule(self) -> None:
+        rule, num_byzantine = self.aggregation.rule, self.aggregation.num_byzantine
+        with_rule = f"with federation.aggregation.rule={rule}"
+        if rule == "mean":
+            require(
+                num_byzantine == 0,
+                "federation.aggregation.num_byzantine",
+                f"0 {with_rule}",
+                num_byzantine,
+                "One client can move a mean anywhere; set the rule to trimmed_mean or krum.",
+            )
+            return
+        require(
+            num_byzantine > 0 or rule == "median",
+            "federation.aggregation.num_byzantine",
+            f"1 or more {with_rule}",
+            num_byzantine,
+            "It is what the rule withstands.",
+        )
+        smallest = 2 * num_byzantine + (3 if rule == "krum" else 1)
+        require(
+            self.clients_per_round >= smallest,
+            "federation.clients_per_round",
+            f"{smallest} or more {with_rule} and num_byzantine={num_byzantine}",
+            self.clients_per_round,
+            "Draw more clients or lower federation.aggregation.num_byzantine.",
+        )
+        self._expect(with_rule, {"wire": "fp32"})
+
+    def _check_attack(self) -> None:
+        attack = self.attack
+        require(
+            attack.num_attackers <= self.num_clients,
+            "federation.attack.num_attackers",
+            f"0..{self.num_clients} (federation.num_clients)",
+            attack.num_attackers,
+        )
+        require(
+            (attack.kind == "none") == (attack.num_attackers == 0),
+            "federation.attack.num_attackers",
+            f"{'0' if attack.kind == 'none' else '1 or more'} with federation.attack.kind="
+            f"{attack.kind}",
+            attack.num_attackers,
+            "Set both or neither.",
+        )
+
+    def _check_shared(self) -> None:
+        with_server = "with federation.server=shared"
+        require(
+            self.clients_per_round % self.num_replicas == 0,
+            "federation.clients_per_round",
+            f"a multiple of federation.num_replicas ({self.num_replicas}) {with_server}",
+            self.clients_per_round,
+            "Every replica takes part in every step.",
+        )
+        require(
+            self.average.server_layers,
+            "federation.average.server_layers",
+            f"true {with_server}",
+            False,
+            "A shared layer cannot stay with a client.",
+        )
+        self._expect(with_server, {"aggregation.rule": "mean", "num_local_epochs": 0})
+
+    def _check_sequential(self) -> None:
+        self._expect(
+            "with federation.server=sequential",
+            {
+                "num_replicas": 1,
+                "aggregation.rule": "mean",
+                "server_optimizer.name": "fedavg",
+                "server_optimizer.lr": 1,
+                "wire": "fp32",
+                "fedprox_mu": 0,
+                "attack.kind": "none",
+            },
+        )
+
+    def _expect(self, condition: str, expected: Mapping[str, object]) -> None:
+        """Refuse a value other than the only one, by key, that a condition allows."""
+        for name, value in expected.items():
+            found = attrgetter(name)(self)
+            key = f"federation.{name}"
+            require(found == value, key, f"{value} {condition}", found, f"Set {key}={value}.")

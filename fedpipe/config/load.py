@@ -18,6 +18,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.model_shape import resolve
+from fedpipe.config.require import require
 from fedpipe.config.schema import RunConfig
 from fedpipe.config.tree import Node, dump, merge, parse, parse_override, read_text, wrap
 from fedpipe.errors import ConfigError
@@ -142,7 +143,7 @@ def check(config: RunConfig) -> None:
     _check_cut(config, num_layers=shape.num_hidden_layers)
     _check_masking(config)
     _check_paths(config)
-    deepspeed_config(config)
+    _check_federation(config)
 
 
 def _check_cut(config: RunConfig, *, num_layers: int) -> None:
@@ -185,6 +186,53 @@ def _check_paths(config: RunConfig) -> None:
         raise ConfigError(
             f"data.valid: expected {clients} entries, one per client (data.partition=paths), or"
             f" none, got {len(config.data.valid)}. List one file per client, or set data.valid=[]."
+        )
+
+
+def _check_federation(config: RunConfig) -> None:
+    federation = config.federation
+    if federation.server == "shared":
+        _check_shared(config)
+    zero = deepspeed_config(config).get("zero_optimization", {}).get("stage", 0)
+    way_out = (
+        f"Remove zero_optimization from {config.deepspeed.config}: it shards the gradients that"
+        " this changes."
+    )
+    require(
+        not zero or federation.server != "shared",
+        "federation.server",
+        "replicated or sequential with ZeRO",
+        federation.server,
+        way_out,
+    )
+    require(
+        not zero or federation.fedprox_mu == 0,
+        "federation.fedprox_mu",
+        "0 with ZeRO",
+        federation.fedprox_mu,
+        way_out,
+    )
+
+
+def _check_shared(config: RunConfig) -> None:
+    pipeline, average = config.pipeline, config.federation.average
+    server_stages = pipeline.num_stages - pipeline.num_client_stages
+    require(
+        server_stages > 0,
+        "federation.server",
+        "replicated where no stage is the server's",
+        "shared",
+        "Add a cut, or lower pipeline.num_client_stages.",
+    )
+    heads_on_server = pipeline.head_location == "server"
+    aux_heads = pipeline.objective == "local_loss" and server_stages > 1
+    for name, on_server in (("final_head", True), ("aux_head", aux_heads)):
+        require(
+            getattr(average, name) or not (heads_on_server and on_server),
+            f"federation.average.{name}",
+            "true with federation.server=shared and pipeline.head_location=server",
+            False,
+            "What is shared cannot stay with a client.",
         )
 
 

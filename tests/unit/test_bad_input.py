@@ -108,6 +108,89 @@ OVERRIDES = [
 ]  # fmt: skip
 
 
+FEDERATIONS = [
+    # the rule
+    (["aggregation.num_byzantine=-1"], "federation.aggregation.num_byzantine: expected 0 or more, got -1."),
+    (["aggregation.num_byzantine=1"], "federation.aggregation.num_byzantine: expected 0 with federation.aggregation.rule=mean, got 1."),
+    (["aggregation.rule=median"], "federation.aggregation.weighting: expected uniform with federation.aggregation.rule=median, got 'tokens'."),
+    (["aggregation={rule: trimmed_mean, weighting: uniform}"], "federation.aggregation.num_byzantine: expected 1 or more with federation.aggregation.rule=trimmed_mean, got 0."),
+    (["aggregation={rule: krum, weighting: uniform}"], "federation.aggregation.num_byzantine: expected 1 or more with federation.aggregation.rule=krum, got 0."),
+    (["aggregation={rule: trimmed_mean, weighting: uniform, num_byzantine: 2}", "clients_per_round=4"], "federation.clients_per_round: expected 5 or more with federation.aggregation.rule=trimmed_mean and num_byzantine=2, got 4."),
+    (["aggregation={rule: median, weighting: uniform, num_byzantine: 2}", "clients_per_round=4"], "federation.clients_per_round: expected 5 or more"),
+    (["aggregation={rule: krum, weighting: uniform, num_byzantine: 1}", "clients_per_round=4"], "federation.clients_per_round: expected 5 or more with federation.aggregation.rule=krum and num_byzantine=1, got 4."),
+    (["aggregation={rule: median, weighting: uniform}", "wire=int8"], "federation.wire: expected fp32 with federation.aggregation.rule=median, got 'int8'. Set federation.wire=fp32."),
+    # the server optimizer, FedProx and attackers
+    (["server_optimizer.lr=0"], "federation.server_optimizer.lr: expected a value above 0"),
+    (["server_optimizer.betas=[1, 0.9]"], "federation.server_optimizer.betas: expected two values in [0, 1)"),
+    (["server_optimizer.tau=0"], "federation.server_optimizer.tau: expected a value above 0"),
+    (["server_optimizer.name=fedyoghi"], "Did you mean fedyogi?"),
+    (["fedprox_mu=-1"], "federation.fedprox_mu: expected 0 or more"),
+    (["attack.num_attackers=-1"], "federation.attack.num_attackers: expected 0 or more"),
+    (["attack.num_attackers=7"], "federation.attack.num_attackers: expected 0..6 (federation.num_clients), got 7."),
+    (["attack.num_attackers=1"], "federation.attack.num_attackers: expected 0 with federation.attack.kind=none, got 1. Set both or neither."),
+    (["attack.kind=noise"], "federation.attack.num_attackers: expected 1 or more with federation.attack.kind=noise, got 0."),
+    (["attack={kind: noise, num_attackers: 1, scale: 0}"], "federation.attack.scale: expected a value above 0"),
+    # a shared server
+    (["server=shared", "clients_per_round=3"], "federation.clients_per_round: expected a multiple of federation.num_replicas (2) with federation.server=shared, got 3. Every replica takes part in every step."),
+    (["server=shared", "num_local_epochs=1"], "federation.num_local_epochs: expected 0 with federation.server=shared, got 1.0."),
+    (["server=shared", "clients_per_round=4", "aggregation={rule: median, weighting: uniform}"], "federation.aggregation.rule: expected mean with federation.server=shared, got 'median'."),
+    (["server=shared", "average.server_layers=false"], "federation.average.server_layers: expected true with federation.server=shared, got False."),
+    (["server=shared", "average.final_head=false"], "federation.average.final_head: expected true with federation.server=shared and pipeline.head_location=server, got False."),
+    # clients one after another
+    (["server=sequential"], "federation.num_replicas: expected 1 with federation.server=sequential, got 2. Set federation.num_replicas=1."),
+    *(
+        (["server=sequential", "num_replicas=1", "clients_per_round=6", *values], f"federation.{key} with federation.server=sequential")
+        for values, key in (
+            (["aggregation={rule: median, weighting: uniform}"], "aggregation.rule: expected mean"),
+            (["server_optimizer.name=fedadam"], "server_optimizer.name: expected fedavg"),
+            (["server_optimizer.lr=0.5"], "server_optimizer.lr: expected 1"),
+            (["wire=bf16"], "wire: expected fp32"),
+            (["fedprox_mu=0.1"], "fedprox_mu: expected 0"),
+            (["attack={kind: noise, num_attackers: 1}"], "attack.kind: expected none"),
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "expected"), FEDERATIONS, ids=[" ".join(o) for o, _ in FEDERATIONS])  # fmt: skip
+def test_a_federation_that_makes_no_sense_is_refused(overrides: list[str], expected: str) -> None:
+    assert expected in message([f"federation.{override}" for override in overrides])
+
+
+def test_a_shared_server_needs_stages_that_it_can_share() -> None:
+    shared = "federation.server=shared"
+    assert (
+        "federation.server: expected replicated where no stage is the server's, got 'shared'."
+        in (message([shared, "pipeline.cut=[]"]))
+    )
+    kept_head = "federation.average.aux_head=false"
+    load_config(None, [shared, kept_head])  # the only auxiliary head is the client's
+    expected = "federation.average.aux_head: expected true with federation.server=shared"
+    assert expected in message([shared, kept_head, "pipeline.cut=[1,2]"])
+    at_home = ["pipeline.head_location=client", "federation.average.final_head=false"]
+    load_config(None, [shared, *at_home])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "federation.server=shared",
+            "federation.server: expected replicated or sequential with ZeRO",
+        ),
+        ("federation.fedprox_mu=0.5", "federation.fedprox_mu: expected 0 with ZeRO, got 0.5."),
+    ],
+)
+def test_zero_hides_gradients_that_a_shared_server_and_fedprox_need(
+    override: str, expected: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}}), "utf-8")
+    text = message([override, f"deepspeed.config={file}"])
+    assert expected in text
+    assert f"Remove zero_optimization from {file}" in text
+
+
 @pytest.mark.parametrize(("override", "expected"), OVERRIDES, ids=[o for o, _ in OVERRIDES])
 def test_a_bad_override_is_refused(override: str, expected: str) -> None:
     assert expected in message([override])
