@@ -121,8 +121,8 @@ class PipelineConfig:
     """Leading stages that belong to the data owner."""
     head_location: Literal["server", "client"] = "server"
     """Where the final head sits. server: the masked tokens' labels travel with the activations.
-    client (U-shape): labels stay at home, the masked positions' hidden states come back and their
-    gradients go to the last server stage."""
+    client (U-shape): labels stay at home, the masked positions' hidden states come to heads there
+    and their gradients go back to the server stage they came from."""
     local_head: Literal["mlm", "mlm+layer"] = "mlm"
     """Auxiliary head of a stage that is not the last: masked-LM head, or one encoder layer before
     it."""
@@ -139,6 +139,10 @@ class PipelineConfig:
     """Recompute each layer in the backward pass instead of keeping its activations."""
     colocate: bool = False
     """Run all stages of a replica as threads of one process (one GPU, debugging)."""
+    hang_timeout_s: float = 120.0
+    """Seconds without a sign of life, or in one instruction, after which a process is taken for
+    hung and the run ends, naming it; 0 waits for the ten minutes of the collectives. May be changed
+    when a run is resumed."""
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
@@ -157,6 +161,9 @@ class PipelineConfig:
         )
         for name in ("micro_batch_size", "num_micro_batches", "in_flight"):
             require(getattr(self, name) >= 1, f"pipeline.{name}", "1 or more", getattr(self, name))
+        require(
+            self.hang_timeout_s >= 0, "pipeline.hang_timeout_s", "0 or more", self.hang_timeout_s
+        )
         fitting = ("streaming",) if self.objective == "local_loss" else ("1f1b", "sequential")
         require(
             self.schedule in fitting,
@@ -166,7 +173,7 @@ class PipelineConfig:
             f"Set pipeline.schedule={fitting[0]} or change pipeline.objective.",
         )
         self._check_home_head()
-        edges = self.num_virtual_stages - 1
+        edges = self.num_stages - 1 + self.num_home_heads
         require(
             len(self.wire) == 1 or len(self.wire) == edges,
             "pipeline.wire",
@@ -189,13 +196,20 @@ class PipelineConfig:
         return len(self.cut) + 1
 
     def wire_of(self, edge: int) -> str:
-        """Format of the hidden states between stage ``edge`` and the one after it."""
+        """Format on an edge, by its index in ``fedpipe.models.split.edges``."""
         return self.wire[0] if len(self.wire) == 1 else self.wire[edge]
 
     @property
+    def num_home_heads(self) -> int:
+        """Heads on the client's first process that score what the server's stages send home."""
+        if self.head_location == "server":
+            return 0
+        return 1 if self.objective == "end_to_end" else self.num_stages - self.num_client_stages
+
+    @property
     def num_virtual_stages(self) -> int:
-        """``num_stages``, and one more where the final head stays on the client's first process."""
-        return self.num_stages + (self.head_location == "client")
+        """``num_stages`` and the heads at home."""
+        return self.num_stages + self.num_home_heads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ import itertools
 import os
 import threading
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -60,14 +60,14 @@ class Comm:
     """The process groups of one process, and the bytes it has sent through them."""
 
     def __init__(
-        self, grid: Grid, env: ProcessEnv, *, backward_edges: Collection[int] = ()
+        self, grid: Grid, env: ProcessEnv, *, edges: Iterable[tuple[int, int, bool]]
     ) -> None:
         """Join the run.
 
         Args:
             grid: The process grid.
             env: This process' place in it.
-            backward_edges: Edges that also carry gradients, by the stage that receives them.
+            edges: Source stage, target stage, and whether gradients come back.
 
         Raises:
             TopologyError: The processes do not fill the grid.
@@ -82,10 +82,10 @@ class Comm:
         self.sent_bytes: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._init_process_group()
-        self._channels: dict[tuple[int, str], Channel] = {}
+        self._channels: dict[tuple[int, int], Channel] = {}
         self._replica_groups: dict[int, Any] = {}
         self._data_groups: dict[int, Any] = {}
-        self._make_groups(backward_edges)
+        self._make_groups(edges)
 
     def _device(self) -> torch.device:
         if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu":
@@ -132,7 +132,7 @@ class Comm:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
-    def _make_groups(self, backward_edges: Collection[int]) -> None:
+    def _make_groups(self, edges: Iterable[tuple[int, int, bool]]) -> None:
         """Create every group of the grid, on every rank in the same order, as torch asks.
 
         torch's ``use_local_synchronization`` would let only the members take part, but it names a
@@ -140,20 +140,18 @@ class Comm:
         """
         grid = self.grid
         self._self_group = dist.new_group([self.rank], use_local_synchronization=True)
-        for stage, replica, data in itertools.product(
-            range(grid.num_virtual_stages),
-            range(grid.num_replicas),
-            range(grid.data_parallel_degree),
-        ):
-            mine = (replica, data) == (self.replica, self.data)
-            if stage + 1 < grid.num_virtual_stages and not grid.colocate:
-                source, target = grid.edge(stage, replica, data)
-                for direction in ("forward", "backward")[: 1 + (stage in backward_edges)]:
-                    group = dist.new_group([source, target])
-                    ends = (source, target) if direction == "forward" else (target, source)
-                    if mine and self.rank in ends:
-                        channel = Channel(group, source=ends[0], target=ends[1])
-                        self._channels[stage, direction] = channel
+        replicas = list(
+            itertools.product(range(grid.num_replicas), range(grid.data_parallel_degree))
+        )
+        edges = () if grid.colocate else edges
+        for (source, target, backward), (replica, data) in itertools.product(edges, replicas):
+            for ends in [(source, target), (target, source)][: 1 + backward]:
+                ranks = [grid.rank(stage, replica, data) for stage in ends]
+                group = dist.new_group(ranks)
+                if (replica, data) == (self.replica, self.data) and self.rank in ranks:
+                    channel = Channel(group, source=ranks[0], target=ranks[1])
+                    self._channels[ends] = channel
+        for stage, (replica, data) in itertools.product(range(grid.num_virtual_stages), replicas):
             if replica == 0:
                 self._keep(self._replica_groups, stage, grid.replica_group(stage, data))
             if data == 0:
@@ -165,9 +163,9 @@ class Comm:
         if self.rank in ranks:
             groups[stage] = group
 
-    def channel(self, stage: int, direction: str) -> Channel:
-        """Messages over the edge from ``stage`` to ``stage + 1``: "forward", or "backward"."""
-        return self._channels[stage, direction]
+    def channel(self, source: int, target: int) -> Channel:
+        """Messages from a stage to another."""
+        return self._channels[source, target]
 
     def is_master(self) -> bool:
         """Whether this is rank 0, which writes the run's records."""

@@ -26,8 +26,8 @@ class Grid:
     """Processes of a run, ``num_stages x num_replicas x data_parallel_degree``.
 
     With ``colocate`` all stages of a replica are threads of one process: the ``pipe`` axis has one
-    coordinate, and every stage of a replica has the same rank. With ``head_at_home`` the head is
-    one more stage, ``num_stages``, on the ranks of stage 0.
+    coordinate, and every stage of a replica has the same rank. Heads at
+    home are further stages, from ``num_stages`` on, on the ranks of stage 0.
     """
 
     num_stages: int
@@ -35,7 +35,7 @@ class Grid:
     num_replicas: int
     data_parallel_degree: int
     colocate: bool = False
-    head_at_home: bool = False
+    num_home_heads: int = 0
 
     @classmethod
     def from_config(cls, config: RunConfig) -> Grid:
@@ -45,13 +45,13 @@ class Grid:
             num_replicas=config.federation.num_replicas,
             data_parallel_degree=config.federation.data_parallel_degree,
             colocate=config.pipeline.colocate,
-            head_at_home=config.pipeline.head_location == "client",
+            num_home_heads=config.pipeline.num_home_heads,
         )
 
     @property
     def num_virtual_stages(self) -> int:
-        """Stages, the head at home counted."""
-        return self.num_stages + self.head_at_home
+        """Stages, heads at home counted."""
+        return self.num_stages + self.num_home_heads
 
     @property
     def dims(self) -> tuple[int, int, int]:
@@ -79,7 +79,7 @@ class Grid:
         assert 0 <= stage < self.num_virtual_stages, stage
         assert 0 <= replica < self.num_replicas, replica
         assert 0 <= data < self.data_parallel_degree, data
-        pipe = 0 if self.colocate or stage == self.num_stages else stage
+        pipe = 0 if self.colocate or stage >= self.num_stages else stage
         return (pipe * self.num_replicas + replica) * self.data_parallel_degree + data
 
     def coordinates(self, rank: int) -> tuple[tuple[int, ...], int, int]:
@@ -89,15 +89,15 @@ class Grid:
             rank: Global rank.
 
         Returns:
-            The stages it holds (one; the first and the head with ``head_at_home``; all of them with
+            The stages it holds (one; the first with the heads at home; all of them with
             ``colocate``), its replica and data index.
         """
         assert 0 <= rank < self.world_size, rank
         rest, data = divmod(rank, self.data_parallel_degree)
         pipe, replica = divmod(rest, self.num_replicas)
         stages = tuple(range(self.num_stages)) if self.colocate else (pipe,)
-        if pipe == 0 and self.head_at_home:
-            stages += (self.num_stages,)
+        if pipe == 0:
+            stages += tuple(range(self.num_stages, self.num_virtual_stages))
         return stages, replica, data
 
     def replica_group(self, stage: int, data: int) -> list[int]:
@@ -107,10 +107,6 @@ class Grid:
     def data_group(self, stage: int, replica: int) -> list[int]:
         """Return the ranks that share a replica's batch on one stage."""
         return [self.rank(stage, replica, data) for data in range(self.data_parallel_degree)]
-
-    def edge(self, stage: int, replica: int, data: int) -> tuple[int, int]:
-        """Return the ranks of a stage and of the one after it, which receives its activations."""
-        return self.rank(stage, replica, data), self.rank(stage + 1, replica, data)
 
     def check_world_size(self, world_size: int) -> None:
         """Refuse a number of processes that does not fill the grid.

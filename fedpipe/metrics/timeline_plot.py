@@ -23,9 +23,13 @@ COLORS = {
     "recv_activation": "#b8d8ee",
     "send_grad": ORANGE,
     "recv_grad": "#f3d28b",
+    "send_home": SKY,
+    "recv_home_grad": "#f3d28b",
 }
 """Colour of every instruction kind; others are grey."""
-_MESSAGES = ("send_activation", "recv_activation", "send_grad", "recv_grad")
+_MESSAGES = (
+    "send_activation", "recv_activation", "send_grad", "recv_grad", "send_home", "recv_home_grad",
+)  # fmt: skip
 _MAX_ROWS = 16
 """Rows that stay readable; the rest of a larger grid looks the same."""
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from fedpipe.config.schema import PipelineConfig
 from fedpipe.errors import FederationError
@@ -41,15 +41,20 @@ class StageSpec:
     end_layer: int
     """One past its last encoder layer."""
     head: Literal["", "mlm", "mlm+layer"]
-    """Its own loss: "" where a later stage's gradient trains it."""
+    """Its own loss: "" where a gradient that comes back trains it."""
+    scores: int
+    """The stage whose hidden states its head reads: itself, but for a head at home."""
+    next_stage: int | None = None
+    """The stage that its activations go to; None after the last layer."""
+    home_head: int | None = None
+    """The head at the client's that gets the masked positions' hidden states and returns their
+    gradients (U-shape)."""
     sends_labels: bool = True
-    """Its messages carry the masked tokens' labels beside their positions."""
+    """Its messages to the next stage carry the masked tokens' labels beside their positions."""
     sends_grad: bool = False
-    """It hands the gradient of what it received back to the stage before it."""
+    """It hands the gradient of what it received back to where it came from."""
     receives_grad: bool = False
-    """The stage after it hands the gradient of what it sent back."""
-    sends_home: bool = False
-    """It sends the masked positions' hidden states alone, to the head at the client's (U-shape)."""
+    """The next stage hands the gradient of what it sent back."""
 
     @property
     def is_first(self) -> bool:
@@ -63,8 +68,13 @@ class StageSpec:
 
     @property
     def is_home_head(self) -> bool:
-        """It is the final head alone, on the client's first process (U-shape)."""
-        return self.is_last and not self.is_first and self.num_layers == 0
+        """It is the head of a server stage, alone on the client's first process (U-shape)."""
+        return self.scores != self.stage_id
+
+    @property
+    def previous_stage(self) -> int:
+        """The stage that its inputs come from; meaningless for the first."""
+        return self.scores if self.is_home_head else self.stage_id - 1
 
     @property
     def num_layers(self) -> int:
@@ -89,9 +99,10 @@ class StageSpec:
 def stage_specs(pipeline: PipelineConfig, *, num_hidden_layers: int) -> tuple[StageSpec, ...]:
     """Describe every stage of a pipeline.
 
-    With ``head_location: client`` the final head is a virtual stage of its own after the encoder's,
-    on the process of stage 0. The server's stages then know no labels: the head's gradient comes
-    back to the last of them and goes on to the first, and no further under ``local_loss``.
+    With ``head_location: client`` the server's stages know no labels: their heads are virtual
+    stages of their own after the encoder's, on the process of stage 0. Under ``local_loss`` every
+    server stage has one, the last of them being the final head; under ``end_to_end`` only the last
+    server stage has.
 
     Args:
         pipeline: Cut, objective and heads.
@@ -100,62 +111,92 @@ def stage_specs(pipeline: PipelineConfig, *, num_hidden_layers: int) -> tuple[St
     Returns:
         One description per virtual stage, in order.
     """
-    bounds = [0, *pipeline.cut, num_hidden_layers, num_hidden_layers]
-    at_home = pipeline.head_location == "client"
+    bounds = [0, *pipeline.cut, num_hidden_layers]
+    num_encoders, num_stages = pipeline.num_stages, pipeline.num_virtual_stages
+    first_at_home = num_encoders - (num_stages - num_encoders)
     end_to_end = pipeline.objective == "end_to_end"
-    num_stages, clients = pipeline.num_virtual_stages, pipeline.num_client_stages
 
-    def role(stage_id: int) -> StageRole:
-        at_client = stage_id < clients or stage_id == pipeline.num_stages
-        return StageRole.CLIENT if at_client else StageRole.SERVER
-
-    def coupled(stage_id: int) -> bool:
-        """Whether gradients cross the edge from a stage to the one after it."""
-        inside = 0 <= stage_id < num_stages - 1
-        return inside and (end_to_end or (at_home and role(stage_id) is StageRole.SERVER))
-
-    def head(stage_id: int) -> Literal["", "mlm", "mlm+layer"]:
-        if stage_id == num_stages - 1:
-            return "mlm"
-        return "" if coupled(stage_id) else pipeline.local_head
-
-    return tuple(
-        StageSpec(
-            stage_id=s,
+    def encoder(stage_id: int) -> StageSpec:
+        at_client = stage_id < pipeline.num_client_stages
+        last = stage_id == num_encoders - 1
+        at_home = num_stages > num_encoders and stage_id >= first_at_home
+        head: Literal["", "mlm", "mlm+layer"] = pipeline.local_head
+        if at_home or (end_to_end and not last):
+            head = ""
+        elif last:
+            head = "mlm"
+        return StageSpec(
+            stage_id=stage_id,
             num_stages=num_stages,
-            role=role(s),
-            first_layer=bounds[s],
-            end_layer=bounds[s + 1],
-            head=head(s),
-            sends_labels=not at_home or role(s + 1) is StageRole.CLIENT,
-            sends_grad=coupled(s - 1),
-            receives_grad=coupled(s),
-            sends_home=at_home and s == pipeline.num_stages - 1,
+            role=StageRole.CLIENT if at_client else StageRole.SERVER,
+            first_layer=bounds[stage_id],
+            end_layer=bounds[stage_id + 1],
+            head=head,
+            scores=stage_id,
+            next_stage=None if last else stage_id + 1,
+            home_head=num_encoders + stage_id - first_at_home if at_home else None,
+            sends_labels=(
+                pipeline.head_location == "server" or stage_id + 1 < pipeline.num_client_stages
+            ),
+            sends_grad=end_to_end and stage_id > 0,
+            receives_grad=end_to_end and not last,
         )
-        for s in range(num_stages)
+
+    def home_head(stage_id: int) -> StageSpec:
+        return StageSpec(
+            stage_id=stage_id,
+            num_stages=num_stages,
+            role=StageRole.CLIENT,
+            first_layer=num_hidden_layers,
+            end_layer=num_hidden_layers,
+            head="mlm",
+            scores=stage_id - num_encoders + first_at_home,
+            sends_grad=True,
+        )
+
+    return tuple(encoder(s) if s < num_encoders else home_head(s) for s in range(num_stages))
+
+
+class Edge(NamedTuple):
+    """Where messages pass from one stage to another."""
+
+    source: int
+    target: int
+    backward: bool
+    """Gradients come back."""
+
+
+def edges(specs: Iterable[StageSpec]) -> tuple[Edge, ...]:
+    """List the edges of a pipeline: from stage to stage, then those to the heads at home."""
+    specs = tuple(specs)
+    onwards = [
+        Edge(s.stage_id, s.next_stage, s.receives_grad) for s in specs if s.next_stage is not None
+    ]
+    return (
+        *onwards,
+        *(Edge(s.stage_id, s.home_head, True) for s in specs if s.home_head is not None),
     )
 
 
-def backward_edges(pipeline: PipelineConfig) -> frozenset[int]:
-    """Stages to which the stage after them hands gradients; empty for a stream of local losses."""
+def pipeline_edges(pipeline: PipelineConfig) -> tuple[Edge, ...]:
+    """List the edges of a pipeline whose model is not known."""
     layers = pipeline.cut[-1] + 1 if pipeline.cut else 1  # how many does not matter
-    specs = stage_specs(pipeline, num_hidden_layers=layers)
-    return frozenset(s.stage_id for s in specs if s.receives_grad)
+    return edges(stage_specs(pipeline, num_hidden_layers=layers))
 
 
 def placement(specs: Sequence[StageSpec]) -> tuple[tuple[StageSpec, ...], ...]:
-    """Group the stages by process: one each, and a head that is at home with the first stage."""
-    *encoder, last = specs
-    if not last.is_home_head:
-        return tuple((spec,) for spec in specs)
-    return ((encoder[0], last), *((spec,) for spec in encoder[1:]))
+    """Group the stages by process: one each, and the heads that are at home with the first."""
+    first, *others = (spec for spec in specs if not spec.is_home_head)
+    heads = (spec for spec in specs if spec.is_home_head)
+    return ((first, *heads), *((spec,) for spec in others))
 
 
 def owner(name: str, specs: Iterable[StageSpec]) -> int:
     """Stage that holds the parameter ``name`` (full Hugging Face name, or an auxiliary head's)."""
     specs = tuple(specs)
     if name.startswith(f"{AUX_HEADS}."):
-        return int(name.split(".")[1])
+        scored = int(name.split(".")[1])
+        return next(s.stage_id for s in specs if s.has_head and s.scores == scored)
     layer = _LAYER.search(name)
     if layer:
         index = int(layer.group(1))

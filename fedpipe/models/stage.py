@@ -52,7 +52,7 @@ class Stage(nn.Module):
         self._head_layer: list[nn.Module] = []
         if not spec.has_head:
             return
-        path = family.head_path if spec.is_last else f"{AUX_HEADS}.{spec.stage_id}.head"
+        path = family.head_path if spec.is_last else f"{AUX_HEADS}.{spec.scores}.head"
         head = _place(self, path, family.head_class(config))
         decoder = head.get_submodule("decoder")
         decoder.bias = head.get_parameter("bias")  # transformers 4.x does so, 5.x leaves it to us

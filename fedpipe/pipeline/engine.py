@@ -41,7 +41,7 @@ class SplitPipelineEngine:
         source: MicroBatchSource | None,
         lr: Callable[[int], float],
         on_step: Callable[[int, StepResult], None],
-        may_start: Callable[[int], bool] = lambda step: True,
+        until: Callable[[int], int] | None = None,
     ) -> None:
         """Run local steps of one client on every stage of this process and drain the links.
 
@@ -50,26 +50,37 @@ class SplitPipelineEngine:
             source: Micro-batches for the first stage; None where it is not in this process.
             lr: Learning rate of a step.
             on_step: Called with the stage and the result after each step of each stage.
-            may_start: Asked by every stage before each step; the first False ends the run. All
-                stages of the replica must get the same answer for a step.
+            until: Asked by every stage before a step: up to which one the steps are certain to be
+                run. This step itself ends the run, the same one on all stages of the replica; the
+                others reach at least ``lookahead`` steps further.
 
         Collective: every process of the replica, with the same ``steps``.
         """
+        certain = until or (lambda step: steps.stop)
 
         def run(stages: list[StageEngine]) -> None:
             for stage in stages:
                 first = stage.spec.is_first
                 stage.begin_training(
-                    steps, source=source if first else None, lr=lr, on_step=on_step
+                    steps.start,
+                    source=source if first else None,
+                    lr=lr,
+                    on_step=on_step,
+                    until=certain,
                 )
             self._execute(
                 stages,
                 ops.SCHEDULES[stages[0].schedule],
                 num_micro_batches=self._pipeline.num_micro_batches,
-                steps=lambda: takewhile(may_start, steps),
+                steps=lambda: takewhile(lambda step: certain(step) > step, steps),
             )
 
         self._in_threads(run)
+
+    @property
+    def lookahead(self) -> int:
+        """Steps, this one included, for whose messages a stage may have posted receives."""
+        return 2 + (self._pipeline.in_flight - 1) // self._pipeline.num_micro_batches
 
     def evaluate(
         self, num_micro_batches: int, *, source: MicroBatchSource | None

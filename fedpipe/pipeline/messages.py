@@ -13,7 +13,7 @@ from math import prod
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.masking import num_masked
-from fedpipe.models.split import StageSpec
+from fedpipe.models.split import Edge, StageSpec, edges
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "fp32": 4, "bf16": 2}
 
@@ -42,45 +42,57 @@ class WireTensor:
 class EdgeMessages:
     """What one micro-batch of one data-parallel rank sends over an edge, both ways."""
 
+    edge: Edge
     forward: tuple[WireTensor, ...]
     backward: tuple[WireTensor, ...]
     """Empty where nothing goes back."""
 
     @property
     def bytes_forward(self) -> int:
-        """Bytes towards the later stage."""
+        """Bytes from the edge's source to its target."""
         return sum(tensor.nbytes for tensor in self.forward)
 
     @property
     def bytes_backward(self) -> int:
-        """Bytes towards the earlier stage."""
+        """Bytes from the edge's target to its source."""
         return sum(tensor.nbytes for tensor in self.backward)
 
 
-def edge_messages(config: RunConfig, spec: StageSpec, *, hidden_size: int) -> EdgeMessages:
-    """Describe the messages between a stage and the one after it.
+def edge_messages(
+    config: RunConfig, specs: tuple[StageSpec, ...], *, hidden_size: int
+) -> tuple[EdgeMessages, ...]:
+    """Describe the messages of every edge.
 
     Args:
         config: Batch, precision and wire formats.
-        spec: The stage that sends activations.
+        specs: All stages.
         hidden_size: D.
 
     Returns:
-        Forwards the activations (B, T, D) and, int32, the masked tokens' positions and labels
-        (2, B, M), or without labels (1, B, M); to a head at home the masked positions' activations
-        (B, M, D) alone. Backwards the gradient of the activations, or nothing.
+        In the order of ``fedpipe.models.split.edges``. Forwards the activations (B, T, D) and,
+        int32, the masked tokens' positions and labels (2, B, M), or without labels (1, B, M); to a
+        head at home the masked positions' activations (B, M, D) alone. Backwards the gradient of
+        the activations, or nothing.
     """
     batch, length = config.pipeline.micro_batch_size, config.data.sequence_length
     masked = num_masked(length, config.data.mask_probability)
     dtype = autocast_dtype(deepspeed_config(config)) or "float32"
-    wire = config.pipeline.wire_of(spec.stage_id)
-    wire = "" if wire == "auto" else wire
-    rows, prefix = (masked, "masked positions' ") if spec.sends_home else (length, "")
-    shape = (batch, rows, hidden_size)
-    forward = [WireTensor(name=f"{prefix}activations", shape=shape, dtype=dtype, wire=wire)]
-    if not spec.sends_home:
-        name = "masked positions and labels" if spec.sends_labels else "masked positions"
-        shape_targets = (1 + spec.sends_labels, batch, masked)
-        forward.append(WireTensor(name=name, shape=shape_targets, dtype="int32"))
-    back = WireTensor(name=f"{prefix}gradients", shape=shape, dtype=dtype, wire=wire)
-    return EdgeMessages(forward=tuple(forward), backward=(back,) if spec.receives_grad else ())
+    result = []
+    for index, edge in enumerate(edges(specs)):
+        spec = specs[edge.source]
+        wire = config.pipeline.wire_of(index).replace("auto", "")
+        homewards = edge.target == spec.home_head
+        rows, prefix = (masked, "masked positions' ") if homewards else (length, "")
+        shape = (batch, rows, hidden_size)
+        forward = [WireTensor(name=f"{prefix}activations", shape=shape, dtype=dtype, wire=wire)]
+        if not homewards:
+            name = "masked positions and labels" if spec.sends_labels else "masked positions"
+            targets = (1 + spec.sends_labels, batch, masked)
+            forward.append(WireTensor(name=name, shape=targets, dtype="int32"))
+        back = WireTensor(name=f"{prefix}gradients", shape=shape, dtype=dtype, wire=wire)
+        result.append(
+            EdgeMessages(
+                edge=edge, forward=tuple(forward), backward=(back,) if edge.backward else ()
+            )
+        )
+    return tuple(result)

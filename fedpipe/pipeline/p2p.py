@@ -31,7 +31,7 @@ class Link(Protocol):
     """Messages this end has sent."""
 
     def begin(self, num_messages: int) -> None:
-        """Announce how many messages come until the next ``drain`` (receiving end)."""
+        """Announce that so many more messages come (receiving end)."""
 
     def send(self, *tensors: Tensor) -> None:
         """Send one message; waits only while the window is full."""
@@ -70,8 +70,8 @@ class DistLink:
 
     def begin(self, num_messages: int) -> None:
         """Post the first receives."""
-        self._expected = num_messages
-        for _ in range(self._window):
+        self._expected += num_messages
+        while self._expected and len(self._receiving) < self._window:
             self._post()
 
     def _post(self) -> None:

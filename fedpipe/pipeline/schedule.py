@@ -3,11 +3,11 @@
 A schedule yields, slot by slot, what one stage does in **one local step**; ``rank_stream`` joins
 the stages of one process over a client's turn. The engine maps every instruction type to a method
 and ``fedpipe.pipeline.timeline`` simulates the very same streams. Instructions carry DeepSpeed's
-names (``deepspeed.runtime.pipe.schedule``) and a micro-batch index instead of a buffer index. Two
-are ours: ``LocalBackwardPass`` and ``EvaluateLoss``.
+names (``deepspeed.runtime.pipe.schedule``) and a micro-batch index instead of a buffer index.
+Ours are ``LocalBackwardPass``, ``EvaluateLoss``, ``SendHome`` and ``RecvHomeGrad``.
 
-With the head at the client's (U-shape) the first process holds two virtual stages, the first and
-the last, as ZBV (Qi et al. 2024, https://arxiv.org/abs/2405.15362) places them: a V.
+With heads at the client's (U-shape) the first process holds several virtual stages, the first and
+the heads, as ZBV (Qi et al. 2024, https://arxiv.org/abs/2405.15362) places its two: a V.
 
 Sends do not block while fewer than ``pipeline.in_flight`` messages of an edge are pending; receives
 block until their message is there. Messages of an edge and direction arrive in the order of the
@@ -30,6 +30,11 @@ class Instruction:
 
     trace_name: ClassVar[str] = ""
     """Name of the event in ``timeline.json``."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it may take long because another stage does."""
+        return self.trace_name.startswith(("send", "recv"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +75,28 @@ class SendActivation(MicroBatchInstruction):
     """Hand the detached activations to the next stage.
 
     Waits only while ``in_flight`` earlier ones are pending. Roughly:
-    ``link_out.send(outputs[m].detach(), targets[m])``; to a head at the client's only the masked
-    positions of the outputs, and no targets.
+    ``link_out.send(outputs[m].detach(), targets[m])``.
     """
 
     trace_name: ClassVar[str] = "send_activation"
+
+
+@dataclass(frozen=True, slots=True)
+class SendHome(MicroBatchInstruction):
+    """Hand the masked positions' hidden states, detached, to the stage's head at the client's.
+
+    Waits as ``SendActivation`` does. Roughly:
+    ``masked[m] = gather(outputs[m], positions[m]); link_home.send(masked[m].detach())``.
+    """
+
+    trace_name: ClassVar[str] = "send_home"
+
+
+@dataclass(frozen=True, slots=True)
+class RecvHomeGrad(MicroBatchInstruction):
+    """Wait for the gradient of what was sent home; blocking."""
+
+    trace_name: ClassVar[str] = "recv_home_grad"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +111,7 @@ class LocalBackwardPass(MicroBatchInstruction):
 
 @dataclass(frozen=True, slots=True)
 class RecvGrad(MicroBatchInstruction):
-    """Wait for the gradient of the activations that were sent; blocking."""
+    """Wait for the gradient of the activations that the next stage got; blocking."""
 
     trace_name: ClassVar[str] = "recv_grad"
 
@@ -98,7 +120,7 @@ class RecvGrad(MicroBatchInstruction):
 class BackwardPass(MicroBatchInstruction):
     """Back-propagate over the cut: from the next stage's gradient, or from the head's loss.
 
-    Roughly: ``outputs[m].backward(grads[m])``; on the last stage head and loss come first.
+    Roughly: ``outputs[m].backward(grads[m])``; a stage with a head computes its loss first.
     """
 
     trace_name: ClassVar[str] = "backward"
@@ -140,9 +162,8 @@ def streaming(
 ) -> Iterator[list[Instruction]]:
     """Yield the local-loss stream: activations leave at once and no client stage waits.
 
-    A stage with a loss of its own goes backward at once. Server stages behind which the head is at
-    the client's run ``in_flight`` forwards ahead, and one more per server stage between, so that
-    the way home and back hides behind their compute.
+    A stage with a loss of its own goes backward at once. One whose head is at the client's runs
+    ``in_flight`` forwards ahead, so that the way home and back hides behind its compute.
 
     Args:
         spec: Stage whose instructions are wanted.
@@ -153,10 +174,7 @@ def streaming(
         A slot per micro-batch: load or receive, forward, send, backward of this or an earlier
         micro-batch; the last slot ends with the optimizer step.
     """
-    ahead = 0
-    if spec.receives_grad:
-        last_of_encoder = spec.num_stages - 2
-        ahead = min(in_flight + last_of_encoder - spec.stage_id, num_micro_batches)
+    ahead = min(in_flight, num_micro_batches) if spec.home_head is not None else 0
     for slot in range(num_micro_batches + ahead):
         instructions: list[Instruction] = []
         if slot < num_micro_batches:
@@ -187,7 +205,7 @@ def one_f_one_b(
     Yields:
         The stage's slots; the last ends with the optimizer step.
     """
-    first, last, num_stages = spec.is_first, spec.is_last, spec.num_stages
+    num_stages = spec.num_stages
     valid = range(num_micro_batches)
     slots = 2 * (num_micro_batches + num_stages - 1)
     for slot in range(slots):
@@ -196,16 +214,16 @@ def one_f_one_b(
         instructions: list[Instruction] = []
         if (slot - spec.stage_id) % 2 == 0:
             # backward_id is rounded down here: the backward of the slot before this one.
-            if not first and backward_id in valid:
+            if spec.sends_grad and backward_id in valid:
                 instructions.append(SendGrad(backward_id))
             if forward_id in valid:
                 instructions += [_receive_input(spec, forward_id), ForwardPass(forward_id)]
         else:
             # forward_id is rounded down here: the forward of the slot before this one.
-            if not last and backward_id in valid:
-                instructions.append(RecvGrad(backward_id))
-            if not last and forward_id in valid:
-                instructions.append(SendActivation(forward_id))
+            if backward_id in valid:
+                instructions += _receive_grads(spec, backward_id)
+            if forward_id in valid:
+                instructions += _send(spec, forward_id)
             if backward_id in valid:
                 instructions.append(BackwardPass(backward_id))
         if slot == slots - 1:
@@ -274,16 +292,16 @@ def rank_stream(
 ) -> Iterator[tuple[int, Instruction]]:
     """Yield what one process does in a number of local steps.
 
-    On the client's first process of a U-shape the head's slots follow those of the first stage. In
+    On the client's first process of a U-shape the heads' slots follow those of the first stage. In
     a stream they lag by as many micro-batches as are on their way through the server, so that the
-    process never waits for one; only at the end of a local step, when the server waits for the last
-    gradients, the head catches up, behind the first micro-batch of the next step. Simulated with
-    one server stage and no slack anywhere this order has no bubble at all; a constant lag idles for
-    the head's time once per step.
+    process never waits for one. When a server stage has nothing left to do in a local step but wait
+    for its last gradients, its head catches up, behind the first micro-batches of the next step.
+    Simulated with one server stage and no slack anywhere this order has no bubble at all; a
+    constant lag idles for the head's time once per step.
 
     Args:
         schedule: Of ``SCHEDULES``, or ``evaluation``.
-        specs: The stages of this process: one, or the first and the head that is at home with it.
+        specs: The stages of this process: one, or the first and the heads at home with it.
         num_micro_batches: Micro-batches of a local step.
         in_flight: Messages of an edge that may be pending.
         steps: The local steps, the same for every stage; asked for one when a stage starts it.
@@ -298,20 +316,35 @@ def rank_stream(
                 yield [(spec.stage_id, instruction) for instruction in slot]
 
     own, *heads = (slots(spec) for spec in specs)
-    num_server_stages = specs[-1].num_stages - 2
-    lag = num_server_stages if schedule in (streaming, evaluation) else 0
-    done = 0
+    # Further back than the window reaches the client would wait for a server that waits for it.
+    lags = [
+        0 if schedule in (one_f_one_b, sequential) else min(spec.scores, in_flight + 1)
+        for spec in specs[1:]
+    ]
+    done = [0] * len(heads)
     for index, slot in enumerate(own):
         yield from slot
-        step, micro_batch = divmod(index, num_micro_batches)
-        due = step * num_micro_batches + max(0, micro_batch - lag) if lag else index + 1
-        for head in heads:
-            for slot_behind in islice(head, due - done):
+        for k, (head, lag) in enumerate(zip(heads, lags, strict=True)):
+            due = _due(index, num_micro_batches, lag)
+            for slot_behind in islice(head, max(0, due - done[k])):
                 yield from slot_behind
-        done = due
+            done[k] = max(done[k], due)
     for head in heads:
         for slot in head:
             yield from slot
+
+
+def _due(index: int, num_micro_batches: int, lag: int) -> int:
+    """Slots that a head has done once the first stage has done slot ``index``.
+
+    ``lag`` stages lie between them. A micro-batch of the same local step is two slots behind for
+    the first server stage, and one more per further stage; the previous step is complete ``lag``
+    slots into this one.
+    """
+    if lag == 0:
+        return index + 1
+    step, micro_batch = divmod(index, num_micro_batches)
+    return step * num_micro_batches + max(min(0, micro_batch + 1 - lag), micro_batch - lag)
 
 
 def _receive_input(spec: StageSpec, micro_batch: int) -> Instruction:
@@ -319,16 +352,22 @@ def _receive_input(spec: StageSpec, micro_batch: int) -> Instruction:
 
 
 def _forward(spec: StageSpec, micro_batch: int) -> list[Instruction]:
-    instructions = [_receive_input(spec, micro_batch), ForwardPass(micro_batch)]
-    return instructions if spec.is_last else [*instructions, SendActivation(micro_batch)]
+    return [_receive_input(spec, micro_batch), ForwardPass(micro_batch), *_send(spec, micro_batch)]
+
+
+def _send(spec: StageSpec, micro_batch: int) -> list[Instruction]:
+    onwards = [SendActivation(micro_batch)] if spec.next_stage is not None else []
+    return onwards + ([SendHome(micro_batch)] if spec.home_head is not None else [])
+
+
+def _receive_grads(spec: StageSpec, micro_batch: int) -> list[Instruction]:
+    onwards = [RecvGrad(micro_batch)] if spec.receives_grad else []
+    return onwards + ([RecvHomeGrad(micro_batch)] if spec.home_head is not None else [])
 
 
 def _backward(spec: StageSpec, micro_batch: int) -> list[Instruction]:
-    if not (spec.receives_grad or spec.sends_grad):
+    received = _receive_grads(spec, micro_batch)
+    if not received and not spec.sends_grad:
         return [LocalBackwardPass(micro_batch)]
-    instructions: list[Instruction] = [BackwardPass(micro_batch)]
-    if spec.receives_grad:
-        instructions.insert(0, RecvGrad(micro_batch))
-    if spec.sends_grad:
-        instructions.append(SendGrad(micro_batch))
-    return instructions
+    sent = [SendGrad(micro_batch)] if spec.sends_grad else []
+    return [*received, BackwardPass(micro_batch), *sent]

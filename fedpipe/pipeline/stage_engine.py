@@ -35,13 +35,17 @@ class Links:
     activations_out: Link | None = None
     gradients_in: Link | None = None
     gradients_out: Link | None = None
-    labels: deque[Tensor] | None = None
-    """Targets on their way from the first stage to a head in the same process; never sent."""
+    home_out: Link | None = None
+    home_grads_in: Link | None = None
+    labels_out: list[deque[Tensor]] = field(default_factory=list)
+    """Targets on their way from the first stage to the heads in its process; never sent."""
+    labels_in: deque[Tensor] | None = None
 
     def all(self) -> list[Link]:
         """Those that exist."""
         ends = (
             self.activations_in, self.activations_out, self.gradients_in, self.gradients_out,
+            self.home_out, self.home_grads_in,
         )  # fmt: skip
         return [link for link in ends if link is not None]
 
@@ -54,6 +58,9 @@ class MicroBatch:
     targets: Tensor | None = None
     outputs: Tensor | None = None
     output_grad: Tensor | None = None
+    masked: Tensor | None = None
+    """Rows of the outputs that went to a head at home."""
+    masked_grad: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -134,24 +141,33 @@ class StageEngine:
         self._on_step: Callable[[int, StepResult], None] | None = None
         self._grad_norm = 0.0
         self._started_at = 0.0
+        self._until: Callable[[int], int] = int
+        self._announced = 0
         self.trace = Trace()
+        self.doing: tuple[int, ops.Instruction] | None = None
+        """Step and instruction under way, for those who watch; None where there is none."""
 
     def begin_training(
         self,
-        steps: range,
+        first: int,
         *,
         source: MicroBatchSource | None,
         lr: Callable[[int], float],
         on_step: Callable[[int, StepResult], None],
+        until: Callable[[int], int],
     ) -> None:
         """Get ready for local steps (see ``SplitPipelineEngine.train``)."""
-        self._step, self._lr, self._on_step = steps.start, lr, on_step
-        self._begin(len(steps) * self._pipeline.num_micro_batches, source, train=True)
+        self._step, self._lr, self._on_step = first, lr, on_step
+        self._until, self._announced = until, first
+        self._begin(source, train=True)
+        self._announce_steps()
 
     def begin_evaluation(self, num_micro_batches: int, *, source: MicroBatchSource | None) -> None:
         """Get ready to score micro-batches (see ``SplitPipelineEngine.evaluate``)."""
         self._step = 0
-        self._begin(num_micro_batches, source, train=False)
+        self._begin(source, train=False)
+        if self.links.activations_in:
+            self.links.activations_in.begin(num_micro_batches)
 
     def execute(self, instruction: ops.Instruction) -> None:
         """Do one thing.
@@ -159,6 +175,7 @@ class StageEngine:
         Raises:
             Whatever a message or the model raises; the links are then unusable.
         """
+        self.doing = self._step, instruction
         tracing = self._step in self.trace.steps and torch.is_grad_enabled()
         if not tracing:
             self._INSTRUCTION_MAP[type(instruction)](self, instruction)
@@ -174,6 +191,7 @@ class StageEngine:
 
     def drain(self) -> None:
         """Wait until everything sent has been received."""
+        self.doing = None
         for link in self.links.all():
             link.drain()
         assert not self._batches, "a micro-batch was left in the stage"
@@ -220,14 +238,20 @@ class StageEngine:
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer if self._zero else self.optimizer
 
-    def _begin(self, messages: int, source: MicroBatchSource | None, *, train: bool) -> None:
+    def _begin(self, source: MicroBatchSource | None, *, train: bool) -> None:
         self._source = source
         self._started_at = time.monotonic()
         self.engine.train(train)
-        if self.links.activations_in:
-            self.links.activations_in.begin(messages)
-        if self.links.gradients_in and train:
-            self.links.gradients_in.begin(messages)
+
+    def _announce_steps(self) -> None:
+        """Let receives be posted for the steps that are certain to be run, and for no other."""
+        end = self._until(self._step)
+        messages = (end - self._announced) * self._pipeline.num_micro_batches
+        self._announced = end
+        links = self.links
+        for link in (links.activations_in, links.gradients_in, links.home_grads_in):
+            if link is not None:
+                link.begin(messages)
 
     # -- instructions ------------------------------------------------------------------------
 
@@ -239,15 +263,15 @@ class StageEngine:
             targets=targets.to(self.device, non_blocking=True),
         )
         self._batches[cmd.micro_batch] = batch
-        if self.links.labels is not None:
-            self.links.labels.append(batch.targets)
+        for labels in self.links.labels_out:
+            labels.append(batch.targets)
 
     def _recv_activation(self, cmd: ops.RecvActivation) -> None:
         assert self.links.activations_in is not None
         inputs, *rest = self.links.activations_in.recv()
         if self.spec.is_home_head:
-            assert self.links.labels is not None, "labels do not come with the message"
-            rest = [self.links.labels.popleft()]
+            assert self.links.labels_in is not None, "labels do not come with the message"
+            rest = [self.links.labels_in.popleft()]
         inputs.requires_grad_(self.spec.sends_grad and torch.is_grad_enabled())
         self._batches[cmd.micro_batch] = MicroBatch(inputs=inputs, targets=rest[0])
 
@@ -259,12 +283,15 @@ class StageEngine:
         batch = self._batches[cmd.micro_batch]
         assert batch.outputs is not None and batch.targets is not None
         assert self.links.activations_out is not None
-        if self.spec.sends_home:
-            batch.outputs = gather_masked(batch.outputs, batch.targets[0])
-            self.links.activations_out.send(batch.outputs.detach())
-        else:
-            targets = batch.targets if self.spec.sends_labels else batch.targets[:1]
-            self.links.activations_out.send(batch.outputs.detach(), targets)
+        targets = batch.targets if self.spec.sends_labels else batch.targets[:1]
+        self.links.activations_out.send(batch.outputs.detach(), targets)
+
+    def _send_home(self, cmd: ops.SendHome) -> None:
+        batch = self._batches[cmd.micro_batch]
+        assert batch.outputs is not None and batch.targets is not None
+        assert self.links.home_out is not None
+        batch.masked = gather_masked(batch.outputs, batch.targets[0])
+        self.links.home_out.send(batch.masked.detach())
 
     def _local_backward_pass(self, cmd: ops.LocalBackwardPass) -> None:
         batch = self._batches.pop(cmd.micro_batch)
@@ -277,20 +304,28 @@ class StageEngine:
         assert self.links.gradients_in is not None
         (self._batches[cmd.micro_batch].output_grad,) = self.links.gradients_in.recv()
 
+    def _recv_home_grad(self, cmd: ops.RecvHomeGrad) -> None:
+        assert self.links.home_grads_in is not None
+        (self._batches[cmd.micro_batch].masked_grad,) = self.links.home_grads_in.recv()
+
     def _backward_pass(self, cmd: ops.BackwardPass) -> None:
         batch = self._batches[cmd.micro_batch]
         self._set_boundary(cmd.micro_batch)
-        if self.spec.receives_grad:
-            assert batch.outputs is not None and batch.output_grad is not None
-            # d/dh sum(h * g) = g: DeepSpeed's backward wants a scalar. The gradient was divided by
-            # the number of micro-batches where the loss was.
-            scalar = (batch.outputs * batch.output_grad).sum()
-            self.engine.backward(scalar, scale_wrt_gas=False)
-        else:
+        if self.spec.has_head:
             loss = self._loss(batch)
             self._losses.append(loss.detach())
             self.engine.backward(loss)
-        batch.outputs = batch.output_grad = None
+        else:
+            # d/dh sum(h * g) = g: DeepSpeed's backward wants a scalar. The gradient was divided by
+            # the number of micro-batches where the loss was.
+            hidden, grad = (
+                (batch.masked, batch.masked_grad)
+                if self.spec.home_head is not None
+                else (batch.outputs, batch.output_grad)
+            )
+            assert hidden is not None and grad is not None
+            self.engine.backward((hidden * grad).sum(), scale_wrt_gas=False)
+        batch.outputs = batch.output_grad = batch.masked = batch.masked_grad = None
         if not self.spec.sends_grad:
             del self._batches[cmd.micro_batch]
 
@@ -322,6 +357,7 @@ class StageEngine:
         self._started_at, self._step = now, self._step + 1
         assert self._on_step is not None
         self._on_step(self.spec.stage_id, result)
+        self._announce_steps()
 
     def _evaluate_loss(self, cmd: ops.EvaluateLoss) -> None:
         batch = self._batches.pop(cmd.micro_batch)
@@ -334,7 +370,9 @@ class StageEngine:
         ops.ForwardPass: _forward_pass,
         ops.SendActivation: _send_activation,
         ops.LocalBackwardPass: _local_backward_pass,
+        ops.SendHome: _send_home,
         ops.RecvGrad: _recv_grad,
+        ops.RecvHomeGrad: _recv_home_grad,
         ops.BackwardPass: _backward_pass,
         ops.SendGrad: _send_grad,
         ops.OptimizerStep: _optimizer_step,

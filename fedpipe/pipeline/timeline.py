@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from fedpipe.models.split import StageSpec, placement
+from fedpipe.models.split import StageSpec, edges, placement
 from fedpipe.pipeline.schedule import (
     SCHEDULES,
     BackwardPass,
@@ -22,8 +22,10 @@ from fedpipe.pipeline.schedule import (
     OptimizerStep,
     RecvActivation,
     RecvGrad,
+    RecvHomeGrad,
     SendActivation,
     SendGrad,
+    SendHome,
     rank_stream,
 )
 
@@ -163,18 +165,17 @@ def simulate(
         )
         for held in placement(specs)
     ]
-    edges = {
-        (a, b): _Edge(posted_s=[0.0] * in_flight)
-        for a in range(len(specs))
-        for b in (a - 1, a + 1)
-        if 0 <= b < len(specs)
+    links = {
+        ends: _Edge(posted_s=[0.0] * in_flight)
+        for a, b, _ in edges(specs)
+        for ends in ((a, b), (b, a))
     }
     progress = True
     while progress:
         progress = False
         for rank in ranks:
             while rank.next is not None and _advance(
-                rank, costs, edges, in_flight=in_flight, transfer_s=transfer_s
+                rank, specs, costs, links, in_flight=in_flight, transfer_s=transfer_s
             ):
                 progress = True
     stuck = [f"stage {rank.next[0]} at {rank.next[1]}" for rank in ranks if rank.next]
@@ -210,8 +211,9 @@ def to_chrome_trace(timeline: Timeline) -> dict[str, Any]:
 
 def _advance(
     rank: _Rank,
+    specs: Sequence[StageSpec],
     costs: Sequence[StageCost],
-    edges: dict[tuple[int, int], _Edge],
+    links: dict[tuple[int, int], _Edge],
     *,
     in_flight: int,
     transfer_s: float,
@@ -219,14 +221,24 @@ def _advance(
     """Execute the next instruction, or say that another process must move first."""
     assert rank.next is not None
     here, instruction = rank.next
-    if isinstance(instruction, (RecvActivation, RecvGrad)):
-        source = here - 1 if isinstance(instruction, RecvActivation) else here + 1
-        return _receive(rank, edges[source, here], in_flight=in_flight, transfer_s=transfer_s)
-    if isinstance(instruction, (SendActivation, SendGrad)):
-        target = here + 1 if isinstance(instruction, SendActivation) else here - 1
-        return _send(rank, edges[here, target], in_flight=in_flight, transfer_s=transfer_s)
+    there = _peer(specs[here], instruction)
+    if isinstance(instruction, (RecvActivation, RecvGrad, RecvHomeGrad)):
+        return _receive(rank, links[there, here], in_flight=in_flight, transfer_s=transfer_s)
+    if isinstance(instruction, (SendActivation, SendGrad, SendHome)):
+        return _send(rank, links[here, there], in_flight=in_flight, transfer_s=transfer_s)
     rank.finish(rank.now_s + _compute_s(instruction, costs[here]))
     return True
+
+
+def _peer(spec: StageSpec, instruction: Instruction) -> int:
+    """The stage that a message of this kind comes from or goes to."""
+    if isinstance(instruction, (SendHome, RecvHomeGrad)):
+        assert spec.home_head is not None
+        return spec.home_head
+    if isinstance(instruction, (SendActivation, RecvGrad)):
+        assert spec.next_stage is not None
+        return spec.next_stage
+    return spec.previous_stage
 
 
 def _receive(rank: _Rank, edge: _Edge, *, in_flight: int, transfer_s: float) -> bool:

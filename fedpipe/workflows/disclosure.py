@@ -41,7 +41,7 @@ class Transfer:
     """Bytes each time; None for pickled records, whose length varies."""
     when: When
     entry: str = ""
-    """Its entry of the ledger: "forward/0", "backward/1", "fedavg"; "" if it has none."""
+    """Its entry of the ledger: "forward/0", "backward/1" by edge, "fedavg"; "" if it has none."""
 
 
 def client_transfers(
@@ -56,13 +56,13 @@ def client_transfers(
     Args:
         config: The run.
         specs: Its stages.
-        edges: What a micro-batch sends over every edge, by the stage that it leaves.
+        edges: What a micro-batch sends over every edge.
         parts: What every stage holds.
 
     Returns:
         What leaves, then what enters, each by how often.
     """
-    transfers = [*_over_edges(config, edges), *_records(config)]
+    transfers = [*_over_edges(config, specs, edges), *_records(config)]
     for spec, held in zip(specs, parts, strict=True):
         if spec.role is StageRole.CLIENT:
             transfers += _weights(config, held)
@@ -73,8 +73,9 @@ def client_transfers(
 def stays(config: RunConfig, *, specs: Sequence[StageSpec], parts: Sequence[Parts]) -> list[str]:
     """Name what never crosses a client's border, the text first."""
     at_home = not any(
-        spec.sends_labels and spec.role is StageRole.CLIENT and following.role is StageRole.SERVER
-        for spec, following in zip(specs, specs[1:], strict=False)
+        spec.sends_labels and specs[spec.next_stage].role is not spec.role
+        for spec in specs
+        if spec.next_stage is not None
     )
     kept = {
         part
@@ -83,33 +84,34 @@ def stays(config: RunConfig, *, specs: Sequence[StageSpec], parts: Sequence[Part
         if spec.role is StageRole.CLIENT and numel and not getattr(config.federation.average, part)
     }
     tokens = ["token ids", "labels"] if at_home else ["unmasked token ids"]
-    named = ["text", *tokens, *sorted(kept), "optimizer moments"]
-    if config.federation.data_parallel_degree > 1:
-        named.append("gradients, averaged among its own ranks")
-    return named
+    return ["text", *tokens, *sorted(kept), "weight gradients", "optimizer moments"]
 
 
-def _over_edges(config: RunConfig, edges: Sequence[EdgeMessages]) -> list[Transfer]:
-    """Messages over the cut, and those between the last server stage and the head at home."""
-    pipeline = config.pipeline
-    if pipeline.num_client_stages == pipeline.num_stages:
-        return []
-    cut, last = pipeline.num_client_stages - 1, pipeline.num_stages - 1
-    transfers = _over_edge(config, edges[cut], edge=cut, outward="leaves", server=cut + 1)
-    if pipeline.head_location == "client":
-        transfers += _over_edge(config, edges[last], edge=last, outward="enters", server=last)
+def _over_edges(
+    config: RunConfig, specs: Sequence[StageSpec], edges: Sequence[EdgeMessages]
+) -> list[Transfer]:
+    """Messages between a stage of the client's and one of the server's."""
+    transfers = []
+    for index, messages in enumerate(edges):
+        source, target = specs[messages.edge.source], specs[messages.edge.target]
+        if source.role is target.role:
+            continue
+        leaves = source.role is StageRole.CLIENT
+        server = target if leaves else source
+        outward: Direction = "leaves" if leaves else "enters"
+        peer = f"server stage {server.stage_id}"
+        transfers += _over_edge(config, messages, index=index, outward=outward, peer=peer)
     return transfers
 
 
 def _over_edge(
-    config: RunConfig, messages: EdgeMessages, *, edge: int, outward: Direction, server: int
+    config: RunConfig, messages: EdgeMessages, *, index: int, outward: Direction, peer: str
 ) -> list[Transfer]:
     """Both directions of an edge; ``outward`` is the forward one, seen from the client."""
     back: Direction = "enters" if outward == "leaves" else "leaves"
-    peer = f"server stage {server}"
     ways = (
-        (outward, messages.forward, f"forward/{edge}"),
-        (back, messages.backward, f"backward/{edge}"),
+        (outward, messages.forward, f"forward/{index}"),
+        (back, messages.backward, f"backward/{index}"),
     )
     training = [
         Transfer(
@@ -176,6 +178,7 @@ def _records(config: RunConfig) -> list[Transfer]:
         _record("configuration, paths and checkpoint of the run", "start", direction="enters"),
         _record("loss, gradient norm, learning rate, time and client id", "local step"),
         _record("bytes and seconds of the round, times of a few instructions", "round"),
+        _record("names and SHA-256 of the files that it has saved", "round"),
     ]
     if config.data.valid:
         records.append(_record("summed loss and masked tokens, by client id", "validation"))
@@ -184,7 +187,7 @@ def _records(config: RunConfig) -> list[Transfer]:
 
 def _record(what: str, when: When, *, direction: Direction = "leaves") -> Transfer:
     return Transfer(
-        direction=direction, what=what, peer=_MASTER, form="numbers", nbytes=None, when=when
+        direction=direction, what=what, peer=_MASTER, form="pickled record", nbytes=None, when=when
     )
 
 
@@ -212,19 +215,19 @@ def client_rows(
     """Write what crosses the border in training as rows of the plan: name, what, how much."""
     rows = []
     for transfer in transfers:
-        toward = f"{'to' if transfer.direction == 'leaves' else 'from'} {transfer.peer}"
+        toward = "to" if transfer.direction == "leaves" else "from"
         if transfer.when == "micro-batch":
             what = f"{transfer.what} {transfer.form}"
             much = f"{bytes_text(per_step(transfer, config))} per local step"
         elif transfer.entry == "fedavg" and transfer.direction == "leaves":
             what = transfer.what
             much = f"{bytes_text(per_round(transfer, config))} per round"
-            much += " and as much back" if transfer.nbytes else ""
+            toward = "to and from" if transfer.nbytes else toward
         else:
             continue
-        rows.append((transfer.direction, what, f"{much}, {toward}"))
+        rows.append((transfer.direction, what, f"{much}, {toward} {transfer.peer}"))
     rows.append(("leaves", "losses, norms, times and byte counts", f"to {_MASTER}"))
-    return [*rows, ("stays", ", ".join(kept), "with the client")]
+    return [*rows, ("stays", "with the client", ", ".join(kept))]
 
 
 def markdown(transfers: Sequence[Transfer], kept: Sequence[str], *, config: RunConfig) -> str:

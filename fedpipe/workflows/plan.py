@@ -15,6 +15,7 @@ from fedpipe.config.schema import AverageConfig, PipelineConfig, RunConfig
 from fedpipe.data.masking import num_masked
 from fedpipe.data.tokenizer import tokenizer_info
 from fedpipe.distributed.topology import Grid
+from fedpipe.federation.traffic import averaging_bytes
 from fedpipe.metrics.format import bytes_text, count
 from fedpipe.models.split import StageRole, StageSpec, stage_specs
 from fedpipe.pipeline.messages import EdgeMessages, edge_messages
@@ -42,7 +43,9 @@ class StagePlan:
     activation_bytes: int
     """Activations of the micro-batches in flight, logits and messages, per rank; an estimate."""
     fedavg_bytes: int
-    """What a rank sends per round in a ring all-reduce over the replicas."""
+    """What a rank sends per round to make one model of the replicas'."""
+    shared_gradient_bytes: int
+    """What a rank sends per local step to average gradients over the replicas."""
     gradient_bytes: int
     """What a rank sends per local step to average gradients inside its client."""
 
@@ -101,7 +104,7 @@ def build_plan(config: RunConfig) -> Plan:
     masked = num_masked(length, config.data.mask_probability)
     autocast = autocast_dtype(deepspeed_config(config))
     specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
-    edges = tuple(edge_messages(config, spec, hidden_size=shape.hidden_size) for spec in specs[:-1])
+    edges = edge_messages(config, specs, hidden_size=shape.hidden_size)
     parts = [_parts(spec, shape) for spec in specs]
     return Plan(
         config=config,
@@ -133,6 +136,8 @@ def _stages(
         parameters = sum(parts.values())
         averaged = sum(n for part, n in parts.items() if _is_averaged(part, config))
         moments = ceil(2 * parameters / data) if sharded else 2 * parameters
+        shared = config.federation.server == "shared" and spec.role is StageRole.SERVER
+        handed_on = shared or config.federation.server == "sequential"
         # FedAvg keeps the round's global weights beside the stage's own, and the running sum.
         state = _FLOAT32 * (3 * parameters + moments + averaged)
         plans.append(
@@ -145,7 +150,12 @@ def _stages(
                 activation_bytes=_activation_bytes(
                     spec, config, shape, num_masked=num_masked, element=activation_size
                 ),
-                fedavg_bytes=2 * (replicas - 1) * averaged * _FLOAT32 // replicas,
+                fedavg_bytes=averaging_bytes(
+                    0 if handed_on else averaged, federation=config.federation
+                ),
+                shared_gradient_bytes=(
+                    2 * (replicas - 1) * parameters * _FLOAT32 // replicas if shared else 0
+                ),
                 gradient_bytes=2 * (data - 1) * parameters * _FLOAT32 // data,
             )
         )
@@ -237,8 +247,8 @@ def _micro_batches_held(spec: StageSpec, pipeline: PipelineConfig) -> int:
     ahead = 1
     if pipeline.schedule == "1f1b":
         ahead = spec.num_stages - spec.stage_id
-    elif pipeline.schedule == "streaming" and spec.receives_grad:
-        ahead = pipeline.in_flight + spec.num_stages - 1 - spec.stage_id
+    elif pipeline.schedule == "streaming" and spec.home_head is not None:
+        ahead = pipeline.in_flight + 1
     return min(ahead, pipeline.num_micro_batches)
 
 
@@ -347,6 +357,9 @@ def _traffic_rows(plan: Plan) -> list[_Row]:
         ),
         ("fedavg", _per_stage(average), "sent per stage, rank and round"),
     ]
+    if plan.config.federation.server == "shared":
+        shared = [bytes_text(stage.shared_gradient_bytes) for stage in plan.stages]
+        rows.append(("shared", _per_stage(shared), "gradients sent per stage, rank and step"))
     if plan.config.federation.data_parallel_degree > 1:
         gradients = [bytes_text(stage.gradient_bytes) for stage in plan.stages]
         rows.append(("data", _per_stage(gradients), "gradients sent per stage, rank and step"))

@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from fedpipe.checkpoint import CheckpointWriter, Position
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, load_prepared
+from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.stopping import Moment
 from fedpipe.distributed.topology import Grid
+from fedpipe.distributed.watch import Watch
 from fedpipe.federation.cohort import (
     ClientHistory,
     Turn,
@@ -21,7 +25,7 @@ from fedpipe.federation.cohort import (
     steps_per_round,
 )
 from fedpipe.metrics.writer import MetricsWriter, read_metrics
-from fedpipe.models.split import backward_edges
+from fedpipe.models.split import pipeline_edges
 from fedpipe.pipeline.optimizer import learning_rate
 from fedpipe.pipeline.stage_engine import StepResult
 from fedpipe.workflows.records import (
@@ -34,48 +38,66 @@ from fedpipe.workflows.replica import Replica
 from fedpipe.workflows.run_dir import RunSetup
 
 Emit = Callable[[str, Any], None]
-"""Tells whoever watches: ("step" | "round" | "eval" | "note", record)."""
+"""Tells whoever watches: ("step" | "round" | "eval" | "note", record), ("training", bool)."""
 
 TRACED_STEPS = range(2, 6)
 """Local steps of the first round whose instructions are timed for the timeline."""
 
 
-def pretrain(setup: RunSetup | None, *, config: RunConfig, env: ProcessEnv, emit: Emit) -> RunSetup:
-    """Train, average, validate and save until all rounds are done.
+def pretrain(
+    setup: RunSetup | None,
+    *,
+    config: RunConfig,
+    env: ProcessEnv,
+    emit: Emit,
+    watch: Watch | None = None,
+) -> Position | None:
+    """Train, average, validate and save until all rounds are done, or until asked to stop.
 
     Args:
         setup: What ``set_up`` found; None on ranks that get it from rank 0.
         config: The run's configuration.
         env: This process' place in the run.
         emit: Told of every step, round and validation.
+        watch: Running; says when to stop. None makes one that learns it from the other ranks.
 
     Returns:
-        The setup.
+        None when all rounds are done; otherwise where the run has stopped, saved.
 
     Collective: every process of the run.
     """
-    comm = Comm(Grid.from_config(config), env, backward_edges=backward_edges(config.pipeline))
+    if watch is None:
+        with Watch() as watch:
+            return pretrain(setup, config=config, env=env, emit=emit, watch=watch)
+    comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
     try:
+        watch.join_run(comm)
         setup = comm.broadcast(setup)
         assert setup is not None, "rank 0 has the setup"
-        run = Pretraining(setup, comm=comm, emit=emit)
+        run = Pretraining(setup, comm=comm, emit=emit, watch=watch)
+        emit("training", True)
         for round_id in range(run.position.round_id, config.federation.num_rounds):
-            run.train_round(round_id)
+            if not run.train_round(round_id):
+                return run.position
+        emit("training", False)
+        return None
     finally:
+        watch.leave_run()
         comm.close()
-    return setup
 
 
 class Pretraining:
     """One process' view of the run."""
 
-    def __init__(self, setup: RunSetup, *, comm: Comm, emit: Emit) -> None:
+    def __init__(self, setup: RunSetup, *, comm: Comm, emit: Emit, watch: Watch) -> None:
         """Build the replica and resume. Collective: every process."""
         self.setup, self.config, self.comm, self._emit = setup, setup.config, comm, emit
+        self._watch = watch
         self.data: PreparedData = load_prepared(setup.data_dir)
         self.replica = Replica(self.config, self.data, comm=comm, run_dir=setup.run_dir)
         self.blocks = [shard.num_blocks for shard in self.data.train]
         self.position = Position()
+        """Of the checkpoint that was read or written last."""
         self._checkpoints = CheckpointWriter(
             setup.run_dir, comm=comm, keep_last=self.config.checkpoint.keep_last
         )
@@ -88,21 +110,31 @@ class Pretraining:
         if setup.checkpoint:
             self._sent_before.subtract(self.replica.load_checkpoint(setup.checkpoint))
             self.position = setup.checkpoint.position
+        self._resumed_at = self.position
         self._first_step_after: float | None = None
+        self._phase = ""
+        self._client_id: int | None = None
+        watch.activity = self._activity
         if self.replica.missing and self.comm.data == 0 and self.comm.replica == 0:
             names = ", ".join(self.replica.missing)
             emit("note", f"model.path has no {names}: they start with first values of their own")
 
-    def train_round(self, round_id: int) -> None:
-        """Train a cohort, average it, validate the result, record and save."""
+    def train_round(self, round_id: int) -> bool:
+        """Train a cohort, average it, validate the result, record and save.
+
+        Returns:
+            Whether to go on; False when the run was asked to stop, and ``position`` is saved.
+        """
         config = self.config
-        if round_id != self.position.round_id:
+        if round_id != self._resumed_at.round_id:
             self._sent_before = Counter(self._sent())  # validation is not part of the ledger
         started = time.monotonic()
         turns = plan_round(config, round_id=round_id, blocks_per_client=self.blocks)
         self._history = self._history_before(round_id)
-        first = self.position.step if round_id == self.position.round_id else 0
-        self._train_cohort(turns, round_id=round_id, first=first)
+        first = self._resumed_at.step if round_id == self._resumed_at.round_id else 0
+        self._phase = f"round {round_id + 1}"
+        if not self._train_cohort(turns, round_id=round_id, first=first):
+            return False
 
         sync_started = time.monotonic()
         sync_bytes = sum(s.synchronize() for s in self.replica.synchronizers.values())
@@ -111,14 +143,20 @@ class Pretraining:
 
         last = round_id + 1 == config.federation.num_rounds
         if last or (round_id + 1) % config.validation.every_rounds == 0:
+            self._phase = f"validation after round {round_id + 1}"
             self._validate(round_id)
         if last or (round_id + 1) % config.checkpoint.every_rounds == 0:
             self._save(Position(round_id=round_id + 1))
+        return True
 
     # -- one cohort --------------------------------------------------------------------------
 
-    def _train_cohort(self, turns: tuple[Turn, ...], *, round_id: int, first: int) -> None:
-        """Run this replica's turns, stopping together with the others to save."""
+    def _train_cohort(self, turns: tuple[Turn, ...], *, round_id: int, first: int) -> bool:
+        """Run this replica's turns; save together with the others on the way, or to stop.
+
+        Returns:
+            Whether to go on.
+        """
         mine = [t for t in turns if t.replica_id == self.comm.replica]
         per_replica: Counter[int] = Counter()
         for turn in turns:
@@ -128,28 +166,57 @@ class Pretraining:
         while first < longest:
             end = min(first - first % every + every, longest)
             self._advance(mine, first, end, round_id=round_id)
-            first = end
+            self._collect_steps()
+            beyond = (round_id, end + 1) if end < longest else (round_id + 1, 0)
+            stop = self._watch.stop.commit(beyond)
+            if stop < beyond:
+                stop = max(stop, (round_id, first))
+                self._save(Position(round_id=round_id, step=stop[1]))
+                return False
             if end < longest:
-                self._collect_steps()
                 self._save(Position(round_id=round_id, step=end))
-        self._collect_steps()
+            first = end
+        return True
 
     def _advance(self, mine: list[Turn], first: int, end: int, *, round_id: int) -> None:
         """Make this replica's local steps ``first..end``, counted over its turns of the round."""
         offset = 0
         for turn in mine:
             low, high = max(first - offset, 0), min(end - offset, turn.num_steps)
+            until = partial(self._until, start=(round_id, offset), high=high)
             offset += turn.num_steps
             if low >= high:
                 continue
+            if until(low) == low:
+                break
+            self._client_id = turn.client_id
+            self._watch.beat()
             if low == 0:
                 last_round = self._history.last_round[turn.client_id]
                 self.replica.begin_turn(turn, round_id=round_id, last_round=last_round)
-            self._train(turn, range(low, high), round_id=round_id)
+            self._train(turn, range(low, high), round_id=round_id, until=until)
+            if until(high - 1) < high:
+                break
             if high == turn.num_steps:
                 self.replica.end_turn(turn, round_id=round_id, writer=self._checkpoints)
+        self._client_id = None
 
-    def _train(self, turn: Turn, steps: range, *, round_id: int) -> None:
+    def _until(self, step: int, *, start: Moment, high: int) -> int:
+        """End of the local steps that are certain to be run: ``step`` itself to stop before it.
+
+        Args:
+            step: Of the client's turn, as the result.
+            start: When the turn began.
+            high: The steps from here on are not asked for.
+        """
+        round_id, offset = start
+        certain = min(step + self.replica.engine.lookahead, high)
+        stop = self._watch.stop.commit((round_id, offset + certain))
+        return max(step, stop[1] - offset) if stop[0] == round_id else step
+
+    def _train(
+        self, turn: Turn, steps: range, *, round_id: int, until: Callable[[int], int]
+    ) -> None:
         per_round = steps_per_round(self.config, self.blocks)
         total = per_round * self.config.federation.num_rounds
         start = self._history.blocks_seen[turn.client_id]
@@ -167,6 +234,7 @@ class Pretraining:
                 self.config.optimizer, round_id * per_round + step, total_steps=total
             ),
             on_step=on_step,
+            until=until,
         )
 
     def _on_step(self, turn: Turn, stage_id: int, result: StepResult, *, round_id: int) -> None:
@@ -214,7 +282,7 @@ class Pretraining:
             return
         if round_id == 0:
             write_timeline(self.setup.run_dir, [e for g in gathered for e in g["trace"]])
-        if self._first_step_after is not None and round_id == self.position.round_id:
+        if self._first_step_after is not None and round_id == self._resumed_at.round_id:
             slowest = max(g["first_step_s"] or 0.0 for g in gathered)
             self._write([
                 {"kind": "system", "event": "start", "world_size": self.comm.env.world_size,
@@ -258,6 +326,10 @@ class Pretraining:
         self._emit("eval", record)
 
     def _save(self, position: Position) -> None:
+        """Write a checkpoint, unless the run has not gone on since the last one."""
+        if position == self.position:
+            return
+        self.position = position
         offset = 0
         if self._writer is not None:
             self._writer.flush()
@@ -269,6 +341,21 @@ class Pretraining:
         )
 
     # ----------------------------------------------------------------------------------------
+
+    def _activity(self) -> Activity:
+        """What this process does; called in the watch's thread."""
+        under_way = [engine.doing for engine in self.replica.stages if engine.doing is not None]
+        if not under_way:
+            return Activity(doing=self._phase or "starting", client_id=self._client_id)
+        # One that computes may be to blame; one that waits is not.
+        step, instruction = min(under_way, key=lambda doing: doing[1].waits)
+        what = f"{instruction.trace_name} of micro-batch {getattr(instruction, 'micro_batch', 0)}"
+        where = f"local step {step + 1}, " if self._client_id is not None else ""
+        return Activity(
+            doing=f"{self._phase}, {where}{what}",
+            waiting=instruction.waits,
+            client_id=self._client_id,
+        )
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         if self._writer is not None:
@@ -285,15 +372,7 @@ class Pretraining:
         """What this process has sent since it started, by ledger entry."""
         sent = dict(self.comm.sent_bytes)
         sent["gradients"] = sum(engine.gradient_bytes for engine in self.replica.stages)
-        for engine in self.replica.stages:
-            stage = engine.spec.stage_id
-            for name, link, edge in (
-                ("forward", engine.links.activations_out, stage),
-                ("backward", engine.links.gradients_out, stage - 1),
-            ):
-                if link is not None:
-                    sent[f"{name}/bytes/{edge}"] = link.sent_bytes
-                    sent[f"{name}/messages/{edge}"] = link.sent_messages
+        sent |= self.replica.sent_over_edges()
         return sent
 
     def _traces(self) -> list[tuple[int, int, tuple[str, int, int, float, float]]]:

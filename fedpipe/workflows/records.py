@@ -11,6 +11,7 @@ from typing import Any
 
 from fedpipe.config.schema import RunConfig
 from fedpipe.federation.cohort import Turn
+from fedpipe.models.split import pipeline_edges
 
 
 def round_record(
@@ -79,14 +80,14 @@ def traffic_record(
         total.update(counts)
     edges = [
         {
-            "from": edge,
-            "to": edge + 1,
+            "from": source,
+            "to": target,
             "bytes_forward": total[f"forward/bytes/{edge}"],
             "bytes_backward": total[f"backward/bytes/{edge}"],
             "messages_forward": total[f"forward/messages/{edge}"],
             "messages_backward": total[f"backward/messages/{edge}"],
         }
-        for edge in range(config.pipeline.num_virtual_stages - 1)
+        for edge, (source, target, _) in enumerate(pipeline_edges(config.pipeline))
     ]
     collectives = {name: total[name] for name in ("fedavg", "shared_gradients", "gradients")}
     return {"kind": "traffic", "round": round_id, "edges": edges, "collectives": collectives}

@@ -25,7 +25,7 @@ from fedpipe.distributed.wire import TensorSpec
 from fedpipe.federation.cohort import Turn
 from fedpipe.federation.synchronizer import Synchronizer, restore
 from fedpipe.models.families import hf_config, stable_seed
-from fedpipe.models.split import StageSpec, stage_specs
+from fedpipe.models.split import StageSpec, edges, stage_specs
 from fedpipe.models.stage import build_stage
 from fedpipe.pipeline.engine import SplitPipelineEngine
 from fedpipe.pipeline.messages import WireTensor, edge_messages
@@ -63,9 +63,11 @@ class Replica:
         self.specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
         self._deepspeed = deepspeed_config(config)
         self.missing: list[str] = []
+        # Of several objectives measured side by side, one may have fewer heads at home.
+        self._stage_ids = [s for s in comm.stages if s < len(self.specs)]
         self.synchronizers: dict[int, Synchronizer] = {}
         links = self._build_links()
-        self.stages = [self._build_stage(self.specs[s], links[s]) for s in comm.stages]
+        self.stages = [self._build_stage(self.specs[s], links[s]) for s in self._stage_ids]
         self.engine = SplitPipelineEngine(self.stages, config.pipeline)
 
     @property
@@ -99,32 +101,52 @@ class Replica:
 
     def _build_links(self) -> dict[int, Links]:
         """One link per edge and direction that has an end in this process."""
-        links = {stage: Links() for stage in self.comm.stages}
-        for edge in range(len(self.specs) - 1):
-            if not {edge, edge + 1} & set(links):
+        links = {stage: Links() for stage in self._stage_ids}
+        size = self.hf_config.hidden_size
+        for messages in edge_messages(self.config, self.specs, hidden_size=size):
+            source, target, _ = messages.edge
+            if not {source, target} & set(links):
                 continue
-            messages = edge_messages(
-                self.config, self.specs[edge], hidden_size=self.hf_config.hidden_size
-            )
+            forward = self._link(source, target, messages.forward)
             back = messages.backward
-            activations = self._link(edge, "forward", messages.forward)
-            gradients = self._link(edge, "backward", back) if back else None
-            if edge in links:
-                links[edge].activations_out, links[edge].gradients_in = activations, gradients
-            if edge + 1 in links:
-                links[edge + 1].activations_in = activations
-                links[edge + 1].gradients_out = gradients
-        if self.reads_text and self.specs[-1].is_home_head:
-            links[0].labels = links[self.specs[-1].stage_id].labels = deque()
+            backward = self._link(target, source, back) if back else None
+            if source in links and target == self.specs[source].home_head:
+                links[source].home_out, links[source].home_grads_in = forward, backward
+            elif source in links:
+                links[source].activations_out, links[source].gradients_in = forward, backward
+            if target in links:
+                links[target].activations_in, links[target].gradients_out = forward, backward
+        if self.reads_text:
+            for head in (spec.stage_id for spec in self.specs if spec.is_home_head):
+                labels: deque[Tensor] = deque()
+                links[head].labels_in = labels
+                links[0].labels_out.append(labels)
         return links
 
-    def _link(self, edge: int, direction: str, message: tuple[WireTensor, ...]) -> Link:
+    def _link(self, source: int, target: int, message: tuple[WireTensor, ...]) -> Link:
         specs = tuple(TensorSpec(t.shape, getattr(torch, t.dtype), t.wire) for t in message)
         window = self.config.pipeline.in_flight
         if self.comm.grid.colocate:
             return QueueLink(specs, window=window)
-        channel = self.comm.channel(edge, direction)
+        channel = self.comm.channel(source, target)
         return DistLink(channel, specs, window=window, device=self.comm.device)
+
+    def sent_over_edges(self) -> dict[str, int]:
+        """Bytes and messages that this process has sent, by direction and index of the edge."""
+        sent = {}
+        for index, (source, target, _) in enumerate(edges(self.specs)):
+            for engine in self.stages:
+                links, stage_id = engine.links, engine.spec.stage_id
+                link = None
+                if stage_id == source:
+                    home = target == engine.spec.home_head
+                    direction, link = "forward", links.home_out if home else links.activations_out
+                elif stage_id == target:
+                    direction, link = "backward", links.gradients_out
+                if link is not None:
+                    sent[f"{direction}/bytes/{index}"] = link.sent_bytes
+                    sent[f"{direction}/messages/{index}"] = link.sent_messages
+        return sent
 
     # -- training ----------------------------------------------------------------------------
 
@@ -145,7 +167,7 @@ class Replica:
             if not synchronizer.optimizer_goes_on:
                 engine.load_optimizer_state(state.get("optimizer"))
         # Dropout; nothing else draws from torch's generator.
-        stages = self.comm.stages
+        stages = tuple(self._stage_ids)
         torch.manual_seed(
             stable_seed(self.config.seed, round_id, turn.client_id, stages, self.comm.data)
         )

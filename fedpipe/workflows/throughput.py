@@ -23,6 +23,7 @@ from fedpipe.data.masking import num_masked
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
+from fedpipe.models.split import Edge, pipeline_edges
 from fedpipe.pipeline.emulate import emulate_
 from fedpipe.pipeline.stage_engine import MicroBatchSource, StageEngine, StepResult
 from fedpipe.pipeline.stock import StockPipeline
@@ -73,13 +74,15 @@ class SplitPeer:
     def sent_bytes(self) -> dict[int, tuple[int, int]]:
         """Bytes sent forwards and backwards so far, by stage."""
 
-        def sent(link: Any) -> int:
-            return link.sent_bytes if link is not None else 0
+        def sent(*links: Any) -> int:
+            return sum(link.sent_bytes for link in links if link is not None)
 
         return {
-            e.spec.stage_id: (sent(e.links.activations_out), sent(e.links.gradients_out))
+            e.spec.stage_id: (
+                sent(e.links.activations_out, e.links.home_out), sent(e.links.gradients_out)
+            )
             for e in self.engines
-        }
+        }  # fmt: skip
 
 
 class StockPeer:
@@ -131,9 +134,7 @@ def measure(
     Collective: every process; as many as stages (one with ``pipeline.colocate``).
     """
     config = single_replica(config)
-    comm = Comm(
-        Grid.from_config(config), env, backward_edges=range(config.pipeline.num_virtual_stages - 1)
-    )
+    comm = Comm(Grid.from_config(config), env, edges=edges_of_all_peers(config))
     try:
         peers = build_peers(config, data, comm=comm, settings=settings)
         return _measure(peers, comm=comm, settings=settings, emit=emit)
@@ -186,6 +187,17 @@ def build_peers(
         for stage in stages:
             emulate_(stage, layer_forward_s=layer_s, head_forward_s=head_s)
     return peers
+
+
+def edges_of_all_peers(config: RunConfig) -> list[Edge]:
+    """List every edge that a peer has, both ways where one of them needs it."""
+    found: dict[tuple[int, int], bool] = {}
+    for objective, schedule in (("local_loss", "streaming"), ("end_to_end", "1f1b")):
+        for source, target, backward in pipeline_edges(
+            _with_objective(config, objective, schedule).pipeline
+        ):
+            found[source, target] = found.get((source, target), False) or backward
+    return [Edge(*ends, backward) for ends, backward in found.items()]
 
 
 def _head_layers(config: RunConfig, *, vocab_size: int) -> float:

@@ -12,7 +12,9 @@ from fedpipe.errors import ConfigError
 from fedpipe.models.split import stage_specs
 from fedpipe.pipeline.timeline import COMPUTE, StageCost, Timeline, simulate
 
-WAITING = ("recv_activation", "send_activation", "recv_grad", "send_grad")
+WAITING = (
+    "recv_activation", "send_activation", "recv_grad", "send_grad", "send_home", "recv_home_grad",
+)  # fmt: skip
 """Events in which a stage waits for a neighbour."""
 SIMULATED = {"streaming": "streaming", "1f1b": "1f1b", "sequential": "sequential", "stock": "1f1b"}
 """Schedules that are measured, by what the simulator calls them."""
@@ -204,13 +206,12 @@ def _schedule(
 
 def _by_process(shares: list[dict[str, float]], config: RunConfig) -> list[dict[str, float]]:
     """Add up the stages of a process: the first one and a head that is at home there."""
-    if config.pipeline.head_location == "server":
-        return shares
-    *encoder, head = shares
-    both = {name: encoder[0].get(name, 0.0) + head.get(name, 0.0) for name in encoder[0] | head}
-    del both["other"]
-    both["other"] = max(0.0, 100.0 - sum(both.values()))
-    return [both, *encoder[1:]]
+    first, *others = shares[: config.pipeline.num_stages]
+    for head in shares[config.pipeline.num_stages :]:
+        first = {name: first.get(name, 0.0) + head.get(name, 0.0) for name in first | head}
+        del first["other"]
+        first["other"] = max(0.0, 100.0 - sum(first.values()))
+    return [first, *others]
 
 
 def _periods(ends: tuple[float, ...]) -> list[tuple[float, float]]:

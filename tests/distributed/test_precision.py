@@ -24,9 +24,10 @@ def _train_two_turns(env: ProcessEnv, config: RunConfig, data: PreparedData) -> 
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.federation.cohort import Turn
+    from fedpipe.models.split import pipeline_edges
     from fedpipe.workflows.replica import Replica
 
-    comm = Comm(Grid.from_config(config), env)
+    comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
     replica = Replica(config, data, comm=comm)
     losses: list[float] = []
     turn = Turn(client_id=0, replica_id=0, num_steps=STEPS, tokens=1, weight=1.0)

@@ -95,9 +95,10 @@ def _synchronize(env: ProcessEnv, config: RunConfig, data: PreparedData, weights
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.federation.cohort import Turn
+    from fedpipe.models.split import pipeline_edges
     from fedpipe.workflows.replica import Replica
 
-    comm = Comm(Grid.from_config(config), env)
+    comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
     replica = Replica(config, data, comm=comm)
     result = {}
     for engine in replica.stages:

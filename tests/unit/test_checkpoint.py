@@ -290,7 +290,7 @@ def _fail_on_one(env: ProcessEnv, run_dir: Path, failing: int) -> list[str]:
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
 
-    comm = Comm(Grid.from_config(tiny_config()), env)
+    comm = Comm(Grid.from_config(tiny_config()), env, edges=())
     writer = CheckpointWriter(run_dir, comm=comm, keep_last=2)
 
     def write(path: Path) -> None:

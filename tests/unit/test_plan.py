@@ -101,7 +101,7 @@ def test_a_head_at_home_gets_masked_positions_and_no_labels_leave() -> None:
     assert [t.name for t in cut.forward] == ["activations", "masked positions"]
     assert cut.forward[1].shape == (1, 8, 19) and not cut.backward
     assert [t.shape for t in (*home.forward, *home.backward)] == [(8, 19, 256)] * 2
-    assert "labels" not in render(plan_of("pipeline.head_location=client"))
+    assert "and labels" not in render(plan_of("pipeline.head_location=client"))
 
 
 @pytest.mark.parametrize("cut", ["[1]", "[2]", "[1,2,3]"])
@@ -122,7 +122,7 @@ def test_a_part_that_stays_is_not_sent_and_is_named() -> None:
     client = plan.stages[0]
     kept = client.num_parameters - client.averaged_parameters
     assert kept == plan.shape.embedding_parameters()
-    assert "stays    text, embeddings" in render(plan)
+    assert "text, unmasked token ids, embeddings" in render(plan)
 
 
 def test_one_stage_has_no_traffic_and_no_bubble() -> None:

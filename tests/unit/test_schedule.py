@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
-from fedpipe.models.split import placement
+from fedpipe.models.split import StageRole, StageSpec, placement
 from fedpipe.pipeline import schedule as ops
 from fedpipe.pipeline.schedule import SCHEDULES, evaluation, rank_stream
 from tests.helpers.tiny import stage_chain
 
 GRIDS = list(itertools.product((1, 2, 3, 4), (1, 2, 3, 4, 5, 6)))
 EVERY = {**SCHEDULES, "evaluation": evaluation}
-SENDS = {ops.SendActivation: +1, ops.SendGrad: -1}
-RECEIVES = {ops.RecvActivation: -1, ops.RecvGrad: +1}
+SENDS = (ops.SendActivation, ops.SendGrad, ops.SendHome)
+RECEIVES = (ops.RecvActivation, ops.RecvGrad, ops.RecvHomeGrad)
+
+
+def peer(spec: StageSpec, instruction: ops.Instruction) -> int | None:
+    """The stage at the other end of a message."""
+    if isinstance(instruction, (ops.SendHome, ops.RecvHomeGrad)):
+        return spec.home_head
+    if isinstance(instruction, (ops.SendActivation, ops.RecvGrad)):
+        return spec.next_stage
+    return spec.previous_stage
 
 
 def streams(
@@ -79,15 +88,16 @@ CASES = [
 def test_every_send_meets_its_receive_in_order(
     name: str, stages: int, micro_batches: int, head_location: str
 ) -> None:
-    sent: dict[tuple[int, int], list[int]] = {}
-    received: dict[tuple[int, int], list[int]] = {}
+    sent: dict[tuple[int, int | None], list[int]] = {}
+    received: dict[tuple[int | None, int], list[int]] = {}
+    specs = stage_chain(name, stages, head_location=head_location)
     every = streams(name, stages, micro_batches, head_location=head_location)
     for stage, stream in enumerate(every):
         for i in stream:
-            if type(i) in SENDS:
-                sent.setdefault((stage, stage + SENDS[type(i)]), []).append(i.micro_batch)
-            if type(i) in RECEIVES:
-                received.setdefault((stage + RECEIVES[type(i)], stage), []).append(i.micro_batch)
+            if isinstance(i, SENDS):
+                sent.setdefault((stage, peer(specs[stage], i)), []).append(i.micro_batch)
+            if isinstance(i, RECEIVES):
+                received.setdefault((peer(specs[stage], i), stage), []).append(i.micro_batch)
     assert sent == received
     assert all(order == list(range(micro_batches)) for order in sent.values())
 
@@ -98,34 +108,40 @@ def test_no_gradient_reaches_a_client_stage_of_the_local_loss_stream(
 ) -> None:
     if stages == 1:
         return
-    first, *servers, head = streams("streaming", stages, micro_batches, head_location="client")
-    assert not {type(i) for i in first} & {ops.RecvGrad, ops.SendGrad, ops.BackwardPass}
-    assert ops.SendGrad not in {type(i) for i in servers[0]}
-    assert all(ops.RecvGrad in {type(i) for i in server} for server in servers)
-    assert ops.SendGrad in {type(i) for i in head}
+    specs = stage_chain("streaming", stages, head_location="client")
+    every = streams("streaming", stages, micro_batches, head_location="client")
+    backwards = {ops.RecvGrad, ops.SendGrad, ops.RecvHomeGrad, ops.BackwardPass}
+    assert not {type(i) for i in every[0]} & backwards
+    for spec, stream in zip(specs, every, strict=True):
+        kinds = {type(i) for i in stream}
+        assert ops.RecvGrad not in kinds, "and no server stage trains another"
+        if spec.role is StageRole.SERVER:
+            assert ops.RecvHomeGrad in kinds and ops.SendGrad not in kinds
+        if spec.is_home_head:
+            assert ops.SendGrad in kinds
 
 
-def execute(ranks: list[list[tuple[int, ops.Instruction]]], *, window: int) -> list[int]:
+def execute(
+    ranks: list[list[tuple[int, ops.Instruction]]], specs: Sequence[StageSpec], *, window: int
+) -> list[int]:
     """Run processes under rendezvous links without receives posted ahead; return what is left."""
     position = [0] * len(ranks)
-    pending: Counter[tuple[int, int]] = Counter()
+    pending: Counter[tuple[int | None, int | None]] = Counter()
     moved = True
     while moved:
         moved = False
         for rank, stream in enumerate(ranks):
             while position[rank] < len(stream):
                 stage, instruction = stream[position[rank]]
-                kind = type(instruction)
-                if kind in SENDS:
-                    edge = (stage, stage + SENDS[kind])
-                    if pending[edge] == window:
+                there = peer(specs[stage], instruction)
+                if isinstance(instruction, SENDS):
+                    if pending[stage, there] == window:
                         break
-                    pending[edge] += 1
-                elif kind in RECEIVES:
-                    edge = (stage + RECEIVES[kind], stage)
-                    if not pending[edge]:
+                    pending[stage, there] += 1
+                elif isinstance(instruction, RECEIVES):
+                    if not pending[there, stage]:
                         break
-                    pending[edge] -= 1
+                    pending[there, stage] -= 1
                 position[rank] += 1
                 moved = True
     return [len(stream) - at for stream, at in zip(ranks, position, strict=True)]
@@ -136,16 +152,17 @@ def execute(ranks: list[list[tuple[int, ops.Instruction]]], *, window: int) -> l
 def test_no_schedule_deadlocks(
     name: str, stages: int, micro_batches: int, head_location: str, window: int
 ) -> None:
+    specs = stage_chain(name, stages, head_location=head_location)
     ranks = [
         list(
             rank_stream(
-                EVERY[name], specs, num_micro_batches=micro_batches, in_flight=window,
+                EVERY[name], held, num_micro_batches=micro_batches, in_flight=window,
                 steps=lambda: range(3),
             )
         )
-        for specs in placement(stage_chain(name, stages, head_location=head_location))
+        for held in placement(specs)
     ]  # fmt: skip
-    assert execute(ranks, window=window) == [0] * stages
+    assert execute(ranks, specs, window=window) == [0] * stages
 
 
 def test_a_head_at_home_lags_behind_the_first_stage_across_steps() -> None:
@@ -161,7 +178,7 @@ def test_a_head_at_home_lags_behind_the_first_stage_across_steps() -> None:
 
 
 def test_stages_of_a_process_ask_for_every_step_when_they_start_it() -> None:
-    first, *_ = placement(stage_chain("streaming", 3, head_location="client"))
+    first, *_ = placement(stage_chain("streaming", 2, head_location="client"))
     asked: list[str] = []
 
     def steps() -> Iterator[int]:
@@ -176,8 +193,8 @@ def test_stages_of_a_process_ask_for_every_step_when_they_start_it() -> None:
         if isinstance(instruction, ops.OptimizerStep):
             asked.append(f"stage {stage} done")
     assert asked == [
-        "step 0", "stage 0 done", "step 1", "step 0", "stage 3 done", "stage 0 done", "step 1",
-        "stage 3 done",
+        "step 0", "stage 0 done", "step 0", "step 1", "stage 2 done", "stage 0 done", "step 1",
+        "stage 2 done",
     ]  # fmt: skip
 
 

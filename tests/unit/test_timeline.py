@@ -98,8 +98,9 @@ def test_a_fast_sender_waits_for_the_window() -> None:
 def u_shape(
     schedule: str, costs: list[StageCost], *, num_micro_batches: int, in_flight: int = 2
 ) -> Timeline:
-    """The last cost is the head's, which shares a process with the first stage."""
-    specs = stage_chain(schedule, len(costs) - 1, head_location="client")
+    """The last costs are those of the heads, which share a process with the first stage."""
+    servers = (len(costs) - 1) // 2 if schedule == "streaming" else len(costs) - 2
+    specs = stage_chain(schedule, 1 + servers, head_location="client")
     return simulate(
         schedule, specs, costs, num_micro_batches=num_micro_batches, in_flight=in_flight,
         num_batches=12, transfer_s=0.01,
@@ -117,6 +118,18 @@ def test_the_way_to_a_head_at_home_and_back_hides_behind_compute(
     timeline = u_shape("streaming", costs, num_micro_batches=micro_batches)
     assert timeline.bubble_pct < 0.5
     assert u_shape("sequential", costs, num_micro_batches=micro_batches).bubble_pct > 45.0
+
+
+@pytest.mark.parametrize("micro_batches", [4, 8])
+@pytest.mark.parametrize("servers", [2, 3])
+def test_several_server_stages_with_heads_at_home_stream_as_one_does(
+    servers: int, micro_batches: int
+) -> None:
+    head_s = 0.2
+    own = 3.0 - servers * head_s
+    costs = [StageCost(own / 3, own / 3 * 2), *[StageCost(1, 2)] * servers]
+    costs += [StageCost(0, 0, head_s=head_s)] * servers
+    assert u_shape("streaming", costs, num_micro_batches=micro_batches).bubble_pct < 3.0
 
 
 def test_a_server_behind_a_fast_client_never_idles_while_it_has_a_forward_to_run() -> None:

@@ -73,9 +73,15 @@ def test_fedavg_never_joins_two_stages() -> None:
     assert grid.data_group(1, 1) == [6, 7]
 
 
-def test_edges_stay_inside_a_replica() -> None:
-    assert Grid(3, 2, 1).edge(1, 1, 0) == (3, 5)
-    assert Grid(3, 2, 1, colocate=True).edge(1, 1, 0) == (1, 1)
+def test_heads_at_home_are_on_the_ranks_of_the_first_stage_and_need_none_of_their_own() -> None:
+    grid = Grid(3, 2, 2, num_home_heads=2)
+    assert grid.world_size == Grid(3, 2, 2).world_size
+    for replica, data in itertools.product(range(2), range(2)):
+        first = grid.rank(0, replica, data)
+        assert grid.rank(3, replica, data) == grid.rank(4, replica, data) == first
+        assert grid.coordinates(first) == ((0, 3, 4), replica, data)
+    assert grid.coordinates(grid.rank(1, 1, 0)) == ((1,), 1, 0)
+    assert Grid(2, 1, 1, colocate=True, num_home_heads=1).coordinates(0) == ((0, 1, 2), 0, 0)
 
 
 def test_the_configuration_describes_the_grid() -> None:
