@@ -106,7 +106,8 @@ class Synchronizer:
         elif self._federation.fedprox_mu:
             mu = self._federation.fedprox_mu
             for name, parameter in self._averaged.items():
-                parameter.grad.add_(parameter, alpha=mu).sub_(self._global[name], alpha=mu)
+                # The difference first: where it is zero Adam would blow up what rounding leaves.
+                parameter.grad.add_(parameter - self._global[name], alpha=mu)
 
     def _average_gradients(self) -> None:
         replicas = self._federation.num_replicas
