@@ -61,7 +61,8 @@ class Sniffer:
             if hasattr(group, name):
                 setattr(group, name, self._watch(name, getattr(group, name), position))
         for store in (dist.Store, dist.PrefixStore, dist.FileStore, dist.TCPStore, dist.HashStore):
-            store.set = self._watch_store(store.set)
+            for name in ("set", "compare_set", "append", "multi_set"):
+                setattr(store, name, self._watch_store(getattr(store, name)))
 
     def _watch(self, name: str, method: Callable[..., Any], position: int) -> Callable[..., Any]:
         def watched(group: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -73,10 +74,12 @@ class Sniffer:
         return watched
 
     def _watch_store(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(store: Any, key: str, value: Any) -> Any:
-            payload = value.encode() if isinstance(value, str) else bytes(value)
-            self.sent.append(Sent("store", "bytes", (len(payload),), payload))
-            return method(store, key, value)
+        def watched(store: Any, *arguments: Any) -> Any:
+            for argument in arguments:
+                for value in argument if isinstance(argument, list) else [argument]:
+                    payload = value.encode() if isinstance(value, str) else bytes(value)
+                    self.sent.append(Sent("store", "bytes", (len(payload),), payload))
+            return method(store, *arguments)
 
         return watched
 
@@ -119,7 +122,7 @@ class Secrets:
         """Names of the arrays of which a run occurs, as int16, int32, int64 or in a pickle."""
         found = set()
         for dtype in ("<i2", "<i4", "<i8"):
-            for offset in range(np.dtype(dtype).itemsize):
+            for offset in range(min(np.dtype(dtype).itemsize, len(sent.payload))):
                 size = (len(sent.payload) - offset) // np.dtype(dtype).itemsize
                 values = np.frombuffer(sent.payload, dtype, count=size, offset=offset)
                 found |= self._find(values)
