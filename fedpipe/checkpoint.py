@@ -44,6 +44,13 @@ class Position:
         inside = f"_step_{self.step:06d}" if self.step else ""
         return f"round_{self.round_id:06d}{inside}"
 
+    def __str__(self) -> str:
+        """Say it to people, who count rounds from 1."""
+        if self == Position():
+            return "the start"
+        inside = f"local step {self.step} of " if self.step else ""
+        return f"{inside}round {self.round_id + bool(self.step)}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fedpipe.data.blocks import load_prepared
 from fedpipe.distributed.topology import Grid
+from fedpipe.distributed.watch import EXIT_INTERRUPTED
 from fedpipe.federation.cohort import steps_per_round
-from fedpipe.launcher.supervisor import (
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    Interrupted,
-    set_up_here,
-    signals_interrupt,
-    supervise,
-)
+from fedpipe.launcher.supervisor import Interrupted, Signals, set_up_here, supervise
 from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.samples import samples_text
 from fedpipe.workflows.run_dir import RunSetup, locked
@@ -45,24 +40,30 @@ def pretrain(
         LaunchError: A process failed.
     """
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
+    signals = Signals()
     try:
-        with signals_interrupt():
+        with signals.caught():
             setup = set_up_here(config_path, overrides, run_dir, preset=preset, console=console)
             run_dir = str(setup.run_dir)
             console.close()
             if is_done(setup):
                 console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
-                return EXIT_DONE
+                return 0
             with locked(setup.run_dir):
-                _train(setup)
-    except Interrupted:
-        again = f" --run-dir {run_dir}" if run_dir else ""
-        console.text(f"interrupted; resume with: fedpipe pretrain{again}")
+                _train(setup, signals)
+    except Interrupted as where:
+        console.text(f"interrupted{where}; {_way_back(run_dir)}")
         return EXIT_INTERRUPTED
     console.text(samples_text(setup.run_dir))
     console.text(f"model   {setup.run_dir / 'export'}")
     console.text(f"report  {setup.run_dir / 'report.html'}")
-    return EXIT_DONE
+    return 0
+
+
+def _way_back(run_dir: str | None) -> str:
+    if run_dir is None or not (Path(run_dir) / "config.yaml").is_file():
+        return "nothing was started: give the same command again"
+    return f"resume with: fedpipe pretrain --run-dir {run_dir}"
 
 
 def is_done(setup: RunSetup) -> bool:
@@ -73,7 +74,7 @@ def is_done(setup: RunSetup) -> bool:
     return position is not None and position.round_id >= rounds and written
 
 
-def _train(setup: RunSetup) -> None:
+def _train(setup: RunSetup, signals: Signals) -> None:
     config = setup.config
     console = RunConsole(
         num_rounds=config.federation.num_rounds,
@@ -88,7 +89,7 @@ def _train(setup: RunSetup) -> None:
         "note": console.text,
     }
     try:
-        supervise("pretrain", setup, grid=Grid.from_config(config), shows=shows)
+        supervise("pretrain", setup, grid=Grid.from_config(config), shows=shows, signals=signals)
     finally:
         console.close()
 

@@ -5,35 +5,60 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import re
 import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
-from fedpipe.errors import LaunchError
+from fedpipe.distributed.watch import STOP_SIGNALS
+from fedpipe.launcher.ranks import Ranks
 from fedpipe.launcher.worker import PRELOAD, run_rank
 from fedpipe.metrics.console import RunConsole
 from fedpipe.workflows.run_dir import RunSetup, set_up
 
-EXIT_DONE, EXIT_INTERRUPTED = 0, 75
 REPORT_S = 2.0
 """After a rank has failed, how long the others may say why before all are stopped."""
-_LOST_PEER = re.compile(r"Connection (closed|reset)|BrokenPipe|Broken pipe|peer")
+_LOOK_S = 1.0
+"""How often the supervisor looks for signals and hung ranks at least."""
 
 Shows = Mapping[str, Callable[[Any], None]]
 """What to do with a message of a rank, by its kind."""
 
 
 class Interrupted(Exception):
-    """The user or the system asked the run to stop."""
+    """The user or the system asked the run to stop; the text says where it is saved."""
+
+
+class Signals:
+    """What the signals mean to the supervisor: stop at once, or first of all ask the ranks to."""
+
+    def __init__(self) -> None:
+        """Nobody has asked yet."""
+        self.patient = False
+        """The ranks train: they can be asked to save and stop."""
+        self.asked = False
+        """They are to be, or have been, asked."""
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Turn the signals into ``Interrupted``, the first one while patient into ``asked``."""
+        before = {number: signal.signal(number, self._take) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.asked or not self.patient:
+            raise Interrupted
+        self.asked = True
 
 
 def fork_server() -> Any:
@@ -49,7 +74,14 @@ def fork_server() -> Any:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
-    forkserver.ensure_running()
+    resource_tracker.ensure_running()  # it changes the mask, so not below
+    # A terminal and a scheduler send signals to all processes of a run. The server must outlive
+    # them; its children inherit the mask and take it off when they can stop in order.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -84,7 +116,9 @@ def set_up_here(
     )
 
 
-def supervise(task: str, setup: RunSetup, *args: Any, grid: Grid, shows: Shows) -> None:
+def supervise(
+    task: str, setup: RunSetup, *args: Any, grid: Grid, shows: Shows, signals: Signals
+) -> None:
     """Run a task on every rank of a grid until all are done.
 
     Args:
@@ -92,16 +126,18 @@ def supervise(task: str, setup: RunSetup, *args: Any, grid: Grid, shows: Shows) 
         setup: The run.
         *args: For the task, after the setup.
         grid: Its processes.
-        shows: Handlers of the ranks' messages.
+        shows: Handlers of the ranks' messages; "note" takes the supervisor's own as well.
+        signals: Caught by the caller.
 
     Raises:
-        LaunchError: A rank failed; all have been stopped.
-        Interrupted: A signal came (see ``signals_interrupt``); all have been stopped.
+        LaunchError: A rank failed or hangs; all have been stopped.
+        Interrupted: The ranks have stopped because a signal asked them to, or (from the handler) a
+            signal stops all at once.
     """
     context = fork_server()
+    ranks = Ranks(task, setup, grid=grid)
+    pipes: dict[Connection, int] = {}
     with tempfile.TemporaryDirectory(prefix="fedpipe-") as scratch:
-        processes: list[BaseProcess] = []
-        pipes: dict[Connection, int] = {}
         try:
             for rank in range(grid.world_size):
                 env = ProcessEnv(
@@ -114,87 +150,43 @@ def supervise(task: str, setup: RunSetup, *args: Any, grid: Grid, shows: Shows) 
                 )
                 process.start()
                 writer.close()
-                processes.append(process)
+                ranks.processes.append(process)
                 pipes[reader] = rank
-            _watch(task, processes, pipes, shows, grid=grid, setup=setup)
+            _listen(ranks, pipes, shows, signals)
         finally:
-            _stop(processes)
+            signals.patient = False
+            ranks.kill()
+    if ranks.stopped_at:
+        raise Interrupted(ranks.stopped_at)
 
 
-def _watch(
-    task: str,
-    processes: list[BaseProcess],
-    pipes: dict[Connection, int],
-    shows: Shows,
-    *,
-    grid: Grid,
-    setup: RunSetup,
-) -> None:
-    errors: dict[int, str] = {}
+def _listen(ranks: Ranks, pipes: dict[Connection, int], shows: Shows, signals: Signals) -> None:
     open_pipes = dict(pipes)
     deadline: float | None = None  # after a failure, the time until which others may report
+    forwarded = False
     while open_pipes and (deadline is None or time.monotonic() < deadline):
-        for pipe in wait(list(open_pipes), timeout=None if deadline is None else 0.1):
+        for pipe in wait(list(open_pipes), timeout=_LOOK_S if deadline is None else 0.1):
             assert isinstance(pipe, Connection)
             rank = open_pipes[pipe]
             try:
-                kind, record = pipe.recv()
+                kind, value = pipe.recv()
             except EOFError:
                 del open_pipes[pipe]
-                processes[rank].join()
-                if processes[rank].exitcode != 0 and deadline is None:
+                if ranks.has_failed(rank) and deadline is None:
                     deadline = time.monotonic() + REPORT_S
                 continue
-            if kind == "error":
-                errors[rank] = record
-            elif kind in shows and deadline is None:
-                shows[kind](record)
+            if kind == "training":
+                signals.patient = value
+            elif kind in shows:
+                if deadline is None:
+                    shows[kind](value)
+            else:
+                ranks.hear(rank, kind, value)
+        if signals.asked and not forwarded:
+            forwarded = True
+            shows["note"]("stopping after the local step under way; a second signal stops at once")
+            ranks.ask_to_stop()
+        if deadline is None:
+            ranks.check_alive(open_pipes.values())
     if deadline is not None:
-        raise _failure(task, errors, processes, grid=grid, setup=setup)
-
-
-def _failure(
-    task: str,
-    errors: dict[int, str],
-    processes: list[BaseProcess],
-    *,
-    grid: Grid,
-    setup: RunSetup,
-) -> LaunchError:
-    """Name the rank that failed first by cause: its neighbours only lost their connection."""
-    failed = [r for r, p in enumerate(processes) if p.exitcode not in (None, 0)]
-    killed = [r for r in failed if r not in errors]
-    original = [r for r in failed if not _LOST_PEER.search(errors.get(r, ""))]
-    rank = next(iter(killed or original or failed))
-    stages, replica, _ = grid.coordinates(rank)
-    code = processes[rank].exitcode or 0
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    stage = ", ".join(map(str, stages))
-    return LaunchError(
-        f"rank {rank} (stage {stage}, replica {replica}) failed: {errors.get(rank, how)}. "
-        f"Full log: {setup.run_dir / 'logs' / f'rank_{rank:05d}.log'}. "
-        f"Run it again with: fedpipe {task} --run-dir {setup.run_dir}"
-    )
-
-
-def _stop(processes: list[BaseProcess]) -> None:
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-    for process in processes:
-        process.join()
-
-
-@contextlib.contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """Turn SIGTERM and Ctrl-C into ``Interrupted`` in the supervisor."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted
-
-    before = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        raise ranks.failure()

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedpipe.distributed.topology import Grid
-from fedpipe.launcher.supervisor import (
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    Interrupted,
-    set_up_here,
-    signals_interrupt,
-    supervise,
-)
+from fedpipe.distributed.watch import EXIT_INTERRUPTED
+from fedpipe.launcher.supervisor import Interrupted, Signals, set_up_here, supervise
 from fedpipe.metrics.console import RunConsole
 from fedpipe.workflows.run_dir import describe_environment, locked
 from fedpipe.workflows.throughput_files import render, write_files
@@ -57,8 +51,9 @@ def throughput(
     )
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
     measurements: list[Measurement] = []
+    signals = Signals()
     try:
-        with signals_interrupt():
+        with signals.caught():
             setup = set_up_here(config_path, overrides, run_dir, preset=preset, console=console)
             config = single_replica(setup.config)
             with locked(setup.run_dir):
@@ -68,6 +63,7 @@ def throughput(
                     settings,
                     grid=Grid.from_config(config),
                     shows={"note": console.text, "measurement": measurements.append},
+                    signals=signals,
                 )
     except Interrupted:
         console.text("interrupted; nothing was written")
@@ -82,4 +78,4 @@ def throughput(
     write_files(folder, report, measurements[0])
     console.text(render(report))
     console.text(f"report  {folder / 'report.md'}")
-    return EXIT_DONE
+    return 0

@@ -11,13 +11,16 @@ import os
 import random
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 from fedpipe import log
+from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.env import ProcessEnv, threads_per_process
+from fedpipe.distributed.watch import StopSignals, Watch
 from fedpipe.errors import FedPipeError
 from fedpipe.workflows.run_dir import RunSetup
 
@@ -47,11 +50,18 @@ def run_rank(task: str, setup: RunSetup, env: ProcessEnv, pipe: Connection, *arg
     torch.set_num_threads(threads_per_process(env.local_world_size))
     log.setup(rank=env.rank)
 
+    sending = threading.Lock()
+
     def emit(kind: str, value: Any) -> None:
-        pipe.send((kind, value))
+        with sending:  # stages may be threads, and the watch is one
+            pipe.send((kind, value))
+
+    def report(activity: Activity) -> None:
+        emit("activity", activity)
 
     try:
-        _TASKS[task](setup, env, emit, *args)
+        with Watch(signals=StopSignals(), report=report) as watch:
+            _TASKS[task](setup, env, emit, watch, *args)
     except BaseException as error:
         if not isinstance(error, FedPipeError):
             traceback.print_exc()
@@ -62,16 +72,18 @@ def run_rank(task: str, setup: RunSetup, env: ProcessEnv, pipe: Connection, *arg
         sys.stderr.flush()
 
 
-def _pretrain(setup: RunSetup, env: ProcessEnv, emit: Emit) -> None:
+def _pretrain(setup: RunSetup, env: ProcessEnv, emit: Emit, watch: Watch) -> None:
     from fedpipe.workflows.pretrain import pretrain
 
-    pretrain(setup, config=setup.config, env=env, emit=emit)
-    if env.rank == 0:
+    stopped_at = pretrain(setup, config=setup.config, env=env, emit=emit, watch=watch)
+    if stopped_at is not None:
+        emit("stopped", f" after {stopped_at}")
+    elif env.rank == 0:
         emit("note", "writing the model folder and the report")
         finish(setup)
 
 
-def _throughput(setup: RunSetup, env: ProcessEnv, emit: Emit, settings: Any) -> None:
+def _throughput(setup: RunSetup, env: ProcessEnv, emit: Emit, watch: Watch, settings: Any) -> None:
     from fedpipe.data.blocks import load_prepared
     from fedpipe.workflows.throughput import measure
 

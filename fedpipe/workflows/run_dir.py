@@ -29,6 +29,9 @@ from fedpipe.workflows.plan import build_plan, render
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "submitit")
 
+MAY_CHANGE = ("pipeline.hang_timeout_s",)
+"""Keys whose value may be another one when a run is resumed: no result depends on them."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSetup:
@@ -138,7 +141,8 @@ def resolve_config(
     config = load.load_config(base, overrides, preset=preset)
     directory = Path(run_dir or Path("runs") / config.name)
     if os.path.isfile(directory / "config.yaml"):
-        changed = load.diff(load.load_config(str(directory / "config.yaml"), []), config)
+        saved_config = load.load_config(str(directory / "config.yaml"), [])
+        changed = [key for key in load.diff(saved_config, config) if key not in MAY_CHANGE]
         if changed:
             raise CheckpointError(
                 f"{directory}: expected the configuration of the run that is there, got other "

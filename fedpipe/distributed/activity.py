@@ -1,0 +1,92 @@
+"""What every rank is doing, and which one hangs. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_LONGEST_TICK_S = 2.0
+"""More than this between two looks is time in which the watcher itself did not run (Ctrl-Z)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Activity:
+    """What a rank is doing; two that are equal show no progress between them."""
+
+    doing: str = "starting"
+    """Name of an instruction, or of what goes on between instructions."""
+    waiting: bool = True
+    """It cannot be to blame if this takes long: it waits for others, or for a disk."""
+    client_id: int | None = None
+    """The client that it hosts."""
+    round_id: int = 0
+    step: int = 0
+    """Local step of the client's turn."""
+
+    def __str__(self) -> str:
+        """Say it to people, who count rounds from 1."""
+        if self.client_id is None:
+            return self.doing
+        return f"{self.doing} of local step {self.step + 1} in round {self.round_id + 1}"
+
+
+class Roll:
+    """The last activity of every rank, and since when it has not changed."""
+
+    def __init__(self, *, timeout_s: float) -> None:
+        """Start with nobody.
+
+        Args:
+            timeout_s: After this a rank hangs; 0 means never.
+        """
+        self._timeout_s = timeout_s
+        self._activities: dict[int, Activity] = {}
+        self._heard_at: dict[int, float] = {}
+        self._changed_at: dict[int, float] = {}
+        self._now = 0.0
+        self._looked_at: float | None = None
+
+    def hear(self, rank: int, activity: Activity) -> None:
+        """Take a sign of life."""
+        self._heard_at[rank] = self._now
+        if activity != self._activities.get(rank):
+            self._activities[rank] = activity
+            self._changed_at[rank] = self._now
+
+    def last(self, rank: int) -> Activity | None:
+        """Return what a rank said last; None before it has said anything."""
+        return self._activities.get(rank)
+
+    def find_hung(self, running: Iterable[int], *, clock_s: float) -> tuple[int, str] | None:
+        """Name the rank that keeps the others waiting.
+
+        A rank that gives no sign of life is stopped or starved; one that gives them, but has been
+        in the same instruction for too long, is stuck in it. Those that wait for a message only
+        suffer from it.
+
+        Args:
+            running: Ranks that have not ended.
+            clock_s: Of a clock that goes on steadily.
+
+        Returns:
+            The rank and what is wrong with it, or None.
+        """
+        if self._looked_at is not None:
+            self._now += min(clock_s - self._looked_at, _LONGEST_TICK_S)
+        self._looked_at = clock_s
+        heard = [rank for rank in running if rank in self._activities]
+        if not self._timeout_s or not heard:
+            return None
+        silent = min(heard, key=lambda rank: self._heard_at[rank])
+        seconds = self._now - self._heard_at[silent]
+        if seconds >= self._timeout_s:
+            last = self._activities[silent]
+            return silent, f"no sign of life for {seconds:.0f} s, last seen in {last}"
+        busy = [rank for rank in heard if not self._activities[rank].waiting]
+        stuck = min(busy, key=lambda rank: self._changed_at[rank], default=None)
+        if stuck is None:
+            return None
+        seconds = self._now - self._changed_at[stuck]
+        if seconds < self._timeout_s:
+            return None
+        return stuck, f"in {self._activities[stuck]} for {seconds:.0f} s"

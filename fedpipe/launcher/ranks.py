@@ -1,0 +1,101 @@
+"""The ranks that a supervisor has started: what they said last, and which one is to blame."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterable
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from fedpipe.distributed.activity import Roll
+from fedpipe.distributed.topology import Grid
+from fedpipe.errors import LaunchError
+from fedpipe.workflows.run_dir import RunSetup
+
+_LOST_PEER = re.compile(r"Connection (closed|reset)|BrokenPipe|Broken pipe|peer")
+
+
+class Ranks:
+    """Processes of a run on this machine."""
+
+    def __init__(self, task: str, setup: RunSetup, *, grid: Grid) -> None:
+        """Start with no process.
+
+        Args:
+            task: What they do, for the advice in errors.
+            setup: The run.
+            grid: Says what a rank holds.
+        """
+        self.processes: list[BaseProcess] = []
+        """By rank."""
+        self.stopped_at = ""
+        """Where the run has stopped because it was asked to."""
+        self._task, self._setup, self._grid = task, setup, grid
+        self._errors: dict[int, str] = {}
+        self._roll = Roll(timeout_s=setup.config.pipeline.hang_timeout_s)
+
+    def hear(self, rank: int, kind: str, value: Any) -> None:
+        """Take a message that is not for people."""
+        if kind == "activity":
+            self._roll.hear(rank, value)
+        elif kind == "error":
+            self._errors[rank] = value
+        elif kind == "stopped":
+            self.stopped_at = value
+
+    def has_failed(self, rank: int) -> bool:
+        """Whether a rank that has closed its pipe ended badly."""
+        self.processes[rank].join()
+        return self.processes[rank].exitcode != 0
+
+    def check_alive(self, running: Iterable[int]) -> None:
+        """Look for a rank that hangs.
+
+        Raises:
+            LaunchError: One does.
+        """
+        hung = self._roll.find_hung(running, clock_s=time.monotonic())
+        if hung is not None:
+            rank, what = hung
+            raise self._error(rank, f"hangs: {what}")
+
+    def ask_to_stop(self) -> None:
+        """Ask every rank to save and stop."""
+        for process in self.processes:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, signal.SIGUSR2)
+
+    def failure(self) -> LaunchError:
+        """Name the rank that failed first by cause: its neighbours only lost their connection."""
+        failed = [r for r, p in enumerate(self.processes) if p.exitcode not in (None, 0)]
+        killed = [r for r in failed if r not in self._errors]
+        original = [r for r in failed if not _LOST_PEER.search(self._errors.get(r, ""))]
+        rank = next(iter(killed or original or failed))
+        code = self.processes[rank].exitcode or 0
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return self._error(rank, f"failed: {self._errors.get(rank, how)}")
+
+    def kill(self) -> None:
+        """End all processes at once."""
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+        for process in self.processes:
+            process.join()
+
+    def _error(self, rank: int, what: str) -> LaunchError:
+        run_dir = self._setup.run_dir
+        return LaunchError(
+            f"rank {rank} ({self._describe(rank)}) {what}. "
+            f"Full log: {run_dir / 'logs' / f'rank_{rank:05d}.log'}. "
+            f"Run it again with: fedpipe {self._task} --run-dir {run_dir}"
+        )
+
+    def _describe(self, rank: int) -> str:
+        stages, replica, _ = self._grid.coordinates(rank)
+        last = self._roll.last(rank)
+        client = "" if last is None or last.client_id is None else f", client {last.client_id}"
+        return f"stage {', '.join(map(str, stages))}, replica {replica}{client}"
