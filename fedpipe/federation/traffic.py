@@ -1,4 +1,4 @@
-"""What a rank sends to make one model of its stage, in bytes. Pure: no torch."""
+"""What it costs a rank to make one model of its stage: bytes and memory. Pure: no torch."""
 
 from __future__ import annotations
 
@@ -45,3 +45,22 @@ def averaging_bytes(numel: int, *, federation: FederationConfig) -> int:
     if rule == "krum" and numel:
         sent += 2 * (replicas - 1) * federation.clients_per_round**2 * 8 // replicas
     return sent
+
+
+def averaging_floats(numel: int, *, federation: FederationConfig) -> int:
+    """float32 values that a rank holds for ``averaging_bytes``, beside the global weights.
+
+    The running sum and the residuals of a compressed mean, or every hosted client's weights; and
+    the moments of the server optimizer.
+
+    Args:
+        numel: Without what stays with the clients, and without a shared stage.
+        federation: Rule, format, server optimizer and clients.
+    """
+    size, moments = padded(numel, federation=federation), {"fedavg": 0, "fedavgm": 1}
+    floats = moments.get(federation.server_optimizer.name, 2) * numel
+    if federation.aggregation.rule != "mean":
+        return floats + hosted_clients(federation) * size
+    if federation.wire == "fp32" or federation.num_replicas == 1:
+        return floats + numel
+    return floats + numel + size + size // federation.num_replicas

@@ -15,7 +15,7 @@ from fedpipe.config.schema import AverageConfig, PipelineConfig, RunConfig
 from fedpipe.data.masking import num_masked
 from fedpipe.data.tokenizer import tokenizer_info
 from fedpipe.distributed.topology import Grid
-from fedpipe.federation.traffic import averaging_bytes
+from fedpipe.federation.traffic import averaging_bytes, averaging_floats
 from fedpipe.metrics.format import bytes_text, count
 from fedpipe.models.split import StageRole, StageSpec, stage_specs
 from fedpipe.pipeline.messages import EdgeMessages, edge_messages
@@ -39,7 +39,7 @@ class StagePlan:
     cost_share_pct: float
     """Its part of all stages' FLOPs."""
     state_bytes: int
-    """Weights, gradients, Adam's moments and FedAvg's global weights and sum, per rank."""
+    """Weights, gradients, Adam's moments, global weights and what averages them, per rank."""
     activation_bytes: int
     """Activations of the micro-batches in flight, logits and messages, per rank; an estimate."""
     fedavg_bytes: int
@@ -138,8 +138,10 @@ def _stages(
         moments = ceil(2 * parameters / data) if sharded else 2 * parameters
         shared = config.federation.server == "shared" and spec.role is StageRole.SERVER
         handed_on = shared or config.federation.server == "sequential"
-        # FedAvg keeps the round's global weights beside the stage's own, and the running sum.
-        state = _FLOAT32 * (3 * parameters + moments + averaged)
+        travelling = 0 if handed_on else averaged
+        # Weights, gradients and the round's global weights; what averaging needs beside them.
+        averaging = averaging_floats(travelling, federation=config.federation)
+        state = _FLOAT32 * (3 * parameters + moments + averaging)
         plans.append(
             StagePlan(
                 spec=spec,
@@ -150,9 +152,7 @@ def _stages(
                 activation_bytes=_activation_bytes(
                     spec, config, shape, num_masked=num_masked, element=activation_size
                 ),
-                fedavg_bytes=averaging_bytes(
-                    0 if handed_on else averaged, federation=config.federation
-                ),
+                fedavg_bytes=averaging_bytes(travelling, federation=config.federation),
                 shared_gradient_bytes=(
                     2 * (replicas - 1) * parameters * _FLOAT32 // replicas if shared else 0
                 ),
@@ -317,7 +317,7 @@ def _batch_rows(plan: Plan) -> list[_Row]:
     pipeline, federation, data = plan.config.pipeline, plan.config.federation, plan.config.data
     sequences = plan.config.blocks_per_step
     batch = (
-        f"{sequences} sequences = {pipeline.num_micro_batches} micro-batches x"
+        f"{sequences} sequences = {count(pipeline.num_micro_batches, 'micro-batch', 'es')} x"
         f" {pipeline.micro_batch_size} x {federation.data_parallel_degree} data"
     )
     tokens = f"{data.sequence_length} tokens per sequence, {plan.num_masked} masked"

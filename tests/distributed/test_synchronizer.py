@@ -12,7 +12,7 @@ import torch
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.distributed.env import ProcessEnv
-from fedpipe.federation.traffic import averaging_bytes
+from fedpipe.federation.traffic import averaging_bytes, averaging_floats
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny import tiny_config, tiny_data
 
@@ -65,6 +65,11 @@ def _rounds(
         sent.append({s: sync.synchronize() for s, sync in replica.synchronizers.items()})
         history.append(state())
     comm.close()
+    for sync in replica.synchronizers.values():
+        held = [*sync.partial.values(), *sync.residuals.values(), *sync.moments.values()]
+        numel = sum(p.numel() for n, p in sync.global_state().items() if n not in sync.kept_state())
+        floats = averaging_floats(numel, federation=config.federation)
+        assert sum(t.numel() for t in held if t.dim()) == floats
     return history, sent, dict(comm.sent_bytes)
 
 
@@ -178,7 +183,7 @@ def test_what_a_compressed_average_rounds_off_is_sent_later(
             for name, value in history[round_id + 1][stage].items():
                 total[name] += _changes(name, first[name].shape, cohort, round_id).mean(0)
                 error = np.abs(value - first[name] - total[name].numpy()).max()
-                # Each replica and the owner of a shard round changes of up to 5 sigma, a fifth of 0.5.
+                # Each replica and a shard's owner round changes of up to 5 sigma, a fifth of 0.5.
                 assert 0 < error < (REPLICAS + 1) * 0.1 * step, (name, round_id)
         numel = sum(w.size for w in first.values())
         expected = averaging_bytes(numel, federation=config.federation)
