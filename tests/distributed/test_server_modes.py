@@ -245,3 +245,53 @@ def test_state_between_rounds_survives_a_kill_bit_for_bit(
         expected = _final(tmp_path / "undisturbed")
         for name, tensor in _final(run_dir).items():
             np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
+
+
+def _train_shared(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
+    """Train one client per replica; return this rank's weights by stage role."""
+    from fedpipe.distributed.comm import Comm
+    from fedpipe.distributed.topology import Grid
+    from fedpipe.models.split import pipeline_edges
+    from fedpipe.workflows.replica import Replica
+
+    comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
+    replica = Replica(config, data, comm=comm)
+    replica.engine.train(
+        range(4),
+        source=replica.training_source(comm.replica, start=0),
+        lr=lambda step: 1e-3,
+        on_step=lambda stage, result: None,
+    )
+    weights: dict[str, dict[str, np.ndarray]] = {"client": {}, "server": {}}
+    for engine in replica.stages:
+        for name, parameter in engine.stage.named_parameters():
+            weights[engine.spec.role.value][name] = parameter.detach().numpy()
+    comm.close()
+    return comm.replica, weights
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        {"head_location": "client"},
+        {"objective": "end_to_end", "schedule": "1f1b"},
+        {"objective": "end_to_end", "schedule": "sequential", "head_location": "client"},
+    ],
+    ids=str,
+)
+def test_a_shared_server_is_one_model_in_every_mode(
+    pipeline: dict[str, Any], tmp_path: Path
+) -> None:
+    config = tiny_config(
+        pipeline=pipeline, federation={"server": "shared"}, optimizer={"max_grad_norm": 0.1}
+    )
+    results = run_distributed(_train_shared, 4, config, tiny_data(tmp_path))
+    merged: list[dict[str, dict[str, np.ndarray]]] = [{"client": {}, "server": {}} for _ in "01"]
+    for replica, weights in results:
+        for role, tensors in weights.items():
+            merged[replica][role] |= tensors
+    for name, value in merged[0]["server"].items():
+        np.testing.assert_array_equal(merged[1]["server"][name], value, err_msg=name)
+    assert merged[0]["server"] and merged[0]["client"]
+    embeddings = "roberta.embeddings.word_embeddings.weight"
+    assert not np.array_equal(*(m["client"][embeddings] for m in merged)), "clients differ"
