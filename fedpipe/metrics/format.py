@@ -62,6 +62,6 @@ def duration(seconds: Any) -> str:
     return f"{hours:,} h {minutes} min"
 
 
-def count(value: int, noun: str) -> str:
+def count(value: int, noun: str, plural: str = "s") -> str:
     """Write a count with its noun: ``1 round``, ``12 rounds``."""
-    return f"{value:,} {noun}{'' if value == 1 else 's'}"
+    return f"{value:,} {noun}{'' if value == 1 else plural}"

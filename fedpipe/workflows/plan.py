@@ -286,7 +286,7 @@ def _headline(plan: Plan) -> str:
     parts = f"{count(federation.num_replicas, 'replica')} x {count(stages, 'stage')}"
     if plan.grid.colocate:
         parts += " as threads"
-    processes = count(plan.grid.world_size, "process").replace("processs", "processes")
+    processes = count(plan.grid.world_size, "process", "es")
     degree = federation.data_parallel_degree
     return f"fedpipe {__version__}  {plan.config.name}  {processes} = {parts} x {degree} data"
 

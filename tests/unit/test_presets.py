@@ -13,6 +13,7 @@ import pytest
 from fedpipe.config.load import diff, load_config, preset_names
 from fedpipe.config.schema import RunConfig
 from fedpipe.errors import ConfigError
+from fedpipe.workflows.plan import build_plan
 
 REPOSITORY = Path(__file__).parents[2]
 OVERLAY = str(REPOSITORY / "launch/configs/scaled_down.yaml")
@@ -77,6 +78,16 @@ def test_the_6_6_baseline_differs_in_objective_and_schedule_only() -> None:
         "pipeline.num_micro_batches",
     ]  # fmt: skip
     assert base.blocks_per_step == ours.blocks_per_step == 16
+
+
+def test_the_base_model_has_the_published_parts() -> None:
+    # Theirs: client 53.40 M with an unused pooler of D (D + 1), server 56.70 M, head 24.46 M with
+    # the positions, types and LayerNorm of a dead embedding table.
+    client, server, head = build_plan(preset("fedbiobert-4-8")).stages
+    pooler, dead = 768 * 769, (514 + 2 + 2) * 768
+    assert client.num_parameters + pooler == pytest.approx(53.40e6, abs=5e3)
+    assert server.num_parameters == pytest.approx(56.70e6, abs=5e3)
+    assert head.num_parameters + dead == pytest.approx(24.46e6, abs=5e3)
 
 
 def test_fedberts_two_strategies_differ_in_the_server_only() -> None:
