@@ -104,32 +104,36 @@ def rounds_table(run: RunSummary, rounds: list[Record]) -> Table:
 
 def ledger(run: RunSummary) -> list[Block]:
     """What crossed each pipe edge and each collective, in bytes, and what that means."""
-    cut = (run.num_client_stages - 1, run.num_client_stages)
     tokens = run.tokens
     rows: list[tuple[str, ...]] = []
     for (source, target), edge in run.edges().items():
-        place = "out of the clients" if (source, target) == cut else "inside a client"
-        place = place if source < run.num_client_stages else "inside the cluster"
         forward, backward = edge.get("bytes_forward", 0), edge.get("bytes_backward", 0)
-        rows += [
-            _ledger_row(
-                f"activations, stage {source} to {target}", place, edge, forward, tokens, "forward"
-            ),
-            _ledger_row(
-                f"gradients, stage {target} to {source}",
-                place.replace("out of", "into"),
-                edge,
-                backward,
-                tokens,
-                "backward",
-            ),
-        ]
+        masked = "masked positions' " if target >= run.num_encoder_stages else ""
+        out, back = (_place(run, source, target), _place(run, target, source))
+        what = f"{masked}activations, stage {source} to {target}"
+        rows.append(_ledger_row(what, out, edge, forward, tokens, "forward"))
+        what = f"{masked}gradients, stage {target} to {source}"
+        rows.append(_ledger_row(what, back, edge, backward, tokens, "backward"))
     for name, value in run.collectives().items():
         what = _COLLECTIVES.get(name, name)
         rows.append((what, "collective", "-", bytes_text(value), _per_token(value, tokens)))
     columns = ("what", "where", "messages", "bytes", "bytes per token")
     table = Table(columns=columns, rows=tuple(rows), numeric=frozenset({2, 3, 4}))
     return [Paragraph(text=_verdict(run)), table]
+
+
+def _place(run: RunSummary, source: int, target: int) -> str:
+    """Where a message passes; heads at home are stages of the client's behind the encoder's."""
+    clients = [
+        stage < run.num_client_stages or stage >= run.num_encoder_stages
+        for stage in (source, target)
+    ]
+    return {
+        (True, True): "inside a client",
+        (True, False): "out of the clients",
+        (False, True): "into the clients",
+        (False, False): "inside the cluster",
+    }[clients[0], clients[1]]
 
 
 def _ledger_row(
@@ -154,14 +158,31 @@ def _verdict(run: RunSummary) -> str:
             f"0 bytes travelled backward in {rounds}: every stage learned from its own local "
             "loss, and no gradient crossed a cut. Raw text stayed with its client. Activations of "
             "the cut layer went forward, with the positions and labels of the masked words, which "
-            "the head on the server needs; stage weights were averaged once per round."
+            f"the head on the server needs. {_averaging(run)}"
         )
-    reason = " (pipeline.objective is end_to_end)" if run.objective == "end_to_end" else ""
-    return (
-        f"{bytes_text(backward)} of gradients travelled backward in {rounds}{reason}: the earlier "
-        "stages waited for them. Raw text stayed with its client; activations went forward with "
-        "the positions and labels of the masked words; stage weights were averaged once per round."
+    at_home = run.head_location == "client"
+    targets = "the positions" if at_home else "the positions and labels"
+    labels = (
+        " No label left its client: the masked positions' activations came home to its heads."
+        if at_home
+        else ""
     )
+    if run.objective == "end_to_end":
+        what = "of gradients travelled backward"
+        why = "(pipeline.objective is end_to_end): the earlier stages waited for them"
+    else:
+        what = "of gradients went from the clients' heads to the server stages"
+        why = "and none to a client's encoder: its stages learned from their own local losses"
+    return (
+        f"{bytes_text(backward)} {what} in {rounds} {why}. Raw text stayed with its client;"
+        f" activations went forward with {targets} of the masked words.{labels} {_averaging(run)}"
+    )
+
+
+def _averaging(run: RunSummary) -> str:
+    if (run.config.get("federation") or {}).get("server") == "sequential":
+        return "Nothing was averaged: every client went on where the one before it had ended."
+    return "Stage weights were averaged once per round."
 
 
 def environment_rows(environment: dict[str, Any]) -> tuple[tuple[str, str], ...]:

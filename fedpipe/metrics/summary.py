@@ -75,6 +75,17 @@ class RunSummary:
         return max([*(stage + 1 for stage in stages), *lengths], default=0)
 
     @property
+    def num_encoder_stages(self) -> int:
+        """Stages with layers of the encoder; those after them are heads at home."""
+        cut = (self.config.get("pipeline") or {}).get("cut")
+        return len(cut) + 1 if cut is not None else self.num_stages
+
+    @property
+    def head_location(self) -> str:
+        """The configured place of the final head, ``server`` unless the configuration says so."""
+        return str((self.config.get("pipeline") or {}).get("head_location") or "server")
+
+    @property
     def num_client_stages(self) -> int:
         """Leading stages that belong to the data owners."""
         return int((self.config.get("pipeline") or {}).get("num_client_stages") or 1)

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from fedpipe.errors import CheckpointError
+from fedpipe.metrics.document import Paragraph, Table
 from fedpipe.metrics.drawing import spread
 from fedpipe.metrics.report import write_report
+from fedpipe.metrics.sections import ledger
 from fedpipe.metrics.summary import RunSummary, smooth
 from fedpipe.metrics.timeline_plot import middle_window, write_timeline_plot
 from tests.helpers.records import make_events, make_records, make_run_dir
@@ -257,3 +259,22 @@ def test_a_timeline_without_events_or_with_one_step_is_no_error(tmp_path: Path) 
     assert svg is not None
     assert "replica 1, stage 1" in svg
     assert ">backward<" in svg
+
+
+def test_the_ledger_of_a_head_at_home_says_what_comes_home_and_that_no_label_leaves() -> None:
+    edge = {"bytes_forward": 100, "messages_forward": 1, "bytes_backward": 0}
+    home = {"bytes_forward": 20, "messages_forward": 1, "bytes_backward": 20}
+    edges = [{"from": 0, "to": 1, **edge}, {"from": 1, "to": 2, **home}]
+    traffic = {"kind": "traffic", "round": 0, "edges": edges, "collectives": {}}
+    pipeline = {"cut": [2], "head_location": "client", "num_client_stages": 1}
+    run = RunSummary(run_dir=Path(), records={"traffic": [traffic]}, config={"pipeline": pipeline})
+    verdict, table = ledger(run)
+    assert isinstance(verdict, Paragraph) and isinstance(table, Table)
+    assert "No label left its client" in str(verdict.text)
+    assert "none to a client's encoder" in str(verdict.text)
+    assert [row[:2] for row in table.rows] == [
+        ("activations, stage 0 to 1", "out of the clients"),
+        ("gradients, stage 1 to 0", "into the clients"),
+        ("masked positions' activations, stage 1 to 2", "into the clients"),
+        ("masked positions' gradients, stage 2 to 1", "out of the clients"),
+    ]
