@@ -12,7 +12,7 @@ import torch
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.distributed.env import ProcessEnv
-from fedpipe.federation.traffic import averaging_bytes, averaging_floats
+from fedpipe.federation.traffic import BLOCK, averaging_bytes, averaging_floats
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny import tiny_config, tiny_data
 
@@ -35,9 +35,12 @@ def _rounds(
     """Let every client add its change; return global weights and bytes by round and stage."""
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
+    from fedpipe.federation import aggregation
     from fedpipe.federation.cohort import plan_round
     from fedpipe.workflows.replica import Replica
 
+    # Several buckets per stage, the last one smaller; in thirds, so that no byte count is rounded.
+    aggregation.BUCKET_ELEMENTS = aggregation.ENCODED_BUCKET_ELEMENTS = 2 * REPLICAS * BLOCK
     comm = Comm(Grid.from_config(config), env, edges=())
     replica = Replica(config, data, comm=comm)
 
