@@ -7,13 +7,16 @@ ranks. Groups of a single rank are not created: what they would do is nothing.
 
 from __future__ import annotations
 
+import base64
 import itertools
 import os
+import pickle
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,9 +24,78 @@ from torch import Tensor
 
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
+from fedpipe.errors import FedPipeError
 
 TIMEOUT_S = 600.0
 """After this a rank that waits for a dead or hung peer gives up."""
+_POLL_S = 0.1
+_FAREWELL_S = 60.0
+"""So long rank 0 waits for the others to learn why it cannot start; they may still import torch."""
+
+T = TypeVar("T")
+
+
+class Meeting:
+    """Where ranks under somebody else's launcher meet before any process group exists.
+
+    Rank 0 hosts the store of the rendezvous, unless the launcher does, as long as this lives.
+    """
+
+    def __init__(self, env: ProcessEnv) -> None:
+        """Connect, or wait until rank 0 is there. Every rank, before its ``Comm``."""
+        self._env = env
+        if env.world_size > 1:
+            store = _tcp_store(env, is_master=env.hosts_store)
+            self._store = dist.PrefixStore(f"meeting/{env.attempt}", store)
+
+    def from_rank_0(self, make: Callable[[], T]) -> T:
+        """Make a picklable value on rank 0, however long it takes, and hand it to every rank.
+
+        Args:
+            make: Called on rank 0.
+
+        Returns:
+            The value.
+
+        Raises:
+            FedPipeError: What ``make`` raised, on every rank.
+
+        Collective: every rank, once.
+        """
+        if self._env.world_size == 1:
+            return make()
+        if self._env.rank > 0:
+            return self._from_rank_0()
+        try:
+            value = make()
+        except FedPipeError as error:
+            self._put(error)
+            deadline = time.monotonic() + _FAREWELL_S
+            while self._store.add("read", 0) < self._env.world_size - 1:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(_POLL_S)
+            raise
+        self._put(value)
+        return value
+
+    def _put(self, value: Any) -> None:
+        self._store.set("value", base64.b64encode(pickle.dumps(value)).decode())
+
+    def _from_rank_0(self) -> Any:
+        while not self._store.check(["value"]):
+            time.sleep(_POLL_S)
+        value = pickle.loads(base64.b64decode(self._store.get("value")))
+        self._store.add("read", 1)
+        if isinstance(value, FedPipeError):
+            raise value
+        return value
+
+
+def _tcp_store(env: ProcessEnv, *, is_master: bool = False) -> dist.Store:
+    host, _, port = env.rendezvous.partition("://")[2].rpartition(":")
+    timeout = timedelta(seconds=TIMEOUT_S)
+    return dist.TCPStore(host, int(port), is_master=is_master, timeout=timeout)
 
 
 class Channel:
@@ -95,18 +167,17 @@ class Comm:
 
     def _init_process_group(self) -> None:
         timeout = timedelta(seconds=TIMEOUT_S)
-        scheme, _, address = self.env.rendezvous.partition("://")
+        scheme, _, path = self.env.rendezvous.partition("://")
         store: dist.Store
         board: dist.Store | None = None
         if self.env.world_size == 1:
             store = dist.HashStore()
         elif scheme == "file":
-            store = dist.FileStore(address, self.env.world_size)
+            store = dist.FileStore(path, self.env.world_size)
         else:
-            host, _, port = address.rpartition(":")
-            store = dist.TCPStore(host, int(port), is_master=self.rank == 0, timeout=timeout)
+            store = _tcp_store(self.env)
             # A connection of its own: one that waits for a peer is closed to other threads.
-            board = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+            board = _tcp_store(self.env)
         self._board = dist.PrefixStore(f"board/{self.env.attempt}", board or store)
         dist.init_process_group(
             # control, checkpoint votes and records stay on gloo whatever carries the tensors

@@ -23,6 +23,8 @@ class ProcessEnv:
     """Processes of the run on this host; they share its cores."""
     rendezvous: str
     """``file:///PATH`` (one host) or ``tcp://HOST:PORT``."""
+    hosts_store: bool = False
+    """A ``tcp`` rendezvous is at this process, and no launcher answers there already."""
     attempt: int = 0
     """Restart count: keys of an earlier attempt's store are never read."""
 
@@ -63,6 +65,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> ProcessEnv:
         local_rank=local_rank,
         local_world_size=local_world_size,
         rendezvous=f"tcp://{host or '127.0.0.1'}:{port or 0}",
+        hosts_store=rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         attempt=_number(environ, "TORCHELASTIC_RESTART_COUNT", default=0),
     )
 

@@ -75,7 +75,7 @@ def run_rank(task: str, setup: RunSetup, env: ProcessEnv, pipe: Connection, *arg
 def _pretrain(setup: RunSetup, env: ProcessEnv, emit: Emit, watch: Watch) -> None:
     from fedpipe.workflows.pretrain import pretrain
 
-    stopped_at = pretrain(setup, config=setup.config, env=env, emit=emit, watch=watch)
+    stopped_at = pretrain(setup, env=env, emit=emit, watch=watch)
     if stopped_at is not None:
         emit("stopped", f" after {stopped_at}")
     elif env.rank == 0:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from fedpipe.checkpoint import CheckpointWriter, Position
-from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, load_prepared
 from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.comm import Comm
@@ -45,9 +44,8 @@ TRACED_STEPS = range(2, 6)
 
 
 def pretrain(
-    setup: RunSetup | None,
+    setup: RunSetup,
     *,
-    config: RunConfig,
     env: ProcessEnv,
     emit: Emit,
     watch: Watch | None = None,
@@ -55,8 +53,7 @@ def pretrain(
     """Train, average, validate and save until all rounds are done, or until asked to stop.
 
     Args:
-        setup: What ``set_up`` found; None on ranks that get it from rank 0.
-        config: The run's configuration.
+        setup: What ``set_up`` found, on every rank.
         env: This process' place in the run.
         emit: Told of every step, round and validation.
         watch: Running; says when to stop. None makes one that learns it from the other ranks.
@@ -68,12 +65,11 @@ def pretrain(
     """
     if watch is None:
         with Watch() as watch:
-            return pretrain(setup, config=config, env=env, emit=emit, watch=watch)
+            return pretrain(setup, env=env, emit=emit, watch=watch)
+    config = setup.config
     comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
     try:
         watch.join_run(comm)
-        setup = comm.broadcast(setup)
-        assert setup is not None, "rank 0 has the setup"
         run = Pretraining(setup, comm=comm, emit=emit, watch=watch)
         emit("training", True)
         for round_id in range(run.position.round_id, config.federation.num_rounds):

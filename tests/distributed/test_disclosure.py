@@ -67,7 +67,7 @@ def _setup(config: RunConfig, folder: Path) -> RunSetup:
 def _pretrain(env: ProcessEnv, setup: RunSetup) -> None:
     from fedpipe.workflows.pretrain import pretrain
 
-    pretrain(setup, config=setup.config, env=env, emit=lambda kind, record: None)
+    pretrain(setup, env=env, emit=lambda kind, record: None)
 
 
 # ----------------------------------------------------------------------------------- the ledger

@@ -42,7 +42,7 @@ def _pretrain(env: ProcessEnv, setup: RunSetup, patch: Callable[[], None] | None
 
     if patch:
         patch()
-    pretrain(setup, config=setup.config, env=env, emit=lambda kind, record: None)
+    pretrain(setup, env=env, emit=lambda kind, record: None)
 
 
 def _run(
@@ -75,18 +75,36 @@ def _everyone_reads_client_0() -> None:
     Replica.training_source = lambda self, client_id, *, start: original(self, 0, start=start)
 
 
-def test_one_process_equals_stages_in_processes_equals_identical_replicas(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        {},
+        {"head_location": "client"},
+        {
+            "head_location": "client", "objective": "end_to_end", "schedule": "sequential",
+            "cut": [0],
+        },
+    ],
+    ids=str,
+)  # fmt: skip
+def test_one_process_equals_stages_in_processes_equals_identical_replicas(
+    pipeline: dict[str, Any], tmp_path: Path
+) -> None:
     data = tiny_data(tmp_path / "data", num_clients=4, identical=True)
     federation = {"num_clients": 4, "clients_per_round": 1, "num_replicas": 1}
-    one = tiny_config(federation=federation, pipeline={"colocate": True})
-    stages = tiny_config(federation=federation)
-    replicas = tiny_config(federation=federation | {"num_replicas": 2, "clients_per_round": 2})
+    one = tiny_config(federation=federation, pipeline={**pipeline, "colocate": True})
+    stages = tiny_config(federation=federation, pipeline=pipeline)
+    federation |= {"num_replicas": 2, "clients_per_round": 2}
+    replicas = tiny_config(federation=federation, pipeline=pipeline)
     reference = _run(one, data, tmp_path / "one", _everyone_reads_client_0)
     in_processes = _run(stages, data, tmp_path / "stages", _everyone_reads_client_0)
     replicated = _run(replicas, data, tmp_path / "replicas", _everyone_reads_client_0)
-    assert len(_losses(reference)) == 2 * 3 * 2
+    num_stages = one.pipeline.num_virtual_stages
+    assert len(_losses(reference)) == 2 * 3 * num_stages
     for other in (in_processes, replicated):
-        np.testing.assert_allclose(_losses(other), _losses(reference), atol=2e-6)
+        np.testing.assert_allclose(
+            np.array(_losses(other), float), np.array(_losses(reference), float), atol=2e-6
+        )
 
 
 def _synchronize(env: ProcessEnv, config: RunConfig, data: PreparedData, weights: list[float]):  # type: ignore[no-untyped-def]
@@ -211,18 +229,25 @@ class _StopAfter:
         StageEngine._INSTRUCTION_MAP = StageEngine._INSTRUCTION_MAP | {ops.OptimizerStep: dying}
 
 
-@pytest.mark.parametrize("keep", ["reset", "keep"])
-@pytest.mark.parametrize("killed_after", [2, 5, 9])
+@pytest.mark.parametrize(
+    ("killed_after", "keep", "head_location"),
+    [
+        *((after, keep, "server") for after in (2, 5, 9) for keep in ("reset", "keep")),
+        (5, "keep", "client"),
+        (9, "reset", "client"),
+    ],
+)
 def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(
-    killed_after: int, keep: str, tmp_path: Path
+    killed_after: int, keep: str, head_location: str, tmp_path: Path
 ) -> None:
     data = tiny_data(tmp_path / "data")
     config = tiny_config(
         model={"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
         federation={
             "optimizer_state": keep, "clients_per_round": 3, "num_rounds": 3,
-            "average": {"embeddings": keep == "reset"},
+            "average": {"embeddings": keep == "reset", "final_head": keep == "reset"},
         },
+        pipeline={"head_location": head_location},
         checkpoint={"every_steps": 2},
     )  # fmt: skip
     undisturbed = _run(config, data, tmp_path / "undisturbed")
@@ -235,7 +260,8 @@ def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(
         {f.name: load_file(f) for f in sorted(d.glob("checkpoints/round_000003/*.safetensors"))}
         for d in (tmp_path / "undisturbed", run_dir)
     ]
-    assert finals[0].keys() == finals[1].keys() and len(finals[0]) == 2
+    assert finals[0].keys() == finals[1].keys()
+    assert len(finals[0]) == config.pipeline.num_virtual_stages
     for file, tensors in finals[0].items():
         for name, tensor in tensors.items():
             np.testing.assert_array_equal(tensor, finals[1][file][name], err_msg=name)
