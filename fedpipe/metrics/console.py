@@ -141,7 +141,7 @@ def _round_text(record: dict[str, Any], num_rounds: int) -> str:
     plural = "client " if len(clients) == 1 else "clients"
     losses = " ".join(number(loss, 3, width=6) for loss in record.get("loss") or [])
     return (
-        f"{round_label(record.get('round'), num_rounds)} averaged {len(clients)} {plural}, "
+        f"{round_label(record.get('round'), num_rounds)} trained {len(clients)} {plural}, "
         f"{integer(record.get('tokens'))} tokens in {number(record.get('seconds'), 1)} s "
         f"(sync {number(record.get('sync_s'), 2)} s)  loss {losses or '-'}  "
         f"tok/s {tokens_per_s(record.get('tokens_per_s')):>9}"

@@ -305,6 +305,21 @@ def test_end_to_end_trains_another_family_and_exports_it(
     assert all(e["bytes_backward"] > 0 for e in traffic["edges"])
 
 
+def test_a_model_whose_head_stayed_at_home_is_exported_like_any_other(
+    folder: Path, arguments: tuple[str, ...]
+) -> None:
+    run_dir = folder / "head_at_home"
+    result = fedpipe(
+        "pretrain", "--run-dir", str(run_dir), *arguments, *ONE_REPLICA, "pipeline.cut=[1, 3]",
+        "pipeline.head_location=client", "federation.num_rounds=1",
+        folder=folder,
+    )  # fmt: skip
+    assert (result.code, result.err) == (0, ""), result.err
+    _assert_export_has_the_validated_loss(run_dir, dict.fromkeys(range(6), run_dir / "export"))
+    report = (run_dir / "report.md").read_text(encoding="utf-8")
+    assert "No label left its client" in report
+
+
 # -- mistakes --------------------------------------------------------------------------------------
 
 

@@ -44,7 +44,7 @@ def test_a_stream_that_is_no_terminal_gets_fixed_columns_in_ascii() -> None:
 def test_there_is_one_line_per_log_every_steps_one_per_round_and_one_per_validation() -> None:
     lines = show(make_records(), log_every=5).splitlines()
     assert len([line for line in lines if " step " in line]) == 6 * 4
-    assert len([line for line in lines if " averaged 2 clients, 163,840 tokens " in line]) == 6
+    assert len([line for line in lines if " trained 2 clients, 163,840 tokens " in line]) == 6
     assert len([line for line in lines if " validation " in line]) == 6
 
 
@@ -95,7 +95,7 @@ def test_records_without_any_value_are_shown_as_dashes(interactive: bool) -> Non
         {"kind": "eval", "round": 1, "stages": None},
     ]  # fmt: skip
     text = show(empty + nulls, interactive=interactive, log_every=1)
-    assert "averaged 0 clients, - tokens in - s (sync - s)" in text
+    assert "trained 0 clients, - tokens in - s (sync - s)" in text
     assert "validation  loss      -      -  ppl        -        -  worst - (client -)" in text
 
 
