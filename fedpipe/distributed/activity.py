@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fedpipe.distributed.topology import Grid
+
 _LONGEST_TICK_S = 2.0
 """More than this between two looks is time in which the watcher itself did not run (Ctrl-Z)."""
 
@@ -14,20 +16,11 @@ class Activity:
     """What a rank is doing; two that are equal show no progress between them."""
 
     doing: str = "starting"
-    """Name of an instruction, or of what goes on between instructions."""
+    """For people: round, local step and instruction, or what goes on between them."""
     waiting: bool = True
     """It cannot be to blame if this takes long: it waits for others, or for a disk."""
     client_id: int | None = None
     """The client that it hosts."""
-    round_id: int = 0
-    step: int = 0
-    """Local step of the client's turn."""
-
-    def __str__(self) -> str:
-        """Say it to people, who count rounds from 1."""
-        if self.client_id is None:
-            return self.doing
-        return f"{self.doing} of local step {self.step + 1} in round {self.round_id + 1}"
 
 
 class Roll:
@@ -53,9 +46,12 @@ class Roll:
             self._activities[rank] = activity
             self._changed_at[rank] = self._now
 
-    def last(self, rank: int) -> Activity | None:
-        """Return what a rank said last; None before it has said anything."""
-        return self._activities.get(rank)
+    def name(self, rank: int, grid: Grid) -> str:
+        """Name a rank by all that it holds."""
+        stages, replica, _ = grid.coordinates(rank)
+        client_id = self._activities.get(rank, Activity()).client_id
+        client = "" if client_id is None else f", client {client_id}"
+        return f"rank {rank} (stage {', '.join(map(str, stages))}, replica {replica}{client})"
 
     def find_hung(self, running: Iterable[int], *, clock_s: float) -> tuple[int, str] | None:
         """Name the rank that keeps the others waiting.
@@ -81,7 +77,7 @@ class Roll:
         seconds = self._now - self._heard_at[silent]
         if seconds >= self._timeout_s:
             last = self._activities[silent]
-            return silent, f"no sign of life for {seconds:.0f} s, last seen in {last}"
+            return silent, f"no sign of life for {seconds:.0f} s, last seen in {last.doing}"
         busy = [rank for rank in heard if not self._activities[rank].waiting]
         stuck = min(busy, key=lambda rank: self._changed_at[rank], default=None)
         if stuck is None:
@@ -89,4 +85,4 @@ class Roll:
         seconds = self._now - self._changed_at[stuck]
         if seconds < self._timeout_s:
             return None
-        return stuck, f"in {self._activities[stuck]} for {seconds:.0f} s"
+        return stuck, f"in {self._activities[stuck].doing} for {seconds:.0f} s"

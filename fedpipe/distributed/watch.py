@@ -63,14 +63,15 @@ class Watch:
         self,
         *,
         signals: StopSignals | None = None,
-        report: Callable[[Activity], None] = lambda activity: None,
+        report: Callable[[Activity, Comm | None], None] = lambda activity, comm: None,
     ) -> None:
         """Make a watch; ``with`` starts and ends its thread.
 
         Args:
             signals: Caught as soon as the rank has joined the run; None for a process that is not
                 asked itself.
-            report: Told what the rank does, a few times a second, in the watch's thread.
+            report: Told what the rank does, a few times a second, by the watch's thread or
+                another; with the run's groups while the rank takes part in it.
         """
         self.stop = StopPoint()
         self.activity: Callable[[], Activity] = Activity
@@ -95,7 +96,7 @@ class Watch:
     ) -> None:
         """End the thread."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(timeout=_PERIOD_S)  # it may wait for a store that has gone
 
     def join_run(self, comm: Comm) -> None:
         """Take part in agreements from now on, and catch signals."""
@@ -110,16 +111,15 @@ class Watch:
 
     def beat(self) -> None:
         """Report now: what the rank does has just changed."""
-        self._report(self.activity())
+        self._report(self.activity(), self._comm)
 
     def _run(self) -> None:
         while not self._closed.wait(_PERIOD_S):
-            self.beat()
-            comm = self._comm
-            if comm is None or self.stop.end is not None:
-                continue
             try:
-                self._look_for_stop(comm)
+                self.beat()
+                comm = self._comm
+                if comm is not None and self.stop.end is None:
+                    self._look_for_stop(comm)
             except RuntimeError as failure:  # the store is gone, with the process that hosted it
                 self.stop.fail(failure)
                 self._comm = None

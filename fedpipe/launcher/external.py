@@ -88,6 +88,7 @@ def _run(args: argparse.Namespace, env: ProcessEnv, stack: contextlib.ExitStack)
 
 
 def _train(setup: RunSetup, *, env: ProcessEnv, console: RunConsole) -> Position | None:
+    from fedpipe.launcher.peers import Peers
     from fedpipe.workflows.pretrain import pretrain
 
     def emit(kind: str, record: Any) -> None:
@@ -97,5 +98,6 @@ def _train(setup: RunSetup, *, env: ProcessEnv, console: RunConsole) -> Position
         if kind in shows:
             shows[kind](record)
 
-    with Watch(signals=StopSignals()) as watch:
+    peers = Peers(timeout_s=setup.config.pipeline.hang_timeout_s)
+    with Watch(signals=StopSignals(), report=peers) as watch:
         return pretrain(setup, env=env, emit=emit, watch=watch)

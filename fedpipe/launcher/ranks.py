@@ -89,13 +89,7 @@ class Ranks:
     def _error(self, rank: int, what: str) -> LaunchError:
         run_dir = self._setup.run_dir
         return LaunchError(
-            f"rank {rank} ({self._describe(rank)}) {what}. "
+            f"{self._roll.name(rank, self._grid)} {what}. "
             f"Full log: {run_dir / 'logs' / f'rank_{rank:05d}.log'}. "
             f"Run it again with: fedpipe {self._task} --run-dir {run_dir}"
         )
-
-    def _describe(self, rank: int) -> str:
-        stages, replica, _ = self._grid.coordinates(rank)
-        last = self._roll.last(rank)
-        client = "" if last is None or last.client_id is None else f", client {last.client_id}"
-        return f"stage {', '.join(map(str, stages))}, replica {replica}{client}"

@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedpipe import log
 from fedpipe.distributed.activity import Activity
@@ -23,6 +23,9 @@ from fedpipe.distributed.env import ProcessEnv, threads_per_process
 from fedpipe.distributed.watch import StopSignals, Watch
 from fedpipe.errors import FedPipeError
 from fedpipe.workflows.run_dir import RunSetup
+
+if TYPE_CHECKING:
+    from fedpipe.distributed.comm import Comm
 
 PRELOAD = ("fedpipe.workflows.pretrain", "fedpipe.workflows.export", "fedpipe.metrics.report")
 """Modules that a rank needs and that take seconds to import."""
@@ -56,7 +59,7 @@ def run_rank(task: str, setup: RunSetup, env: ProcessEnv, pipe: Connection, *arg
         with sending:  # stages may be threads, and the watch is one
             pipe.send((kind, value))
 
-    def report(activity: Activity) -> None:
+    def report(activity: Activity, comm: Comm | None) -> None:
         emit("activity", activity)
 
     try:
