@@ -73,16 +73,14 @@ class Roll:
         heard = [rank for rank in running if rank in self._activities]
         if not self._timeout_s or not heard:
             return None
-        silent = min(heard, key=lambda rank: self._heard_at[rank])
-        seconds = self._now - self._heard_at[silent]
-        if seconds >= self._timeout_s:
-            last = self._activities[silent]
-            return silent, f"no sign of life for {seconds:.0f} s, last seen in {last.doing}"
-        busy = [rank for rank in heard if not self._activities[rank].waiting]
-        stuck = min(busy, key=lambda rank: self._changed_at[rank], default=None)
-        if stuck is None:
+        since = {
+            rank: (self._heard_at if self._activities[rank].waiting else self._changed_at)[rank]
+            for rank in heard
+        }
+        rank = min(heard, key=since.__getitem__)  # who stopped first: others may stop for it
+        if self._now - since[rank] < self._timeout_s:
             return None
-        seconds = self._now - self._changed_at[stuck]
-        if seconds < self._timeout_s:
-            return None
-        return stuck, f"in {self._activities[stuck].doing} for {seconds:.0f} s"
+        doing, silent_s = self._activities[rank].doing, self._now - self._heard_at[rank]
+        if silent_s >= self._timeout_s / 2:
+            return rank, f"no sign of life for {silent_s:.0f} s, last seen in {doing}"
+        return rank, f"in {doing} for {self._now - since[rank]:.0f} s"

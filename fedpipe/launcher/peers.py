@@ -19,8 +19,8 @@ _PERIOD_S = 1.0
 class Peers:
     """Posts this rank's activity; rank 0 looks at everybody's, and rank 1 at rank 0's.
 
-    They end themselves when one hangs, and the launcher ends the rest. The host of the store cannot be found out this way: under srun
-    that is rank 0, under torchrun it is torchrun.
+    They end themselves when one hangs, and the launcher ends the rest. The host of the store cannot
+    be found out this way: under srun that is rank 0, under torchrun it is torchrun.
     """
 
     def __init__(self, *, timeout_s: float) -> None:
