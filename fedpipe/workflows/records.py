@@ -28,7 +28,7 @@ def round_record(
     loss: list[float | None] = []
     for stage in range(num_stages):
         losses = [s["loss"] for s in steps if s["stage"] == stage and s["loss"] is not None]
-        loss.append(sum(losses) / len(losses) if losses else None)
+        loss.append(math.fsum(losses) / len(losses) if losses else None)
     return {
         "kind": "round",
         "round": round_id,

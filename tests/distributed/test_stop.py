@@ -1,0 +1,270 @@
+"""Asked to stop, all ranks save at one local step, wherever they are; resumed, nothing differs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpipe.checkpoint import CheckpointWriter, Position, find_latest
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import PreparedData, save_manifest
+from fedpipe.distributed.activity import Activity, Roll
+from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.topology import Grid
+from fedpipe.distributed.watch import StopSignals, Watch
+from fedpipe.errors import CheckpointError
+from fedpipe.metrics.writer import read_metrics
+from fedpipe.workflows.run_dir import RunSetup
+from tests.helpers.distributed import run_distributed
+from tests.helpers.tiny import tiny_config, tiny_data
+
+STEP_S = 0.02
+"""A local step takes at least this long: a run must not end before its watches have looked."""
+TIMES = ("seconds", "tokens_per_s", "sync_s")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a rank gets the signal."""
+
+    rank: int
+    kind: str
+    """Of a message to the watcher, or "evaluate" or "save": as that begins."""
+    number: int = 0
+    """How many of them come before."""
+
+
+def _pretrain(env: ProcessEnv, setup: RunSetup, moment: Moment | None) -> Position | None:
+    from fedpipe.workflows.pretrain import pretrain
+    from fedpipe.workflows.replica import Replica
+
+    left = [moment.number if moment else 0]
+
+    def passes(kind: str) -> None:
+        if moment is not None and (env.rank, kind) == (moment.rank, moment.kind):
+            left[0] -= 1
+            if left[0] == -1:
+                os.kill(os.getpid(), signal.SIGUSR2)
+
+    def emit(kind: str, record: Any) -> None:
+        passes(kind)
+        if kind == "step":  # replicas have different speeds
+            time.sleep(STEP_S * (1 + env.rank % 2))
+
+    def announced(kind: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            passes(kind)
+            return method(*args, **kwargs)
+
+        return call
+
+    Replica.evaluate = announced("evaluate", Replica.evaluate)  # type: ignore[method-assign]
+    CheckpointWriter.save = announced("save", CheckpointWriter.save)  # type: ignore[method-assign]
+    with Watch(signals=StopSignals()) as watch:
+        return pretrain(setup, env=env, emit=emit, watch=watch)
+
+
+def _pretrain_over_tcp(
+    env: ProcessEnv, setup: RunSetup, moment: Moment | None, port: int
+) -> Position | None:
+    from fedpipe.distributed.comm import Meeting
+
+    env = replace(env, rendezvous=f"tcp://127.0.0.1:{port}", hosts_store=env.rank == 0)
+    meeting = Meeting(env)
+    return _pretrain(env, meeting.from_rank_0(lambda: setup), moment)
+
+
+def _run(
+    config: RunConfig,
+    data: PreparedData,
+    run_dir: Path,
+    moment: Moment | None = None,
+    *,
+    tcp: bool = False,
+) -> Position | None:
+    save_manifest(data, Path(data.directory))
+    run_dir.mkdir(exist_ok=True)
+    checkpoint, passed_over = find_latest(run_dir)
+    assert passed_over == []
+    setup = RunSetup(
+        config=config,
+        run_dir=run_dir,
+        data_dir=data.directory,
+        checkpoint=checkpoint,
+        started_at=time.monotonic(),
+    )
+    fn, more = (_pretrain_over_tcp, (_free_port(),)) if tcp else (_pretrain, ())
+    (stopped_at,) = set(run_distributed(fn, config.world_size, setup, moment, *more))
+    return stopped_at
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _outcome(run_dir: Path) -> tuple[list[str], dict[str, bytes]]:
+    """Every record without wall times, and the final weights."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    lines = [
+        str(sorted((k, v) for k, v in r.items() if k not in TIMES))
+        for r in records
+        if r["kind"] != "system"
+    ]
+    final, _ = find_latest(run_dir)
+    assert final is not None
+    return sorted(lines), {f.name: f.read_bytes() for f in final.path.glob("*.safetensors")}
+
+
+def _config(**sections: dict[str, Any]) -> RunConfig:
+    base: dict[str, dict[str, Any]] = {
+        "model": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+        "federation": {"clients_per_round": 3, "num_rounds": 3, "num_local_steps": 15},
+    }
+    return tiny_config(**{n: base.get(n, {}) | sections.get(n, {}) for n in {*base, *sections}})
+
+
+def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_never_was(tmp_path: Path) -> None:
+    """One replica hosts two of the three clients, the other is slower and hosts one."""
+    data = tiny_data(tmp_path / "data")
+    config = _config(
+        federation={"optimizer_state": "keep", "average": {"embeddings": False}},
+        checkpoint={"every_steps": 12, "every_rounds": 2},
+    )
+    assert _run(config, data, tmp_path / "undisturbed") is None
+    run_dir = tmp_path / "stopped"
+    moments = (
+        Moment(2, "training"),  # everything is built, no step is made
+        Moment(3, "step", 4),
+        Moment(1, "save"),
+        Moment(0, "step", 6),
+        Moment(1, "evaluate"),
+        Moment(0, "round"),
+        Moment(2, "step", 1),
+    )
+    stops = []
+    for moment in moments:
+        stopped_at = _run(config, data, run_dir, moment)
+        if stopped_at is None:
+            break
+        stops.append(stopped_at)
+        checkpoint, _ = find_latest(run_dir)
+        assert stopped_at == (checkpoint.position if checkpoint else Position())
+    assert stops == sorted(stops, key=lambda p: (p.round_id, p.step))
+    assert len(set(stops)) >= 4 and any(p.step for p in stops), stops
+    if stopped_at is not None:
+        assert _run(config, data, run_dir) is None
+    assert _outcome(run_dir) == _outcome(tmp_path / "undisturbed")
+
+
+MODES = {
+    "head at home": {
+        "pipeline": {"cut": [1, 3], "head_location": "client", "num_micro_batches": 1},
+        "federation": {"num_replicas": 1, "clients_per_round": 1, "num_local_steps": 40},
+    },
+    "back-propagation": {
+        "pipeline": {"objective": "end_to_end", "schedule": "1f1b", "in_flight": 4},
+        "federation": {"num_replicas": 1, "clients_per_round": 1, "num_local_steps": 40},
+    },
+    "shared server": {
+        "federation": {"server": "shared", "clients_per_round": 2, "num_local_steps": 40},
+    },
+    "data-parallel": {
+        "federation": {
+            "data_parallel_degree": 2, "num_replicas": 1, "clients_per_round": 1,
+            "num_local_steps": 40,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_stops_in_the_middle_of_a_round_and_resumes_bit_for_bit(
+    mode: str, tmp_path: Path
+) -> None:
+    """The one process that gets the signal tells the others, over TCP as on a cluster."""
+    data = tiny_data(tmp_path / "data")
+    config = _config(**MODES[mode], **{"validation": {"every_rounds": 2}})
+    config = replace(config, federation=replace(config.federation, num_rounds=2))
+    assert _run(config, data, tmp_path / "undisturbed") is None
+    last = config.world_size - config.federation.data_parallel_degree  # that tells of its steps
+    moment = Moment(last, "step", 3)
+    stopped_at = _run(config, data, tmp_path / "stopped", moment, tcp=True)
+    assert stopped_at is not None and stopped_at.step > 0
+    assert _run(config, data, tmp_path / "stopped") is None
+    assert _outcome(tmp_path / "stopped") == _outcome(tmp_path / "undisturbed")
+
+
+# -- who hangs -------------------------------------------------------------------------------------
+
+
+def _get_stuck(env: ProcessEnv, setup: RunSetup) -> list[tuple[float, Activity]]:
+    """Stage 1 sleeps in a forward; what both ranks report meanwhile."""
+    from fedpipe.models.stage import Stage
+    from fedpipe.workflows.pretrain import pretrain
+
+    reports: list[tuple[float, Activity]] = []
+    forward, calls = Stage.forward, [0]
+
+    def sleeping(stage: Stage, *args: Any) -> Any:
+        calls[0] += 1
+        if stage.spec.stage_id == 1 and calls[0] == 8:
+            time.sleep(4.0)
+        return forward(stage, *args)
+
+    Stage.forward = sleeping  # type: ignore[method-assign]
+    with Watch(report=lambda activity, comm: reports.append((time.monotonic(), activity))) as watch:
+        pretrain(setup, env=env, emit=lambda kind, record: None, watch=watch)
+    return reports
+
+
+def test_a_rank_that_is_stuck_is_named_with_its_client_and_not_the_one_that_waits(
+    tmp_path: Path,
+) -> None:
+    config = tiny_config(federation={"num_replicas": 1, "clients_per_round": 1, "num_rounds": 1})
+    data = tiny_data(tmp_path / "data")
+    save_manifest(data, Path(data.directory))
+    setup = RunSetup(
+        config=config, run_dir=tmp_path, data_dir=data.directory, checkpoint=None, started_at=0.0
+    )
+    reports = run_distributed(_get_stuck, 2, setup)
+    events = sorted((t, rank, a) for rank in range(2) for t, a in reports[rank])
+    roll, found = Roll(timeout_s=2.0), None
+    for clock_s, rank, activity in events:
+        roll.hear(rank, activity)
+        found = found or roll.find_hung([0, 1], clock_s=clock_s)
+        if found:
+            break
+    assert found is not None and found[0] == 1
+    assert found[1].startswith("in round 1, local step 3, forward of micro-batch 1 for 2")
+    assert " client " in roll.name(1, Grid.from_config(config))
+
+
+# -- a start that is refused -----------------------------------------------------------------------
+
+
+def _refused(env: ProcessEnv, port: int) -> str:
+    from fedpipe.distributed.comm import Meeting
+
+    def prepare() -> None:
+        time.sleep(0.5)  # text is prepared
+        raise CheckpointError("--run-dir: in use.")
+
+    env = replace(env, rendezvous=f"tcp://127.0.0.1:{port}", hosts_store=env.rank == 0)
+    meeting = Meeting(env)
+    with pytest.raises(CheckpointError, match=r"^--run-dir: in use\.$") as caught:
+        meeting.from_rank_0(prepare)
+    return str(caught.value)
+
+
+def test_what_rank_0_is_refused_is_raised_on_every_rank() -> None:
+    assert run_distributed(_refused, 3, _free_port()) == ["--run-dir: in use."] * 3
