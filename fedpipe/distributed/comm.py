@@ -11,6 +11,7 @@ import base64
 import itertools
 import os
 import pickle
+import socket
 import threading
 import time
 from collections import Counter
@@ -45,6 +46,8 @@ class Meeting:
         """Connect, or wait until rank 0 is there. Every rank, before its ``Comm``."""
         self._env = env
         if env.world_size > 1:
+            if not env.hosts_store:
+                _wait_for_host(env)
             store = _tcp_store(env, is_master=env.hosts_store)
             self._store = dist.PrefixStore(f"meeting/{env.attempt}", store)
 
@@ -92,10 +95,26 @@ class Meeting:
         return value
 
 
+def _wait_for_host(env: ProcessEnv) -> None:
+    """Wait until somebody listens; unlike torch's own waiting, a signal can end this."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(_address(env), timeout=_POLL_S).close()
+            return
+        except OSError:
+            time.sleep(_POLL_S)
+
+
 def _tcp_store(env: ProcessEnv, *, is_master: bool = False) -> dist.Store:
-    host, _, port = env.rendezvous.partition("://")[2].rpartition(":")
+    host, port = _address(env)
     timeout = timedelta(seconds=TIMEOUT_S)
-    return dist.TCPStore(host, int(port), is_master=is_master, timeout=timeout)
+    return dist.TCPStore(host, port, is_master=is_master, timeout=timeout)
+
+
+def _address(env: ProcessEnv) -> tuple[str, int]:
+    host, _, port = env.rendezvous.partition("://")[2].rpartition(":")
+    return host, int(port)
 
 
 class Channel:

@@ -31,8 +31,12 @@ Shows = Mapping[str, Callable[[Any], None]]
 """What to do with a message of a rank, by its kind."""
 
 
-class Interrupted(Exception):
-    """The user or the system asked the run to stop; the text says where it is saved."""
+class Interrupted(BaseException):
+    """The user or the system asked the run to stop; the text says where it is saved.
+
+    Like ``KeyboardInterrupt`` it may rise anywhere, so a library's ``except Exception`` must not
+    swallow it.
+    """
 
 
 class Signals:
