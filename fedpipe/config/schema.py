@@ -47,6 +47,9 @@ class ModelConfig:
     """Dropout on attention weights, 0..1."""
     initializer_range: float | None = None
     """Standard deviation of the initial weights."""
+    position_init: Literal["normal", "sinusoidal"] = "normal"
+    """First values of the position embeddings, which are learnt like any others: normal as every
+    matrix, or sinusoids of the same standard deviation, which show distances from the start."""
     layer_norm_eps: float | None = None
     """Epsilon of every LayerNorm."""
     type_vocab_size: int | None = None

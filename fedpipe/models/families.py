@@ -95,16 +95,22 @@ def hf_config(
     return config
 
 
-def initialise(module: nn.Module, *, family: Family, seed: int, std: float) -> None:
+def initialise(
+    module: nn.Module, *, family: Family, seed: int, std: float, sinusoidal_positions: bool = False
+) -> None:
     """Give every parameter its first value, a function of the seed and of its full name only.
 
     The same parameter starts with the same value whatever the cut, the number of stages and the
     process it lives in. Matrices are N(0, std), biases 0, LayerNorm weights 1 (Devlin et al. 2019);
-    every decoder starts as a copy of the word embedding, as a tied one would.
+    every decoder starts as a copy of the word embedding, as a tied one would. Position embeddings
+    may start as sinusoids, Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762,
+    scaled to the same standard deviation.
     """
     for name, parameter in module.named_parameters():
         with torch.no_grad():
-            if name.endswith("bias"):
+            if sinusoidal_positions and name.endswith("position_embeddings.weight"):
+                parameter.copy_(_sinusoids(*parameter.shape).mul_(std * 2**0.5))
+            elif name.endswith("bias"):
                 parameter.zero_()
             elif "layernorm" in name.lower() or "layer_norm" in name:
                 parameter.fill_(1.0)
@@ -112,6 +118,13 @@ def initialise(module: nn.Module, *, family: Family, seed: int, std: float) -> N
                 source = family.word_embeddings if name.endswith("decoder.weight") else name
                 generator = torch.Generator().manual_seed(stable_seed(seed, source))
                 parameter.normal_(0.0, std, generator=generator)
+
+
+def _sinusoids(num_positions: int, size: int) -> torch.Tensor:
+    """(positions, size) sines in the even columns, cosines in the odd ones."""
+    steps = torch.arange(0, size, 2, dtype=torch.float64) / size
+    angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * 10000.0**-steps
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :size].float()
 
 
 def stable_seed(*parts: object) -> int:

@@ -92,7 +92,8 @@ class StageSpec:
         layers = {0: (), 1: (f"layer {self.first_layer}",)}.get(
             self.num_layers, (f"layers {self.first_layer}-{self.end_layer - 1}",)
         )
-        head = ("lm_head",) if self.is_last else ("aux_head",) if self.has_head else ()
+        aux = f"aux_head of stage {self.scores}" if self.is_home_head else "aux_head"
+        head = ("lm_head",) if self.is_last else (aux,) if self.has_head else ()
         return (("embeddings",) if self.is_first else ()) + layers + head
 
 

@@ -126,6 +126,7 @@ def build_stage(
     seed: int,
     path: str = "",
     activation_checkpointing: bool = False,
+    sinusoidal_positions: bool = False,
 ) -> tuple[Stage, list[str]]:
     """Build a stage with its first weights.
 
@@ -135,12 +136,19 @@ def build_stage(
         seed: Of the weights.
         path: Hugging Face folder to continue from, or "".
         activation_checkpointing: Recompute layers in the backward pass.
+        sinusoidal_positions: What the position embeddings start as (see ``initialise``).
 
     Returns:
         The stage, and the names of its parameters that ``path`` does not hold.
     """
     stage = Stage(spec, config, activation_checkpointing=activation_checkpointing)
-    initialise(stage, family=stage.family, seed=seed, std=config.initializer_range)
+    initialise(
+        stage,
+        family=stage.family,
+        seed=seed,
+        std=config.initializer_range,
+        sinusoidal_positions=sinusoidal_positions,
+    )
     missing = load_pretrained(stage, family=stage.family, path=path) if path else []
     return stage, missing
 

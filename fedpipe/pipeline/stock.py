@@ -52,6 +52,7 @@ class StockStage(nn.Module):
             seed=config.seed,
             path=config.model.path,
             activation_checkpointing=config.pipeline.activation_checkpointing,
+            sinusoidal_positions=config.model.position_init == "sinusoidal",
         )
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ class Replica:
             seed=config.seed,
             path=config.model.path,
             activation_checkpointing=config.pipeline.activation_checkpointing,
+            sinusoidal_positions=config.model.position_init == "sinusoidal",
         )
         self.missing += missing
         synchronizer = Synchronizer(stage.to(self.comm.device), config, comm=self.comm)

@@ -338,3 +338,18 @@ def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shape = resolve(ModelConfig(path="~/model"), vocab_size=VOCAB, sequence_length=LENGTH)
     config = hf_config(shape, pad_id=1, cls_id=2, sep_id=3, path="~/model")
     _assert_equals(_stages(config, (2,), path="~/model"), model)
+
+
+def test_sinusoidal_positions_have_the_deviation_of_the_others_and_show_distance() -> None:
+    config = _config("roberta")
+    spec = stage_specs(PipelineConfig(cut=()), num_hidden_layers=config.num_hidden_layers)[0]
+    plain, _ = build_stage(spec, config, seed=0)
+    stage, _ = build_stage(spec, config, seed=0, sinusoidal_positions=True)
+    name = "roberta.embeddings.position_embeddings.weight"
+    table = stage.get_parameter(name).detach()
+    assert table.square().mean().sqrt().item() == pytest.approx(config.initializer_range)
+    assert not table[0, 0::2].any(), "sin 0"
+    near, far = (table[3] @ table[4]).item(), (table[3] @ table[9]).item()
+    assert near > far > -near
+    for other, value in stage.named_parameters():
+        assert torch.equal(value, plain.get_parameter(other)) == (other != name), other
