@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -66,7 +67,8 @@ class Ranks:
         """Ask every rank to save and stop."""
         for process in self.processes:
             if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, signal.SIGUSR2)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process.pid, signal.SIGUSR2)
 
     def failure(self) -> LaunchError:
         """Name the rank that failed first by cause: its neighbours only lost their connection."""

@@ -85,6 +85,7 @@ OVERRIDES = [
     ("optimizer.warmup_ratio=1", "optimizer.warmup_ratio: expected a value in [0, 1)"),
     ("optimizer.max_grad_norm=-1", "optimizer.max_grad_norm: expected 0 or more"),
     ("optimizer.power=0", "optimizer.power: expected a value above 0"),
+    ("pipeline.hang_timeout_s=-1", "pipeline.hang_timeout_s: expected 0 or more"),
     ("checkpoint.every_rounds=0", "checkpoint.every_rounds: expected 1 or more"),
     ("checkpoint.every_steps=-1", "checkpoint.every_steps: expected 0 or more"),
     ("checkpoint.keep_last=0", "checkpoint.keep_last: expected 1 or more"),
