@@ -204,6 +204,32 @@ def test_every_mode_stops_in_the_middle_of_a_round_and_resumes_bit_for_bit(
     assert _outcome(tmp_path / "stopped") == _outcome(tmp_path / "undisturbed")
 
 
+AVERAGING = {
+    "server optimizer over int8": {
+        "server_optimizer": {"name": "fedadam", "lr": 0.01}, "wire": "int8",
+    },
+    "median under attack": {
+        "aggregation": {"rule": "median", "weighting": "uniform"},
+        "attack": {"kind": "noise", "num_attackers": 1, "scale": 0.1},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("averaging", AVERAGING)
+def test_a_run_that_stops_when_only_the_averaging_is_left_averages_the_same(
+    averaging: str, tmp_path: Path
+) -> None:
+    """The faster replica has made all its steps when the signal comes, the other catches up."""
+    data = tiny_data(tmp_path / "data")
+    federation = {"clients_per_round": 2, "num_rounds": 2, "num_local_steps": 30}
+    config = _config(federation=federation | AVERAGING[averaging])
+    assert _run(config, data, tmp_path / "undisturbed") is None
+    stopped_at = _run(config, data, tmp_path / "stopped", Moment(0, "step", 29))
+    assert stopped_at == Position(round_id=0, step=30)
+    assert _run(config, data, tmp_path / "stopped") is None
+    assert _outcome(tmp_path / "stopped") == _outcome(tmp_path / "undisturbed")
+
+
 # -- who hangs -------------------------------------------------------------------------------------
 
 
