@@ -7,17 +7,13 @@ ranks. Groups of a single rank are not created: what they would do is nothing.
 
 from __future__ import annotations
 
-import base64
 import itertools
 import os
-import pickle
-import socket
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,96 +21,16 @@ from torch import Tensor
 
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
-from fedpipe.errors import FedPipeError
 
 TIMEOUT_S = 600.0
 """After this a rank that waits for a dead or hung peer gives up."""
-_POLL_S = 0.1
-_FAREWELL_S = 60.0
-"""So long rank 0 waits for the others to learn why it cannot start; they may still import torch."""
-
-T = TypeVar("T")
 
 
-class Meeting:
-    """Where ranks under somebody else's launcher meet before any process group exists.
-
-    Rank 0 hosts the store of the rendezvous, unless the launcher does, as long as this lives.
-    """
-
-    def __init__(self, env: ProcessEnv) -> None:
-        """Connect, or wait until rank 0 is there. Every rank, before its ``Comm``."""
-        self._env = env
-        if env.world_size > 1:
-            if not env.hosts_store:
-                _wait_for_host(env)
-            store = _tcp_store(env, is_master=env.hosts_store)
-            self._store = dist.PrefixStore(f"meeting/{env.attempt}", store)
-
-    def from_rank_0(self, make: Callable[[], T]) -> T:
-        """Make a picklable value on rank 0, however long it takes, and hand it to every rank.
-
-        Args:
-            make: Called on rank 0.
-
-        Returns:
-            The value.
-
-        Raises:
-            FedPipeError: What ``make`` raised, on every rank.
-
-        Collective: every rank, once.
-        """
-        if self._env.world_size == 1:
-            return make()
-        if self._env.rank > 0:
-            return self._from_rank_0()
-        try:
-            value = make()
-        except FedPipeError as error:
-            self._put(error)
-            deadline = time.monotonic() + _FAREWELL_S
-            while self._store.add("read", 0) < self._env.world_size - 1:
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(_POLL_S)
-            raise
-        self._put(value)
-        return value
-
-    def _put(self, value: Any) -> None:
-        self._store.set("value", base64.b64encode(pickle.dumps(value)).decode())
-
-    def _from_rank_0(self) -> Any:
-        while not self._store.check(["value"]):
-            time.sleep(_POLL_S)
-        value = pickle.loads(base64.b64decode(self._store.get("value")))
-        self._store.add("read", 1)
-        if isinstance(value, FedPipeError):
-            raise value
-        return value
-
-
-def _wait_for_host(env: ProcessEnv) -> None:
-    """Wait until somebody listens; unlike torch's own waiting, a signal can end this."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection(_address(env), timeout=_POLL_S).close()
-            return
-        except OSError:
-            time.sleep(_POLL_S)
-
-
-def _tcp_store(env: ProcessEnv, *, is_master: bool = False) -> dist.Store:
-    host, port = _address(env)
+def tcp_store(env: ProcessEnv, *, is_master: bool = False) -> dist.Store:
+    """Connect to the store of a ``tcp`` rendezvous; a master hosts it as long as it lives."""
+    host, port = env.address
     timeout = timedelta(seconds=TIMEOUT_S)
     return dist.TCPStore(host, port, is_master=is_master, timeout=timeout)
-
-
-def _address(env: ProcessEnv) -> tuple[str, int]:
-    host, _, port = env.rendezvous.partition("://")[2].rpartition(":")
-    return host, int(port)
 
 
 class Channel:
@@ -194,9 +110,9 @@ class Comm:
         elif scheme == "file":
             store = dist.FileStore(path, self.env.world_size)
         else:
-            store = _tcp_store(self.env)
+            store = tcp_store(self.env)
             # A connection of its own: one that waits for a peer is closed to other threads.
-            board = _tcp_store(self.env)
+            board = tcp_store(self.env)
         self._board = dist.PrefixStore(f"board/{self.env.attempt}", board or store)
         dist.init_process_group(
             # control, checkpoint votes and records stay on gloo whatever carries the tensors

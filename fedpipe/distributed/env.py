@@ -28,6 +28,12 @@ class ProcessEnv:
     attempt: int = 0
     """Restart count: keys of an earlier attempt's store are never read."""
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of a ``tcp`` rendezvous."""
+        host, _, port = self.rendezvous.partition("://")[2].rpartition(":")
+        return host, int(port)
+
 
 def detect(environ: Mapping[str, str] = os.environ) -> ProcessEnv:
     """Read rank and rendezvous from the launcher's variables.

@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace, env: ProcessEnv, stack: contextlib.ExitStack)
         stack.enter_context(locked(setup.run_dir))
         return setup
 
-    from fedpipe.distributed.comm import Meeting
+    from fedpipe.distributed.meeting import Meeting
 
     meeting = Meeting(env)
     setup = meeting.from_rank_0(prepare)

@@ -75,7 +75,7 @@ def _pretrain(env: ProcessEnv, setup: RunSetup, moment: Moment | None) -> Positi
 def _pretrain_over_tcp(
     env: ProcessEnv, setup: RunSetup, moment: Moment | None, port: int
 ) -> Position | None:
-    from fedpipe.distributed.comm import Meeting
+    from fedpipe.distributed.meeting import Meeting
 
     env = replace(env, rendezvous=f"tcp://127.0.0.1:{port}", hosts_store=env.rank == 0)
     meeting = Meeting(env)
@@ -279,7 +279,7 @@ def test_a_rank_that_is_stuck_is_named_with_its_client_and_not_the_one_that_wait
 
 
 def _refused(env: ProcessEnv, port: int) -> str:
-    from fedpipe.distributed.comm import Meeting
+    from fedpipe.distributed.meeting import Meeting
 
     def prepare() -> None:
         time.sleep(0.5)  # text is prepared

@@ -85,3 +85,9 @@ def test_the_processes_of_a_host_share_its_cores() -> None:
     assert threads_per_process(16, cores=2) == 1
     assert threads_per_process(0, cores=2) == 2
     assert threads_per_process(1) >= 1
+
+
+def test_rank_0_hosts_the_store_unless_torchrun_does() -> None:
+    first = TORCHRUN | {"RANK": "0"}
+    assert detect(first).hosts_store and not detect(TORCHRUN).hosts_store
+    assert not detect(first | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).hosts_store
