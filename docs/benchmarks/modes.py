@@ -21,20 +21,18 @@ from fedpipe.metrics.writer import read_metrics
 
 MODES = {
     "FedBERT, one after another": ["fedbert"],
-    "FedBERT, averaged": ["fedbert-parallel"],
     "FedBERT 6-6": ["fedbert-6-6"],
     "FedBERT 6-6, 1F1B": ["fedbert-6-6", "pipeline.schedule=1f1b"],
     "FedBioBERT 2-10": ["fedbiobert-2-10"],
     "FedBioBERT 4-8": ["fedbiobert-4-8"],
     "FedBioBERT 6-6": ["fedbiobert-6-6"],
-    "FedBioBERT 6-6, bf16 on the wire": ["fedbiobert-6-6", "pipeline.wire=[bf16]"],
     "FedBioBERT 6-6, int8 on the wire": ["fedbiobert-6-6", "pipeline.wire=[int8]"],
     "6-6, head on the server": ["fedbiobert-6-6", "pipeline.head_location=server"],
 }
 """Preset and overrides of every mode."""
 SCALE = [
     "--config", "launch/configs/scaled_down.yaml", "federation.num_replicas=1",
-    "federation.num_rounds=4", "federation.num_local_steps=40", "pipeline.num_micro_batches=4",
+    "federation.num_rounds=3", "federation.num_local_steps=15", "pipeline.num_micro_batches=4",
     "log.tensorboard=false",
 ]  # fmt: skip
 

@@ -14,9 +14,9 @@ from fedpipe.config.schema import ModelConfig
 from fedpipe.errors import ConfigError
 
 # Layers, hidden size, heads, feed-forward width. base and large are BERT's, Devlin et al. 2018,
-# https://arxiv.org/abs/1810.04805; small and tiny keep its 64 per head and 4 x hidden.
+# https://arxiv.org/abs/1810.04805; small keeps its 64 per head and 4 x hidden.
 _PRESETS: dict[str, tuple[int, int, int, int]] = {
-    "tiny": (4, 256, 4, 1024),
+    "tiny": (4, 128, 4, 512),
     "small": (4, 512, 8, 2048),
     "base": (12, 768, 12, 3072),
     "large": (24, 1024, 16, 4096),
@@ -182,8 +182,8 @@ def _read_folder(model: ModelConfig) -> dict[str, Any]:
 def _check_folder(model: ModelConfig, sizes: dict[str, Any], *, vocab_size: int) -> None:
     for name, value in sizes.items():
         explicit = getattr(model, name)
-        # Dropouts do not belong to the weights: another value is a choice, not a contradiction.
-        if name.endswith("_dropout_prob"):
+        # These do not belong to the weights: another value is a choice, not a contradiction.
+        if name.endswith("_dropout_prob") or name == "initializer_range":
             sizes[name] = value if explicit is None else explicit
         elif explicit is not None and explicit != value:
             raise ConfigError(

@@ -24,7 +24,7 @@ class ModelConfig:
     family: Literal["roberta", "bert"] = "roberta"
     """Whose embeddings, layers and masked-LM head to use; a folder in ``path`` must agree."""
     size: Literal["tiny", "small", "base", "large"] = "tiny"
-    """tiny 4 x 256, small 4 x 512, base 12 x 768, large 24 x 1024 (layers x hidden)."""
+    """tiny 4 x 128, small 4 x 512, base 12 x 768, large 24 x 1024 (layers x hidden)."""
     path: str = ""
     """Hugging Face folder to continue from: its config.json, weights and sizes are used."""
     num_hidden_layers: int | None = None

@@ -76,7 +76,7 @@ def test_override_values_are_yaml_and_may_be_nested() -> None:
     assert config.optimizer.lr == 1e-4
     assert config.name == "2024"
     assert config.data.train == ("a.txt",)
-    assert config.data.sequence_length == 128, "a section given whole is merged, not replaced"
+    assert config.data.sequence_length == 32, "a section given whole is merged, not replaced"
 
 
 def test_a_whole_number_is_a_number() -> None:
@@ -149,7 +149,7 @@ def test_any_cut_that_leaves_every_server_stage_a_layer_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        ("tiny", (4, 256, 4, 1024)),
+        ("tiny", (4, 128, 4, 512)),
         ("small", (4, 512, 8, 2048)),
         ("base", (12, 768, 12, 3072)),
         ("large", (24, 1024, 16, 4096)),
@@ -242,9 +242,9 @@ def count(module: object) -> int:
 
 def test_flops_are_two_per_weight_and_token_plus_attention() -> None:
     shape: ModelShape = resolve(ModelConfig(), vocab_size=8192, sequence_length=128)
-    matrices = 4 * 256 * 256 + 2 * 256 * 1024
-    assert shape.layer_flops_per_token(128) == 2 * matrices + 4 * 128 * 256
-    assert shape.head_flops_per_token() == 2 * (256 * 256 + 256 * 8192)
+    matrices = 4 * 128 * 128 + 2 * 128 * 512
+    assert shape.layer_flops_per_token(64) == 2 * matrices + 4 * 64 * 128
+    assert shape.head_flops_per_token() == 2 * (128 * 128 + 128 * 8192)
 
 
 # ------------------------------------------------------------------------------ DeepSpeed's JSON

@@ -104,7 +104,7 @@ def test_a_narrow_wire_shrinks_activations_gradients_and_weights(wire: str, shar
     )  # fmt: skip
     for before, after in zip(wide.transfers, narrow.transfers, strict=True):
         if before.nbytes and "positions" != before.what.split()[-1] and "int32" not in before.form:
-            assert after.nbytes == pytest.approx(share * before.nbytes, rel=0.03), before.what
+            assert after.nbytes == pytest.approx(share * before.nbytes, rel=0.035), before.what
 
 
 def test_one_replica_hands_weights_on_without_a_message() -> None:

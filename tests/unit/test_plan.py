@@ -17,8 +17,14 @@ REPOSITORY = Path(__file__).parents[2]
 LARGE = "launch/configs/large_8x16x4.yaml"
 
 
+SIZES = (
+    "model.hidden_size=256", "model.intermediate_size=1024", "data.sequence_length=128",
+    "data.mask_probability=0.15", "pipeline.micro_batch_size=8", "pipeline.num_micro_batches=2",
+)  # fmt: skip
+
+
 def plan_of(*overrides: str) -> Plan:
-    return build_plan(load_config(None, overrides))
+    return build_plan(load_config(None, [*SIZES, *overrides]))
 
 
 @pytest.fixture
@@ -28,7 +34,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 
 def test_quick_start_plan_is_the_recorded_one(golden: Callable[[str, str], None]) -> None:
-    golden("plan_quickstart.txt", render(plan_of()) + "\n")
+    golden("plan_quickstart.txt", render(build_plan(load_config(None, []))) + "\n")
 
 
 def test_bert_large_on_512_processes_is_the_recorded_one(
