@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def _train_two_turns(env: ProcessEnv, config: RunConfig, data: PreparedData) -> 
         )
         averaged_survives &= moved <= STEPS * 1.5e-3
         for synchronizer in replica.synchronizers.values():
-            synchronizer.end_turn(0.5)  # half of the weights: a visible change
+            half = replace(turn, weight=0.5)  # of the weights: a visible change
+            synchronizer.end_turn(half, round_id=round_id)
             synchronizer.synchronize()
     sent = sum(
         s.links.activations_out.sent_bytes for s in replica.stages if s.links.activations_out
