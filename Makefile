@@ -7,14 +7,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN_DIR ?= runs/quickstart
 
-.PHONY: help pretrain test lint format bench clean .venv
+.PHONY: help pretrain test slurm-packages slurm-up slurm-down lint format bench clean .venv
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make pretrain  train the quick start into $(RUN_DIR); again: resume, or say that it is done"
-	@echo "make test      lint, format, types and all tests"
+	@echo "make test      lint, format, types and all tests; as root installs SLURM for them"
 	@echo "make lint      ruff and mypy only"
 	@echo "make format    rewrite the code as ruff formats it"
+	@echo "make slurm-up  a throw-away SLURM cluster on this machine; make slurm-down removes it"
 	@echo "make bench     measure every schedule in one interleaved run"
 	@echo "make clean     remove .venv and caches; runs/ stays"
 
@@ -29,8 +30,18 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 pretrain: $(READY)
 	$(BIN)/fedpipe pretrain --run-dir $(RUN_DIR)
 
-test: lint
+test: slurm-packages lint
 	$(BIN)/pytest
+
+# Debian packages for the tests on SLURM, if this user may install them; their services stay off.
+slurm-packages:
+	@$(PYTHON) slurm/local_cluster.py install
+
+slurm-up: slurm-packages
+	@$(PYTHON) slurm/local_cluster.py up
+
+slurm-down:
+	@$(PYTHON) slurm/local_cluster.py down
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -301,6 +301,8 @@ def _problem(run_dir: Path, folder: Path) -> str | None:
         return f"{STATE} cannot be read"
     if position.name != folder.name or offset < 0:
         return f"{STATE} is that of another checkpoint"
+    if any(folder.glob("rank_*.pt")):  # resumed without, a round would lose what it has done
+        return "its rank_*.pt are of an earlier version, which numbered the ranks otherwise"
     for name, size, digest in entries:
         path = run_dir / name
         if not path.is_file():

@@ -112,6 +112,10 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=_Formatter,
             allow_abbrev=False,
         )
+        if name == "submit":
+            command.add_argument(
+                "task", metavar="TASK", choices=_JOBS, help=f"what to run: {', '.join(_JOBS)}"
+            )
         command.add_argument("--preset", metavar="NAME", help=presets)
         command.add_argument(
             "--config", metavar="FILE", help="YAML, laid over the preset; default: the quick start"
@@ -122,8 +126,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", metavar="section.key=value", nargs="*", help="wins over the file"
         )
-        if name == "throughput":
+        if name in ("throughput", "submit"):
             _add_measurement(command)
+        if name == "submit":
+            _add_job(command)
+        if name == "sweep":
+            _add_grid(command)
         command.set_defaults(run=run)
     return parser
 
@@ -141,6 +149,36 @@ def _add_measurement(command: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         help="a layer's forward sleeps this long instead of computing (backward twice that)",
+    )
+
+
+def _add_job(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--profile", metavar="FILE", help="what a node of the site is; see slurm/profiles"
+    )
+    command.add_argument(
+        "--cluster",
+        choices=("slurm", "local", "debug"),
+        default="slurm",
+        help="slurm (default), local: this machine, debug: this process",
+    )
+    command.add_argument(
+        "--follow", action="store_true", help="show the progress; the exit code is the job's"
+    )
+
+
+def _add_grid(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--grid",
+        metavar="section.key=value,value",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="every combination of the values is a run: pipeline.cut=[2],[4] seed=0,1,2;"
+        " default: that of the sweep in DIR",
+    )
+    command.add_argument(
+        "--parallel", metavar="N", type=int, default=1, help="runs at a time; default: 1"
     )
 
 
@@ -177,6 +215,47 @@ def _throughput(args: argparse.Namespace) -> int:
         repetitions=args.repetitions,
         num_steps=args.steps,
         emulate_ms=args.emulate_ms,
+    )
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from fedpipe.launcher.external import RunRequest
+    from fedpipe.launcher.submit import submit
+    from fedpipe.workflows.throughput_report import ThroughputSettings
+
+    return submit(
+        RunRequest(
+            task=args.task,
+            config_path=args.config,
+            overrides=args.overrides,
+            run_dir=args.run_dir,
+            preset=args.preset,
+            settings=ThroughputSettings(
+                repetitions=args.repetitions, num_steps=args.steps, emulate_ms=args.emulate_ms
+            ),
+        ),
+        profile_path=args.profile,
+        cluster=args.cluster,
+        follows=args.follow,
+        show=_show,
+    )
+
+
+def _show(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from fedpipe.launcher.sweep import sweep
+
+    return sweep(
+        args.config,
+        args.overrides,
+        args.grid,
+        args.run_dir,
+        preset=args.preset,
+        parallel=args.parallel,
     )
 
 
@@ -221,10 +300,14 @@ def _existing_run(args: argparse.Namespace) -> Path:
     return run_dir
 
 
+_JOBS = ("pretrain", "throughput")
+
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "plan": (_plan, "show grid, stages, bytes, memory and ideal bubble; start nothing"),
     "pretrain": (_pretrain, "pre-train a model on this machine, or resume the run in DIR"),
     "export": (_export, "write the newest checkpoint of a run as a Hugging Face folder"),
     "report": (_report, "write report.html, report.md and the plots of a run"),
     "throughput": (_throughput, "measure every schedule in one interleaved run"),
+    "sweep": (_sweep, "pre-train once per cell of a grid of values, and compare the runs"),
+    "submit": (_submit, "run pretrain or throughput as a job, on SLURM through submitit"),
 }

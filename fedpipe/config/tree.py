@@ -70,11 +70,12 @@ class Node:
         return self.value
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, *, option: str = "--config") -> str:
     """Return the text of a configuration file.
 
     Args:
         path: YAML file.
+        option: What it was given as, for errors.
 
     Returns:
         Its text.
@@ -86,12 +87,13 @@ def read_text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"--config: expected a readable YAML file, got {path!r} ({error.strerror}). Check the"
-            " path, or leave --config out for the quick start."
+            f"{option}: expected a readable YAML file, got {path!r} ({error.strerror}). Check the"
+            " path"
+            + (", or leave --config out for the quick start." if "config" in option else ".")
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"--config: expected UTF-8 text, got byte 0x{error.object[error.start]:02x} at offset"
+            f"{option}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x} at offset"
             f" {error.start} of {path}. Save the file as UTF-8."
         ) from error
 

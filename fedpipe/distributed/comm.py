@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fedpipe.distributed.env import ProcessEnv
-from fedpipe.distributed.topology import Grid
+from fedpipe.distributed.topology import Grid, check_devices
 
 TIMEOUT_S = 600.0
 """After this a rank that waits for a dead or hung peer gives up."""
@@ -89,6 +89,8 @@ class Comm:
         self.sent_bytes: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._init_process_group()
+        if self.device.type == "cuda":
+            self._check_devices()
         self._channels: dict[tuple[int, int], Channel] = {}
         self._replica_groups: dict[int, Any] = {}
         self._data_groups: dict[int, Any] = {}
@@ -99,6 +101,11 @@ class Comm:
             torch.cuda.set_device(self.env.local_rank % torch.cuda.device_count())
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
+
+    def _check_devices(self) -> None:
+        devices = [""] * self.env.world_size
+        dist.all_gather_object(devices, str(torch.cuda.get_device_properties(self.device).uuid))
+        check_devices(devices)
 
     def _init_process_group(self) -> None:
         timeout = timedelta(seconds=TIMEOUT_S)

@@ -6,6 +6,7 @@ Pure: reads environment variables, imports no torch.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,7 +41,8 @@ def detect(environ: Mapping[str, str] = os.environ) -> ProcessEnv:
 
     Understands RANK/WORLD_SIZE/MASTER_ADDR/MASTER_PORT (torchrun, deepspeed, submitit's
     ``TorchDistributedEnvironment``) and SLURM_PROCID/SLURM_NTASKS (srun, with MASTER_ADDR and
-    MASTER_PORT set by the job script).
+    MASTER_PORT set by the job script). A launcher that does not say how many processes a host has
+    is taken to use one host.
 
     Args:
         environ: The environment.
@@ -51,14 +53,15 @@ def detect(environ: Mapping[str, str] = os.environ) -> ProcessEnv:
     Raises:
         TopologyError: A variable is missing or not a number.
     """
-    names = (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        if "RANK" in environ
-        else ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
-    )
-    rank, world_size = (_number(environ, name) for name in names[:2])
-    local_rank = _number(environ, names[2], default=rank)
-    local_world_size = _number(environ, names[3], default=world_size)
+    if "RANK" in environ:
+        rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+        local_rank = _number(environ, "LOCAL_RANK", default=rank)
+        of_deepspeed = _number(environ, "LOCAL_SIZE", default=world_size)
+        local_world_size = _number(environ, "LOCAL_WORLD_SIZE", default=of_deepspeed)
+    else:
+        rank, world_size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NTASKS")
+        local_rank = _number(environ, "SLURM_LOCALID", default=rank)
+        local_world_size = _tasks_on_node(environ, default=world_size)
     host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if world_size > 1 and not (host and port):
         raise TopologyError(
@@ -72,7 +75,11 @@ def detect(environ: Mapping[str, str] = os.environ) -> ProcessEnv:
         local_world_size=local_world_size,
         rendezvous=f"tcp://{host or '127.0.0.1'}:{port or 0}",
         hosts_store=rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        attempt=_number(environ, "TORCHELASTIC_RESTART_COUNT", default=0),
+        attempt=_number(
+            environ,
+            "TORCHELASTIC_RESTART_COUNT",
+            default=_number(environ, "SLURM_RESTART_COUNT", default=0),
+        ),
     )
 
 
@@ -89,7 +96,58 @@ def _number(environ: Mapping[str, str], name: str, *, default: int | None = None
         ) from None
 
 
+def _tasks_on_node(environ: Mapping[str, str], *, default: int) -> int:
+    """Tasks of SLURM on this node, from a list such as ``2(x3),1``: 2 on three nodes, 1 on one."""
+    text = environ.get("SLURM_TASKS_PER_NODE")
+    if text is None:
+        return default
+    node = _number(environ, "SLURM_NODEID", default=0)
+    counts = [
+        int(count)
+        for count, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+        for _ in range(int(nodes or 1))
+    ]
+    if node >= len(counts):
+        raise TopologyError(
+            f"SLURM_TASKS_PER_NODE: expected a number for node {node}, got {text!r}. Start with "
+            "srun, or leave it unset."
+        )
+    return counts[node]
+
+
 def threads_per_process(local_world_size: int, *, cores: int | None = None) -> int:
-    """Intra-op threads for one process, so that a host's processes do not fight for its cores."""
-    cores = cores or len(os.sched_getaffinity(0))
-    return max(1, cores // max(1, local_world_size))
+    """Intra-op threads for one process, so that a host's processes do not fight for its cores.
+
+    Args:
+        local_world_size: Processes of the run on this host.
+        cores: What they share; None takes what SLURM gave the job here, outside of SLURM what the
+            launcher may use, and then no more threads than this process may use cores.
+
+    Returns:
+        At least 1.
+
+    Raises:
+        TopologyError: A variable of SLURM is not a number.
+    """
+    if cores is not None:
+        return max(1, cores // max(1, local_world_size))
+    shared = cores_from_slurm() or len(launcher_cores())
+    return min(len(os.sched_getaffinity(0)), threads_per_process(local_world_size, cores=shared))
+
+
+def cores_from_slurm(environ: Mapping[str, str] = os.environ) -> int:
+    """Cores of a SLURM job on this node, 0 outside of one.
+
+    SLURM counts them per task of its own. torchrun is one task that starts several processes.
+    """
+    if "SLURM_CPUS_PER_TASK" in environ:
+        return _number(environ, "SLURM_CPUS_PER_TASK") * _tasks_on_node(environ, default=1)
+    return _number(environ, "SLURM_CPUS_ON_NODE", default=0)
+
+
+def launcher_cores() -> set[int]:
+    """Cores that the process which started this one may use: more, where it has bound this one."""
+    try:
+        return os.sched_getaffinity(os.getppid())
+    except OSError:  # it has ended
+        return os.sched_getaffinity(0)

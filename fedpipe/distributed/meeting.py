@@ -66,6 +66,35 @@ class Meeting:
         self._put(value)
         return value
 
+    def agree(self, objection: str) -> list[str]:
+        """Tell every rank what any of them objects to.
+
+        Args:
+            objection: What keeps this rank from going on; empty if nothing does.
+
+        Returns:
+            Every rank's objections, the empty ones left out.
+
+        Collective: every rank, once.
+        """
+        if self._env.world_size == 1:
+            return [objection] if objection else []
+        keys = [self._key(f"objection/{rank}") for rank in range(self._env.world_size)]
+        self._store.set(keys[self._env.rank], objection)
+        deadline = time.monotonic() + TIMEOUT_S
+        while not self._store.check(keys):
+            if time.monotonic() > deadline:
+                raise ConnectionError(f"not all {len(keys)} ranks met within {TIMEOUT_S:.0f} s")
+            time.sleep(_POLL_S)
+        objections = [text.decode() for text in self._store.multi_get(keys)]
+        # The host of the store leaves last: the others read from it.
+        self._store.add(self._key("agreed"), 1)
+        while self._env.hosts_store and self._store.add(self._key("agreed"), 0) < len(keys):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
+        return [text for text in objections if text]
+
     def _put(self, value: Any) -> None:
         self._store.set(self._key("value"), base64.b64encode(pickle.dumps(value)).decode())
 

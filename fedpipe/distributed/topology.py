@@ -1,14 +1,22 @@
 """The process grid: which rank holds which stage of which replica. Pure arithmetic.
 
-Axes are ``pipe``, ``client``, ``data`` in this order, row-major: ranks are numbered exactly as by
-``deepspeed.runtime.pipe.topology.ProcessTopology(["pipe", "client", "data"], [...])``. The
+Axes are ``client``, ``data``, ``pipe`` in this order, row-major: ranks are numbered exactly as by
+``deepspeed.runtime.pipe.topology.ProcessTopology(["client", "data", "pipe"], [...])``. The
 ``client`` coordinate is a replica: a physical pipeline that hosts one client at a time. ``data``
 counts the ranks *inside* a replica's stage that share one client's batch. Clients never lie on
 ``data``: DeepSpeed averages gradients there.
+
+``pipe`` is fastest because launchers number ranks node by node (srun does, unless it is told
+``--distribution=cyclic``), and activations travel with every micro-batch, gradients of ``data``
+once per local step, averages over ``client`` once per round. So the stages of a pipeline are
+neighbours, and share a node wherever its number of ranks is a multiple of the number of stages.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +25,7 @@ from fedpipe.errors import TopologyError
 if TYPE_CHECKING:
     from fedpipe.config.schema import RunConfig
 
-AXES = ("pipe", "client", "data")
+AXES = ("client", "data", "pipe")
 """Axis names, slowest first."""
 
 
@@ -57,13 +65,12 @@ class Grid:
     def dims(self) -> tuple[int, int, int]:
         """Processes along ``AXES``."""
         pipe = 1 if self.colocate else self.num_stages
-        return pipe, self.num_replicas, self.data_parallel_degree
+        return self.num_replicas, self.data_parallel_degree, pipe
 
     @property
     def world_size(self) -> int:
         """Processes in all."""
-        pipe, replicas, data = self.dims
-        return pipe * replicas * data
+        return math.prod(self.dims)
 
     def rank(self, stage: int, replica: int, data: int) -> int:
         """Return the rank that holds a stage of a replica.
@@ -80,7 +87,7 @@ class Grid:
         assert 0 <= replica < self.num_replicas, replica
         assert 0 <= data < self.data_parallel_degree, data
         pipe = 0 if self.colocate or stage >= self.num_stages else stage
-        return (pipe * self.num_replicas + replica) * self.data_parallel_degree + data
+        return (replica * self.data_parallel_degree + data) * self.dims[-1] + pipe
 
     def coordinates(self, rank: int) -> tuple[tuple[int, ...], int, int]:
         """Return ``(stages, replica, data)`` of a rank.
@@ -93,8 +100,8 @@ class Grid:
             ``colocate``), its replica and data index.
         """
         assert 0 <= rank < self.world_size, rank
-        rest, data = divmod(rank, self.data_parallel_degree)
-        pipe, replica = divmod(rest, self.num_replicas)
+        rest, pipe = divmod(rank, self.dims[-1])
+        replica, data = divmod(rest, self.data_parallel_degree)
         stages = tuple(range(self.num_stages)) if self.colocate else (pipe,)
         if pipe == 0:
             stages += tuple(range(self.num_stages, self.num_virtual_stages))
@@ -108,6 +115,24 @@ class Grid:
         """Return the ranks that share a replica's batch on one stage."""
         return [self.rank(stage, replica, data) for data in range(self.data_parallel_degree)]
 
+    def edges_between_nodes(self, ranks_per_node: int) -> list[tuple[int, int, int]]:
+        """Return the pipeline edges that leave a node, where each holds the next ranks in order.
+
+        Args:
+            ranks_per_node: Processes on every node; the last one may have fewer.
+
+        Returns:
+            ``(stage, replica, data)`` whose activations go to a stage on another node.
+        """
+        return [
+            (stage, replica, data)
+            for replica, data, stage in itertools.product(
+                *map(range, self.dims[:-1]), range(self.num_stages - 1)
+            )
+            if self.rank(stage, replica, data) // ranks_per_node
+            != self.rank(stage + 1, replica, data) // ranks_per_node
+        ]
+
     def check_world_size(self, world_size: int) -> None:
         """Refuse a number of processes that does not fill the grid.
 
@@ -119,7 +144,7 @@ class Grid:
         """
         if world_size == self.world_size:
             return
-        pipe, _, data = self.dims
+        _, data, pipe = self.dims
         stages = "1 process (colocated stages)" if self.colocate else f"num_stages ({pipe})"
         way_out = f"Start {self.world_size}"
         if world_size > 0 and world_size % (pipe * data) == 0:
@@ -128,3 +153,25 @@ class Grid:
             f"num_replicas ({self.num_replicas}) x {stages} x data_parallel_degree ({data})"
             f" = {self.world_size} processes, but WORLD_SIZE is {world_size}. {way_out}."
         )
+
+
+def check_devices(devices: Sequence[str]) -> None:
+    """Refuse a GPU that several processes share: NCCL does.
+
+    What a process sees of its host's GPUs depends on the launcher (all of them, or one that each
+    process calls its first), so the devices' own ids are compared.
+
+    Args:
+        devices: Unique id of every rank's device.
+
+    Raises:
+        TopologyError: Two ranks have the same one.
+    """
+    for rank, device in enumerate(devices):
+        first = devices.index(device)
+        if first != rank:
+            raise TopologyError(
+                f"GPUs: expected one for each process, got ranks {first} and {rank} on the same "
+                "one. Start at most as many processes on a host as it has GPUs, put all stages of "
+                "a replica into one with pipeline.colocate=true, or set DS_ACCELERATOR=cpu."
+            )

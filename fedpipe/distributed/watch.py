@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.stopping import Moment, StopPoint
@@ -33,12 +33,21 @@ class StopSignals:
     def __init__(self) -> None:
         """Catch nothing yet."""
         self._asked_at: float | None = None
+        self._before: dict[int, Any] = {}
+        self.number = 0
+        """The first signal that has come; 0 while there is none."""
 
     def catch(self) -> None:
         """Catch the signals from now on, also those that were blocked. Main thread only."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._take)
+            self._before[number] = signal.signal(number, self._take)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def release(self) -> None:
+        """Give the signals back to whoever caught them before. Main thread only."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
 
     @property
     def asked(self) -> bool:
@@ -47,6 +56,7 @@ class StopSignals:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self._asked_at is None:
+            self.number = number
             self._asked_at = time.monotonic()
         elif time.monotonic() - self._asked_at > _REPEATED_S:
             os._exit(EXIT_INTERRUPTED)
@@ -74,6 +84,8 @@ class Watch:
                 another; with the run's groups while the rank takes part in it.
         """
         self.stop = StopPoint()
+        self.stop_signal = 0
+        """The signal that stops the run, whichever rank it reached; 0 while there is none."""
         self.activity: Callable[[], Activity] = Activity
         """Says what the rank does; called in the watch's thread."""
         self._signals, self._report = signals or StopSignals(), report
@@ -127,10 +139,12 @@ class Watch:
     def _look_for_stop(self, comm: Comm) -> None:
         if not self._requested:
             if self._signals.asked:
-                comm.post(_REQUEST, "")
-            elif comm.posted([_REQUEST]) is None:
+                comm.post(_REQUEST, str(self._signals.number))
+            requests = comm.posted([_REQUEST])
+            if requests is None:
                 return
             self._requested = True
+            self.stop_signal = int(requests[0])
             comm.post(f"stop/{comm.rank}", "{} {}".format(*self.stop.freeze()))
         texts = comm.posted([f"stop/{rank}" for rank in range(comm.env.world_size)])
         if texts is not None:

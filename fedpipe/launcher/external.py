@@ -1,103 +1,290 @@
-"""One rank under somebody else's launcher: torchrun, deepspeed, srun."""
+"""One rank under somebody else's launcher: torchrun, deepspeed, srun, submitit."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import socket
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fedpipe import log
-from fedpipe.checkpoint import Position
+from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv, detect, threads_per_process
+from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import EXIT_INTERRUPTED, StopSignals, Watch
-from fedpipe.errors import FedPipeError
+from fedpipe.errors import FedPipeError, LaunchError, TopologyError
+from fedpipe.launcher.local import run_console
 from fedpipe.launcher.supervisor import Interrupted, Signals
+from fedpipe.launcher.throughput import conclude
 from fedpipe.launcher.worker import finish
 from fedpipe.metrics.console import RunConsole
+from fedpipe.metrics.samples import samples_text
+from fedpipe.metrics.writer import METRICS_FILE, finite
 from fedpipe.workflows.run_dir import RunSetup, locked, resolve_config, set_up
+from fedpipe.workflows.throughput_report import Measurement, ThroughputSettings, single_replica
+
+if TYPE_CHECKING:
+    from fedpipe.config.schema import RunConfig
+    from fedpipe.distributed.meeting import Meeting
+
+_LAST_SIGNAL_S = 2.0
+"""A signal to all ranks may reach the host of the store this much earlier than another one."""
+_SHARED_WITHIN_S = 5.0
+"""A network file system shows a new file, asked for the first time, within this."""
+_LOOK_S = 0.5
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run this rank.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRequest:
+    """What a user asks of a run."""
+
+    task: str = "pretrain"
+    """pretrain or throughput."""
+    config_path: str | None = None
+    overrides: Sequence[str] = ()
+    run_dir: str | None = None
+    preset: str | None = None
+    settings: ThroughputSettings = field(default_factory=ThroughputSettings)
+    """Of a measurement."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """How this rank's part of a run has ended."""
+
+    code: int
+    """0 done, 75 interrupted and saved."""
+    signal: int = 0
+    """The one that has interrupted the run, whichever rank it reached."""
+
+
+def main(task: str = "pretrain", arguments: Sequence[str] | None = None) -> int:
+    """Run this rank: the whole of ``launch/TASK.py``.
 
     Args:
+        task: pretrain or throughput.
         arguments: Command line; None takes the process' own.
 
     Returns:
-        0 when the run is done, 75 when it was interrupted and can be resumed, 2 for a user's error
-        (one line on stderr, rank 0's).
+        0 when the run is done, 75 when it was interrupted and can be resumed, 2 for a user's error,
+        1 for a failure (one line on stderr, rank 0's).
     """
-    parser = argparse.ArgumentParser(description="one rank of `fedpipe pretrain`")
+    parser = argparse.ArgumentParser(description=f"one rank of `fedpipe {task}`")
     parser.add_argument("--preset")
     parser.add_argument("--config")
     parser.add_argument("--run-dir")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(arguments)
+    request = RunRequest(
+        task=task, config_path=args.config, overrides=args.overrides, run_dir=args.run_dir,
+        preset=args.preset,
+    )  # fmt: skip
     rank = 0
     try:
-        with Signals().caught(), contextlib.ExitStack() as stack:
+        with Signals().caught():
             env = detect()
             rank = env.rank
-            return _run(args, env, stack)
+            return run_rank(request, env=env, signals=StopSignals()).code
     except FedPipeError as error:
         if rank == 0:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return 2
+        return 1 if isinstance(error, LaunchError) else 2
     except Interrupted:
         if rank == 0:
             sys.stdout.write("interrupted; give the same command again\n")
         return EXIT_INTERRUPTED
 
 
-def _run(args: argparse.Namespace, env: ProcessEnv, stack: contextlib.ExitStack) -> int:
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(env.local_world_size)))
+def run_rank(
+    request: RunRequest,
+    *,
+    env: ProcessEnv,
+    signals: StopSignals,
+    on_set_up: Callable[[RunSetup], None] = lambda setup: None,
+) -> Ended:
+    """Run one rank of a task from the configuration to the report.
+
+    Args:
+        request: What to run; rank 0's counts.
+        env: This process' place in the run.
+        signals: Caught while the ranks can agree where to stop, and given back after.
+        on_set_up: Called on rank 0 before any rank goes on; may refuse.
+
+    Returns:
+        How it has ended.
+
+    Raises:
+        FedPipeError: On every rank, before any process group exists, what the user can mend.
+
+    Collective: every process of the run.
+    """
+    if not os.path.exists("/dev/nvidiactl"):  # DeepSpeed probes for accelerators otherwise
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    bind(env)
     log.setup(rank=env.rank)
-    config, directory, _ = resolve_config(
-        args.config, args.overrides, args.run_dir, preset=args.preset
-    )
-    console = RunConsole(
-        num_rounds=config.federation.num_rounds,
-        steps_per_round=config.federation.num_local_steps,
-        num_stages=config.pipeline.num_virtual_stages,
-        interactive=False,
-    )
+    console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
+    with contextlib.ExitStack() as stack:
 
-    def prepare() -> RunSetup:
-        setup = set_up(
-            args.config, args.overrides, str(directory), preset=args.preset, notify=console.text
+        def prepare() -> tuple[RunSetup, str]:
+            arguments = (request.config_path, request.overrides, request.run_dir)
+            config = resolve_config(*arguments, preset=request.preset)[0]
+            _grid(request.task, config).check_world_size(env.world_size)
+            setup = set_up(*arguments, preset=request.preset, notify=console.text)
+            stack.enter_context(locked(setup.run_dir))
+            on_set_up(setup)
+            return setup, _leave_token(setup, stack)
+
+        from fedpipe.distributed.meeting import Meeting
+
+        _use_cores(env)
+        with _late_signal():
+            meeting = Meeting(env)  # rank 0's hosts the store: it must live as long as the run
+            setup, token = meeting.from_rank_0(prepare)
+            _check_shared(meeting, setup, token)
+        if request.task == "throughput":
+            return _throughput(setup, request.settings, env=env, console=console)
+        return _pretrain(setup, env=env, signals=signals)
+
+
+@contextlib.contextmanager
+def _late_signal() -> Iterator[None]:
+    """Wait a little where the host of the store has gone: what ended it may be on its way here."""
+    try:
+        yield
+    except RuntimeError:
+        time.sleep(_LAST_SIGNAL_S)
+        raise
+
+
+def _grid(task: str, config: RunConfig) -> Grid:
+    return Grid.from_config(single_replica(config) if task == "throughput" else config)
+
+
+def _leave_token(setup: RunSetup, stack: contextlib.ExitStack) -> str:
+    """Write a file that every rank must find, and take it away at the end."""
+    token = setup.run_dir / f".meeting-{uuid.uuid4().hex}.part"
+    token.touch()
+    stack.callback(token.unlink, missing_ok=True)
+    return token.name
+
+
+def _check_shared(meeting: Meeting, setup: RunSetup, token: str) -> None:
+    """Refuse folders that not every rank sees.
+
+    Raises:
+        TopologyError: On every rank.
+    """
+    deadline = time.monotonic() + _SHARED_WITHIN_S
+    needed = {"--run-dir": setup.run_dir / token, "data.cache_dir": Path(setup.data_dir)}
+    while missing := [key for key, path in needed.items() if not path.exists()]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(_LOOK_S)
+    host = socket.gethostname()
+    for objection in meeting.agree(f"{missing[0]} {host}" if missing else ""):
+        key, _, where = objection.partition(" ")
+        raise TopologyError(
+            f"{key}: expected a folder that all nodes share, got {needed[key].parent}, which is "
+            f"another one on {where}. Choose a folder of the network file system."
         )
-        stack.enter_context(locked(setup.run_dir))
-        return setup
-
-    from fedpipe.distributed.meeting import Meeting
-
-    meeting = Meeting(env)
-    setup = meeting.from_rank_0(prepare)
-    stopped_at = _train(setup, env=env, console=console)
-    if env.rank == 0 and stopped_at is not None:
-        console.text(f"interrupted after {stopped_at}; give the same command again to resume")
-    elif env.rank == 0:
-        finish(setup)
-        console.text(f"model   {setup.run_dir / 'export'}")
-        console.text(f"report  {setup.run_dir / 'report.html'}")
-    return 0 if stopped_at is None else EXIT_INTERRUPTED
 
 
-def _train(setup: RunSetup, *, env: ProcessEnv, console: RunConsole) -> Position | None:
+def _use_cores(env: ProcessEnv) -> None:
+    """Let torch use this rank's share of the cores: torchrun sets OMP_NUM_THREADS to 1."""
+    import torch
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        torch.set_num_threads(threads_per_process(env.local_world_size))
+
+
+def _pretrain(setup: RunSetup, *, env: ProcessEnv, signals: StopSignals) -> Ended:
     from fedpipe.launcher.peers import Peers
     from fedpipe.workflows.pretrain import pretrain
 
+    console = run_console(setup, interactive=False)
+    recorder = ProgressRecorder(setup, show=console.step) if env.rank == 0 else None
+    peers = Peers(timeout_s=setup.config.pipeline.hang_timeout_s, on_steps=recorder)
+    shows: dict[str, Callable[[Any], None]] = {
+        "step": peers.saw, "round": console.round, "eval": console.evaluation,
+        "note": console.text,
+    }  # fmt: skip
+
     def emit(kind: str, record: Any) -> None:
-        shows: dict[str, Callable[[Any], None]] = {
-            "round": console.round, "eval": console.evaluation, "note": console.text,
-        }  # fmt: skip
         if kind in shows:
             shows[kind](record)
 
-    peers = Peers(timeout_s=setup.config.pipeline.hang_timeout_s)
-    with Watch(signals=StopSignals(), report=peers) as watch:
-        return pretrain(setup, env=env, emit=emit, watch=watch)
+    try:
+        with Watch(signals=signals, report=peers) as watch:
+            stopped_at = pretrain(setup, env=env, emit=emit, watch=watch)
+    finally:
+        signals.release()
+    if stopped_at is None and env.rank == 0:
+        finish(setup)
+        console.text(samples_text(setup.run_dir))
+        console.text(f"model   {setup.run_dir / 'export'}")
+        console.text(f"report  {setup.run_dir / 'report.html'}")
+    elif env.rank == 0:
+        console.text(f"interrupted after {stopped_at}; give the same command again to resume")
+    if stopped_at is None:
+        return Ended(code=0)
+    return Ended(code=EXIT_INTERRUPTED, signal=watch.stop_signal)
+
+
+class ProgressRecorder:
+    """Rank 0's view of all ranks' latest steps: on its console, and in the record of the run.
+
+    Step records come together only where the ranks meet, at the end of a round; until then these
+    ``{"kind": "system", "event": "progress"}`` lines tell whoever follows the file from elsewhere.
+    """
+
+    def __init__(self, setup: RunSetup, *, show: Callable[[dict[str, Any]], None]) -> None:
+        """Remember where to write.
+
+        Args:
+            setup: The run.
+            show: Takes every step record.
+        """
+        self._path = setup.run_dir / METRICS_FILE
+        self._every = max(setup.config.log.every, 1)
+        self._last = (-1, -1)
+        self._show = show
+
+    def __call__(self, records: list[dict[str, Any]]) -> None:
+        """Take the latest step record of every stage of every replica."""
+        for record in records:
+            self._show(record)
+        moment = max((r["round"], (r["step"] + 1) // self._every) for r in records)
+        if moment <= self._last or moment[1] == 0:
+            return
+        self._last = moment
+        line = {"kind": "system", "event": "progress", "steps": [finite(r) for r in records]}
+        with open(self._path, "ab", buffering=0) as file:  # one call, so lines stay whole
+            file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+
+
+def _throughput(
+    setup: RunSetup, settings: ThroughputSettings, *, env: ProcessEnv, console: RunConsole
+) -> Ended:
+    from fedpipe.data.blocks import load_prepared
+    from fedpipe.workflows.throughput import measure
+
+    def emit(kind: str, value: Any) -> None:
+        if kind == "note" and env.rank == 0:
+            console.text(value)
+
+    data = load_prepared(setup.data_dir)
+    config = single_replica(setup.config)
+    measurement: Measurement | None = measure(config, data, env=env, settings=settings, emit=emit)
+    if measurement is not None:
+        conclude(setup, measurement, settings, console=console)
+    return Ended(code=0)

@@ -14,7 +14,7 @@ from fedpipe.federation.cohort import steps_per_round
 from fedpipe.launcher.supervisor import Interrupted, Signals, set_up_here, supervise
 from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.samples import samples_text
-from fedpipe.workflows.run_dir import RunSetup, locked
+from fedpipe.workflows.run_dir import RunSetup, is_done, locked
 
 
 def pretrain(
@@ -46,7 +46,7 @@ def pretrain(
             setup = set_up_here(config_path, overrides, run_dir, preset=preset, console=console)
             run_dir = str(setup.run_dir)
             console.close()
-            if is_done(setup):
+            if is_done(setup.run_dir, num_rounds=setup.config.federation.num_rounds):
                 console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
                 return 0
             with locked(setup.run_dir):
@@ -66,22 +66,21 @@ def _way_back(run_dir: str | None) -> str:
     return f"resume with: fedpipe pretrain --run-dir {run_dir}"
 
 
-def is_done(setup: RunSetup) -> bool:
-    """All rounds are trained, exported and reported."""
-    position = setup.checkpoint.position if setup.checkpoint else None
-    rounds = setup.config.federation.num_rounds
-    written = (setup.run_dir / "export").is_dir() and (setup.run_dir / "report.html").is_file()
-    return position is not None and position.round_id >= rounds and written
-
-
-def _train(setup: RunSetup, signals: Signals) -> None:
+def run_console(setup: RunSetup, *, interactive: bool | None = None) -> RunConsole:
+    """Return a console that knows how long a run is; see ``RunConsole`` for ``interactive``."""
     config = setup.config
-    console = RunConsole(
+    return RunConsole(
         num_rounds=config.federation.num_rounds,
         steps_per_round=_steps_per_round(setup),
         num_stages=config.pipeline.num_virtual_stages,
         log_every=config.log.every,
+        interactive=interactive,
     )
+
+
+def _train(setup: RunSetup, signals: Signals) -> None:
+    config = setup.config
+    console = run_console(setup)
     shows: dict[str, Callable[[Any], None]] = {
         "step": console.step,
         "round": console.round,

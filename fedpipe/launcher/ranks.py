@@ -16,7 +16,8 @@ from fedpipe.distributed.topology import Grid
 from fedpipe.errors import LaunchError
 from fedpipe.workflows.run_dir import RunSetup
 
-_LOST_PEER = re.compile(r"Connection (closed|reset)|BrokenPipe|Broken pipe|peer")
+LOST_PEER = re.compile(r"Connection (closed|reset)|BrokenPipe|Broken pipe|peer")
+"""What a rank says whose neighbour has gone: it is not to blame."""
 
 
 class Ranks:
@@ -74,7 +75,7 @@ class Ranks:
         """Name the rank that failed first by cause: its neighbours only lost their connection."""
         failed = [r for r, p in enumerate(self.processes) if p.exitcode not in (None, 0)]
         killed = [r for r in failed if r not in self._errors]
-        original = [r for r in failed if not _LOST_PEER.search(self._errors.get(r, ""))]
+        original = [r for r in failed if not LOST_PEER.search(self._errors.get(r, ""))]
         rank = next(iter(killed or original or failed))
         code = self.processes[rank].exitcode or 0
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -8,7 +8,7 @@ from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
 from fedpipe.launcher.supervisor import Interrupted, Signals, set_up_here, supervise
 from fedpipe.metrics.console import RunConsole
-from fedpipe.workflows.run_dir import describe_environment, locked
+from fedpipe.workflows.run_dir import RunSetup, describe_environment, locked
 from fedpipe.workflows.throughput_files import render, write_files
 from fedpipe.workflows.throughput_report import (
     Measurement,
@@ -70,12 +70,28 @@ def throughput(
         return EXIT_INTERRUPTED
     finally:
         console.close()
+    conclude(setup, measurements[0], settings, console=console)
+    return 0
+
+
+def conclude(
+    setup: RunSetup, measurement: Measurement, settings: ThroughputSettings, *, console: RunConsole
+) -> None:
+    """Write the files of a measurement and show its table.
+
+    Args:
+        setup: The run.
+        measurement: What rank 0 has collected.
+        settings: How it was measured.
+        console: Shows the table.
+    """
     folder = setup.run_dir / "throughput"
     environment = describe_environment() | {
-        "emulate_ms": emulate_ms, "repetitions": repetitions, "num_steps": num_steps,
-    }  # fmt: skip
-    report = summarise(measurements[0], config, environment=environment)
-    write_files(folder, report, measurements[0])
+        "emulate_ms": settings.emulate_ms,
+        "repetitions": settings.repetitions,
+        "num_steps": settings.num_steps,
+    }
+    report = summarise(measurement, single_replica(setup.config), environment=environment)
+    write_files(folder, report, measurement)
     console.text(render(report))
     console.text(f"report  {folder / 'report.md'}")
-    return 0

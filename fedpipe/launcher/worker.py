@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpipe import log
 from fedpipe.distributed.activity import Activity
+from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv, threads_per_process
 from fedpipe.distributed.watch import StopSignals, Watch
 from fedpipe.errors import FedPipeError
@@ -50,6 +51,8 @@ def run_rank(task: str, setup: RunSetup, env: ProcessEnv, pipe: Connection, *arg
     _die_with_parent()
     _redirect_output(setup, env)
     random.seed(env.rank)
+    bind(env)
+    # the fork server has imported torch already, with one thread
     torch.set_num_threads(threads_per_process(env.local_world_size))
     log.setup(rank=env.rank)
 

@@ -318,8 +318,12 @@ class Replica:
                 for engine in self.stages
             }
         if sent is not None or any(residuals.values()):
-            files[rank_file(self.comm.rank)] = partial(torch.save, own)
+            files[self._own_file] = partial(torch.save, own)
         return files
+
+    @property
+    def _own_file(self) -> str:
+        return own_file(self.comm.stages[0], self.comm.replica, self.comm.data)
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> dict[str, int]:
         """Take over what all replicas share and this rank's own state, the unfinished round's too.
@@ -339,7 +343,7 @@ class Replica:
                 restore(synchronizer.moments, server["moments"])
                 if "optimizer" in server:
                     engine.load_optimizer_state(server["optimizer"])
-        path = checkpoint.path / rank_file(self.comm.rank)
+        path = checkpoint.path / self._own_file
         if not path.is_file():
             return {}
         own = torch.load(path, map_location=device, weights_only=True)
@@ -385,9 +389,9 @@ def server_file(stage_id: int, data: int) -> str:
     return f"server_{stage_id:02d}_data_{data:02d}.pt"
 
 
-def rank_file(rank: int) -> str:
-    """File of a rank's own state in a checkpoint."""
-    return f"rank_{rank:05d}.pt"
+def own_file(stage_id: int, replica: int, data: int) -> str:
+    """File of a process' own state in a checkpoint, by the first stage that it holds."""
+    return f"replica_{replica:04d}_stage_{stage_id:02d}_data_{data:02d}.pt"
 
 
 def validation_batch(

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe import __version__
-from fedpipe.checkpoint import Checkpoint, discard_later, find_latest
+from fedpipe.checkpoint import CHECKPOINTS, Checkpoint, Position, discard_later, find_latest
 from fedpipe.config import load
 from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.corpus import check_sources, prepare
 from fedpipe.errors import CheckpointError
+from fedpipe.metrics.writer import METRICS_FILE
 from fedpipe.workflows.plan import build_plan, render
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "submitit")
@@ -75,17 +76,9 @@ def set_up(
         FedPipeError: Anything a user can get wrong.
     """
     started_at = time.monotonic()
-    config, directory, resumed = resolve_config(config_path, overrides, run_dir, preset=preset)
-    load.check(config)
-    deepspeed_dict = deepspeed_config(config)
-    check_sources(config)
-    plan = render(build_plan(config))
-    _check_writable(directory)
-    with locked(directory):  # of a running command: its checkpoints come and go
-        pass
+    config, directory, resumed, plan = reserve(config_path, overrides, run_dir, preset=preset)
     checkpoint = None
     if resumed:
-        _check_same_deepspeed(directory, deepspeed_dict)
         checkpoint, passed_over = find_latest(directory)
         for line in passed_over:
             notify(f"warning: {line}; falling back to an earlier one")
@@ -95,10 +88,7 @@ def set_up(
     notify(plan)
     on_checked()
     data = prepare(config, progress=progress)
-    _write(directory / "config.yaml", load.to_yaml(config))
-    _write(directory / "deepspeed.json", json.dumps(deepspeed_dict, indent=2) + "\n")
-    _write(directory / "plan.txt", plan + "\n")
-    _write(directory / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
+    write_text(directory / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
     return RunSetup(
         config=config,
         run_dir=directory,
@@ -106,6 +96,43 @@ def set_up(
         checkpoint=checkpoint,
         started_at=started_at,
     )
+
+
+def is_done(run_dir: Path, *, num_rounds: int) -> bool:
+    """All rounds are trained, exported and reported."""
+    trained = run_dir / CHECKPOINTS / Position(round_id=num_rounds).name
+    return all(p.exists() for p in (trained, run_dir / "export", run_dir / "report.html"))
+
+
+def reserve(
+    config_path: str | None,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    *,
+    preset: str | None = None,
+) -> tuple[RunConfig, Path, bool, str]:
+    """Check a run and write its configuration down; whoever has the directory can then run it.
+
+    Returns:
+        The configuration, the directory, whether a run was there already, and the plan for people.
+
+    Raises:
+        FedPipeError: Anything a user can get wrong, but for the text itself.
+    """
+    config, directory, resumed = resolve_config(config_path, overrides, run_dir, preset=preset)
+    load.check(config)
+    deepspeed_dict = deepspeed_config(config)
+    check_sources(config)
+    plan = render(build_plan(config))
+    check_writable(directory)
+    with locked(directory):  # of a running command: its checkpoints come and go
+        pass
+    if resumed and _has_begun(directory):
+        _check_same_deepspeed(directory, deepspeed_dict)
+    write_text(directory / "config.yaml", load.to_yaml(config))
+    write_text(directory / "deepspeed.json", json.dumps(deepspeed_dict, indent=2) + "\n")
+    write_text(directory / "plan.txt", plan + "\n")
+    return config, directory, resumed, plan
 
 
 def _check_same_deepspeed(directory: Path, deepspeed_dict: dict[str, Any]) -> None:
@@ -143,13 +170,28 @@ def resolve_config(
     if os.path.isfile(directory / "config.yaml"):
         saved_config = load.load_config(str(directory / "config.yaml"), [])
         changed = [key for key in load.diff(saved_config, config) if key not in MAY_CHANGE]
-        if changed:
+        if changed and _has_begun(directory):
             raise CheckpointError(
                 f"{directory}: expected the configuration of the run that is there, got other "
                 f"values of {', '.join(changed)}. Resume with --run-dir alone, or choose a "
                 "new --run-dir."
             )
         return config, directory, True
+    check_new(directory)
+    return config, directory, False
+
+
+def _has_begun(directory: Path) -> bool:
+    """Whether a run has left more than its configuration, which nothing depends on yet."""
+    return any((directory / name).exists() for name in (METRICS_FILE, CHECKPOINTS))
+
+
+def check_new(directory: Path) -> None:
+    """Refuse to start a run where something else lies.
+
+    Raises:
+        CheckpointError: The path is a file, or a directory with other files.
+    """
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise CheckpointError(
             f"--run-dir: expected a directory, got the file {directory}. Choose another path."
@@ -159,16 +201,20 @@ def resolve_config(
             f"--run-dir: expected a new, empty or fedpipe run directory, got {directory} "
             "with other files. Choose another directory."
         )
-    return config, directory, False
 
 
 def _is_new(directory: Path) -> bool:
     """Whether a directory holds nothing but what a start that was killed early leaves behind."""
-    ours = re.compile(r"\.lock|\.writable|\..*\.part")
+    ours = re.compile(r"logs|\.lock|\.writable|\..*\.part")
     return all(ours.fullmatch(path.name) for path in directory.iterdir())
 
 
-def _check_writable(directory: Path) -> None:
+def check_writable(directory: Path) -> None:
+    """Make a directory, and try whether it can be written.
+
+    Raises:
+        CheckpointError: It cannot.
+    """
     probe = directory / ".writable"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -199,7 +245,8 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is complete or absent."""
     aside = path.with_name(f".{path.name}.part")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)

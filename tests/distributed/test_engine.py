@@ -287,10 +287,10 @@ def test_data_parallel_ranks_equal_one_rank_with_their_batches(tmp_path: Path) -
     expected = _united(run_distributed(_train, 2, wide, data))
     # The masks of a batch come from its first block, so only the split of batches can differ.
     assert np.isfinite([loss for loss, _ in results[0][0][0]]).all()
-    for rank in (0, 2):
-        for name, weight in results[rank][1].items():
-            np.testing.assert_array_equal(weight, results[rank + 1][1][name], err_msg=name)
-    assert expected[1].keys() == (results[0][1] | results[2][1]).keys()
+    for stage in (0, 1):
+        for name, weight in results[stage][1].items():
+            np.testing.assert_array_equal(weight, results[stage + 2][1][name], err_msg=name)
+    assert expected[1].keys() == (results[0][1] | results[1][1]).keys()
 
 
 def _opened_shards(env: ProcessEnv, config: RunConfig, data: PreparedData) -> set[str]:

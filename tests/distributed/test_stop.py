@@ -47,6 +47,7 @@ def _pretrain(env: ProcessEnv, setup: RunSetup, moment: Moment | None) -> Positi
     from fedpipe.workflows.replica import Replica
 
     left = [moment.number if moment else 0]
+    _, replica, _ = Grid.from_config(setup.config).coordinates(env.rank)
 
     def passes(kind: str) -> None:
         if moment is not None and (env.rank, kind) == (moment.rank, moment.kind):
@@ -57,7 +58,7 @@ def _pretrain(env: ProcessEnv, setup: RunSetup, moment: Moment | None) -> Positi
     def emit(kind: str, record: Any) -> None:
         passes(kind)
         if kind == "step":  # replicas have different speeds
-            time.sleep(STEP_S * (1 + env.rank % 2))
+            time.sleep(STEP_S * (1 + replica))
 
     def announced(kind: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -143,13 +144,13 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_never_was(tmp_pa
     assert _run(config, data, tmp_path / "undisturbed") is None
     run_dir = tmp_path / "stopped"
     moments = (
-        Moment(2, "training"),  # everything is built, no step is made
+        Moment(1, "training"),  # everything is built, no step is made
         Moment(3, "step", 4),
-        Moment(1, "save"),
+        Moment(2, "save"),
         Moment(0, "step", 6),
-        Moment(1, "evaluate"),
+        Moment(2, "evaluate"),
         Moment(0, "round"),
-        Moment(2, "step", 1),
+        Moment(1, "step", 1),
     )
     stops = []
     for moment in moments:
@@ -196,7 +197,8 @@ def test_every_mode_stops_in_the_middle_of_a_round_and_resumes_bit_for_bit(
     config = _config(**MODES[mode], **{"validation": {"every_rounds": 2}})
     config = replace(config, federation=replace(config.federation, num_rounds=2))
     assert _run(config, data, tmp_path / "undisturbed") is None
-    last = config.world_size - config.federation.data_parallel_degree  # that tells of its steps
+    num_stages, num_replicas = config.pipeline.num_stages, config.federation.num_replicas
+    last = Grid.from_config(config).rank(num_stages - 1, num_replicas - 1, 0)  # it tells of steps
     moment = Moment(last, "step", 3)
     stopped_at = _run(config, data, tmp_path / "stopped", moment, tcp=True)
     assert stopped_at is not None and stopped_at.step > 0

@@ -169,11 +169,11 @@ def test_a_second_signal_stops_at_once_although_a_rank_cannot(running: Command) 
 
 
 def test_a_killed_rank_is_named_with_its_client(running: Command) -> None:
-    os.kill(_worker(running, 1), signal.SIGKILL)
+    os.kill(_worker(running, 2), signal.SIGKILL)
     result = running.finish()
     assert result.code == 1, result.out + result.err
     assert re.match(
-        r"LaunchError: rank 1 \(stage 0, replica 1(, client \d)?\) failed: killed by SIGKILL\. ",
+        r"LaunchError: rank 2 \(stage 0, replica 1(, client \d)?\) failed: killed by SIGKILL\. ",
         result.error,
     ), result.error
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,15 +37,20 @@ class Finished:
 class Command:
     """A running ``fedpipe`` command, in a process group of its own."""
 
-    def __init__(self, *arguments: str, folder: Path) -> None:
+    def __init__(
+        self, *arguments: str, folder: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         """Start it; its output goes to files in ``folder``."""
         mark = uuid.uuid4().hex
         self._mark = f"{_MARK}={mark}".encode()
         self._files = [folder / f"{mark}.{name}" for name in ("out", "err")]
-        environment = {**os.environ, _MARK: mark, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120"}
+        variables = {
+            **os.environ, _MARK: mark, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120",
+            **(environment or {}),
+        }  # fmt: skip
         with open(self._files[0], "wb") as out, open(self._files[1], "wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "fedpipe", *arguments], cwd=folder, env=environment,
+                [sys.executable, "-m", "fedpipe", *arguments], cwd=folder, env=variables,
                 stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
             )  # fmt: skip
 
@@ -102,6 +107,8 @@ class Command:
             time.sleep(0.05)
 
 
-def fedpipe(*arguments: str, folder: Path) -> Finished:
+def fedpipe(
+    *arguments: str, folder: Path, environment: Mapping[str, str] | None = None
+) -> Finished:
     """Run a command to its end."""
-    return Command(*arguments, folder=folder).finish()
+    return Command(*arguments, folder=folder, environment=environment).finish()

@@ -77,4 +77,4 @@ def test_a_rank_is_named_by_all_that_it_holds() -> None:
     roll.hear(3, FORWARD)
     grid = Grid(num_stages=2, num_replicas=2, data_parallel_degree=1)
     assert roll.name(3, grid) == "rank 3 (stage 1, replica 1, client 4)"
-    assert roll.name(0, grid) == "rank 0 (stage 0, replica 0)"
+    assert roll.name(1, grid) == "rank 1 (stage 1, replica 0)"

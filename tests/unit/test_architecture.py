@@ -27,7 +27,7 @@ COMM = "fedpipe/distributed/comm.py"
 LIGHT = (
     "__init__", "__main__", "cli", "errors", "log", "config/load", "config/tree", "config/schema",
     "config/federation", "config/require", "config/deepspeed", "config/model_shape",
-    "distributed/topology", "distributed/env",
+    "distributed/topology", "distributed/env", "distributed/binding",
     "models/split", "pipeline/messages", "pipeline/schedule", "pipeline/timeline",
     "workflows/plan", "data/tokenizer",
 )  # fmt: skip

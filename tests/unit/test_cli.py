@@ -14,7 +14,7 @@ from fedpipe import __version__, errors
 from fedpipe.cli import main
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = ("plan", "pretrain", "export", "report", "throughput")
+COMMANDS = ("plan", "pretrain", "export", "report", "throughput", "sweep")
 HEAVY = (
     "torch",
     "deepspeed",
@@ -61,7 +61,14 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["plan"], ["--help"], ["plan", "seed=x"], ["pretrain", "federation.num_round=3"]]
+    "arguments",
+    [
+        ["plan"],
+        ["--help"],
+        ["plan", "seed=x"],
+        ["pretrain", "federation.num_round=3"],
+        ["sweep", "--grid", "seed=x"],
+    ],
 )
 def test_plan_help_and_configuration_errors_import_nothing_heavy(arguments: list[str]) -> None:
     # The forkserver of `pretrain` imports beside us, never in this process.

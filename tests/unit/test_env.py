@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from fedpipe.distributed.env import ProcessEnv, detect, threads_per_process
+from fedpipe.distributed.env import (
+    ProcessEnv,
+    cores_from_slurm,
+    detect,
+    threads_per_process,
+)
 from fedpipe.errors import TopologyError
+from tests.helpers.affinity import launched
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
     "MASTER_ADDR": "node-1", "MASTER_PORT": "29500", "TORCHELASTIC_RESTART_COUNT": "2",
 }  # fmt: skip
 SRUN = {
-    "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
     "MASTER_ADDR": "node-7", "MASTER_PORT": "40000",
 }  # fmt: skip
 
@@ -25,11 +34,13 @@ def test_torchrun_is_understood() -> None:
 
 
 def test_deepspeed_is_understood() -> None:
-    """Its launcher sets neither LOCAL_WORLD_SIZE on old versions nor a restart count."""
+    """Its launcher sets LOCAL_SIZE, neither LOCAL_WORLD_SIZE nor a restart count."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    env = detect({name: TORCHRUN[name] for name in names})
+    base = {name: TORCHRUN[name] for name in names}
+    env = detect(base | {"LOCAL_SIZE": "3", "CROSS_RANK": "1", "CROSS_SIZE": "2"})
     assert (env.rank, env.world_size, env.local_rank, env.attempt) == (5, 8, 1, 0)
-    assert env.local_world_size == 8, "one host is assumed"
+    assert env.local_world_size == 3
+    assert detect(base).local_world_size == 8, "without it one host is assumed"
 
 
 def test_srun_is_understood() -> None:
@@ -38,8 +49,41 @@ def test_srun_is_understood() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("tasks", "node", "expected"),
+    [
+        ("4", 0, 4), ("2(x2),1", 0, 2), ("2(x2),1", 1, 2), ("2(x2),1", 2, 1),
+        ("1,3,1(x10)", 1, 3), ("1,3,1(x10)", 11, 1), ("16(x128)", 127, 16),
+    ],
+)  # fmt: skip
+def test_srun_says_how_many_tasks_each_node_has(tasks: str, node: int, expected: int) -> None:
+    env = detect(SRUN | {"SLURM_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node)})
+    assert env.local_world_size == expected
+
+
+def test_without_a_list_of_tasks_one_host_is_assumed() -> None:
+    without = {name: value for name, value in SRUN.items() if name != "SLURM_TASKS_PER_NODE"}
+    assert detect(without).local_world_size == 4
+
+
+@pytest.mark.parametrize("tasks", ["2", "", "many"])
+def test_a_list_of_tasks_without_this_node_is_refused(tasks: str) -> None:
+    with pytest.raises(
+        TopologyError, match=rf"^SLURM_TASKS_PER_NODE: expected a number for node 1, got '{tasks}'"
+    ):
+        detect(SRUN | {"SLURM_TASKS_PER_NODE": tasks})
+
+
+def test_a_requeued_slurm_job_is_another_attempt_and_torchruns_own_count_goes_first() -> None:
+    assert detect(SRUN | {"SLURM_RESTART_COUNT": "3"}).attempt == 3
+    assert detect(TORCHRUN | {"SLURM_RESTART_COUNT": "3"}).attempt == 2
+
+
 def test_a_launcher_inside_a_slurm_job_wins_over_slurm() -> None:
-    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
+    batch = {
+        "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0",
+        "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "0",
+    }  # fmt: skip
     assert detect(batch | TORCHRUN) == detect(TORCHRUN)
 
 
@@ -84,7 +128,51 @@ def test_the_processes_of_a_host_share_its_cores() -> None:
     assert threads_per_process(3, cores=8) == 2
     assert threads_per_process(16, cores=2) == 1
     assert threads_per_process(0, cores=2) == 2
-    assert threads_per_process(1) >= 1
+
+
+def test_slurm_says_how_many_cores_the_processes_of_a_node_share() -> None:
+    tasks = {"SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1", "SLURM_CPUS_ON_NODE": "128"}
+    cores = cores_from_slurm(tasks | {"SLURM_CPUS_PER_TASK": "8"})
+    assert threads_per_process(4, cores=cores) == 8, "a process is a task"
+    torchrun = {"SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_CPUS_PER_TASK": "32"}
+    assert threads_per_process(4, cores=cores_from_slurm(torchrun)) == 8, "a task starts four"
+    assert cores_from_slurm(tasks) == 128
+    assert cores_from_slurm({}) == 0
+    with pytest.raises(TopologyError, match="^SLURM_CPUS_PER_TASK: expected a number from the "):
+        cores_from_slurm({"SLURM_CPUS_PER_TASK": "all"})
+
+
+THREADS = "from fedpipe.distributed.env import threads_per_process"
+
+
+def test_a_process_that_its_launcher_has_bound_uses_all_cores_it_was_given() -> None:
+    """They are its share already: they are not divided once more."""
+    cores = os.sched_getaffinity(0)
+    one, count = {min(cores)}, len(cores)
+    for launcher, own, local_world_size, expected in (
+        (cores, one, count, 1),
+        (cores, cores, 1, count),
+        (cores, cores, count, 1),
+        (one, one, 2, 1),
+        (one, cores, 1, 1),  # the launcher's cores are what is divided
+    ):
+        call = f"threads_per_process({local_world_size})"
+        assert launched(THREADS, call, launcher=launcher, own=own) == expected
+
+
+def test_slurms_cores_count_before_the_launchers_and_never_more_than_a_process_may_use() -> None:
+    cores = os.sched_getaffinity(0)
+    for per_task, expected in ((1, 1), (999, len(cores))):
+        job = {"SLURM_CPUS_PER_TASK": str(per_task)}
+        call = "threads_per_process(1)"
+        assert launched(THREADS, call, launcher=cores, own=cores, **job) == expected
+
+
+def test_the_launcher_is_the_parent() -> None:
+    cores = os.sched_getaffinity(0)
+    one = {min(cores)}
+    code = "from fedpipe.distributed.env import launcher_cores"
+    assert launched(code, "launcher_cores()", launcher=one, own=cores) == one
 
 
 def test_rank_0_hosts_the_store_unless_torchrun_does() -> None:

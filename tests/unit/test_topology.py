@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from fedpipe.config.schema import FederationConfig, PipelineConfig, RunConfig
-from fedpipe.distributed.topology import AXES, Grid
+from fedpipe.distributed.topology import AXES, Grid, check_devices
 from fedpipe.errors import TopologyError
 
 GRIDS = [Grid(s, r, d) for s, r, d in itertools.product((1, 2, 3), (1, 2, 4), (1, 2))]
@@ -26,7 +27,8 @@ def places(grid: Grid) -> list[tuple[int, int, int]]:
 def test_ranks_are_numbered_as_deepspeed_does(grid: Grid) -> None:
     from deepspeed.runtime.pipe.topology import ProcessTopology
 
-    theirs = ProcessTopology(axes=list(AXES), dims=list(grid.dims))
+    theirs = ProcessTopology(axes=["client", "data", "pipe"], dims=list(grid.dims))
+    assert tuple(theirs.axes) == AXES
     assert grid.world_size == theirs.world_size()
     for stage, replica, data in places(grid):
         assert grid.rank(stage, replica, data) == theirs.get_rank(
@@ -68,9 +70,76 @@ def test_groups_of_either_axis_partition_the_ranks(grid: Grid) -> None:
 
 def test_fedavg_never_joins_two_stages() -> None:
     grid = Grid(2, 2, 2)
-    assert grid.replica_group(0, 1) == [1, 3]
-    assert grid.replica_group(1, 0) == [4, 6]
-    assert grid.data_group(1, 1) == [6, 7]
+    assert grid.replica_group(0, 1) == [2, 6]
+    assert grid.replica_group(1, 0) == [1, 5]
+    assert grid.data_group(1, 1) == [5, 7]
+
+
+def crossing(chains: Sequence[Sequence[int]], node_of: Sequence[int]) -> int:
+    """Neighbours in a chain of ranks that are on different nodes."""
+    return sum(node_of[a] != node_of[b] for chain in chains for a, b in itertools.pairwise(chain))
+
+
+def chains(grid: Grid) -> list[list[int]]:
+    """The ranks of each pipeline, in the order of its stages."""
+    return [
+        [grid.rank(stage, replica, data) for stage in range(grid.num_stages)]
+        for replica, data in itertools.product(*map(range, grid.dims[:2]))
+    ]
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+def test_pipelines_stay_inside_nodes_where_a_multiple_of_the_stages_fits(
+    stages: int, ranks_per_node: int
+) -> None:
+    for replicas, data in ((1, 1), (3, 1), (4, 2), (16, 4)):
+        grid = Grid(stages, replicas, data)
+        edges = grid.edges_between_nodes(ranks_per_node)
+        several = grid.world_size > ranks_per_node
+        assert (not edges) == (ranks_per_node % stages == 0 or not several)
+        node_of = [rank // ranks_per_node for rank in range(grid.world_size)]
+        assert len(set(edges)) == len(edges) == crossing(chains(grid), node_of)
+        assert not Grid(stages, replicas, data, colocate=True).edges_between_nodes(1)
+
+
+@pytest.mark.parametrize("ranks_per_node", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "grid",
+    [Grid(*g) for g in ((2, 4, 1), (2, 3, 1), (2, 2, 2), (3, 2, 1), (4, 1, 2), (8, 1, 1))],
+    ids=str,
+)
+def test_no_other_order_of_the_ranks_has_fewer_edges_between_nodes(
+    grid: Grid, ranks_per_node: int
+) -> None:
+    in_order = [rank // ranks_per_node for rank in range(grid.world_size)]
+    pipelines = chains(grid)
+    fewest = min(crossing(pipelines, order) for order in orders(in_order))
+    assert len(grid.edges_between_nodes(ranks_per_node)) == fewest
+
+
+def orders(nodes: list[int]) -> Iterator[list[int]]:
+    """Every way to hand the places of some nodes to ranks."""
+    if not nodes:
+        yield []
+    for node in sorted(set(nodes)):
+        rest = list(nodes)
+        rest.remove(node)
+        yield from ([node, *others] for others in orders(rest))
+
+
+def test_the_edges_between_nodes_are_named() -> None:
+    assert Grid(3, 2, 1).edges_between_nodes(2) == [(1, 0, 0), (0, 1, 0)]
+    assert Grid(2, 1, 2).edges_between_nodes(1) == [(0, 0, 0), (0, 0, 1)]
+
+
+def test_a_gpu_that_two_ranks_share_is_refused_whatever_they_call_it() -> None:
+    check_devices(["GPU-a", "GPU-b", "GPU-c"])
+    with pytest.raises(
+        TopologyError,
+        match=r"^GPUs: expected one for each process, got ranks 1 and 3 on the same one\. Start ",
+    ):
+        check_devices(["GPU-a", "GPU-b", "GPU-c", "GPU-b"])
 
 
 def test_heads_at_home_are_on_the_ranks_of_the_first_stage_and_need_none_of_their_own() -> None:

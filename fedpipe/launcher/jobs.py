@@ -1,0 +1,143 @@
+"""What submitit runs on a cluster: one rank per task, and what requeues the job.
+
+Everything that a job needs lies in its run directory, so a requeued job is the same job again: it
+reads ``config.yaml`` and goes on from the newest checkpoint, whether it could save before it was
+stopped or not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from fedpipe.checkpoint import Position
+from fedpipe.distributed.env import detect
+from fedpipe.distributed.watch import EXIT_INTERRUPTED, StopSignals
+from fedpipe.errors import LaunchError
+from fedpipe.launcher.external import RunRequest, run_rank
+from fedpipe.workflows.run_dir import RunSetup
+
+ATTEMPTS_FILE = "logs/attempts.jsonl"
+"""Where every start of every job of a run left off, below the run directory."""
+MAX_IDLE_ATTEMPTS = 3
+"""So often in a row a job may be started and stopped without having saved anything new."""
+STARTS = "fedpipe starts as"
+"""Opens the part of a job's log that belongs to one attempt."""
+_KILLED_WITHIN_S = 900.0
+"""SIGTERM announces the end: scancel's comes after KillWait, pre-emption's after GraceTime."""
+
+
+class RankJob(submitit.helpers.Checkpointable):
+    """One rank of a run; submitit pickles it and calls it in every task of the job."""
+
+    def __init__(self, request: RunRequest) -> None:
+        """Remember what to run.
+
+        Args:
+            request: Its run directory holds the configuration.
+        """
+        self.request = request
+
+    def __call__(self) -> int:
+        """Run this rank, and see to it that an interrupted job comes back.
+
+        A warning (SIGUSR2: time limit, pre-emption) saves and requeues. SIGTERM saves and waits for
+        the end, because only SLURM knows whether it cancels the job or requeues it by itself.
+
+        Returns:
+            0 when the run is done, 75 when it is saved and can be resumed.
+
+        Raises:
+            FedPipeError: What is wrong, on every rank where all of them can know it.
+        """
+        job = submitit.JobEnvironment()
+        job.paths.result_pickle.unlink(missing_ok=True)  # of an earlier attempt
+        # SLURM signals every process of a step. A forked child has submitit's handler and would
+        # save and requeue the job a second time; ignoring survives exec as well.
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN))
+        if job.global_rank == 0:
+            sys.stderr.write(f"{STARTS} job {job.job_id}\n")  # srun's own messages follow it
+        _set_up_environment(job)
+        requeue = signal.getsignal(signal.SIGUSR2)
+        ended = run_rank(
+            self.request,
+            env=detect(),
+            signals=StopSignals(),
+            on_set_up=lambda setup: note_attempt(setup, job_id=job.job_id),
+        )
+        if ended.code == EXIT_INTERRUPTED:
+            if ended.signal == signal.SIGUSR2:
+                signal.signal(signal.SIGUSR2, requeue)
+                signal.raise_signal(signal.SIGUSR2)  # submitit's; it returns on other ranks
+            elif ended.signal == signal.SIGTERM and job.cluster == "slurm":
+                time.sleep(_KILLED_WITHIN_S)
+        return ended.code
+
+
+def _set_up_environment(job: Any) -> None:
+    """Export what ``detect`` and torch look for."""
+    submitit.helpers.TorchDistributedEnvironment().export(
+        set_cuda_visible_devices=False, overwrite=True
+    )
+    os.environ.update(own_gpu(os.environ, local_rank=job.local_rank))
+    if job.cluster != "slurm":  # one machine, whose name need not resolve
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def own_gpu(environ: Mapping[str, str], *, local_rank: int) -> dict[str, str]:
+    """Return the variable that leaves a rank one of its node's GPUs; empty if it has one already.
+
+    Args:
+        environ: ``CUDA_VISIBLE_DEVICES`` as SLURM sets it: the GPUs of the node that are the job's.
+        local_rank: Index of the rank on its node.
+    """
+    visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if len(visible) < 2 or local_rank >= len(visible):
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": visible[local_rank]}
+
+
+def note_attempt(setup: RunSetup, *, job_id: str) -> None:
+    """Write down where a job starts, and refuse to go on for ever without getting anywhere.
+
+    Args:
+        setup: The run, before it trains.
+        job_id: The same for every attempt of a requeued job.
+
+    Raises:
+        LaunchError: Its last ``MAX_IDLE_ATTEMPTS`` starts were all from where it stands now.
+    """
+    position = setup.checkpoint.position if setup.checkpoint else Position()
+    here = {"job": job_id, "round": position.round_id, "step": position.step}
+    path = setup.run_dir / ATTEMPTS_FILE
+    path.parent.mkdir(exist_ok=True)
+    last = _attempts(path)[-MAX_IDLE_ATTEMPTS:]
+    if len(last) == MAX_IDLE_ATTEMPTS and all(entry == here for entry in last):
+        raise LaunchError(
+            f"expected progress, got {MAX_IDLE_ATTEMPTS} starts in a row that were "
+            f"stopped before anything new was saved (all from {position}). Raise timeout_min, set "
+            "checkpoint.every_steps in a new run, or see what stops it; then submit again."
+        )
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(here) + "\n")
+
+
+def _attempts(path: Path) -> list[Any]:
+    if not path.is_file():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:  # a job was killed while it wrote
+            entries.append(None)
+    return entries

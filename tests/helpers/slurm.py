@@ -1,0 +1,157 @@
+"""A throw-away SLURM cluster of real daemons: slurm/local_cluster.py, held by tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROGRAM = Path(__file__).parents[2] / "slurm" / "local_cluster.py"
+TIMEOUT_S = 60.0
+"""Generous: machines that run tests are often busy."""
+
+
+class Cluster:
+    """One cluster, in one directory.
+
+    Attributes:
+        folder: Its directory: at most 60 characters, absent while the cluster is down.
+        environment: What a command needs to find it; merge it into ``os.environ``.
+    """
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        """Options are those of ``local_cluster.py up``."""
+        self.folder = folder
+        self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+        self._options = options
+        self._namespaces: set[str] = set()
+        self._name = "(not yet known)"
+
+    def call(self, command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of local_cluster.py."""
+        options = self._options if command == "up" else ()
+        return subprocess.run(
+            [sys.executable, str(PROGRAM), command, "--dir", str(self.folder), *options],
+            capture_output=True, text=True, timeout=5 * TIMEOUT_S,
+        )  # fmt: skip
+
+    def up(self) -> None:
+        """Bring it up; nothing happens if it is."""
+        done = self.call("up")
+        assert done.returncode == 0, done.stderr
+        ours = _namespaces(os.getpid())
+        for pid in self.daemons().values():
+            self._namespaces |= _namespaces(pid) - ours
+        config = (self.folder / "slurm.conf").read_text().splitlines()
+        self._name = next(x for x in config if x.startswith("ClusterName=")).partition("=")[2]
+
+    def down(self) -> None:
+        """Take it down; nothing happens if it is."""
+        done = self.call("down")
+        assert done.returncode == 0, done.stderr
+
+    def daemons(self) -> dict[str, int]:
+        """Process ids by daemon: munged, mariadbd, slurmdbd, slurmctld and every node."""
+        return {file.stem: int(file.read_text()) for file in self.folder.glob("run/*.daemon")}
+
+    def leftovers(self) -> list[str]:
+        """What is still there of a cluster that is down."""
+        found = [str(self.folder)] if self.folder.exists() else []
+        found += [path.name for path in Path("/sys/class/net").glob(f"{self._name}*")]
+        marks = str(self.folder).encode(), f"SLURM_CLUSTER_NAME={self._name}".encode()
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if (entry / "stat").read_text().rpartition(") ")[2][0] in "ZX":
+                    continue
+                command = (entry / "cmdline").read_bytes()
+                text = command + (entry / "environ").read_bytes()
+                if any(m in text for m in marks) or _namespaces(int(entry.name)) & self._namespaces:
+                    found.append(f"{entry.name}: {command.decode(errors='replace')}")
+            except OSError:  # it has just ended
+                continue
+        return found
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run srun, sbatch, scontrol, scancel, squeue, sacct..."""
+        done = subprocess.run(
+            command, env={**os.environ, **self.environment}, capture_output=True, text=True,
+            timeout=2 * TIMEOUT_S,
+        )  # fmt: skip
+        assert done.returncode == 0 or not check, f"{command}: {done.returncode}: {done.stderr}"
+        return done
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the nodes."""
+        return sorted(self.run("sinfo", "-hNo%N", "--partition=main").stdout.split())
+
+    @property
+    def has_own_names(self) -> bool:
+        """Whether nodes have host names and /dev/shm of their own: not without root."""
+        return not self.nodes[0].startswith("127.")
+
+    def state(self, job_id: str | int) -> str:
+        """What ``scontrol show job`` says: PENDING, RUNNING, COMPLETED, FAILED..."""
+        words = self.run("scontrol", "--oneliner", "show", "job", str(job_id)).stdout.split()
+        return next(x for x in words if x.startswith("JobState=")).partition("=")[2]
+
+    def wait_for_state(
+        self, job_id: str | int, states: str | tuple[str, ...], timeout_s: float = TIMEOUT_S
+    ) -> str:
+        """Return the state of a job once it is one of ``states``."""
+        wanted = (states,) if isinstance(states, str) else states
+        wait_until(
+            lambda: self.state(job_id) in wanted,
+            what=lambda: f"{wanted}\n" + self.run("scontrol", "show", "job", str(job_id)).stdout,
+            timeout_s=timeout_s,
+        )
+        return self.state(job_id)
+
+    def set_down(self, node: str) -> None:
+        """Fail a node at once: its jobs are requeued as after a crash."""
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+    def drain(self, node: str) -> None:
+        """Start no more jobs on a node."""
+        self.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
+
+    def resume(self, node: str) -> None:
+        """Bring a node back after ``set_down`` or ``drain``."""
+        self.run("scontrol", "update", f"nodename={node}", "state=resume")
+
+    def clear(self) -> None:
+        """Cancel all jobs, and wait until nothing runs and every node is free."""
+        if jobs := self.run("squeue", "--noheader", "--format=%A").stdout.split():
+            self.run("scancel", *jobs, check=False)
+        for node in self.nodes:
+            if self._node_state(node).rstrip("*") in ("down", "drained", "draining"):
+                self.resume(node)
+        wait_until(self._is_free, what=lambda: self.run("squeue").stdout)
+
+    def _is_free(self) -> bool:
+        idle = all(self._node_state(node) == "idle" for node in self.nodes)
+        return idle and not self.run("squeue", "--noheader").stdout
+
+    def _node_state(self, node: str) -> str:
+        return self.run("sinfo", "-ho%T", f"--nodes={node}", "--partition=main").stdout.strip()
+
+
+def _namespaces(pid: int) -> set[str]:
+    kinds = ("uts", "mnt", "net")
+    try:
+        return {os.readlink(f"/proc/{pid}/ns/{kind}") for kind in kinds}
+    except OSError:  # it has ended
+        return set()
+
+
+def wait_until(
+    condition: Callable[[], bool], *, what: Callable[[], str], timeout_s: float = TIMEOUT_S
+) -> None:
+    """Return once a condition holds; fail with ``what()`` if it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what()}"
+        time.sleep(0.1)
