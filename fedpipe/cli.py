@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
             _add_measurement(command)
         if name == "submit":
             _add_job(command)
-        if name == "sweep":
+        if name in ("sweep", "submit"):
             _add_grid(command)
         command.set_defaults(run=run)
     return parser
@@ -223,22 +223,29 @@ def _submit(args: argparse.Namespace) -> int:
     from fedpipe.launcher.submit import submit
     from fedpipe.workflows.throughput_report import ThroughputSettings
 
-    return submit(
-        RunRequest(
-            task=args.task,
-            config_path=args.config,
-            overrides=args.overrides,
-            run_dir=args.run_dir,
-            preset=args.preset,
-            settings=ThroughputSettings(
-                repetitions=args.repetitions, num_steps=args.steps, emulate_ms=args.emulate_ms
-            ),
+    if args.grid and args.task != "sweep":
+        raise ConfigError(
+            f"--grid: expected submit sweep, got submit {args.task}. Change the task."
+        )
+    request = RunRequest(
+        task=args.task,
+        config_path=args.config,
+        overrides=args.overrides,
+        run_dir=args.run_dir,
+        preset=args.preset,
+        settings=ThroughputSettings(
+            repetitions=args.repetitions, num_steps=args.steps, emulate_ms=args.emulate_ms
         ),
-        profile_path=args.profile,
-        cluster=args.cluster,
-        follows=args.follow,
-        show=_show,
     )
+    where = {
+        "profile_path": args.profile, "cluster": args.cluster, "follows": args.follow,
+        "show": _show,
+    }  # fmt: skip
+    if args.task == "sweep":
+        from fedpipe.launcher.array import submit_sweep
+
+        return submit_sweep(request, args.grid, parallel=args.parallel, **where)
+    return submit(request, **where)
 
 
 def _show(line: str) -> None:
@@ -300,7 +307,7 @@ def _existing_run(args: argparse.Namespace) -> Path:
     return run_dir
 
 
-_JOBS = ("pretrain", "throughput")
+_JOBS = ("pretrain", "throughput", "sweep")
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "plan": (_plan, "show grid, stages, bytes, memory and ideal bubble; start nothing"),
@@ -309,5 +316,5 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "report": (_report, "write report.html, report.md and the plots of a run"),
     "throughput": (_throughput, "measure every schedule in one interleaved run"),
     "sweep": (_sweep, "pre-train once per cell of a grid of values, and compare the runs"),
-    "submit": (_submit, "run pretrain or throughput as a job, on SLURM through submitit"),
+    "submit": (_submit, "run pretrain, throughput or sweep as jobs on SLURM, through submitit"),
 }

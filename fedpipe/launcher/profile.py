@@ -16,6 +16,7 @@ from typing import Any
 from fedpipe.config.tree import parse, read_text
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import ConfigError, TopologyError
+from fedpipe.metrics.format import count
 
 _OURS = ("nodes", "name", "slurm_array_parallelism")
 """Parameters of submitit that follow from the run."""
@@ -36,10 +37,10 @@ class JobShape:
 
     def __str__(self) -> str:
         """Say it in words."""
-        gpus = f" x {_count(self.gpus_per_node, 'GPU')}" if self.gpus_per_node else ""
-        cores = _count(self.cpus_per_task, "core")
-        tasks = _count(self.tasks_per_node, "rank")
-        return f"{_count(self.nodes, 'node')} x {tasks} x {cores}{gpus}"
+        gpus = f" x {count(self.gpus_per_node, 'GPU')}" if self.gpus_per_node else ""
+        cores = count(self.cpus_per_task, "core")
+        tasks = count(self.tasks_per_node, "rank")
+        return f"{count(self.nodes, 'node')} x {tasks} x {cores}{gpus}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +170,3 @@ def _suggestion(name: str, explanation: str) -> str:
         f"Options of sbatch start with slurm_, as in {prefixed}, or go into "
         "slurm_additional_parameters."
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

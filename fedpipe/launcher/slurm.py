@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedpipe.errors import ConfigError, LaunchError
@@ -193,12 +194,16 @@ def job_state(job_id: str) -> JobState | None:
     return None
 
 
-def in_queue(job_id: str) -> bool:
-    """Whether a job, or any cell of an array, waits or runs."""
+def cells_in_queue(job_ids: Sequence[str]) -> set[str]:
+    """Return which of some jobs, or cells of arrays, wait or run."""
+    arrays = sorted({job_id.partition("_")[0] for job_id in job_ids})
+    if not arrays or shutil.which("squeue") is None:
+        return set()
     try:
-        return bool(_ask("squeue", "--noheader", "-j", job_id, "-o", "%i").strip())
-    except LaunchError:  # squeue forgets a job that has ended
-        return False
+        answer = _ask("squeue", "--noheader", "--array", "-j", ",".join(arrays), "-o", "%i")
+    except LaunchError:  # squeue forgets jobs that have ended
+        return set()
+    return set(answer.split()) & set(job_ids)
 
 
 def _ask(*command: str) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from fedpipe.launcher.external import RunRequest
 from fedpipe.launcher.follow import follow
 from fedpipe.launcher.jobs import RankJob
 from fedpipe.launcher.profile import SIGNAL_DELAY_S, JobShape, Profile, load_profile
-from fedpipe.launcher.slurm import check_site, in_queue
+from fedpipe.launcher.slurm import cells_in_queue, check_site
 from fedpipe.workflows.run_dir import is_done, reserve, resolve_config
 from fedpipe.workflows.throughput_report import single_replica
 
@@ -76,7 +75,7 @@ def submit(
         show(f"{run_dir} is done: see {run_dir / 'report.html'}")
         return 0
     if job_id is not None:
-        job: Any = submitit.SlurmJob(run_dir / "logs", job_id, tasks=range(grid.world_size))
+        job: Any = slurm_job(run_dir, job_id, num_tasks=grid.world_size)
         show(f"job     {job_id} is in the queue already")
     else:
         plan = reserve(
@@ -214,7 +213,12 @@ def _job_in_queue(run_dir: Path) -> str | None:
         job_id = json.loads((run_dir / JOB_FILE).read_text(encoding="utf-8"))["job_id"]
     except (OSError, ValueError, KeyError):
         return None
-    return str(job_id) if shutil.which("squeue") and in_queue(str(job_id)) else None
+    return str(job_id) if cells_in_queue([str(job_id)]) else None
+
+
+def slurm_job(run_dir: Path, job_id: str, *, num_tasks: int) -> Any:
+    """Take up a job again that was submitted for a run directory."""
+    return submitit.SlurmJob(run_dir / "logs", job_id, tasks=range(num_tasks))
 
 
 def _result(job: Any) -> int:

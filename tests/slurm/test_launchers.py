@@ -1,0 +1,154 @@
+"""The job scripts: srun, DeepSpeed's launcher and torchrun over two nodes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedpipe.metrics.writer import read_metrics
+from tests.helpers.cli import REPOSITORY, fedpipe
+from tests.helpers.slurm import Cluster, wait_until
+
+SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
+TINY = (
+    "model.num_hidden_layers=4", "model.hidden_size=32", "model.num_attention_heads=2",
+    "model.intermediate_size=64", "model.hidden_dropout_prob=0.1", "data.sequence_length=32",
+    "pipeline.cut=[2]", "pipeline.micro_batch_size=8", "pipeline.num_micro_batches=2",
+    "federation.num_clients=6", "federation.num_replicas=1", "federation.clients_per_round=2",
+    "federation.num_rounds=2", "federation.num_local_steps=25", "checkpoint.every_rounds=2",
+    "log.tensorboard=false",
+)  # fmt: skip
+TIMES = ("seconds", "tokens_per_s", "sync_s")
+SIZES = (
+    "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=30",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds every run, the logs, and the prepared text, which all of them share."""
+    return tmp_path_factory.mktemp("launchers")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Path:
+    run_dir = folder / "undisturbed"
+    arguments = ("--run-dir", str(run_dir), *TINY, f"data.cache_dir={folder / 'cache'}")
+    result = fedpipe("pretrain", *arguments, folder=folder)
+    assert (result.code, result.err) == (0, ""), result.err
+    return run_dir
+
+
+class Job:
+    """A job of one of the scripts, with the least that it can be given here."""
+
+    def __init__(self, cluster: Cluster, script: str, run_dir: Path, *arguments: str) -> None:
+        self._cluster, self._run_dir = cluster, run_dir
+        self._log = run_dir.with_suffix(".log")
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.id = cluster.run(
+            "sbatch", "--parsable", f"--chdir={REPOSITORY}", f"--output={self._log}",
+            f"--export=ALL,PATH={path},PYTHONPATH={REPOSITORY}", *SIZES,
+            str(REPOSITORY / "slurm" / script), "--run-dir", str(run_dir), *TINY,
+            f"data.cache_dir={run_dir.parent / 'cache'}", *arguments,
+        ).stdout.strip()  # fmt: skip
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    def wait_for_round(self, number: int) -> None:
+        def there() -> bool:
+            path = self._run_dir / "metrics.jsonl"
+            records = read_metrics(path) if path.is_file() else []
+            assert self._cluster.state(self.id) in ("PENDING", "RUNNING"), self.log()
+            return sum(record["kind"] == "round" for record in records) >= number
+
+        wait_until(there, what=self.log, timeout_s=240)
+
+    def end(self) -> str:
+        """Wait until the job has ended for good."""
+        states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        return self._cluster.wait_for_state(self.id, states, timeout_s=240)
+
+
+def _outcome(run_dir: Path) -> tuple[list[str], dict[str, bytes]]:
+    """Every record without wall times, and the final weights."""
+    lines = [
+        str(sorted((k, v) for k, v in record.items() if k not in TIMES))
+        for record in read_metrics(run_dir / "metrics.jsonl")
+        if record["kind"] != "system"
+    ]
+    last = run_dir / "checkpoints" / "round_000002"
+    return sorted(lines), {file.name: file.read_bytes() for file in last.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_sbatch_takes_every_script(cluster: Cluster, script: Path) -> None:
+    cluster.run("sbatch", "--test-only", *SIZES, str(script))
+
+
+@pytest.mark.parametrize("script", ["pretrain.sbatch", "torchrun.sbatch"])
+def test_a_warned_job_on_two_nodes_saves_runs_again_and_ends_as_one_machine_would(
+    script: str, cluster: Cluster, folder: Path, undisturbed: Path
+) -> None:
+    run_dir = folder / Path(script).stem
+    job = Job(cluster, script, run_dir)
+    job.wait_for_round(1)
+    # What SLURM does with --signal=B:USR2@300; only a stop saves here before the run is done.
+    cluster.run("scancel", "--batch", "--signal=USR2", job.id)
+    assert job.end() == "COMPLETED", job.log()
+    assert len(re.findall(r"^interrupted after .*round \d", job.log(), re.M)) == 1, job.log()
+    assert len(re.findall(rf"^resuming {run_dir} from round_", job.log(), re.M)) == 1, job.log()
+    assert _outcome(run_dir) == _outcome(undisturbed)
+
+
+def test_deepspeed_on_two_nodes_trains_to_the_losses_of_one_machine(
+    cluster: Cluster, folder: Path, undisturbed: Path
+) -> None:
+    run_dir = folder / "deepspeed"
+    job = Job(cluster, "deepspeed.sbatch", run_dir)
+    assert job.end() == "COMPLETED", job.log()
+    assert _outcome(run_dir) == _outcome(undisturbed)
+    assert not list(REPOSITORY.glob("*.hosts"))
+
+
+def test_a_job_of_a_wrong_size_says_so_and_does_not_come_back(
+    cluster: Cluster, folder: Path
+) -> None:
+    job = Job(cluster, "pretrain.sbatch", folder / "wrong", "federation.num_replicas=2")
+    assert job.end() == "FAILED", job.log()
+    assert (
+        "TopologyError: num_replicas (2) x num_stages (2) x data_parallel_degree (1) = 4 processes,"
+        " but WORLD_SIZE is 2. Start 4, or set federation.num_replicas=1." in job.log()
+    )
+
+
+def test_the_five_lines_of_the_readme_train_on_two_nodes(cluster: Cluster, folder: Path) -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    section = text.split("\n## SLURM in five lines\n")[1]
+    block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
+    assert block, "the section shows commands"
+    lines = block.group(1).splitlines()
+    assert len(lines) == 5
+    ours = [line.split("  # ")[0].strip() for line in lines if "local_cluster.py" not in line]
+    assert [line.split()[0] for line in ours] == ["cp", "fedpipe", "fedpipe"]
+    # two replicas: the profile must need both nodes
+    sizes = [*TINY, "federation.num_replicas=2", f"data.cache_dir={folder / 'cache'}"]
+    ours[1] = " ".join([ours[1], *sizes])
+    place = folder / "readme"
+    place.mkdir()
+    (place / "slurm").symlink_to(REPOSITORY / "slurm")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables = {"PATH": path, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+    done = subprocess.run(
+        ["bash", "-ec", "\n".join(ours)], cwd=place, capture_output=True, text=True, timeout=300,
+        env=os.environ | cluster.environment | variables,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " on slurm: 2 nodes x 2 ranks x 1 core\n" in done.stdout
+    assert (place / "runs/slurm/export/config.json").is_file()
