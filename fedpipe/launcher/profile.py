@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,19 +146,23 @@ def _check_submitit_knows(name: str, value: Any, *, where: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         executor = submitit.AutoExecutor(folder, cluster="debug")
         try:
-            executor.update_parameters(**{name: value})
+            with warnings.catch_warnings(action="error", category=UserWarning):
+                executor.update_parameters(**{name: value})
         except AssertionError:
             kind = "a number" if name == "mem_gb" else "true or false"
             raise ConfigError(
                 f"{name}: expected {kind}, got {value!r} in {where}. Mend the value."
             ) from None
-        except (NameError, ValueError) as error:
+        except (NameError, ValueError, UserWarning) as error:
             raise ConfigError(
                 f"{name}: unknown to submitit, in {where}. {_suggestion(name, str(error))}"
             ) from None
 
 
 def _suggestion(name: str, explanation: str) -> str:
+    renamed = re.search(r"Use '(\w+)' instead", explanation)
+    if renamed:
+        return f"Did you mean {renamed[1]}?"
     listed = re.search(r"Valid arguments: (.*)", explanation)
     general = re.search(r"parameters are: \{(.*)\}", explanation)
     names = [f"slurm_{x}" for x in listed[1].split(", ")] if listed else []

@@ -223,7 +223,7 @@ def slurm_job(run_dir: Path, job_id: str, *, num_tasks: int) -> Any:
 
 def _result(job: Any) -> int:
     """Run a job in this process."""
-    os.environ.update(job.environ)
+    os.environ.update(job.environ, SUBMITIT_FOLDER=str(job.paths.folder))
     error = job.exception()
     if error is not None:
         raise error

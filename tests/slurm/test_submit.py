@@ -389,8 +389,8 @@ def test_a_sweep_is_a_job_array_that_ends_after_a_killed_cell_was_submitted_agai
     )
     log = directory / "logs" / f"{jobs['lr=2e-3_seed=0']}_0_log.err"
     assert re.search(
-        rf"cell lr=2e-3_seed=0: job {jobs['lr=2e-3_seed=0']} failed on rank 0 \(stage 0, 1, replica 0\)"
-        rf": Killed on node\d\. Full log: {re.escape(str(log))}\.",
+        rf"cell lr=2e-3_seed=0: job {jobs['lr=2e-3_seed=0']} failed on rank 0 "
+        rf"\(stage 0, 1, replica 0\): Killed on node\d\. Full log: {re.escape(str(log))}\.",
         result.out,
     ), result.out
 

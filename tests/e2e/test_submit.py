@@ -1,0 +1,106 @@
+"""``fedpipe submit`` without a scheduler: the same job on this machine, or in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from fedpipe.metrics.writer import read_metrics
+from tests.helpers.cli import REPOSITORY, Command, fedpipe
+
+TINY = (
+    "model.num_hidden_layers=4", "model.hidden_size=32", "model.num_attention_heads=2",
+    "model.intermediate_size=64", "data.sequence_length=32", "pipeline.cut=[2]",
+    "pipeline.micro_batch_size=8", "pipeline.num_micro_batches=2", "federation.num_clients=6",
+    "federation.num_replicas=1", "federation.clients_per_round=2", "federation.num_rounds=2",
+    "federation.num_local_steps=25", "log.tensorboard=false",
+)  # fmt: skip
+
+
+def _rounds(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return sum(r["kind"] == "round" for r in read_metrics(path)) if path.is_file() else 0
+
+
+def test_a_local_job_that_is_warned_saves_requeues_itself_and_is_followed_to_its_end(
+    tmp_path: Path,
+) -> None:
+    run_dir = tmp_path / "run"
+    command = Command(
+        "submit", "pretrain", "--cluster", "local", "--run-dir", str(run_dir), "--follow", *TINY,
+        "federation.num_rounds=10", f"data.cache_dir={tmp_path / 'cache'}", folder=tmp_path,
+    )  # fmt: skip
+    command.wait_for(lambda: _rounds(run_dir) >= 1, "a round")
+    for pid in command.descendants():
+        if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGUSR2)
+    attempts = run_dir / "logs" / "attempts.jsonl"
+    command.wait_for(lambda: len(attempts.read_text().splitlines()) == 2, "a second attempt")
+    first, second = map(json.loads, attempts.read_text().splitlines())
+    assert (first["round"], first["step"]) == (0, 0) and second["job"] == first["job"]
+    assert second["round"] >= 1
+    result = command.finish()
+    assert (result.code, result.err) == (0, ""), result.out + result.err
+    assert f"job     {first['job']} on local: 1 node x 2 ranks x 1 core\n" in result.out
+    assert result.out.splitlines()[-1] == f"report  {run_dir / 'report.html'}"
+    command.assert_nothing_left()
+
+
+def test_a_debug_job_runs_in_this_process_and_several_processes_are_refused(
+    tmp_path: Path,
+) -> None:
+    common = ("submit", "pretrain", "--cluster", "debug", "--run-dir", str(tmp_path / "run"))
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    refused = fedpipe(*common, *TINY, cache, folder=tmp_path)
+    assert refused.code == 2
+    assert refused.error.startswith(
+        "TopologyError: --cluster: expected local or slurm for a grid of 2 processes, got debug, "
+        "which has one. Set pipeline.colocate=true"
+    )
+    assert not (tmp_path / "run").exists()
+    done = fedpipe(*common, *TINY, cache, "pipeline.colocate=true", folder=tmp_path)
+    assert done.code == 0, done.err
+    assert (tmp_path / "run" / "export" / "config.json").is_file()
+
+
+def test_the_launch_script_with_cluster_submits_and_says_what_is_wrong_before_it_does(
+    tmp_path: Path,
+) -> None:
+    def submit(*arguments: str) -> str:
+        result = subprocess.run(
+            [sys.executable, str(REPOSITORY / "launch" / "pretrain.py"), *arguments],
+            capture_output=True, text=True, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )  # fmt: skip
+        assert result.returncode == 2 and result.stdout == "", result
+        return result.stderr
+
+    assert submit("--cluster", "slurm") == (
+        "ConfigError: --profile: expected a file that says what a node of the site is, got none. "
+        "Start from slurm/profiles/cpu.yaml or gpu.yaml, or set --cluster local.\n"
+    )
+    assert re.match(r"ConfigError: command line: argument --cluster", submit("--cluster", "k8s"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_on_this_machine_is_pointed_to_its_own_command_and_a_grid_to_the_sweep(
+    tmp_path: Path,
+) -> None:
+    result = fedpipe("submit", "sweep", "--cluster", "local", "--grid", "seed=0,1", folder=tmp_path)
+    assert result.code == 2
+    assert result.error == (
+        "ConfigError: --cluster: expected slurm for a sweep, got local. On this machine use: "
+        "fedpipe sweep --parallel N"
+    )
+    result = fedpipe(
+        "submit", "pretrain", "--cluster", "local", "--grid", "seed=0,1", folder=tmp_path
+    )
+    assert result.code == 2
+    assert result.error == (
+        "ConfigError: --grid: expected submit sweep, got submit pretrain. Change the task."
+    )
