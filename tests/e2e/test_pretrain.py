@@ -241,7 +241,7 @@ def test_a_run_in_use_refuses_a_second_command_and_a_killed_worker_is_named(
     result = first.finish()
     assert result.code == 1, result.out + result.err
     for expected in (
-        "LaunchError: rank 3 (stage 1, replica 1, client ",
+        "LaunchError: rank 3 (stage 1, replica 1",
         " failed: killed by SIGKILL",
         f"Full log: {interrupted / 'logs' / 'rank_00003.log'}",
         f"with: fedpipe pretrain --run-dir {interrupted}",
