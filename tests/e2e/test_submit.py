@@ -10,21 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fedpipe.metrics.writer import read_metrics
 from tests.helpers.cli import REPOSITORY, Command, fedpipe
-
-TINY = (
-    "model.num_hidden_layers=4", "model.hidden_size=32", "model.num_attention_heads=2",
-    "model.intermediate_size=64", "data.sequence_length=32", "pipeline.cut=[2]",
-    "pipeline.micro_batch_size=8", "pipeline.num_micro_batches=2", "federation.num_clients=6",
-    "federation.num_replicas=1", "federation.clients_per_round=2", "federation.num_rounds=2",
-    "federation.num_local_steps=25", "log.tensorboard=false",
-)  # fmt: skip
-
-
-def _rounds(run_dir: Path) -> int:
-    path = run_dir / "metrics.jsonl"
-    return sum(r["kind"] == "round" for r in read_metrics(path)) if path.is_file() else 0
+from tests.helpers.runs import TINY, num_rounds
 
 
 def test_a_local_job_that_is_warned_saves_requeues_itself_and_is_followed_to_its_end(
@@ -35,7 +22,7 @@ def test_a_local_job_that_is_warned_saves_requeues_itself_and_is_followed_to_its
         "submit", "pretrain", "--cluster", "local", "--run-dir", str(run_dir), "--follow", *TINY,
         "federation.num_rounds=10", f"data.cache_dir={tmp_path / 'cache'}", folder=tmp_path,
     )  # fmt: skip
-    command.wait_for(lambda: _rounds(run_dir) >= 1, "a round")
+    command.wait_for(lambda: num_rounds(run_dir) >= 1, "a round")
     for pid in command.descendants():
         if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGUSR2)

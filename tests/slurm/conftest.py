@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.cli import Command
 from tests.helpers.slurm import Cluster
+
+PROFILE = "timeout_min: 30\ncpus_per_task: 1\nmem_gb: 2\ntasks_per_node: "
+
+Submit = Callable[..., Command]
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +35,42 @@ def _cleared(cluster: Cluster) -> Iterator[None]:
     """The jobs of a test end with it, and failed nodes return, whether it has passed or not."""
     yield
     cluster.clear()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the runs of a module, its profiles, and the prepared text that all of them share."""
+    folder = tmp_path_factory.mktemp("runs")
+    for tasks in (1, 2):
+        (folder / f"{tasks}.yaml").write_text(f"{PROFILE}{tasks}\n")
+    return folder
+
+
+@pytest.fixture
+def submit(cluster: Cluster, folder: Path) -> Iterator[Submit]:
+    """Start ``fedpipe submit TASK``; end what still follows a job."""
+    commands = []
+
+    def start(
+        run: str | Path, *arguments: str, profile: str = "1.yaml", task: str = "pretrain"
+    ) -> Command:
+        options = (
+            "--profile", str(folder / profile), "--run-dir", str(folder / run),
+            f"data.cache_dir={folder / 'cache'}",
+        )  # fmt: skip
+        commands.append(
+            Command(
+                "submit",
+                task,
+                *options,
+                *arguments,
+                folder=folder,
+                environment=cluster.environment,
+            )  # fmt: skip
+        )
+        return commands[-1]
+
+    yield start
+    for command in commands:
+        if command.process.poll() is None:
+            command.kill()

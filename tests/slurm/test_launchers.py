@@ -10,38 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from fedpipe.metrics.writer import read_metrics
-from tests.helpers.cli import REPOSITORY, fedpipe
+from tests.helpers.cli import REPOSITORY
+from tests.helpers.runs import TINY, TWO_REPLICAS, job_id, num_rounds, outcome, run_locally
 from tests.helpers.slurm import Cluster, wait_until
 
 SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
-TINY = (
-    "model.num_hidden_layers=4", "model.hidden_size=32", "model.num_attention_heads=2",
-    "model.intermediate_size=64", "model.hidden_dropout_prob=0.1", "data.sequence_length=32",
-    "pipeline.cut=[2]", "pipeline.micro_batch_size=8", "pipeline.num_micro_batches=2",
-    "federation.num_clients=6", "federation.num_replicas=1", "federation.clients_per_round=2",
-    "federation.num_rounds=2", "federation.num_local_steps=25", "checkpoint.every_rounds=2",
-    "log.tensorboard=false",
-)  # fmt: skip
-TIMES = ("seconds", "tokens_per_s", "sync_s")
+LATE = ("checkpoint.every_rounds=2",)
+"""Only a stop saves before the run is done."""
 SIZES = (
     "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=30",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds every run, the logs, and the prepared text, which all of them share."""
-    return tmp_path_factory.mktemp("launchers")
-
-
-@pytest.fixture(scope="module")
 def undisturbed(folder: Path) -> Path:
-    run_dir = folder / "undisturbed"
-    arguments = ("--run-dir", str(run_dir), *TINY, f"data.cache_dir={folder / 'cache'}")
-    result = fedpipe("pretrain", *arguments, folder=folder)
-    assert (result.code, result.err) == (0, ""), result.err
-    return run_dir
+    return run_locally(folder / "undisturbed", *LATE)
 
 
 class Job:
@@ -54,7 +37,7 @@ class Job:
         self.id = cluster.run(
             "sbatch", "--parsable", f"--chdir={REPOSITORY}", f"--output={self._log}",
             f"--export=ALL,PATH={path},PYTHONPATH={REPOSITORY}", *SIZES,
-            str(REPOSITORY / "slurm" / script), "--run-dir", str(run_dir), *TINY,
+            str(REPOSITORY / "slurm" / script), "--run-dir", str(run_dir), *TINY, *LATE,
             f"data.cache_dir={run_dir.parent / 'cache'}", *arguments,
         ).stdout.strip()  # fmt: skip
 
@@ -63,10 +46,8 @@ class Job:
 
     def wait_for_round(self, number: int) -> None:
         def there() -> bool:
-            path = self._run_dir / "metrics.jsonl"
-            records = read_metrics(path) if path.is_file() else []
             assert self._cluster.state(self.id) in ("PENDING", "RUNNING"), self.log()
-            return sum(record["kind"] == "round" for record in records) >= number
+            return num_rounds(self._run_dir) >= number
 
         wait_until(there, what=self.log, timeout_s=240)
 
@@ -76,44 +57,33 @@ class Job:
         return self._cluster.wait_for_state(self.id, states, timeout_s=240)
 
 
-def _outcome(run_dir: Path) -> tuple[list[str], dict[str, bytes]]:
-    """Every record without wall times, and the final weights."""
-    lines = [
-        str(sorted((k, v) for k, v in record.items() if k not in TIMES))
-        for record in read_metrics(run_dir / "metrics.jsonl")
-        if record["kind"] != "system"
-    ]
-    last = run_dir / "checkpoints" / "round_000002"
-    return sorted(lines), {file.name: file.read_bytes() for file in last.glob("*.safetensors")}
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_sbatch_takes_every_script(cluster: Cluster, script: Path) -> None:
     cluster.run("sbatch", "--test-only", *SIZES, str(script))
 
 
-@pytest.mark.parametrize("script", ["pretrain.sbatch", "torchrun.sbatch"])
 def test_a_warned_job_on_two_nodes_saves_runs_again_and_ends_as_one_machine_would(
-    script: str, cluster: Cluster, folder: Path, undisturbed: Path
+    cluster: Cluster, folder: Path, undisturbed: Path
 ) -> None:
-    run_dir = folder / Path(script).stem
-    job = Job(cluster, script, run_dir)
+    run_dir = folder / "pretrain"
+    job = Job(cluster, "pretrain.sbatch", run_dir)
     job.wait_for_round(1)
-    # What SLURM does with --signal=B:USR2@300; only a stop saves here before the run is done.
+    # What SLURM does with --signal=B:USR2@300.
     cluster.run("scancel", "--batch", "--signal=USR2", job.id)
     assert job.end() == "COMPLETED", job.log()
     assert len(re.findall(r"^interrupted after .*round \d", job.log(), re.M)) == 1, job.log()
     assert len(re.findall(rf"^resuming {run_dir} from round_", job.log(), re.M)) == 1, job.log()
-    assert _outcome(run_dir) == _outcome(undisturbed)
+    assert outcome(run_dir) == outcome(undisturbed)
 
 
-def test_deepspeed_on_two_nodes_trains_to_the_losses_of_one_machine(
-    cluster: Cluster, folder: Path, undisturbed: Path
+@pytest.mark.parametrize("script", ["deepspeed.sbatch", "torchrun.sbatch"])
+def test_a_launcher_per_node_trains_to_the_losses_of_one_machine(
+    script: str, cluster: Cluster, folder: Path, undisturbed: Path
 ) -> None:
-    run_dir = folder / "deepspeed"
-    job = Job(cluster, "deepspeed.sbatch", run_dir)
+    run_dir = folder / Path(script).stem
+    job = Job(cluster, script, run_dir)
     assert job.end() == "COMPLETED", job.log()
-    assert _outcome(run_dir) == _outcome(undisturbed)
+    assert outcome(run_dir) == outcome(undisturbed)
     assert not list(REPOSITORY.glob("*.hosts"))
 
 
@@ -128,7 +98,9 @@ def test_a_job_of_a_wrong_size_says_so_and_does_not_come_back(
     )
 
 
-def test_the_five_lines_of_the_readme_train_on_two_nodes(cluster: Cluster, folder: Path) -> None:
+def test_the_five_lines_of_the_readme_train_on_two_nodes_as_on_one_machine(
+    cluster: Cluster, folder: Path
+) -> None:
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     section = text.split("\n## SLURM in five lines\n")[1]
     block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
@@ -138,7 +110,7 @@ def test_the_five_lines_of_the_readme_train_on_two_nodes(cluster: Cluster, folde
     ours = [line.split("  # ")[0].strip() for line in lines if "local_cluster.py" not in line]
     assert [line.split()[0] for line in ours] == ["cp", "fedpipe", "fedpipe"]
     # two replicas: the profile must need both nodes
-    sizes = [*TINY, "federation.num_replicas=2", f"data.cache_dir={folder / 'cache'}"]
+    sizes = [*TINY, *TWO_REPLICAS, f"data.cache_dir={folder / 'cache'}"]
     ours[1] = " ".join([ours[1], *sizes])
     place = folder / "readme"
     place.mkdir()
@@ -150,5 +122,10 @@ def test_the_five_lines_of_the_readme_train_on_two_nodes(cluster: Cluster, folde
         env=os.environ | cluster.environment | variables,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert " on slurm: 2 nodes x 2 ranks x 1 core\n" in done.stdout
-    assert (place / "runs/slurm/export/config.json").is_file()
+    job = job_id(run_dir := place / "runs" / "slurm")
+    assert f"job     {job} on slurm: 2 nodes x 2 ranks x 1 core\n" in done.stdout
+    assert f"logs    {run_dir / 'logs' / f'{job}_RANK_log.out'}, .err\n" in done.stdout
+    assert f"job     {job} is in the queue already\n" in done.stdout
+    assert re.search(r"round 2/2 validation  loss", done.stdout), done.stdout
+    assert done.stdout.endswith("model   runs/slurm/export\nreport  runs/slurm/report.html\n")
+    assert outcome(run_dir) == outcome(run_locally(folder / "local", *TWO_REPLICAS))
