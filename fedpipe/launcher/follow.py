@@ -43,6 +43,7 @@ def follow(
     config: RunConfig,
     grid: Grid,
     show: Callable[[str], None],
+    task: str = "pretrain",
 ) -> int:
     """Show a job's progress until it has ended for good; requeued, it is waited for.
 
@@ -52,6 +53,7 @@ def follow(
         config: The run.
         grid: Its processes, for names.
         show: Shows a line about the job itself.
+        task: What the job does: pretrain or throughput.
 
     Returns:
         0 when the run is done, 75 when it was interrupted and can be resumed.
@@ -84,7 +86,7 @@ def follow(
         return EXIT_INTERRUPTED
     finally:
         console.close()
-    return conclude(job, state, run_dir=run_dir, grid=grid, show=show)
+    return conclude(job, state, run_dir=run_dir, grid=grid, show=show, task=task)
 
 
 class Progress:
@@ -158,7 +160,13 @@ def state_of(job: Any) -> JobState | None:
 
 
 def conclude(
-    job: Any, state: JobState, *, run_dir: Path, grid: Grid, show: Callable[[str], None]
+    job: Any,
+    state: JobState,
+    *,
+    run_dir: Path,
+    grid: Grid,
+    show: Callable[[str], None],
+    task: str = "pretrain",
 ) -> int:
     """Find out how a job has ended.
 
@@ -170,7 +178,7 @@ def conclude(
     """
     code = _result(job) if state.state == "COMPLETED" else None
     if code == 0:
-        for line in closing_lines(run_dir):
+        for line in closing_lines(run_dir, task):
             show(line)
         return 0
     why = _INTERRUPTED.get(state.state)
@@ -186,11 +194,11 @@ def conclude(
     raise failure.error(job, grid=grid, run_dir=run_dir)
 
 
-def closing_lines(run_dir: Path) -> list[str]:
+def closing_lines(run_dir: Path, task: str) -> list[str]:
     """What a finished run has to show: held-out words, model and report, or a measurement."""
-    measured = run_dir / "throughput" / "report.md"
-    if not (run_dir / "export").is_dir() and measured.is_file():
-        return [measured.read_text(encoding="utf-8"), f"report  {measured}"]
+    if task == "throughput":
+        report = run_dir / "throughput" / "report.md"
+        return [report.read_text(encoding="utf-8"), f"report  {report}"]
     return [
         samples_text(run_dir),
         f"model   {run_dir / 'export'}",

@@ -94,7 +94,9 @@ def submit(
     if cluster == "debug":
         with kept_environment():
             return _result(job)
-    return follow(job, run_dir=run_dir, config=config, grid=grid, show=show) if follows else 0
+    if not follows:
+        return 0
+    return follow(job, run_dir=run_dir, config=config, grid=grid, show=show, task=request.task)
 
 
 def plan_job(grid: Grid, *, profile_path: str | None, cluster: Cluster) -> tuple[Profile, JobShape]:

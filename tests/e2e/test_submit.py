@@ -91,3 +91,17 @@ def test_a_sweep_on_this_machine_is_pointed_to_its_own_command_and_a_grid_to_the
     assert result.error == (
         "ConfigError: --grid: expected submit sweep, got submit pretrain. Change the task."
     )
+
+
+def test_a_measurement_is_a_job_as_well(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    result = fedpipe(
+        "submit", "throughput", "--cluster", "local", "--run-dir", str(run_dir), "--follow",
+        "--repetitions", "1", "--steps", "3", *TINY, f"data.cache_dir={tmp_path / 'cache'}",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert (result.code, result.err) == (0, ""), result.out + result.err
+    assert "on local: 1 node x 2 ranks x 1 core\n" in result.out
+    report = json.loads((run_dir / "throughput" / "report.json").read_text())
+    assert "streaming" in report["schedules"]
+    assert result.out.splitlines()[-1] == f"report  {run_dir / 'throughput' / 'report.md'}"

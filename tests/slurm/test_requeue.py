@@ -20,7 +20,7 @@ def test_preempted_timed_out_and_after_a_lost_node_a_job_ends_as_if_nothing_had_
     (folder / "preemptible.yaml").write_text(
         f"{PROFILE}1\nslurm_partition: preemptible\nslurm_signal_delay_s: 179\n"
     )
-    size = ("federation.num_rounds=10",)
+    size = ("federation.num_rounds=8",)
     command = submit(run_dir, *TINY, *size, "--follow", profile="preemptible.yaml")
 
     def starts(number: int) -> None:
