@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import submitit
+
 from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.activity import Roll
 from fedpipe.distributed.topology import Grid
@@ -22,7 +24,7 @@ from fedpipe.distributed.watch import EXIT_INTERRUPTED
 from fedpipe.errors import FedPipeError, LaunchError, TopologyError
 from fedpipe.launcher.jobs import STARTS
 from fedpipe.launcher.ranks import LOST_PEER
-from fedpipe.launcher.slurm import JobState, job_state
+from fedpipe.launcher.slurm import JobState, cells_in_queue, job_state
 from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.samples import samples_text
 from fedpipe.metrics.writer import METRICS_FILE
@@ -77,7 +79,10 @@ def follow(
             progress.read()
             if state is not None:
                 announce(state)
-                if state.has_ended:
+                # A job that is being requeued shows how it was stopped, for a moment.
+                if state.has_ended and not (
+                    isinstance(job, submitit.SlurmJob) and cells_in_queue([job.job_id])
+                ):
                     break
             time.sleep(_PERIOD_S)
         progress.read()
@@ -153,10 +158,10 @@ class _Announcer:
 
 def state_of(job: Any) -> JobState | None:
     """State of a job on SLURM or on this machine; None while nobody answers."""
-    if hasattr(job, "_process"):  # submitit's local one
-        state = job.get_info()["jobState"]
-        return JobState(state="RUNNING" if state == "RUNNING" else "COMPLETED")
-    return job_state(job.job_id)
+    if isinstance(job, submitit.SlurmJob):
+        return job_state(job.job_id)
+    state = job.get_info()["jobState"]
+    return JobState(state="RUNNING" if state == "RUNNING" else "COMPLETED")
 
 
 def conclude(

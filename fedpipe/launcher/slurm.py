@@ -42,7 +42,7 @@ class JobState:
     @property
     def waits(self) -> bool:
         """It is in the queue: new, requeued, or held."""
-        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "PREEMPTED")
+        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
     @property
     def runs(self) -> bool:

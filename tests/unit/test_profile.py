@@ -8,9 +8,18 @@ from pathlib import Path
 import pytest
 
 from fedpipe.distributed.topology import Grid
-from fedpipe.errors import ConfigError, FedPipeError, TopologyError
+from fedpipe.errors import ConfigError, FedPipeError, LaunchError, TopologyError
 from fedpipe.launcher.profile import JobShape, Profile, load_profile
-from fedpipe.launcher.slurm import NodeKind, _check_fits, _gpus, _minutes
+from fedpipe.launcher.slurm import (
+    JobState,
+    NodeKind,
+    _check_fits,
+    _gpus,
+    _minutes,
+    cells_in_queue,
+    check_site,
+    job_state,
+)
 
 PROFILES = sorted((Path(__file__).parents[2] / "slurm" / "profiles").glob("*.yaml"))
 
@@ -147,3 +156,73 @@ def test_what_a_partition_cannot_hold_is_refused_before_the_job_waits_for_ever(
     profile = Profile(source="p.yaml", parameters={"timeout_min": 60})
     with pytest.raises(FedPipeError, match=f"^{re.escape(error)}"):
         _check_fits(profile, shape, "gpu", [kind])
+
+
+# -- what SLURM's commands say ---------------------------------------------------------------------
+
+
+def _answer(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Put commands on PATH that answer as SLURM's do."""
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin" if scripts else str(folder))
+
+
+SHAPE = JobShape(nodes=1, tasks_per_node=1, gpus_per_node=0, cpus_per_task=1)
+
+
+def test_a_machine_without_slurm_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _answer(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match=r"^--cluster: expected SLURM's sbatch and sinfo on PATH"):
+        check_site(Profile(source="p.yaml"), SHAPE)
+
+
+def test_a_controller_that_does_not_answer_is_quoted_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _answer(tmp_path, monkeypatch, sbatch="", sinfo="echo 'slurm_load: down\nsorry' >&2; exit 1")
+    with pytest.raises(LaunchError, match=r"^sinfo: expected an answer, got: slurm_load: down s"):
+        check_site(Profile(source="p.yaml"), SHAPE)
+    monkeypatch.setattr("fedpipe.launcher.slurm._TIMEOUT_S", 0.2)
+    _answer(tmp_path, monkeypatch, sinfo="exec sleep 9")
+    with pytest.raises(LaunchError, match=r"^sinfo: expected an answer within 0 s, got none\. Try"):
+        check_site(Profile(source="p.yaml"), SHAPE)
+
+
+def test_a_partition_must_be_one_of_the_site_or_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "echo 'cpu|4|64|(null)|1-00:00:00|up'; echo 'gpu{}|2|64|gpu:8|infinite|up'"
+    _answer(tmp_path, monkeypatch, sbatch="", sinfo=line.format(""))
+    with pytest.raises(ConfigError, match=r"^slurm_partition: .* cpu, gpu \(the site has no defau"):
+        check_site(Profile(source="p.yaml"), SHAPE)
+    with pytest.raises(ConfigError, match=r"^slurm_partition: expected one of cpu, gpu \(sinfo\)"):
+        check_site(Profile(source="p.yaml", parameters={"slurm_partition": "x"}), SHAPE)
+    _answer(tmp_path, monkeypatch, sinfo=line.format("*"))
+    check_site(Profile(source="p.yaml", parameters={"timeout_min": 10**6}), SHAPE)
+
+
+def test_a_job_that_the_controller_has_forgotten_is_looked_up_in_the_accounting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shows = "JobId=7 JobName=x JobState=PENDING Reason=BeginTime Restarts=2 NodeList=(null) X=1"
+    _answer(tmp_path, monkeypatch, scontrol=f"echo '{shows}'", sacct="exit 1")
+    state = job_state("7")
+    assert state == JobState(state="PENDING", reason="BeginTime", restarts=2) and state.waits
+    _answer(tmp_path, monkeypatch, scontrol="exit 1", sacct="echo 'CANCELLED by 0|node[1-2]'")
+    state = job_state("7")
+    assert state == JobState(state="CANCELLED", nodes="node[1-2]") and state.has_ended
+    _answer(tmp_path, monkeypatch, scontrol="exit 1", sacct="exit 1")
+    assert job_state("7") is None
+
+
+def test_only_cells_that_wait_or_run_are_in_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _answer(tmp_path, monkeypatch, squeue="echo 7_0; echo 7_2; echo 9")
+    assert cells_in_queue(["7_0", "7_1", "8"]) == {"7_0"}
+    _answer(tmp_path, monkeypatch, squeue="echo 'Invalid job id specified' >&2; exit 1")
+    assert cells_in_queue(["7_0"]) == set()
