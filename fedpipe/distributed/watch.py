@@ -50,6 +50,11 @@ class StopSignals:
         self._before.clear()
 
     @property
+    def catches(self) -> bool:
+        """They are caught now."""
+        return bool(self._before)
+
+    @property
     def asked(self) -> bool:
         """One has come."""
         return self._asked_at is not None

@@ -147,7 +147,7 @@ def run_rank(
         from fedpipe.distributed.meeting import Meeting
 
         _use_cores(env)
-        with _late_signal():
+        with _late_signal(signals):
             meeting = Meeting(env)  # rank 0's hosts the store: it must live as long as the run
             setup, token = meeting.from_rank_0(prepare)
             _check_shared(meeting, setup, token)
@@ -157,12 +157,16 @@ def run_rank(
 
 
 @contextlib.contextmanager
-def _late_signal() -> Iterator[None]:
-    """Wait a little where the host of the store has gone: what ended it may be on its way here."""
+def _late_signal(signals: StopSignals) -> Iterator[None]:
+    """Wait a little where another rank has gone: the signal that ended it may be on its way here.
+
+    Once the ranks agree where to stop, ``signals`` catches it.
+    """
     try:
         yield
     except RuntimeError:
-        time.sleep(_LAST_SIGNAL_S)
+        if not signals.catches:
+            time.sleep(_LAST_SIGNAL_S)
         raise
 
 
@@ -224,7 +228,7 @@ def _pretrain(setup: RunSetup, *, env: ProcessEnv, signals: StopSignals) -> Ende
             shows[kind](record)
 
     try:
-        with Watch(signals=signals, report=peers) as watch:
+        with Watch(signals=signals, report=peers) as watch, _late_signal(signals):
             stopped_at = pretrain(setup, env=env, emit=emit, watch=watch)
     finally:
         signals.release()

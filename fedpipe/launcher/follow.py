@@ -241,9 +241,11 @@ class Failure:
         if kind in _OURS:
             return _OURS[kind](f"job {job.job_id}: {text} Full log: {log}")
         name = Roll(timeout_s=0).name(self.rank, grid)
+        # A full disk takes a rank's own account of it as well.
+        what = "; ".join(filter(None, (self.what.rstrip("."), _full_disk(run_dir))))
         return LaunchError(
-            f"job {job.job_id} failed on {name}: {self.what.rstrip('.')}. Full log: {log}. The "
-            f"same command resumes {run_dir}"
+            f"job {job.job_id} failed on {name}: {what}. Full log: {log}. The same command "
+            f"resumes {run_dir}"
         )
 
 
@@ -287,9 +289,8 @@ def _unexplained(job: Any, state: JobState, *, run_dir: Path) -> FedPipeError:
             f"{job.job_id} could not even open its log on {state.nodes or 'its node'}. Choose a "
             "folder of the network file system."
         )
-    free = shutil.disk_usage(run_dir).free
-    if free < _FULL_BYTES:
-        what = f"the disk of {run_dir} is full ({free} bytes are free)"
+    if full := _full_disk(run_dir):
+        what = full
     elif state.state == "OUT_OF_MEMORY":
         what = "it needs more memory than it asked for: raise mem_gb"
     else:
@@ -300,6 +301,11 @@ def _unexplained(job: Any, state: JobState, *, run_dir: Path) -> FedPipeError:
         f"job {job.job_id} failed: {what}. Full log: {log_of(job, 0)}. The same command resumes "
         f"{run_dir}"
     )
+
+
+def _full_disk(run_dir: Path) -> str:
+    free = shutil.disk_usage(run_dir).free
+    return f"the disk of {run_dir} is full ({free} bytes are free)" if free < _FULL_BYTES else ""
 
 
 def _result(job: Any) -> int | None:

@@ -266,7 +266,7 @@ def test_under_srun_a_frozen_rank_is_named_and_a_signal_before_training_ends_wit
         ranks.wait_for("fedpipe 0")
         for process in ranks.processes:
             process.send_signal(signal.SIGTERM)
-        assert ranks.finish() == [75] * WORLD_SIZE
+        assert ranks.finish() == [75] * WORLD_SIZE, [ranks.output(r) for r in range(WORLD_SIZE)]
         assert not list(run_dir.glob("checkpoints/round_*"))
     finally:
         ranks.kill()

@@ -339,7 +339,7 @@ def test_resuming_with_another_value_names_the_key(done: Path, folder: Path) -> 
 def test_resuming_with_an_edited_deepspeed_json_names_its_key(
     done: Path, folder: Path, tmp_path: Path
 ) -> None:
-    for name in ("config.yaml", "deepspeed.json"):
+    for name in ("config.yaml", "deepspeed.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes((done / name).read_bytes())
     saved = json.loads((tmp_path / "deepspeed.json").read_text())
     saved["zero_optimization"] = {"stage": 1}
@@ -355,7 +355,8 @@ def test_another_quick_start_does_not_resume_the_one_that_is_there(
     """Without --run-dir too: `runs/quickstart` may hold a run with other overrides."""
     run_dir = tmp_path / "runs" / "quickstart"
     run_dir.mkdir(parents=True)
-    (run_dir / "config.yaml").write_bytes((done / "config.yaml").read_bytes())
+    for name in ("config.yaml", "metrics.jsonl"):
+        (run_dir / name).write_bytes((done / name).read_bytes())
     error = _refused(folder=tmp_path)
     assert "got other values of " in error and "model.hidden_size, " in error
 

@@ -8,11 +8,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from typing import Any
+from unittest import mock
 
 from fedpipe.distributed.env import ProcessEnv
 
 PRELOAD = ["fedpipe.workflows.pretrain", "fedpipe.workflows.export"]
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 
 def run_distributed(
@@ -24,11 +27,10 @@ def run_distributed(
         AssertionError: With the traceback of the first rank that failed, or with the ranks that
             were still running after ``timeout_s``.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    with mock.patch.dict(os.environ, ENVIRONMENT):  # the server's, which its children inherit
+        forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as scratch:
         queue = context.SimpleQueue()
         processes = []
