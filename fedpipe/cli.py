@@ -126,12 +126,21 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", metavar="section.key=value", nargs="*", help="wins over the file"
         )
+        if name == "plan":
+            command.add_argument(
+                "--measure",
+                action="store_true",
+                help="measure layers and heads on this machine, and show the cut that balances"
+                " them",
+            )
         if name in ("throughput", "submit"):
             _add_measurement(command)
         if name == "submit":
             _add_job(command)
+        if name in _GRIDS:
+            _add_grid(command, text=_GRIDS[name])
         if name in ("sweep", "submit"):
-            _add_grid(command)
+            _add_parallel(command)
         command.set_defaults(run=run)
     return parser
 
@@ -167,16 +176,18 @@ def _add_job(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_grid(command: argparse.ArgumentParser) -> None:
+def _add_grid(command: argparse.ArgumentParser, *, text: str) -> None:
     command.add_argument(
         "--grid",
         metavar="section.key=value,value",
         nargs="+",
         action="extend",
         default=[],
-        help="every combination of the values is a run: pipeline.cut=[2],[4] seed=0,1,2;"
-        " default: that of the sweep in DIR",
+        help=text,
     )
+
+
+def _add_parallel(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--parallel", metavar="N", type=int, default=1, help="runs at a time; default: 1"
     )
@@ -192,7 +203,11 @@ def _plan(args: argparse.Namespace) -> int:
     config = _checked_config(args)
     from fedpipe.workflows.plan import build_plan, render
 
-    sys.stdout.write(render(build_plan(config)) + "\n")
+    _show(render(build_plan(config)))
+    if args.measure:
+        from fedpipe.launcher.cut import choose_cut, measure_here
+
+        choose_cut(config, measure=measure_here, notify=_show)
     return EXIT_DONE
 
 
@@ -204,24 +219,27 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 
 def _throughput(args: argparse.Namespace) -> int:
-    _checked_config(args)
+    if not args.grid:
+        _checked_config(args)
     from fedpipe.launcher.throughput import throughput
+    from fedpipe.workflows.throughput.report import ThroughputSettings
 
     return throughput(
         args.config,
         args.overrides,
         args.run_dir,
         preset=args.preset,
-        repetitions=args.repetitions,
-        num_steps=args.steps,
-        emulate_ms=args.emulate_ms,
+        axes=args.grid,
+        settings=ThroughputSettings(
+            repetitions=args.repetitions, num_steps=args.steps, emulate_ms=args.emulate_ms
+        ),
     )
 
 
 def _submit(args: argparse.Namespace) -> int:
     from fedpipe.launcher.external import RunRequest
     from fedpipe.launcher.submit import submit
-    from fedpipe.workflows.throughput_report import ThroughputSettings
+    from fedpipe.workflows.throughput.report import ThroughputSettings
 
     if args.grid and args.task != "sweep":
         raise ConfigError(
@@ -308,6 +326,18 @@ def _existing_run(args: argparse.Namespace) -> Path:
 
 
 _JOBS = ("pretrain", "throughput", "sweep")
+
+_RUNS = (
+    "every combination of the values is a run: pipeline.cut=[2],[4] seed=0,1,2; default: that of"
+    " the sweep in DIR"
+)
+_GRIDS = {
+    "throughput": "measure every combination of the values, one after the other, and compare them:"
+    " pipeline.cut=[1],[2] pipeline.micro_batch_size=8,16",
+    "sweep": _RUNS,
+    "submit": _RUNS,
+}
+"""Commands that take a grid, and what they do with it."""
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "plan": (_plan, "show grid, stages, bytes, memory and ideal bubble; start nothing"),

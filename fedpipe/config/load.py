@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import cache, reduce
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -26,9 +27,22 @@ from fedpipe.errors import ConfigError
 PACKAGED_CONFIG = "quickstart.yaml"
 """What ``load_config`` reads when it is given neither preset nor file."""
 
+ChooseCut = Callable[[RunConfig], tuple[int, ...]]
+"""Takes a configuration whose layers are spread evenly; returns a cut into as many stages."""
+_AUTO = re.compile(r"auto(?::(\d+))?")
+
+
+def keep_cut(config: RunConfig) -> tuple[int, ...]:
+    """Leave the layers spread evenly: the ``ChooseCut`` of those who measure nothing."""
+    return config.pipeline.cut
+
 
 def load_config(
-    path: str | None, overrides: Sequence[str], *, preset: str | None = None
+    path: str | None,
+    overrides: Sequence[str],
+    *,
+    preset: str | None = None,
+    choose_cut: ChooseCut = keep_cut,
 ) -> RunConfig:
     """Return the checked configuration of a run.
 
@@ -36,6 +50,8 @@ def load_config(
         path: YAML file; without it and without a preset the packaged quick start is read.
         overrides: ``section.key=value`` each; the value is YAML.
         preset: One of ``preset_names()``; the file is laid over it.
+        choose_cut: Called where the configuration says ``pipeline.cut: auto``, two stages, or
+            ``auto:N``, when everything else has been checked.
 
     Returns:
         The configuration, with every default in place.
@@ -44,9 +60,15 @@ def load_config(
         ConfigError: A key is unknown, given twice or of the wrong type, values do not fit, or there
             is no such preset.
     """
-    config = read_config(path, overrides, preset=preset)
+    node = _read(path, overrides, preset=preset)
+    num_stages = _stages_of_auto_cut(node)
+    if not num_stages:
+        config = cast(RunConfig, _build(RunConfig, node, key=""))
+        check(config)
+        return config
+    config = _evenly_cut(node, num_stages)
     check(config)
-    return config
+    return with_cut(config, choose_cut(config))
 
 
 def read_config(
@@ -65,6 +87,45 @@ def read_config(
     Raises:
         ConfigError: A key is unknown, given twice or of the wrong type, or there is no such preset.
     """
+    node = _read(path, overrides, preset=preset)
+    num_stages = _stages_of_auto_cut(node)
+    return _evenly_cut(node, num_stages) if num_stages else _build(RunConfig, node, key="")
+
+
+def with_cut(config: RunConfig, cut: tuple[int, ...]) -> RunConfig:
+    """Return a configuration that is cut elsewhere."""
+    return replace(config, pipeline=replace(config.pipeline, cut=cut))
+
+
+def _stages_of_auto_cut(node: Node) -> int:
+    """Stages that ``pipeline.cut: auto`` asks for; 0 where the cut is a list."""
+    pipeline = node.value.get("pipeline") if isinstance(node.value, dict) else None
+    cut = pipeline.value.get("cut") if pipeline and isinstance(pipeline.value, dict) else None
+    if cut is None or not isinstance(cut.value, str):
+        return 0
+    found = _AUTO.fullmatch(cut.value)
+    num_stages = int(found[1] or 2) if found else 0
+    if num_stages < 2:
+        raise _type_error(
+            "pipeline.cut", "a list, auto or auto:N for N stages", cut, "Write [2], or auto."
+        )
+    return num_stages
+
+
+def _evenly_cut(node: Node, num_stages: int) -> RunConfig:
+    """Build a configuration whose layers are spread over so many stages."""
+    cut = list(range(1, num_stages))
+    node = merge(node, parse_override(f"pipeline.cut={cut}"))
+    config = cast(RunConfig, _build(RunConfig, node, key=""))
+    shape = resolve(config.model, vocab_size=1, sequence_length=config.data.sequence_length)
+    layers = shape.num_hidden_layers
+    if num_stages > layers:
+        return config  # too many: ``check`` says so
+    return with_cut(config, tuple(stage * layers // num_stages for stage in range(1, num_stages)))
+
+
+def _read(path: str | None, overrides: Sequence[str], *, preset: str | None) -> Node:
+    """Lay preset, file and overrides over each other."""
     packaged = resources.files("fedpipe.config")
     layers = [] if preset is None else [_read_preset(preset)]
     if path is not None:
@@ -73,7 +134,7 @@ def read_config(
         text = packaged.joinpath(PACKAGED_CONFIG).read_text("utf-8")
         layers.append(parse(text, source=PACKAGED_CONFIG))
     layers += map(parse_override, overrides)
-    return cast(RunConfig, _build(RunConfig, reduce(merge, layers), key=""))
+    return reduce(merge, layers)
 
 
 def preset_names() -> list[str]:

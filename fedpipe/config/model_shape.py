@@ -91,6 +91,15 @@ class ModelShape:
         hidden, inner = self.hidden_size, self.intermediate_size
         return 2 * (4 * hidden * hidden + 2 * hidden * inner + 2 * sequence_length * hidden)
 
+    def masked_layer_flops(self, sequence_length: int, *, num_masked: int) -> int:
+        """Return the forward FLOPs of a layer for one sequence where only masked positions go on.
+
+        Keys and values ``2 T D^2`` for all T tokens; for the M masked ones the rest of a layer.
+        """
+        everywhere = 2 * 2 * self.hidden_size * self.hidden_size
+        there = self.layer_flops_per_token(sequence_length) - everywhere
+        return sequence_length * everywhere + num_masked * there
+
     def head_flops_per_token(self) -> int:
         """Return the forward FLOPs of the head for one *masked* token, ``2 (D^2 + D V)``."""
         return 2 * (self.hidden_size * self.hidden_size + self.hidden_size * self.vocab_size)

@@ -119,7 +119,8 @@ class PipelineConfig:
     end_to_end."""
     cut: tuple[int, ...] = (2,)
     """Index of the first encoder layer of every stage but the first; increasing. [] is one stage,
-    0 as the first cut leaves only the embeddings on the client."""
+    0 as the first cut leaves only the embeddings on the client. In a file also auto, or auto:N for
+    N stages: a run measures its stages where it starts, and writes down the cut that it chose."""
     num_client_stages: int = 1
     """Leading stages that belong to the data owner."""
     head_location: Literal["server", "client"] = "server"

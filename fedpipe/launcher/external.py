@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from fedpipe.distributed.env import ProcessEnv, detect, threads_per_process
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import EXIT_INTERRUPTED, StopSignals, Watch
 from fedpipe.errors import FedPipeError, LaunchError, TopologyError
+from fedpipe.launcher.cut import choose_cut, measure_here
 from fedpipe.launcher.local import run_console
 from fedpipe.launcher.supervisor import Interrupted, Signals
 from fedpipe.launcher.throughput import conclude
@@ -29,7 +31,7 @@ from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.samples import samples_text
 from fedpipe.metrics.writer import METRICS_FILE, finite
 from fedpipe.workflows.run_dir import RunSetup, locked, resolve_config, set_up
-from fedpipe.workflows.throughput_report import Measurement, ThroughputSettings, single_replica
+from fedpipe.workflows.throughput.report import Measurement, ThroughputSettings, single_replica
 
 if TYPE_CHECKING:
     from fedpipe.config.schema import RunConfig
@@ -133,13 +135,17 @@ def run_rank(
     bind(env)
     log.setup(rank=env.rank)
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
+    measure = partial(measure_here, local_world_size=env.local_world_size)
     with contextlib.ExitStack() as stack:
 
         def prepare() -> tuple[RunSetup, str]:
             arguments = (request.config_path, request.overrides, request.run_dir)
             config = resolve_config(*arguments, preset=request.preset)[0]
             _grid(request.task, config).check_world_size(env.world_size)
-            setup = set_up(*arguments, preset=request.preset, notify=console.text)
+            setup = set_up(
+                *arguments, preset=request.preset, notify=console.text,
+                choose_cut=partial(choose_cut, measure=measure, notify=console.text),
+            )  # fmt: skip
             stack.enter_context(locked(setup.run_dir))
             on_set_up(setup)
             return setup, _leave_token(setup, stack)
@@ -280,7 +286,7 @@ def _throughput(
     setup: RunSetup, settings: ThroughputSettings, *, env: ProcessEnv, console: RunConsole
 ) -> Ended:
     from fedpipe.data.blocks import load_prepared
-    from fedpipe.workflows.throughput import measure
+    from fedpipe.workflows.throughput.measure import measure
 
     def emit(kind: str, value: Any) -> None:
         if kind == "note" and env.rank == 0:

@@ -28,6 +28,7 @@ from fedpipe.launcher.slurm import JobState, cells_in_queue, job_state
 from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.samples import samples_text
 from fedpipe.metrics.writer import METRICS_FILE
+from fedpipe.workflows.throughput.page import terminal_text
 
 _PERIOD_S = 1.0
 _SETTLE_S = 15.0
@@ -202,8 +203,9 @@ def conclude(
 def closing_lines(run_dir: Path, task: str) -> list[str]:
     """What a finished run has to show: held-out words, model and report, or a measurement."""
     if task == "throughput":
-        report = run_dir / "throughput" / "report.md"
-        return [report.read_text(encoding="utf-8"), f"report  {report}"]
+        folder = run_dir / "throughput"
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        return [terminal_text(report), f"report  {folder / 'report.html'}"]
     return [
         samples_text(run_dir),
         f"model   {run_dir / 'export'}",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import submitit
 
+from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CheckpointError, ConfigError, TopologyError
 from fedpipe.launcher.external import RunRequest
@@ -21,7 +22,7 @@ from fedpipe.launcher.jobs import RankJob
 from fedpipe.launcher.profile import SIGNAL_DELAY_S, JobShape, Profile, load_profile
 from fedpipe.launcher.slurm import cells_in_queue, check_site
 from fedpipe.workflows.run_dir import is_done, reserve, resolve_config
-from fedpipe.workflows.throughput_report import single_replica
+from fedpipe.workflows.throughput.report import single_replica
 
 Cluster = Literal["slurm", "local", "debug"]
 """submitit's executors."""
@@ -60,9 +61,16 @@ def submit(
         FedPipeError: What the user can mend, before anything is submitted where it can be known.
         LaunchError: The job failed.
     """
+    overrides: list[str] = []  # for the job
+
+    def ask_the_job(config: RunConfig) -> tuple[int, ...]:
+        overrides.append(f"pipeline.cut=auto:{config.pipeline.num_stages}")
+        return config.pipeline.cut
+
     config, run_dir, _ = resolve_config(
-        request.config_path, request.overrides, request.run_dir, preset=request.preset
-    )
+        request.config_path, request.overrides, request.run_dir, preset=request.preset,
+        choose_cut=ask_the_job,
+    )  # fmt: skip
     grid = Grid.from_config(single_replica(config) if request.task == "throughput" else config)
     profile, shape = plan_job(grid, profile_path=profile_path, cluster=cluster)
     job_id = _job_in_queue(run_dir) if cluster == "slurm" else None
@@ -83,7 +91,12 @@ def submit(
         )[3]
         show(plan)
         (job,) = send(
-            [replace(request, config_path=None, overrides=(), preset=None, run_dir=str(run_dir))],
+            [
+                replace(
+                    request, config_path=None, overrides=overrides, preset=None,
+                    run_dir=str(run_dir),
+                )
+            ],
             folder=run_dir / "logs", name=config.name, profile=profile, shape=shape,
             cluster=cluster,
         )  # fmt: skip

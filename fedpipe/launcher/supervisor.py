@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing import forkserver, resource_tracker
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any
@@ -17,8 +15,10 @@ from typing import Any
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import STOP_SIGNALS
+from fedpipe.launcher.cut import choose_cut, measure_in_a_process
+from fedpipe.launcher.fork_server import fork_server
 from fedpipe.launcher.ranks import Ranks
-from fedpipe.launcher.worker import PRELOAD, run_rank
+from fedpipe.launcher.worker import run_rank
 from fedpipe.metrics.console import RunConsole
 from fedpipe.workflows.run_dir import RunSetup, set_up
 
@@ -65,30 +65,6 @@ class Signals:
         self.asked = True
 
 
-def fork_server() -> Any:
-    """Start importing torch, DeepSpeed and transformers, once, beside the supervisor's own work.
-
-    Returns:
-        The context that forks ranks from the server; called again, the same one.
-    """
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if not os.path.exists("/dev/nvidiactl"):  # DeepSpeed probes for accelerators otherwise
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
-    resource_tracker.ensure_running()  # it changes the mask, so not below
-    # A terminal and a scheduler send signals to all processes of a run. The server must outlive
-    # them; its children inherit the mask and take it off when they can stop in order.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
-
-
 def set_up_here(
     config_path: str | None,
     overrides: Sequence[str],
@@ -117,6 +93,7 @@ def set_up_here(
         notify=console.text,
         progress=console.preparing,
         on_checked=fork_server,
+        choose_cut=partial(choose_cut, measure=measure_in_a_process, notify=console.text),
     )
 
 

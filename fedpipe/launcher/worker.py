@@ -91,7 +91,7 @@ def _pretrain(setup: RunSetup, env: ProcessEnv, emit: Emit, watch: Watch) -> Non
 
 def _throughput(setup: RunSetup, env: ProcessEnv, emit: Emit, watch: Watch, settings: Any) -> None:
     from fedpipe.data.blocks import load_prepared
-    from fedpipe.workflows.throughput import measure
+    from fedpipe.workflows.throughput.measure import measure
 
     data = load_prepared(setup.data_dir)
     measurement = measure(setup.config, data, env=env, settings=settings, emit=emit)

@@ -145,7 +145,7 @@ def _timeline(run: RunSummary) -> list[Block]:
         return []
     caption = (
         "Two local steps from the middle of the recording, as measured; numbers are micro-batches. "
-        "The thin lane under a row shows its messages, waiting included."
+        "Pale is waiting for another stage."
     )
     trace = (
         "`timeline.json` has every recorded event as a Chrome trace: open it in Perfetto or in "

@@ -13,23 +13,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = {
-    "load": "#44546a",
-    "forward": BLUE,
-    "local_backward": GREEN,
-    "backward": VERMILLION,
-    "optimizer_step": PURPLE,
-    "send_activation": SKY,
-    "recv_activation": "#b8d8ee",
-    "send_grad": ORANGE,
-    "recv_grad": "#f3d28b",
-    "send_home": SKY,
-    "recv_home_grad": "#f3d28b",
+Color = str | tuple[str, float]
+KINDS: dict[str, tuple[str, Color]] = {
+    "load": ("text", "#44546a"),
+    "forward": ("forward", BLUE),
+    "local_backward": ("local backward", GREEN),
+    "backward": ("backward", VERMILLION),
+    "optimizer_step": ("optimizer", PURPLE),
+    "recv_activation": ("waits for activation", (SKY, 0.35)),
+    "recv_grad": ("waits for gradient", (ORANGE, 0.4)),
+    "recv_home_grad": ("waits for gradient", (ORANGE, 0.4)),
+    "send_activation": ("waits to send", (GREY, 0.4)),
+    "send_grad": ("waits to send", (GREY, 0.4)),
+    "send_home": ("waits to send", (GREY, 0.4)),
 }
-"""Colour of every instruction kind; others are grey."""
-_MESSAGES = (
-    "send_activation", "recv_activation", "send_grad", "recv_grad", "send_home", "recv_home_grad",
-)  # fmt: skip
+"""Word in the legend and colour of every instruction; others are grey. Waiting is pale, also on a
+dark page."""
+_NUMBERED = ("forward", "local_backward", "backward")
+"""Instructions that show their micro-batch."""
+_VISIBLE = 0.0004
+"""Share of the width below which a box cannot be seen."""
 _MAX_ROWS = 16
 """Rows that stay readable; the rest of a larger grid looks the same."""
 
@@ -40,7 +43,8 @@ def write_timeline_plot(events: list[Event], path: Path) -> str | None:
     """Draw two local steps from the middle of a trace.
 
     Args:
-        events: Complete events of a Chrome trace: ``pid`` is the replica, ``tid`` the stage.
+        events: Of a Chrome trace: complete ones, ``pid`` is the replica and ``tid`` the stage, and
+            the threads' names where they have some.
         path: The PNG to write.
 
     Returns:
@@ -52,7 +56,9 @@ def write_timeline_plot(events: list[Event], path: Path) -> str | None:
         return None
     start, end = middle_window(known, num_steps=2)
     shown = [e for e in known if _row(e) in rows and e["ts"] < end and e["ts"] + e["dur"] > start]
-    return render(_draw(shown, rows, start, end), path, height=1.25 + 0.42 * len(rows))
+    labels = [_labels(events).get(row, f"replica {row[0]}, stage {row[1]}") for row in rows]
+    draw = _draw(shown, rows, labels, start, end)
+    return render(draw, path, height=1.05 + 0.42 * len(rows))
 
 
 def middle_window(events: list[Event], *, num_steps: int) -> tuple[float, float]:
@@ -91,7 +97,14 @@ def _row(event: Event) -> tuple[int, int]:
     return (event.get("pid") or 0, event.get("tid") or 0)
 
 
-def _draw(events: list[Event], rows: list[tuple[int, int]], start: float, end: float) -> Draw:
+def _labels(events: list[Event]) -> dict[tuple[int, int], str]:
+    """Names of the rows that the trace itself has."""
+    return {_row(e): str(e["args"]["name"]) for e in events if e.get("name") == "thread_name"}
+
+
+def _draw(
+    events: list[Event], rows: list[tuple[int, int]], labels: list[str], start: float, end: float
+) -> Draw:
     span = max(end - start, 1e-9)
     scale, unit = (1e6, "s") if span >= 4e6 else (1e3, "ms") if span >= 4e3 else (1.0, "us")
 
@@ -103,7 +116,7 @@ def _draw(events: list[Event], rows: list[tuple[int, int]], start: float, end: f
             _box(axes, event, rows.index(_row(event)), (left - start) / scale, width, span / scale)
         axes.set_xlim(0, span / scale)
         axes.set_ylim(len(rows) - 0.45, -0.55)
-        axes.set_yticks(range(len(rows)), [f"replica {r}, stage {s}" for r, s in rows])
+        axes.set_yticks(range(len(rows)), labels)
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False)
         _legend(figure, {str(event.get("name")) for event in events})
@@ -112,39 +125,43 @@ def _draw(events: list[Event], rows: list[tuple[int, int]], start: float, end: f
 
 
 def _box(axes: Axes, event: Event, row: int, left: float, width: float, span: float) -> None:
-    """Draw an instruction; messages lie in a thin lane under the computation they overlap."""
+    """Draw an instruction, with the number of its micro-batch where it fits."""
+    if width < _VISIBLE * span:
+        return
     name = str(event.get("name"))
-    message = name in _MESSAGES
-    y, height = (row + 0.23, 0.14) if message else (row - 0.36, 0.55)
+    y, height = row - 0.36, 0.72
     # A hair of space between boxes, where they are wide enough to keep one.
     gap = min(0.0015 * span, 0.2 * width)
-    axes.broken_barh(
-        [(left, width - gap)], (y, height), facecolors=COLORS.get(name, GREY), linewidth=0
-    )
+    axes.broken_barh([(left, width - gap)], (y, height), facecolors=_kind(name)[1], linewidth=0)
     micro_batch = (event.get("args") or {}).get("micro_batch")
-    if not message and micro_batch is not None and width > 0.025 * span:
+    room = 0.012 * span * len(str(micro_batch))
+    if name in _NUMBERED and micro_batch is not None and width > room:
         axes.text(
             left + (width - gap) / 2,
-            y + height / 2,
+            row,
             str(micro_batch),
             color="white",
             ha="center",
-            va="center",
+            va="center_baseline",
             fontsize=8,
         )
+
+
+def _kind(name: str) -> tuple[str, Color]:
+    return KINDS.get(name, (name.replace("_", " "), GREY))
 
 
 def _legend(figure: Figure, names: set[str]) -> None:
     from matplotlib.patches import Patch
 
-    ordered = [name for name in COLORS if name in names] + sorted(names - COLORS.keys())
-    handles = [
-        Patch(color=COLORS.get(name, GREY), label=name.replace("_", " ")) for name in ordered
-    ]
+    ordered = [name for name in KINDS if name in names] + sorted(names - KINDS.keys())
+    colors = dict(_kind(name) for name in ordered)  # instructions that mean the same share one
+    handles = [Patch(facecolor=color, linewidth=0, label=text) for text, color in colors.items()]
     figure.legend(
         handles=handles,
         loc="outside upper left",
-        ncols=min(len(handles), 6),
+        ncols=len(handles) if len(handles) <= 7 else -(-len(handles) // 2),
+        fontsize=8.5,
         handlelength=1,
         handleheight=0.8,
         columnspacing=1.2,

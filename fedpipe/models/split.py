@@ -67,6 +67,11 @@ class StageSpec:
         return self.stage_id == self.num_stages - 1
 
     @property
+    def ends_encoder(self) -> bool:
+        """It holds the model's last layer, which is computed at masked positions only."""
+        return self.next_stage is None and self.num_layers > 0
+
+    @property
     def is_home_head(self) -> bool:
         """It is the head of a server stage, alone on the client's first process (U-shape)."""
         return self.scores != self.stage_id

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 from fedpipe.models.families import FAMILIES, Family, initialise, load_pretrained
+from fedpipe.models.masked import gather_masked, run_masked
 from fedpipe.models.split import AUX_HEADS, StageSpec
 
 
@@ -39,17 +41,19 @@ class Stage(nn.Module):
         for index in range(spec.first_layer, spec.end_layer):
             layer = self.family.layer_class(config)
             _place(self, f"{self.family.prefix}.encoder.layer.{index}", layer)
+        # Lists, because a module set as an attribute would be registered under a second name.
         self._layers = [
             self.get_submodule(f"{self.family.prefix}.encoder.layer.{index}")
             for index in range(spec.first_layer, spec.end_layer)
         ]
+        self._head_layer: list[nn.Module] = []
+        if spec.ends_encoder:
+            self._head_layer.append(self._layers.pop())
+        self._head: list[nn.Module] = []
         self._build_head(config)
 
     def _build_head(self, config: PretrainedConfig) -> None:
         spec, family = self.spec, self.family
-        # Lists, because a module set as an attribute would be registered under a second name.
-        self._head: list[nn.Module] = []
-        self._head_layer: list[nn.Module] = []
         if not spec.has_head:
             return
         path = family.head_path if spec.is_last else f"{AUX_HEADS}.{spec.scores}.head"
@@ -66,24 +70,41 @@ class Stage(nn.Module):
             decoder.weight = self.get_parameter(family.word_embeddings)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Run the stage's part of the encoder.
+        """Run the stage's part of the encoder, up to where the next stage or ``masked`` goes on.
 
         Args:
             inputs: Token ids (B, T) int64 on the first stage, else hidden states (B, T, D). A head
                 at home gets those of the masked positions, (B, M, D), and hands them through.
 
         Returns:
-            Hidden states (B, T, D).
+            Hidden states (B, T, D); before the model's last layer, which is ``masked``'s.
         """
         hidden_BTD = inputs
         if self.spec.is_first:
             hidden_BTD = self.get_submodule(f"{self.family.prefix}.embeddings")(input_ids=inputs)
         for layer in self._layers:
-            if self.activation_checkpointing and self.training:
-                hidden_BTD = checkpoint(partial(_run, layer), hidden_BTD, use_reentrant=False)
-            else:
-                hidden_BTD = _run(layer, hidden_BTD)
+            hidden_BTD = self._checkpointed(partial(_run, layer), hidden_BTD)
         return hidden_BTD
+
+    def masked(self, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
+        """Hidden states (B, M, D) that a head reads: after its own layer, if it has one.
+
+        That is the model's last layer, or the auxiliary one of ``local_head: mlm+layer``.
+
+        Args:
+            hidden_BTD: Output of ``forward``.
+            positions_BM: int.
+        """
+        if self.spec.is_home_head:  # the server has gathered them
+            return hidden_BTD
+        for layer in self._head_layer:
+            return self._checkpointed(partial(run_masked, layer), hidden_BTD, positions_BM)
+        return gather_masked(hidden_BTD, positions_BM)
+
+    def _checkpointed(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        if self.activation_checkpointing and self.training:
+            return checkpoint(run, *inputs, use_reentrant=False)
+        return run(*inputs)
 
     def loss(self, hidden_BTD: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """Masked-LM loss of the stage's head. Masked positions are gathered before the head.
@@ -106,17 +127,7 @@ class Stage(nn.Module):
     def logits(self, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
         """Scores (B, M, V) of the stage's head at the given positions."""
         assert self._head, "this stage has no head"
-        if self.spec.is_home_head:  # the server has gathered them
-            return self._head[0](hidden_BTD)
-        for layer in self._head_layer:
-            hidden_BTD = _run(layer, hidden_BTD)
-        return self._head[0](gather_masked(hidden_BTD, positions_BM))
-
-
-def gather_masked(hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
-    """Hidden states (B, M, D) of the masked positions (B, M) int."""
-    index = positions_BM.long().unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
-    return hidden_BTD.gather(1, index)
+        return self._head[0](self.masked(hidden_BTD, positions_BM))
 
 
 def build_stage(

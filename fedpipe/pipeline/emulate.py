@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedpipe.models.masked import gather_masked
 from fedpipe.models.stage import Stage
 
 BACKWARD_PER_FORWARD = 2.0
@@ -34,30 +35,39 @@ class _Sleep(torch.autograd.Function):
         return grads[0], None, None
 
 
-def emulate_(stage: Stage, *, layer_forward_s: float, head_forward_s: float) -> None:
+def emulate_(
+    stage: Stage, *, layer_forward_s: float, masked_layer_forward_s: float, head_forward_s: float
+) -> None:
     """Replace what a stage computes by the time that a device would take, in place.
 
     Activations and gradients keep their shapes. One vector of the stage stays in the graph, so that
     there is something to differentiate and to optimize.
 
     Args:
-        stage: Its ``forward`` and ``loss`` are replaced.
+        stage: Its ``forward``, ``masked`` and ``loss`` are replaced.
         layer_forward_s: Forward pass of one encoder layer for one micro-batch; the backward pass
             takes twice that.
+        masked_layer_forward_s: The same of the model's last layer.
         head_forward_s: The same of a head.
     """
     hidden = stage.hidden_size
     anchor = next(p for p in stage.parameters() if p.shape == (hidden,))
-    layers_s = stage.spec.num_layers * layer_forward_s
+    spec = stage.spec
+    layers_s = (spec.num_layers - spec.ends_encoder) * layer_forward_s
+    masked_s = spec.ends_encoder * masked_layer_forward_s
 
     def forward(inputs: Tensor) -> Tensor:
-        if stage.spec.is_first:
+        if spec.is_first:
             inputs = torch.zeros(*inputs.shape, hidden, device=inputs.device)
         return _Sleep.apply(inputs + anchor, layers_s, BACKWARD_PER_FORWARD * layers_s)
 
+    def masked(hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
+        slept = _Sleep.apply(hidden_BTD, masked_s, BACKWARD_PER_FORWARD * masked_s)
+        return slept if spec.is_home_head else gather_masked(slept, positions_BM)
+
     def loss(hidden_BTD: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
-        mean = hidden_BTD.square().mean()
+        mean = masked(hidden_BTD, targets[0]).square().mean()
         return _Sleep.apply(mean, head_forward_s, BACKWARD_PER_FORWARD * head_forward_s)
 
-    for name, method in (("forward", forward), ("loss", loss)):
+    for name, method in (("forward", forward), ("masked", masked), ("loss", loss)):
         setattr(stage, name, method)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedpipe.config.schema import PipelineConfig
-from fedpipe.models.stage import Stage, gather_masked
+from fedpipe.models.stage import Stage
 from fedpipe.pipeline import schedule as ops
 from fedpipe.pipeline.optimizer import clip_
 from fedpipe.pipeline.p2p import Link
@@ -278,6 +278,10 @@ class StageEngine:
     def _forward_pass(self, cmd: ops.ForwardPass) -> None:
         batch = self._batches[cmd.micro_batch]
         batch.outputs = self.engine(batch.inputs)
+        if self.links.home_out is not None:
+            assert batch.outputs is not None and batch.targets is not None
+            with self._precision():
+                batch.masked = self.stage.masked(batch.outputs, batch.targets[0])
 
     def _send_activation(self, cmd: ops.SendActivation) -> None:
         batch = self._batches[cmd.micro_batch]
@@ -288,9 +292,7 @@ class StageEngine:
 
     def _send_home(self, cmd: ops.SendHome) -> None:
         batch = self._batches[cmd.micro_batch]
-        assert batch.outputs is not None and batch.targets is not None
-        assert self.links.home_out is not None
-        batch.masked = gather_masked(batch.outputs, batch.targets[0])
+        assert batch.masked is not None and self.links.home_out is not None
         self.links.home_out.send(batch.masked.detach())
 
     def _local_backward_pass(self, cmd: ops.LocalBackwardPass) -> None:

@@ -20,7 +20,8 @@ from fedpipe.metrics.format import bytes_text, count
 from fedpipe.models.split import StageRole, StageSpec, stage_specs
 from fedpipe.pipeline.messages import EdgeMessages, edge_messages
 from fedpipe.pipeline.schedule import SCHEDULES
-from fedpipe.pipeline.timeline import StageCost, simulate
+from fedpipe.pipeline.timeline import simulate
+from fedpipe.workflows.costs.flops import stage_flops
 from fedpipe.workflows.disclosure import Transfer, client_rows, client_transfers, stays
 
 _FLOAT32 = 4
@@ -126,12 +127,12 @@ def _stages(
     config: RunConfig, shape: ModelShape, *, num_masked: int, activation_size: int
 ) -> tuple[StagePlan, ...]:
     specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
-    costs = [_cost(spec, config, shape, num_masked=num_masked) for spec in specs]
+    costs = [stage_flops(spec, config, shape, num_masked=num_masked) for spec in specs]
     flops = [cost.forward_s + cost.backward_s + cost.head_s for cost in costs]
     replicas, data = config.federation.num_replicas, config.federation.data_parallel_degree
     sharded = deepspeed_config(config).get("zero_optimization", {}).get("stage", 0) > 0
     plans = []
-    for spec, stage_flops in zip(specs, flops, strict=True):
+    for spec, own_flops in zip(specs, flops, strict=True):
         parts = _parts(spec, shape)
         parameters = sum(parts.values())
         averaged = sum(n for part, n in parts.items() if _is_averaged(part, config))
@@ -147,7 +148,7 @@ def _stages(
                 spec=spec,
                 num_parameters=parameters,
                 averaged_parameters=averaged,
-                cost_share_pct=100.0 * stage_flops / sum(flops),
+                cost_share_pct=100.0 * own_flops / sum(flops),
                 state_bytes=state,
                 activation_bytes=_activation_bytes(
                     spec, config, shape, num_masked=num_masked, element=activation_size
@@ -183,22 +184,6 @@ def _is_averaged(part: str, config: RunConfig) -> bool:
     return bool(getattr(average, part))
 
 
-def _cost(spec: StageSpec, config: RunConfig, shape: ModelShape, *, num_masked: int) -> StageCost:
-    """FLOPs of one micro-batch; a backward pass is two forwards, three where it recomputes."""
-    length, batch = config.data.sequence_length, config.pipeline.micro_batch_size
-    layer = float(shape.layer_flops_per_token(length) * batch * length)
-    backward = 3.0 if config.pipeline.activation_checkpointing else 2.0
-    head = 0.0
-    if spec.has_head:
-        head = 3.0 * shape.head_flops_per_token() * batch * num_masked
-        head += 3.0 * layer if spec.head == "mlm+layer" else 0.0
-    return StageCost(
-        forward_s=spec.num_layers * layer,
-        backward_s=spec.num_layers * layer * backward,
-        head_s=head,
-    )
-
-
 def _ideal(schedule: str, config: RunConfig, shape: ModelShape, *, num_masked: int) -> IdealPlan:
     pipeline = config.pipeline
     if schedule == "streaming":
@@ -209,7 +194,7 @@ def _ideal(schedule: str, config: RunConfig, shape: ModelShape, *, num_masked: i
     timeline = simulate(
         schedule,
         specs,
-        [_cost(spec, config, shape, num_masked=num_masked) for spec in specs],
+        [stage_flops(spec, config, shape, num_masked=num_masked) for spec in specs],
         num_micro_batches=pipeline.num_micro_batches,
         in_flight=pipeline.in_flight,
     )
@@ -222,21 +207,24 @@ def _activation_bytes(
     """Tensors that the backward pass needs, per layer and token ``9 D + 2 F + 2.5 h T`` elements.
 
     Source: Korthikanti et al. 2022, section 4.1, https://arxiv.org/abs/2205.05198, for a
-    feed-forward width F; h T is one row of the attention of h heads over T tokens.
+    feed-forward width F; h T is one row of the attention of h heads over T tokens. Where only
+    masked positions go on, a layer's input, keys and values, 3 D, remain at every token.
     """
     pipeline, length = config.pipeline, config.data.sequence_length
     hidden, tokens = shape.hidden_size, pipeline.micro_batch_size * length
+    masked = pipeline.micro_batch_size * num_masked
     attention = 2.5 * shape.num_attention_heads * length
-    layer = tokens * (9 * hidden + 2 * shape.intermediate_size + attention)
-    own = spec.num_layers * layer
+    row = 6 * hidden + 2 * shape.intermediate_size + attention
+    layer = tokens * (3 * hidden + row)
+    masked_layer = tokens * 3 * hidden + masked * row
+    own = spec.num_layers * layer - (layer - masked_layer if spec.ends_encoder else 0)
     if pipeline.activation_checkpointing:
         own = spec.num_layers * tokens * hidden + (layer if spec.num_layers else 0)
     own += 3 * tokens * hidden if spec.is_first else 0
     held = _micro_batches_held(spec, pipeline) * own * element
-    masked = pipeline.micro_batch_size * num_masked
     # Scores and their gradient are float32 also under autocast.
     head = float(masked * (2 * shape.vocab_size + 6 * hidden) * _FLOAT32 if spec.has_head else 0)
-    head += layer * element if spec.head == "mlm+layer" else 0
+    head += masked_layer * element if spec.head == "mlm+layer" else 0
     edges = (not spec.is_first) + (not spec.is_last)
     message = masked if spec.is_home_head else tokens
     return ceil(held + head + edges * pipeline.in_flight * message * hidden * element)

@@ -57,6 +57,7 @@ def set_up(
     notify: Callable[[str], None],
     progress: Callable[[str, int, int], None] | None = None,
     on_checked: Callable[[], None] = lambda: None,
+    choose_cut: load.ChooseCut = load.keep_cut,
 ) -> RunSetup:
     """Resolve the configuration, refuse what cannot work, prepare the text, write the directory.
 
@@ -68,6 +69,8 @@ def set_up(
         notify: Shows a line to the user.
         progress: Shows the preparation of the text: (label, done, total).
         on_checked: Called when all cheap checks have passed, before the text is prepared.
+        choose_cut: Called next where the configuration leaves the cut open and nothing has been
+            trained yet.
 
     Returns:
         The setup.
@@ -76,7 +79,19 @@ def set_up(
         FedPipeError: Anything a user can get wrong.
     """
     started_at = time.monotonic()
-    config, directory, resumed, plan = reserve(config_path, overrides, run_dir, preset=preset)
+    arguments = (config_path, overrides, run_dir)
+    even: list[RunConfig] = []
+
+    def ask_later(config: RunConfig) -> tuple[int, ...]:
+        even.append(config)
+        return config.pipeline.cut
+
+    config, directory, resumed, plan = reserve(*arguments, preset=preset, choose_cut=ask_later)
+    on_checked()
+    if even:
+        cut = choose_cut(even[0])
+        plan = reserve(*arguments, preset=preset, choose_cut=lambda config: cut)[3]
+        config = load.with_cut(config, cut)
     checkpoint = None
     if resumed:
         checkpoint, passed_over = find_latest(directory)
@@ -86,7 +101,6 @@ def set_up(
             discard_later(directory, checkpoint.position)
             notify(f"resuming {directory} from {checkpoint.path.name}")
     notify(plan)
-    on_checked()
     data = prepare(config, progress=progress)
     write_text(directory / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
     return RunSetup(
@@ -110,8 +124,11 @@ def reserve(
     run_dir: str | None,
     *,
     preset: str | None = None,
+    choose_cut: load.ChooseCut = load.keep_cut,
 ) -> tuple[RunConfig, Path, bool, str]:
     """Check a run and write its configuration down; whoever has the directory can then run it.
+
+    Arguments are those of ``resolve_config``.
 
     Returns:
         The configuration, the directory, whether a run was there already, and the plan for people.
@@ -119,7 +136,9 @@ def reserve(
     Raises:
         FedPipeError: Anything a user can get wrong, but for the text itself.
     """
-    config, directory, resumed = resolve_config(config_path, overrides, run_dir, preset=preset)
+    config, directory, resumed = resolve_config(
+        config_path, overrides, run_dir, preset=preset, choose_cut=choose_cut
+    )
     load.check(config)
     deepspeed_dict = deepspeed_config(config)
     check_sources(config)
@@ -156,8 +175,16 @@ def resolve_config(
     run_dir: str | None,
     *,
     preset: str | None = None,
+    choose_cut: load.ChooseCut = load.keep_cut,
 ) -> tuple[RunConfig, Path, bool]:
     """Find the configuration, the directory, and whether a run is there already; writes nothing.
+
+    Args:
+        config_path: YAML, or None.
+        overrides: ``section.key=value``.
+        run_dir: Directory of the run, or None for ``runs/NAME``.
+        preset: What the YAML is laid over, or None.
+        choose_cut: Called where the cut is left open and no run in the directory has settled it.
 
     Raises:
         FedPipeError: The configuration is wrong, or is not that of the run in the directory.
@@ -165,8 +192,17 @@ def resolve_config(
     saved = os.path.join(run_dir, "config.yaml") if run_dir else ""
     # Without --config and --preset, the run's own file is what the overrides are applied to.
     base = saved if not (config_path or preset) and os.path.isfile(saved) else config_path
-    config = load.load_config(base, overrides, preset=preset)
-    directory = Path(run_dir or Path("runs") / config.name)
+    name = "" if run_dir else load.read_config(base, overrides, preset=preset).name
+    directory = Path(run_dir or Path("runs") / name)
+
+    def settled_or_chosen(config: RunConfig) -> tuple[int, ...]:
+        if _has_begun(directory) and os.path.isfile(directory / "config.yaml"):
+            saved_cut = load.load_config(str(directory / "config.yaml"), []).pipeline.cut
+            if len(saved_cut) == len(config.pipeline.cut):
+                return saved_cut
+        return choose_cut(config)
+
+    config = load.load_config(base, overrides, preset=preset, choose_cut=settled_or_chosen)
     if os.path.isfile(directory / "config.yaml"):
         saved_config = load.load_config(str(directory / "config.yaml"), [])
         changed = [key for key in load.diff(saved_config, config) if key not in MAY_CHANGE]

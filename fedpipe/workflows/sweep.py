@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -25,6 +24,7 @@ from fedpipe.data.corpus import Progress, check_sources, prepare
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError
 from fedpipe.metrics.drawing import render
 from fedpipe.metrics.sweep_report import Row, draw_sweep, read_result, short_names, table
+from fedpipe.workflows.grid import Grid, check_grid, parse_grid
 from fedpipe.workflows.plan import build_plan
 from fedpipe.workflows.run_dir import (
     MAY_CHANGE,
@@ -37,14 +37,10 @@ from fedpipe.workflows.run_dir import (
 
 SWEEP_FILE = "sweep.yaml"
 """The grid, and the configuration that its values are laid over."""
-MAX_CELLS = 1000
 _SEED = "seed"
 """Cells that differ in nothing else are repetitions of one row."""
 _MAX_NAME = 200
 """Characters of a folder's name; file systems take 255 bytes."""
-
-Grid = tuple[tuple[str, tuple[str, ...]], ...]
-"""Dotted keys with their values, as YAML."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,71 +69,6 @@ class Sweep:
     def pending(self) -> list[Cell]:
         """Cells whose run is not complete, in their order."""
         return [cell for cell in self.cells if not _is_done(cell)]
-
-
-def parse_grid(axes: Sequence[str]) -> Grid:
-    """Take a grid apart.
-
-    Args:
-        axes: ``section.key=value,value``; a comma inside brackets or quotes belongs to its value.
-
-    Returns:
-        Every key with its values.
-
-    Raises:
-        ConfigError: There is no key or value, a key is given twice, a value is not YAML or a
-            section, or there are too many cells.
-    """
-    grid: dict[str, tuple[str, ...]] = {}
-    for axis in axes:
-        key, equals, text = axis.partition("=")
-        values = _split(text)
-        if not (equals and all(key.split(".")) and all(values)):
-            raise ConfigError(
-                f"--grid: expected section.key=value,value, got {axis!r}. Write for example "
-                "pipeline.cut=[2],[4] or seed=0,1,2."
-            )
-        if key in grid:
-            raise ConfigError(
-                f"--grid: expected every key once, got {key} a second time. Write all its values "
-                "in one place."
-            )
-        for value in values:
-            _check_value(key, value)
-        grid[key] = values
-    size = math.prod(map(len, grid.values()))
-    if size > MAX_CELLS:
-        raise ConfigError(
-            f"--grid: expected at most {MAX_CELLS:,} cells, got {size:,}. Split the sweep."
-        )
-    return tuple(grid.items())
-
-
-def _check_value(key: str, value: str) -> None:
-    node = parse_override(f"{key}={value}")
-    for name in key.split("."):
-        node = node.value[name]
-    if isinstance(node.value, dict):
-        raise ConfigError(
-            f"--grid: expected keys that hold a value, got a section in {key}={value}. Write "
-            f"{key}.KEY=VALUE,VALUE."
-        )
-
-
-def _split(text: str) -> tuple[str, ...]:
-    """Split at the commas outside of brackets and quotes."""
-    values, depth, quote = [""], 0, ""
-    for letter in text:
-        if letter == "," and not (depth or quote):
-            values.append("")
-            continue
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"" and not values[-1].strip(" ["):
-            quote = letter  # one inside a word is an apostrophe
-        depth += 0 if quote else (letter in "[{") - (letter in "]}")
-        values[-1] += letter
-    return tuple(value.strip() for value in values)
 
 
 def set_up_sweep(
@@ -173,25 +104,51 @@ def set_up_sweep(
         _check_new(directory)
     else:
         grid = grid or saved[0]
-    _check_grid(grid, overrides)
+    check_grid(grid, overrides)
 
     def configure(own: Sequence[str]) -> RunConfig:
         if saved and run_dir and not (config_path or preset):
             return _lay_over(saved[1], [*overrides, *own], source=directory / SWEEP_FILE)
-        return load.load_config(config_path, [*overrides, *own], preset=preset)
+        return load.load_config(
+            config_path, [*overrides, *own], preset=preset, choose_cut=refuse_open_cut
+        )
 
-    cells = _make_cells(grid, directory / "cells", configure)
-    _check_distinct(cells)
+    cells = make_cells(grid, directory / "cells", configure)
+    check_distinct(cells)
     if saved is not None:
         _check_same(directory, saved, grid, cells[0].config)
     _write(directory, grid, cells)
     return Sweep(directory=directory, grid=grid, cells=cells)
 
 
-def _make_cells(
+def refuse_open_cut(config: RunConfig) -> tuple[int, ...]:
+    """Refuse ``pipeline.cut: auto``: cells that measured it could each be cut elsewhere.
+
+    Raises:
+        ConfigError: Always.
+    """
+    raise ConfigError(
+        "pipeline.cut: expected a list, the same wherever a cell runs, got auto. Find one with "
+        "fedpipe plan --measure."
+    )
+
+
+def make_cells(
     grid: Grid, home: Path, configure: Callable[[Sequence[str]], RunConfig]
 ) -> tuple[Cell, ...]:
-    """Make the product of a grid, and the quick checks of ``fedpipe pretrain`` on every cell."""
+    """Make the product of a grid, and the quick checks of ``fedpipe pretrain`` on every cell.
+
+    Args:
+        grid: From ``parse_grid``.
+        home: Where the cells' folders are.
+        configure: Makes a configuration of a cell's own overrides.
+
+    Returns:
+        The cells, the last axis varying fastest.
+
+    Raises:
+        FedPipeError: A cell cannot run; it is named.
+    """
     keys = [key for key, _ in grid]
     cells = []
     for values in itertools.product(*(values for _, values in grid)):
@@ -216,21 +173,6 @@ def _check_new(directory: Path) -> None:
     check_new(directory)
 
 
-def _check_grid(grid: Grid, overrides: Sequence[str]) -> None:
-    if not grid:
-        raise ConfigError(
-            "--grid: expected section.key=value,value of a new sweep, got none. Write for example "
-            "--grid pipeline.cut=[2],[4] seed=0,1,2, or name the --run-dir of a sweep."
-        )
-    keys = {key for key, _ in grid}
-    for override in overrides:
-        if (key := override.partition("=")[0]) in keys:
-            raise ConfigError(
-                f"--grid: expected keys that no override sets, got {key} in both. Remove {override}"
-                " or take the key out of the grid."
-            )
-
-
 def _folder_name(keys: Sequence[str], values: Sequence[str]) -> str:
     parts = []
     for key, value in zip(short_names(keys), values, strict=True):
@@ -248,7 +190,12 @@ def _lay_over(base: dict[str, Any], overrides: Sequence[str], *, source: Path) -
     return config
 
 
-def _check_distinct(cells: Iterable[Cell]) -> None:
+def check_distinct(cells: Iterable[Cell]) -> None:
+    """Refuse cells that are the same run, or whose folders collide or cannot be.
+
+    Raises:
+        ConfigError: There are such cells.
+    """
     names: dict[str, Cell] = {}
     configs: dict[RunConfig, Cell] = {}
     for cell in cells:

@@ -22,8 +22,8 @@ def _losses(env: ProcessEnv, config: RunConfig, data: PreparedData) -> dict[str,
     """Losses of the last stage, step by step, and bytes sent, of both pipelines."""
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
-    from fedpipe.workflows.throughput import build_peers, edges_of_all_peers
-    from fedpipe.workflows.throughput_report import ThroughputSettings
+    from fedpipe.workflows.throughput.measure import build_peers, edges_of_all_peers
+    from fedpipe.workflows.throughput.report import ThroughputSettings
 
     comm = Comm(Grid.from_config(config), env, edges=edges_of_all_peers(config))
     peers = build_peers(config, data, comm=comm, settings=ThroughputSettings(num_steps=STEPS))

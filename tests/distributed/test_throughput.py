@@ -13,8 +13,9 @@ from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.errors import ConfigError
-from fedpipe.workflows.throughput_files import render, write_files
-from fedpipe.workflows.throughput_report import (
+from fedpipe.workflows.throughput.files import write_files
+from fedpipe.workflows.throughput.page import terminal_text
+from fedpipe.workflows.throughput.report import (
     Measurement,
     StageWindow,
     ThroughputSettings,
@@ -31,7 +32,7 @@ NUMBERS = ("tokens_per_s", "bytes_forward_per_token")
 def _measure(
     env: ProcessEnv, config: RunConfig, data: PreparedData, settings: ThroughputSettings
 ) -> Measurement | None:
-    from fedpipe.workflows.throughput import measure
+    from fedpipe.workflows.throughput.measure import measure
 
     return measure(config, data, env=env, settings=settings, emit=lambda kind, value: None)
 
@@ -61,11 +62,37 @@ def test_report_has_every_schedule_with_finite_positive_numbers(tmp_path: Path) 
             assert abs(sum(shares.values()) - 100) < 1
     for ratio in report["ratios"].values():
         assert 0 < ratio["p10"] <= ratio["median"] <= ratio["p90"]
-    write_files(tmp_path / "throughput", report, measurement)
-    assert json.loads((tmp_path / "throughput" / "report.json").read_text()) == report
+    folder = tmp_path / "throughput"
+    write_files(folder, report, measurement, config=single_replica(tiny_config()))
+    assert json.loads((folder / "report.json").read_text()) == report
     for name in SCHEDULES:
-        assert (tmp_path / "throughput" / f"timeline_{name}.png").stat().st_size > 1000
-    assert "DeepSpeed PipelineEngine" in (tmp_path / "throughput" / "report.md").read_text()
+        assert (folder / f"timeline_{name}.png").stat().st_size > 1000
+        assert f"(timeline_{name}.png)" in (folder / "report.md").read_text()
+        trace = json.loads((folder / f"timeline_{name}.json").read_text())["traceEvents"]
+        named = [event["args"]["name"] for event in trace if event["name"] == "thread_name"]
+        assert named == ["stage 0 (client)", "stage 1 (server)"]
+    assert (folder / "report.html").read_text().count("<svg") == len(SCHEDULES)
+
+
+def test_every_process_measures_its_ceiling_in_every_repetition(tmp_path: Path) -> None:
+    settings = ThroughputSettings(repetitions=2, num_steps=3)
+    report, measurement = _report(tiny_config(), tiny_data(tmp_path), settings)
+    assert [len(process) for process in measurement.matmul_flops_per_s] == [2, 2]
+    assert all(speed > 1e6 for process in measurement.matmul_flops_per_s for speed in process)
+    for schedule in report["schedules"].values():
+        assert 0 < schedule["mfu_pct"] < 100
+        assert all(0 < share < 100 for share in schedule["busy_mfu_pct"])
+        assert len(schedule["busy_mfu_pct"]) == 2
+    assert report["advice"]
+
+
+def test_a_stage_whose_head_is_at_home_computes_nothing_while_it_sends(tmp_path: Path) -> None:
+    config = tiny_config(pipeline={"head_location": "client"})
+    settings = ThroughputSettings(repetitions=1, num_steps=3, emulate_ms=20.0)
+    _, measurement = _report(config, tiny_data(tmp_path), settings)
+    events = measurement.traces["streaming"][0][1].steady_events()
+    forward = [end - start for name, _, _, start, end in events if name == "forward"]
+    assert min(forward) > 0.025, "a whole layer and the last one's share of 20 ms each"
 
 
 def test_only_streaming_sends_no_byte_backwards(tmp_path: Path) -> None:
@@ -82,7 +109,7 @@ def test_emulated_devices_are_said_to_be_emulated(tmp_path: Path) -> None:
     report, _ = _report(config, tiny_data(tmp_path), settings)
     layer_s = report["ideal"]["streaming"]["costs"][1]["forward_s"]
     assert layer_s >= 0.002, "a layer sleeps at least its device time"
-    assert "emulated devices, 2 ms per layer" in render(report)
+    assert "emulated devices, 2 ms per layer" in terminal_text(report)
 
 
 def test_stages_of_one_process_are_measured_without_deepspeeds_pipeline(tmp_path: Path) -> None:
@@ -90,7 +117,7 @@ def test_stages_of_one_process_are_measured_without_deepspeeds_pipeline(tmp_path
     settings = ThroughputSettings(repetitions=1, num_steps=3)
     report, _ = _report(config, tiny_data(tmp_path), settings)
     assert list(report["schedules"]) == SCHEDULES[:3]
-    assert "timeline_stock" not in render(report)
+    assert "PipelineEngine" not in terminal_text(report)
 
 
 def _window(stage: int, step_s: float, busy_s: float) -> StageWindow:
@@ -118,7 +145,7 @@ def test_fill_and_tail_are_not_counted_and_ratios_are_paired() -> None:
     }
     measurement = Measurement(
         windows=windows, traces=windows, peak_memory_bytes={"streaming": [1, 2], "1f1b": [3, 4]},
-        device="cpu", threads_per_process=1,
+        matmul_flops_per_s=[], vocab_size=97, device="cpu", threads_per_process=1,
     )  # fmt: skip
     config = single_replica(tiny_config())
     report = summarise(measurement, config, environment={"host": "h"})

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fedpipe.config.load import load_config
 from tests.helpers.cli import REPOSITORY, Command, fedpipe
 from tests.helpers.runs import TINY, num_rounds
 
@@ -50,8 +51,17 @@ def test_a_debug_job_runs_in_this_process_and_several_processes_are_refused(
         "which has one. Set pipeline.colocate=true"
     )
     assert not (tmp_path / "run").exists()
-    done = fedpipe(*common, *TINY, cache, "pipeline.colocate=true", folder=tmp_path)
+    colocated = (*TINY, cache, "pipeline.colocate=true")
+    done = fedpipe(*common, *colocated, "pipeline.cut=auto", folder=tmp_path)
     assert done.code == 0, done.err
+    # Measured where the job runs, written down, and kept by whoever comes again.
+    assert re.search(r"measured layer [\d.,]+ ms per micro-batch", done.out)
+    assert len(load_config(str(tmp_path / "run" / "config.yaml"), []).pipeline.cut) == 1
+    again = fedpipe(*common, *colocated, "pipeline.cut=auto", folder=tmp_path)
+    assert (again.code, again.out) == (
+        0,
+        f"{tmp_path / 'run'} is done: see {tmp_path / 'run'}/report.html\n",
+    )
     assert (tmp_path / "run" / "export" / "config.json").is_file()
 
 
@@ -104,4 +114,4 @@ def test_a_measurement_is_a_job_as_well(tmp_path: Path) -> None:
     assert "on local: 1 node x 2 ranks x 1 core\n" in result.out
     report = json.loads((run_dir / "throughput" / "report.json").read_text())
     assert "streaming" in report["schedules"]
-    assert result.out.splitlines()[-1] == f"report  {run_dir / 'throughput' / 'report.md'}"
+    assert result.out.splitlines()[-1] == f"report  {run_dir / 'throughput' / 'report.html'}"

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForMaskedLM,
     BertForMaskedLM,
@@ -19,10 +21,11 @@ from transformers import (
     RobertaModel,
 )
 
-from fedpipe.config.model_shape import resolve
+from fedpipe.config.model_shape import ModelShape, resolve
 from fedpipe.config.schema import ModelConfig, PipelineConfig
 from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.models.families import FAMILIES, hf_config, load_pretrained, stable_seed
+from fedpipe.models.masked import gather_masked
 from fedpipe.models.split import merge, stage_specs
 from fedpipe.models.stage import Stage, build_stage
 from fedpipe.workflows.export import build_model
@@ -34,14 +37,17 @@ ENCODER = {"bert": BertModel, "roberta": RobertaModel}
 FAMILY = pytest.mark.parametrize("family", ["roberta", "bert"])
 
 
-def _config(family: str, **keys: Any) -> PretrainedConfig:
+def _shape(family: str, **keys: Any) -> ModelShape:
     model = ModelConfig(
         family=family, num_hidden_layers=LAYERS, hidden_size=16, num_attention_heads=2,
         intermediate_size=24, max_position_embeddings=20, **keys,
     )  # fmt: skip
-    shape = resolve(model, vocab_size=VOCAB, sequence_length=LENGTH)
+    return resolve(model, vocab_size=VOCAB, sequence_length=LENGTH)
+
+
+def _config(family: str, **keys: Any) -> PretrainedConfig:
     pad = 1 if family == "roberta" else 0
-    return hf_config(shape, pad_id=pad, cls_id=2, sep_id=3)
+    return hf_config(_shape(family, **keys), pad_id=pad, cls_id=2, sep_id=3)
 
 
 def _stages(
@@ -82,6 +88,41 @@ def _logits(stages: list[Stage], ids: torch.Tensor) -> torch.Tensor:
 
 def _ids() -> torch.Tensor:
     return torch.randint(4, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@FAMILY
+@pytest.mark.parametrize("at_home", [False, True], ids=["server", "client"])
+def test_the_last_layer_runs_at_masked_positions_only_and_changes_nothing(
+    family: str, at_home: bool
+) -> None:
+    """Values and gradients are those of the whole layer; its FLOPs are those of the plan."""
+    config = _config(family)
+    head_location = "client" if at_home else "server"
+    stage = _stages(config, (2,), head_location=head_location)[1].double()
+    _randomise(stage)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(3, LENGTH, config.hidden_size, generator=generator).double()
+    positions = torch.tensor([[1, 4], [0, 2], [3, 5]])
+    last = stage.get_submodule(f"{family}.encoder.layer.{LAYERS - 1}")
+
+    def gradients(outputs: torch.Tensor) -> list[torch.Tensor]:
+        (outputs * torch.arange(outputs.numel()).view_as(outputs)).sum().backward()
+        found = [p.grad for p in last.parameters()]
+        last.zero_grad()
+        assert all(g is not None for g in found)
+        return [g for g in found if g is not None]
+
+    before_last = stage(hidden).detach()
+    # The fused kernel is not counted.
+    with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+        outputs = stage.masked(before_last, positions)
+    whole = last(before_last)
+    whole = whole[0] if isinstance(whole, tuple) else whole
+    expected = gather_masked(whole, positions)
+    torch.testing.assert_close(outputs, expected)
+    torch.testing.assert_close(gradients(outputs), gradients(expected))
+    expected_flops = _shape(family).masked_layer_flops(LENGTH, num_masked=positions.shape[1])
+    assert flops.get_total_flops() == len(hidden) * expected_flops
 
 
 # -- first weights -------------------------------------------------------------------------------

@@ -139,10 +139,12 @@ def test_one_stage_has_no_traffic_and_no_bubble() -> None:
     assert "positions and labels" not in render(plan)
 
 
-def test_balanced_stages_have_the_textbook_bubbles() -> None:
+def test_stages_have_the_textbook_bubbles_of_their_shares() -> None:
     plan = plan_of("pipeline.num_micro_batches=8")
-    assert [stage.cost_share_pct for stage in plan.stages] == pytest.approx([50.0, 50.0])
-    assert plan.ideal["streaming"].bubble_pct == pytest.approx(0.0)
+    # Of the last layer only keys and values are computed everywhere.
+    slow, fast = (stage.cost_share_pct for stage in plan.stages)
+    assert fast < 50.0 < slow
+    assert plan.ideal["streaming"].bubble_pct == pytest.approx(100.0 - 50.0 * (slow + fast) / slow)
     # Over the cut only the last stage has a head, so 1F1B idles more than 1 / (M + 1).
     assert plan.ideal["1f1b"].bubble_pct > 100.0 / 9.0
     assert plan.ideal["sequential"].bubble_pct == pytest.approx(50.0)

@@ -14,14 +14,8 @@ from fedpipe.cli import main
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError, FedPipeError
 from fedpipe.launcher.sweep import _divide
 from fedpipe.metrics.sweep_report import MAX_DRAWN, Row, RunResult, Spread, draw_sweep, table
-from fedpipe.workflows.sweep import (
-    Cell,
-    Sweep,
-    gather,
-    parse_grid,
-    prepare_texts,
-    set_up_sweep,
-)
+from fedpipe.workflows.grid import parse_grid
+from fedpipe.workflows.sweep import Cell, Sweep, gather, prepare_texts, set_up_sweep
 
 GRID = ("pipeline.cut=[2],[1,3]", "seed=0,1")
 

@@ -27,14 +27,16 @@ from fedpipe.models.split import Edge, pipeline_edges
 from fedpipe.pipeline.emulate import emulate_
 from fedpipe.pipeline.stage_engine import MicroBatchSource, StageEngine, StepResult
 from fedpipe.pipeline.stock import StockPipeline
-from fedpipe.workflows.peak_memory import PeakMemory
 from fedpipe.workflows.replica import Replica
-from fedpipe.workflows.throughput_report import (
+from fedpipe.workflows.throughput.matmul import matmul_flops_per_s, operands
+from fedpipe.workflows.throughput.peak_memory import PeakMemory
+from fedpipe.workflows.throughput.report import (
     Measurement,
     StageWindow,
     ThroughputSettings,
     single_replica,
 )
+from fedpipe.workflows.throughput.utilisation import Product
 
 WARM_UP_STEPS = 2
 """Local steps of each schedule before the first repetition: allocator, moments, connections."""
@@ -137,7 +139,14 @@ def measure(
     comm = Comm(Grid.from_config(config), env, edges=edges_of_all_peers(config))
     try:
         peers = build_peers(config, data, comm=comm, settings=settings)
-        return _measure(peers, comm=comm, settings=settings, emit=emit)
+        return _measure(
+            peers,
+            operands(Product.of(config, vocab_size=data.vocab_size), device=comm.device),
+            comm=comm,
+            settings=settings,
+            emit=emit,
+            vocab_size=data.vocab_size,
+        )
     finally:
         comm.close()
 
@@ -183,9 +192,14 @@ def build_peers(
         stages.append(stock.stage)
     if settings.emulate_ms:
         layer_s = settings.emulate_ms / 1000
-        head_s = layer_s * _head_layers(config, vocab_size=data.vocab_size)
+        masked_layer, head = _in_layers(config, vocab_size=data.vocab_size)
         for stage in stages:
-            emulate_(stage, layer_forward_s=layer_s, head_forward_s=head_s)
+            emulate_(
+                stage,
+                layer_forward_s=layer_s,
+                masked_layer_forward_s=masked_layer * layer_s,
+                head_forward_s=head * layer_s,
+            )
     return peers
 
 
@@ -200,13 +214,16 @@ def edges_of_all_peers(config: RunConfig) -> list[Edge]:
     return [Edge(*ends, backward) for ends, backward in found.items()]
 
 
-def _head_layers(config: RunConfig, *, vocab_size: int) -> float:
-    """Cost of a head in encoder layers, by FLOPs; it sees the masked positions only."""
+def _in_layers(config: RunConfig, *, vocab_size: int) -> tuple[float, float]:
+    """Costs of the last layer and of a head in whole encoder layers, by FLOPs."""
     length = config.data.sequence_length
     shape = resolve(config.model, vocab_size=vocab_size, sequence_length=length)
     masked = num_masked(length, config.data.mask_probability)
     layer_flops = length * shape.layer_flops_per_token(length)
-    return masked * shape.head_flops_per_token() / layer_flops
+    return (
+        shape.masked_layer_flops(length, num_masked=masked) / layer_flops,
+        masked * shape.head_flops_per_token() / layer_flops,
+    )
 
 
 def _with_objective(config: RunConfig, objective: Any, schedule: Any) -> RunConfig:
@@ -228,10 +245,12 @@ def _targets(
 
 def _measure(
     peers: dict[str, Peer],
+    matrices: tuple[Tensor, Tensor],
     *,
     comm: Comm,
     settings: ThroughputSettings,
     emit: Callable[[str, Any], None],
+    vocab_size: int,
 ) -> Measurement | None:
     names = list(peers)
     synchronous = comm.device.type == "cpu"  # elsewhere a trace waits for every kernel
@@ -241,9 +260,13 @@ def _measure(
     def window(name: str, *, traced: bool) -> list[StageWindow]:
         return _window(peers[name], comm=comm, num_steps=settings.num_steps, traced=traced)
 
+    ceiling: list[float] = []
     windows: dict[str, list[list[StageWindow]]] = {name: [] for name in names}
     traces = windows if synchronous else {name: [] for name in names}
     for repetition in range(settings.repetitions):
+        if not settings.emulate_ms:
+            comm.barrier()  # all at once, so that they contend as in training
+            ceiling.append(matmul_flops_per_s(matrices))
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
             windows[name].append(window(name, traced=synchronous))
@@ -252,13 +275,15 @@ def _measure(
         if comm.is_master():
             emit("note", f"repetition {repetition + 1}/{settings.repetitions}")
     memory = {name: _peak_memory(peers[name], comm=comm) for name in names}
-    gathered = comm.gather((windows, traces, memory))
+    gathered = comm.gather((windows, traces, memory, ceiling))
     if gathered is None:
         return None
     return Measurement(
         windows=_by_stage([part[0] for part in gathered]),
         traces=_by_stage([part[1] for part in gathered]),
         peak_memory_bytes={name: [part[2][name] for part in gathered] for name in names},
+        matmul_flops_per_s=[part[3] for part in gathered if part[3]],
+        vocab_size=vocab_size,
         device=_device_name(comm.device),
         threads_per_process=torch.get_num_threads(),
     )

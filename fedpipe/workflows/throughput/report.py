@@ -9,16 +9,15 @@ from typing import Any
 
 from fedpipe.config.schema import RunConfig
 from fedpipe.errors import ConfigError
-from fedpipe.models.split import stage_specs
-from fedpipe.pipeline.timeline import COMPUTE, StageCost, Timeline, simulate
+from fedpipe.pipeline.timeline import COMPUTE, StageCost
+from fedpipe.workflows.costs.ideal import predict
+from fedpipe.workflows.throughput.advice import advise
+from fedpipe.workflows.throughput.utilisation import Product, utilisation
 
 WAITING = (
     "recv_activation", "send_activation", "recv_grad", "send_grad", "send_home", "recv_home_grad",
 )  # fmt: skip
 """Events in which a stage waits for a neighbour."""
-SIMULATED = {"streaming": "streaming", "1f1b": "1f1b", "sequential": "sequential", "stock": "1f1b"}
-"""Schedules that are measured, by what the simulator calls them."""
-
 TraceEvent = tuple[str, int, int, float, float]
 """(name, micro_batch, step, start_s, end_s), as in ``fedpipe.pipeline.stage_engine.Trace``."""
 
@@ -91,6 +90,10 @@ class Measurement:
     """Traced; the same windows where tracing does not slow a step down (CPU)."""
     peak_memory_bytes: dict[str, list[int]]
     """By schedule, one per process."""
+    matmul_flops_per_s: list[list[float]]
+    """FLOP/s of a bare matrix product, by process, then repetition; empty for emulated devices."""
+    vocab_size: int
+    """Of the prepared text."""
     device: str
     threads_per_process: int
 
@@ -123,7 +126,7 @@ def summarise(
         environment: Versions, host, command.
 
     Returns:
-        The report.
+        The report; all that its pages say is in it.
     """
     tokens = config.blocks_per_step * config.data.sequence_length
     schedules, ideal = {}, {}
@@ -131,28 +134,45 @@ def summarise(
         traces = measurement.traces[name]
         schedules[name] = _schedule(windows, traces, config=config, tokens=tokens)
         schedules[name]["peak_memory_bytes"] = measurement.peak_memory_bytes[name]
+        schedules[name] |= utilisation(
+            name,
+            windows,
+            traces,
+            ceiling=measurement.matmul_flops_per_s,
+            config=config,
+            vocab_size=measurement.vocab_size,
+        )
         ideal[name] = _ideal(name, traces, config=config, tokens=tokens)
         # Repetition by repetition: what slows the machine down slows the ideal down, too.
         reached = [
-            _simulate(name, costs([t]), config=config).step_s / _step_s(w[-1])
+            predict(name, costs([t]), config).step_s / _step_s(w[-1])
             for t, w in zip(traces, windows, strict=True)
         ]
         ideal[name]["reached_pct"] = 100.0 * statistics.median(reached)
     others = [name for name in measurement.windows if name != "streaming"]
-    return {
+    report = {
         "schedules": schedules,
         "ratios": {
             f"streaming_vs_{name}": _spread(_paired(measurement, "streaming", name))
             for name in others
         },
         "ideal": ideal,
-        "environment": environment
-        | {
-            "device": measurement.device,
-            "threads_per_process": measurement.threads_per_process,
-            "num_stages": config.pipeline.num_stages,
-            "tokens_per_step": tokens,
-        },
+        "environment": environment | _circumstances(measurement, config, tokens=tokens),
+    }
+    return report | {"advice": advise(report, config, vocab_size=measurement.vocab_size)}
+
+
+def _circumstances(measurement: Measurement, config: RunConfig, *, tokens: int) -> dict[str, Any]:
+    ceiling = measurement.matmul_flops_per_s
+    product = Product.of(config, vocab_size=measurement.vocab_size)
+    return {
+        "device": measurement.device,
+        "threads_per_process": measurement.threads_per_process,
+        "num_stages": config.pipeline.num_stages,
+        "num_micro_batches": config.pipeline.num_micro_batches,
+        "tokens_per_step": tokens,
+        "matmul": str(product) if ceiling else None,
+        "matmul_flops_per_s": [statistics.median(own) for own in ceiling] or None,
     }
 
 
@@ -233,7 +253,7 @@ def _ideal(
     name: str, traces: Sequence[Sequence[StageWindow]], *, config: RunConfig, tokens: int
 ) -> dict[str, Any]:
     stages = costs(traces)
-    timeline = _simulate(name, stages, config=config)
+    timeline = predict(name, stages, config)
     return {
         "tokens_per_s": tokens / timeline.step_s,
         "step_s": timeline.step_s,
@@ -244,23 +264,6 @@ def _ideal(
             for c in stages
         ],
     }
-
-
-def _simulate(name: str, stages: list[StageCost], *, config: RunConfig) -> Timeline:
-    schedule = SIMULATED[name]
-    pipeline = replace(
-        config.pipeline,
-        objective="local_loss" if schedule == "streaming" else "end_to_end",
-        schedule=schedule,  # type: ignore[arg-type]
-    )
-    layers = max((1, *(cut + 1 for cut in pipeline.cut)))  # costs count, not layers
-    return simulate(
-        schedule,
-        stage_specs(pipeline, num_hidden_layers=layers),
-        stages,
-        num_micro_batches=config.pipeline.num_micro_batches,
-        in_flight=config.pipeline.in_flight,
-    )
 
 
 def _step_s(window: StageWindow) -> float:

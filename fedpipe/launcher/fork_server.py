@@ -1,0 +1,36 @@
+"""The process that imports what ranks need, once, and that they are forked from. No torch here."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from multiprocessing import forkserver, resource_tracker
+from typing import Any
+
+from fedpipe.distributed.watch import STOP_SIGNALS
+from fedpipe.launcher.worker import PRELOAD
+
+
+def fork_server() -> Any:
+    """Start importing torch, DeepSpeed and transformers, once, beside the supervisor's own work.
+
+    Returns:
+        The context that forks ranks from the server; called again, the same one.
+    """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if not os.path.exists("/dev/nvidiactl"):  # DeepSpeed probes for accelerators otherwise
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    resource_tracker.ensure_running()  # it changes the mask, so not below
+    # A terminal and a scheduler send signals to all processes of a run. The server must outlive
+    # them; its children inherit the mask and take it off when they can stop in order.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context

@@ -1,0 +1,1 @@
+"""Throughput: measure schedules side by side, and say what the numbers mean."""

@@ -1,0 +1,128 @@
+"""``pipeline.cut: auto``: what it stands for, who chooses, and that a run keeps what it has."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedpipe.config import load
+from fedpipe.config.schema import RunConfig
+from fedpipe.errors import ConfigError
+from fedpipe.models.split import placement, stage_specs
+from fedpipe.pipeline.timeline import StageCost
+from fedpipe.workflows.costs.layers import LayerCosts, best_cut, cut_lines
+from fedpipe.workflows.costs.measure import measure_layer_costs
+from fedpipe.workflows.run_dir import resolve_config
+
+TINY = (
+    "model.num_hidden_layers=6", "model.hidden_size=16", "model.num_attention_heads=2",
+    "model.intermediate_size=32", "pipeline.micro_batch_size=2",
+)  # fmt: skip
+
+
+def never(config: RunConfig) -> tuple[int, ...]:
+    raise AssertionError("nobody was to choose a cut")
+
+
+@pytest.mark.parametrize(
+    ("auto", "even"), [("auto", (3,)), ("auto:2", (3,)), ("auto:4", (1, 3, 4))]
+)
+def test_whoever_measures_chooses_from_an_even_cut_that_has_passed_all_checks(
+    auto: str, even: tuple[int, ...]
+) -> None:
+    seen = []
+
+    def choose(config: RunConfig) -> tuple[int, ...]:
+        seen.append(config.pipeline.cut)
+        return tuple(cut + 1 for cut in config.pipeline.cut)
+
+    config = load.load_config(None, [*TINY, f"pipeline.cut={auto}"], choose_cut=choose)
+    assert seen == [even]
+    assert config.pipeline.cut == tuple(cut + 1 for cut in even)
+    assert load.load_config(None, [*TINY, f"pipeline.cut={auto}"]).pipeline.cut == even
+    with pytest.raises(ConfigError, match=r"pipeline\.wire"):
+        overrides = [*TINY, f"pipeline.cut={auto}", "pipeline.wire=[bf16,bf16,bf16,bf16]"]
+        load.load_config(None, overrides, choose_cut=never)
+
+
+@pytest.mark.parametrize("wrong", ["auto:1", "auto:x", "automatic", "auto:"])
+def test_another_word_is_refused(wrong: str) -> None:
+    expected = rf"pipeline.cut: expected a list, auto or auto:N for N stages, got '{wrong}'"
+    with pytest.raises(ConfigError, match=expected):
+        load.load_config(None, [f"pipeline.cut='{wrong}'"])
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"pipeline.cut: expected at most 6 stages"):
+        load.load_config(None, [*TINY, "pipeline.cut=auto:7"], choose_cut=never)
+
+
+def test_a_run_that_has_begun_keeps_its_cut_and_any_other_is_measured(tmp_path: Path) -> None:
+    overrides = [*TINY, "pipeline.cut=auto"]
+    saved = load.load_config(None, [*TINY, "pipeline.cut=[5]"])
+    (tmp_path / "config.yaml").write_text(load.to_yaml(saved))
+
+    def resolved(choose: load.ChooseCut) -> tuple[int, ...]:
+        config = resolve_config(None, overrides, str(tmp_path), choose_cut=choose)[0]
+        return config.pipeline.cut
+
+    assert resolved(lambda config: (1,)) == (1,)
+    (tmp_path / "metrics.jsonl").touch()
+    assert resolved(never) == (5,)
+
+
+@pytest.mark.parametrize("first_cut", [0, 1])
+@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("head_location", ["server", "client"])
+def test_the_chosen_cut_is_the_best_of_all(
+    head_location: str, num_stages: int, first_cut: int
+) -> None:
+    """Brute force over all cuts; a process' load is all that it holds."""
+    layers_s = (3.0, 1.0, 4.0, 1.0, 5.0, 2.0)
+    cut = (first_cut, *range(2, num_stages))
+    overrides = [*TINY, f"pipeline.cut={list(cut)}", f"pipeline.head_location={head_location}"]
+    config = load.load_config(None, overrides)
+    specs = stage_specs(config.pipeline, num_hidden_layers=len(layers_s))
+    rest_s = (7.0, 0.5, 2.5, 1.0, 1.5)[: len(specs)]
+    stages = tuple(StageCost(1.0, 2.0, optimizer_s=0.25 * i) for i in range(len(specs)))
+    costs = LayerCosts(layers_s=layers_s, rest_s=rest_s, stages=stages)
+
+    def busiest(cut: tuple[int, ...]) -> float:
+        pipeline = replace(config.pipeline, cut=cut)
+        loads = []
+        for held in placement(stage_specs(pipeline, num_hidden_layers=len(layers_s))):
+            loads.append(0.0)
+            for spec in held:
+                own = rest_s[spec.stage_id] + sum(layers_s[spec.first_layer : spec.end_layer])
+                loads[-1] += pipeline.num_micro_batches * own + stages[spec.stage_id].optimizer_s
+        return max(loads)
+
+    possible = itertools.combinations(range(first_cut, len(layers_s)), num_stages - 1)
+    found = best_cut(costs, config)
+    assert busiest(found) == min(map(busiest, possible))
+    line = cut_lines(costs, config, cut=found)[-1]
+    assert str(list(found)) in line and "predicted" in line
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("pipeline.cut=[3]",),
+        ("pipeline.cut=[2,4]", "pipeline.local_head=mlm+layer"),
+        ("pipeline.cut=[2,4]", "pipeline.head_location=client"),
+        ("pipeline.cut=[2,4]", "pipeline.objective=end_to_end", "pipeline.schedule=1f1b"),
+        ("pipeline.cut=[3]", "pipeline.activation_checkpointing=true", "model.family=bert"),
+    ],
+    ids=str,
+)
+def test_every_kind_of_stage_is_measured(keys: tuple[str, ...]) -> None:
+    config = load.load_config(None, [*TINY, *keys])
+    costs = measure_layer_costs(config)
+    assert len(costs.layers_s) == 6
+    assert len(costs.stages) == len(costs.rest_s) == config.pipeline.num_virtual_stages
+    assert all(stage.forward_s > 0 for stage in costs.stages[: config.pipeline.num_stages])
+    assert all(stage.optimizer_s > 0 for stage in costs.stages)
+    assert len(best_cut(costs, config)) == len(config.pipeline.cut)
