@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN_DIR ?= runs/quickstart
 
-.PHONY: help pretrain test slurm-packages slurm-up slurm-down lint format bench clean .venv
+.PHONY: help pretrain test slurm-packages slurm-up slurm-down lint format bench bench-gpu clean .venv
 .DELETE_ON_ERROR:
 
 help:
@@ -16,7 +16,7 @@ help:
 	@echo "make lint      ruff and mypy only"
 	@echo "make format    rewrite the code as ruff formats it"
 	@echo "make slurm-up  a throw-away SLURM cluster on this machine; make slurm-down removes it"
-	@echo "make bench     measure every schedule in one interleaved run"
+	@echo "make bench     measure every schedule on two cores; make bench-gpu on a GPU"
 	@echo "make clean     remove .venv and caches; runs/ stays"
 
 # .venv itself changes whenever something is written into it, so a stamp says when it was complete.
@@ -53,7 +53,11 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/fedpipe throughput --run-dir runs/bench
+	$(BIN)/fedpipe throughput --config launch/configs/throughput_cpu.yaml --run-dir runs/bench
+
+bench-gpu: $(READY)
+	$(BIN)/fedpipe throughput --config launch/configs/throughput_gpu.yaml --run-dir runs/bench-gpu \
+		--grid pipeline.cut=[6] pipeline.micro_batch_size=16,32,64
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

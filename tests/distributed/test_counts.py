@@ -1,0 +1,95 @@
+"""What a local step costs, counted instead of timed: FLOPs, operations, messages, bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpipe.config.model_shape import resolve
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import PreparedData
+from fedpipe.data.masking import num_masked
+from fedpipe.distributed.env import ProcessEnv
+from fedpipe.models.split import stage_specs
+from fedpipe.workflows.costs.flops import stage_flops
+from tests.helpers.distributed import run_distributed
+from tests.helpers.tiny import LENGTH, VOCAB, tiny_config, tiny_data
+
+STEPS = 5
+
+
+def _count(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
+    """Train; return FLOPs, operations by name, messages and bytes of every local step."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from fedpipe.distributed.comm import Comm
+    from fedpipe.distributed.topology import Grid
+    from fedpipe.models.split import pipeline_edges
+    from fedpipe.workflows.replica import Replica
+
+    operations: Counter[str] = Counter()
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            operations[str(func)] += 1
+            return func(*args, **(kwargs or {}))
+
+    comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
+    replica = Replica(config, data, comm=comm)
+    (engine,) = replica.stages
+    steps: list[tuple[int, dict[str, int], int, int]] = []
+
+    def on_step(stage: int, result: Any) -> None:
+        link = engine.links.activations_out
+        sent = (link.sent_messages, link.sent_bytes) if link else (0, 0)
+        steps.append((flops.get_total_flops(), dict(operations), *sent))
+
+    # The fused attention kernel is one operation whose FLOPs are not counted.
+    with FlopCounterMode(display=False) as flops, Operations(), sdpa_kernel(SDPBackend.MATH):
+        replica.engine.train(
+            range(STEPS), source=replica.training_source(0, start=0), lr=lambda s: 1e-3,
+            on_step=on_step,
+        )  # fmt: skip
+    comm.close()
+    return steps
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [{"cut": [2]}, {"cut": [1], "local_head": "mlm+layer"}],
+    ids=str,
+)
+def test_a_local_step_costs_what_the_plan_says_and_every_step_the_same(
+    pipeline: dict[str, Any], tmp_path: Path
+) -> None:
+    config = tiny_config(pipeline=pipeline, federation={"num_replicas": 1, "clients_per_round": 1})
+    counted = run_distributed(_count, 2, config, tiny_data(tmp_path))
+    shape = resolve(config.model, vocab_size=VOCAB, sequence_length=LENGTH)
+    masked = num_masked(LENGTH, config.data.mask_probability)
+    micro_batches = config.pipeline.num_micro_batches
+    sequences = micro_batches * config.pipeline.micro_batch_size
+    specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
+    for spec, steps in zip(specs, counted, strict=True):
+        cost = stage_flops(spec, config, shape, num_masked=masked)
+        expected = micro_batches * (cost.forward_s + cost.backward_s + cost.head_s)
+        if not spec.is_first:
+            # No gradient goes back over the cut, so none is computed for the inputs of the first
+            # layer's queries, keys and values.
+            expected -= sequences * LENGTH * 3 * 2 * shape.hidden_size**2
+        assert [flops for flops, *_ in steps] == [n * expected for n in range(1, STEPS + 1)]
+        # The last step posts no receives for another one.
+        second, third, fourth = (Counter(operations) for _, operations, *_ in steps[1:4])
+        assert third - second == fourth - third
+        sent = 0 if spec.is_last else micro_batches
+        assert [messages for *_, messages, _ in steps] == [n * sent for n in range(1, STEPS + 1)]
+    (*_, nbytes), (*_, twice) = counted[0][:2]
+    hidden = 4 * config.pipeline.micro_batch_size * LENGTH * shape.hidden_size
+    targets = 4 * 2 * config.pipeline.micro_batch_size * masked
+    assert (nbytes, twice) == (micro_batches * (hidden + targets), 2 * nbytes)
