@@ -17,7 +17,13 @@ from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.format import count
 from fedpipe.workflows.grid import check_grid, parse_grid
 from fedpipe.workflows.run_dir import RunSetup, describe_environment, locked, resolve_config
-from fedpipe.workflows.sweep import Cell, check_distinct, make_cells, prepare_texts
+from fedpipe.workflows.sweep import (
+    Cell,
+    check_distinct,
+    make_cells,
+    prepare_texts,
+    refuse_open_cut,
+)
 from fedpipe.workflows.throughput.files import write_documents, write_files
 from fedpipe.workflows.throughput.page import Report, aligned, terminal_text
 from fedpipe.workflows.throughput.points import (
@@ -122,7 +128,9 @@ def _cells(
     check_grid(grid, overrides)
 
     def configure(own: Sequence[str]) -> RunConfig:
-        config, _, _ = resolve_config(config_path, [*overrides, *own], run_dir, preset=preset)
+        config, _, _ = resolve_config(
+            config_path, [*overrides, *own], run_dir, preset=preset, choose_cut=refuse_open_cut
+        )
         single_replica(config)
         return config
 

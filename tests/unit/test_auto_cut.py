@@ -11,11 +11,14 @@ import pytest
 from fedpipe.config import load
 from fedpipe.config.schema import RunConfig
 from fedpipe.errors import ConfigError
+from fedpipe.launcher.throughput import throughput
 from fedpipe.models.split import placement, stage_specs
 from fedpipe.pipeline.timeline import StageCost
 from fedpipe.workflows.costs.layers import LayerCosts, best_cut, cut_lines
 from fedpipe.workflows.costs.measure import measure_layer_costs
 from fedpipe.workflows.run_dir import resolve_config
+from fedpipe.workflows.sweep import set_up_sweep
+from fedpipe.workflows.throughput.report import ThroughputSettings
 
 TINY = (
     "model.num_hidden_layers=6", "model.hidden_size=16", "model.num_attention_heads=2",
@@ -72,6 +75,16 @@ def test_a_run_that_has_begun_keeps_its_cut_and_any_other_is_measured(tmp_path: 
     assert resolved(lambda config: (1,)) == (1,)
     (tmp_path / "metrics.jsonl").touch()
     assert resolved(never) == (5,)
+
+
+def test_a_sweep_and_a_grid_of_measurements_want_a_list(tmp_path: Path) -> None:
+    axes = ["pipeline.cut=auto,[2]"]
+    expected = r"pipeline\.cut: expected a list, the same wherever a cell runs, got auto\."
+    with pytest.raises(ConfigError, match=expected):
+        set_up_sweep(None, TINY, axes, str(tmp_path / "sweep"), preset=None)
+    with pytest.raises(ConfigError, match=expected):
+        throughput(None, TINY, str(tmp_path / "tp"), axes=axes, settings=ThroughputSettings())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("first_cut", [0, 1])
