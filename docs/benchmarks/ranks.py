@@ -1,0 +1,68 @@
+"""One process per rank of a configuration, for benchmarks that need the pipeline's inside."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import PreparedData, load_prepared
+from fedpipe.data.corpus import prepare
+from fedpipe.distributed.comm import Comm
+from fedpipe.distributed.env import ProcessEnv, threads_per_process
+from fedpipe.distributed.topology import Grid
+from fedpipe.models.split import Edge, pipeline_edges
+
+Benchmark = Callable[[RunConfig, PreparedData, Comm], Any]
+
+
+def run_ranks(config: RunConfig, benchmark: Benchmark) -> list[Any]:
+    """Prepare the text, call ``benchmark`` on every rank, and return the results by rank.
+
+    Args:
+        config: Its grid is the processes.
+        benchmark: A function of a module; gets the groups of its rank.
+    """
+    directory = prepare(config).directory
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as scratch:
+        processes = [
+            context.Process(
+                target=_rank, args=(rank, config, str(directory), scratch, benchmark, results)
+            )
+            for rank in range(config.world_size)
+        ]
+        for process in processes:
+            process.start()
+        found = [results.get() for _ in processes]
+        for process in processes:
+            process.join()
+    if any(process.exitcode for process in processes):
+        sys.exit("a rank failed; what it said is above")
+    return [value for _, value in sorted(found, key=lambda pair: pair[0])]
+
+
+def _rank(
+    rank: int, config: RunConfig, directory: str, scratch: str, benchmark: Benchmark, results: Any
+) -> None:
+    size = config.world_size
+    torch.set_num_threads(threads_per_process(size))
+    env = ProcessEnv(
+        rank=rank, world_size=size, local_rank=rank, local_world_size=size,
+        rendezvous=f"file://{Path(scratch) / 'store'}",
+    )  # fmt: skip
+    value = None
+    try:
+        edges = [Edge(*edge) for edge in pipeline_edges(config.pipeline)]
+        comm = Comm(Grid.from_config(config), env, edges=edges)
+        value = benchmark(config, load_prepared(directory), comm)
+        comm.close()
+    finally:
+        results.put((rank, value))
