@@ -57,7 +57,7 @@ bench: $(READY)
 
 bench-gpu: $(READY)
 	$(BIN)/fedpipe throughput --config launch/configs/throughput_gpu.yaml --run-dir runs/bench-gpu \
-		--grid pipeline.cut=[6] pipeline.micro_batch_size=16,32,64
+		--grid pipeline.compile=false,true pipeline.micro_batch_size=16,32,64
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -52,6 +54,8 @@ def run_ranks(config: RunConfig, benchmark: Benchmark) -> list[Any]:
 def _rank(
     rank: int, config: RunConfig, directory: str, scratch: str, benchmark: Benchmark, results: Any
 ) -> None:
+    pr_set_pdeathsig = 1  # linux/prctl.h: no rank outlives an interrupted benchmark
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     size = config.world_size
     torch.set_num_threads(threads_per_process(size))
     env = ProcessEnv(

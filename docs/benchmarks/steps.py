@@ -17,9 +17,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from ranks import run_ranks
 from torch import Tensor
+from torch.nn import functional
 
 from fedpipe.config.load import load_config
 from fedpipe.config.schema import RunConfig
@@ -81,12 +81,13 @@ def head_at_every_position(engine: StageEngine) -> None:
     """The whole last layer, and logits of all tokens, of which the masked ones are scored."""
     stage = engine.stage
 
-    def logits(hidden: Tensor, positions: Tensor) -> Tensor:
+    def loss(hidden: Tensor, targets: Tensor, *, reduction: str) -> Tensor:
         for layer in stage._head_layer:
             hidden = _run(layer, hidden)
-        return gather_masked(stage._head[0](hidden), positions)
+        logits = gather_masked(stage._head[0](hidden), targets[0])
+        return functional.cross_entropy(logits.flatten(0, 1), targets[1].long().flatten())
 
-    stage.logits = logits  # type: ignore[method-assign]
+    stage.loss = loss  # type: ignore[method-assign,assignment]
 
 
 def optimizer(*, foreach: bool) -> Callable[[StageEngine], None]:
@@ -99,21 +100,6 @@ def optimizer(*, foreach: bool) -> Callable[[StageEngine], None]:
     return apply
 
 
-def compiled(engine: StageEngine) -> None:
-    """Encoder and head, each as one graph."""
-    stage = engine.stage
-    stage.forward = torch.compile(stage.forward)  # type: ignore[method-assign]
-    stage.logits = torch.compile(stage.logits)  # type: ignore[method-assign]
-
-
-def layers_compiled(engine: StageEngine) -> None:
-    """Every encoder layer as a graph, the same one for all; the head as another."""
-    stage = engine.stage
-    for layer in stage._layers:
-        layer.compile()
-    stage.logits = torch.compile(stage.logits)  # type: ignore[method-assign]
-
-
 VARIANTS: dict[str, tuple[Callable[[StageEngine], None], dict[str, Any]]] = {
     "as it is": (as_it_is, {}),
     "messages without overlap": (messages_without_overlap, {}),
@@ -122,8 +108,7 @@ VARIANTS: dict[str, tuple[Callable[[StageEngine], None], dict[str, Any]]] = {
     "last layer and head at every position": (head_at_every_position, {}),
     "optimizer foreach instead of fused": (optimizer(foreach=True), {}),
     "optimizer tensor by tensor": (optimizer(foreach=False), {}),
-    "torch.compile of each stage": (compiled, {}),
-    "torch.compile of each layer": (layers_compiled, {}),
+    "torch.compile of layers and head (`pipeline.compile`)": (as_it_is, {"compile": True}),
 }
 """Name -> what is changed in a built stage, and in ``pipeline``."""
 

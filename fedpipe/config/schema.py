@@ -141,6 +141,9 @@ class PipelineConfig:
     auto is what the stages compute in; int8 has one scale per row."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    compile: bool = False
+    """Have torch compile layers and heads at the first step: for GPUs. It takes a C++ compiler and
+    about a minute; on CPUs it did not pay."""
     colocate: bool = False
     """Run all stages of a replica as threads of one process (one GPU, debugging)."""
     hang_timeout_s: float = 120.0

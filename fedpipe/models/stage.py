@@ -51,6 +51,17 @@ class Stage(nn.Module):
             self._head_layer.append(self._layers.pop())
         self._head: list[nn.Module] = []
         self._build_head(config)
+        self._run_masked, self._score = run_masked, _score
+
+    def compile_parts(self) -> None:
+        """Have torch compile layers and head at their first call.
+
+        Part by part: layers of one shape share a graph, so a deep stage is compiled as fast as a
+        shallow one, and what they compute stays what it was up to rounding.
+        """
+        for layer in self._layers:
+            layer.compile()
+        self._run_masked, self._score = torch.compile(run_masked), torch.compile(_score)
 
     def _build_head(self, config: PretrainedConfig) -> None:
         spec, family = self.spec, self.family
@@ -98,7 +109,7 @@ class Stage(nn.Module):
         if self.spec.is_home_head:  # the server has gathered them
             return hidden_BTD
         for layer in self._head_layer:
-            return self._checkpointed(partial(run_masked, layer), hidden_BTD, positions_BM)
+            return self._checkpointed(partial(self._run_masked, layer), hidden_BTD, positions_BM)
         return gather_masked(hidden_BTD, positions_BM)
 
     def _checkpointed(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -117,17 +128,23 @@ class Stage(nn.Module):
         Returns:
             Scalar in nats, or (B, M) losses.
         """
-        logits_BMV = self.logits(hidden_BTD, targets[0])
+        assert self._head, "this stage has no head"
         labels_BM = targets[1].long()
-        loss = functional.cross_entropy(
-            logits_BMV.flatten(0, 1).float(), labels_BM.flatten(), reduction=reduction
-        )
+        hidden_BMD = self.masked(hidden_BTD, targets[0])
+        loss = self._score(self._head[0], hidden_BMD, labels_BM, reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(labels_BM)
 
     def logits(self, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
         """Scores (B, M, V) of the stage's head at the given positions."""
         assert self._head, "this stage has no head"
         return self._head[0](self.masked(hidden_BTD, positions_BM))
+
+
+def _score(head: nn.Module, hidden_BMD: Tensor, labels_BM: Tensor, *, reduction: str) -> Tensor:
+    logits_BMV: Tensor = head(hidden_BMD)
+    return functional.cross_entropy(
+        logits_BMV.flatten(0, 1).float(), labels_BM.flatten(), reduction=reduction
+    )
 
 
 def build_stage(
@@ -138,6 +155,7 @@ def build_stage(
     path: str = "",
     activation_checkpointing: bool = False,
     sinusoidal_positions: bool = False,
+    compiled: bool = False,
 ) -> tuple[Stage, list[str]]:
     """Build a stage with its first weights.
 
@@ -148,6 +166,7 @@ def build_stage(
         path: Hugging Face folder to continue from, or "".
         activation_checkpointing: Recompute layers in the backward pass.
         sinusoidal_positions: What the position embeddings start as (see ``initialise``).
+        compiled: See ``Stage.compile_parts``.
 
     Returns:
         The stage, and the names of its parameters that ``path`` does not hold.
@@ -161,6 +180,8 @@ def build_stage(
         sinusoidal_positions=sinusoidal_positions,
     )
     missing = load_pretrained(stage, family=stage.family, path=path) if path else []
+    if compiled:
+        stage.compile_parts()
     return stage, missing
 
 

@@ -53,6 +53,7 @@ class StockStage(nn.Module):
             path=config.model.path,
             activation_checkpointing=config.pipeline.activation_checkpointing,
             sinusoidal_positions=config.model.position_init == "sinusoidal",
+            compiled=config.pipeline.compile,
         )
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ class Replica:
             path=config.model.path,
             activation_checkpointing=config.pipeline.activation_checkpointing,
             sinusoidal_positions=config.model.position_init == "sinusoidal",
+            compiled=config.pipeline.compile,
         )
         self.missing += missing
         synchronizer = Synchronizer(stage.to(self.comm.device), config, comm=self.comm)

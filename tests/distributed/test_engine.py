@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,19 @@ def test_stages_in_processes_equal_stages_in_one_process(
     _assert_equal(many, one)
     final = [loss for loss, _ in many[0][max(many[0])]]
     assert final[-1] < final[0], "five steps lower the loss"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with a C++ compiler")
+@pytest.mark.parametrize("colocate", [False, True])
+def test_compiled_stages_compute_what_others_do(colocate: bool, tmp_path: Path) -> None:
+    data = tiny_data(tmp_path)
+    results = []
+    for compiled in (False, True):
+        pipeline = {"cut": [2], "compile": compiled, "colocate": colocate}
+        config = tiny_config(pipeline=pipeline, federation=ONE_REPLICA)
+        args = (_train, config.world_size, config, data)
+        results.append(_united(run_distributed(*args, timeout_s=300.0)))
+    _assert_equal(*results, atol=1e-5)
 
 
 def test_local_loss_sends_nothing_backwards(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ class _TimedStage:
         self._stage: Stage = build_stage(
             spec, model, seed=0,
             activation_checkpointing=config.pipeline.activation_checkpointing,
+            compiled=config.pipeline.compile,
         )[0].to(self._device).train()  # fmt: skip
         self._optimizer = build_optimizer(self._stage, config.optimizer)
         autocast = autocast_dtype(deepspeed_config(config))
