@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -103,7 +103,7 @@ def find_files(task: Task, data: str, *, alone: bool) -> TaskFiles:
             "that holds one of them."
         )
     check_splits(task, places[0].splits, where=places[0].folder)
-    return places[0]
+    return replace(places[0], folder=data) if data == PACKAGED_TASKS else places[0]
 
 
 def check_splits(task: Task, splits: Iterable[str], *, where: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,7 +78,6 @@ def prepare_task(
     tokenizer_digest: str,
     content: str,
     max_length: int,
-    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> PreparedTask:
     """Tokenise a task, unless the cache holds it.
 
@@ -90,7 +88,6 @@ def prepare_task(
         tokenizer_digest: Of the tokenizer's files.
         content: From ``task_digest``.
         max_length: Tokens per sequence.
-        progress: Called with a label, and splits done and in all.
 
     Returns:
         The tokenised task.
@@ -106,11 +103,10 @@ def prepare_task(
         return found
     splits, test_split = read_task(files, typed=_typed(config, files))
     tokenizer = load_tokenizer(folder)
-    encoded = {}
-    for done, (name, examples) in enumerate(splits.items()):
-        progress(f"tokenising {files.task.name}", done, len(splits))
-        encoded[name] = encode(files.task, examples, tokenizer, max_length=max_length)
-    progress(f"tokenising {files.task.name}", len(splits), len(splits))
+    encoded = {
+        name: encode(files.task, examples, tokenizer, max_length=max_length)
+        for name, examples in splits.items()
+    }
     prepared = PreparedTask(
         directory="",
         examples={name: len(examples) for name, examples in splits.items()},

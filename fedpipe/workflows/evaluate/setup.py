@@ -30,7 +30,7 @@ from fedpipe.workflows.evaluate.model_folder import (
     max_length_of,
     read_models,
 )
-from fedpipe.workflows.run_dir import check_new, check_writable, write_text
+from fedpipe.workflows.run_dir import check_new, check_writable, locked, write_text
 
 FORMAT = 1
 """Raised with every change of how a cell is trained or scored: earlier results no longer count."""
@@ -163,17 +163,21 @@ def set_up_evaluation(
     folders = check_models(evaluation.models)
     files = tuple(find_files(task, evaluation.data, alone=len(tasks) == 1) for task in tasks)
     check_writable(directory)
+    with locked(directory):  # nobody else may be at work on its cells
+        pass
     on_checked()
     root = cache_root(config)
     models = read_models(folders, root=root)
     cells: list[Cell] = []
-    for place in files:
+    total = len(files) * len(models)
+    for done, place in enumerate(files):
         content = task_digest(config, place)
-        for model in models:
+        for index, model in enumerate(models):
+            progress("reading and tokenising tasks", done * len(models) + index, total)
             settings = settings_of(evaluation, place.task, model)
             prepared = prepare_task(
                 config, place, folder=model.path, tokenizer_digest=model.tokenizer_digest,
-                content=content, max_length=settings["max_length"], progress=progress,
+                content=content, max_length=settings["max_length"],
             )  # fmt: skip
             _check_vocabulary(model, prepared)
             if model is models[0]:
@@ -182,6 +186,7 @@ def set_up_evaluation(
                 _cell(directory, model, place, seed, content, settings, prepared)
                 for seed in evaluation.seeds
             ]
+    progress("reading and tokenising tasks", total, total)
     _write(directory, config, cells)
     return Evaluation(
         directory=directory, config=config, models=models, files=files, cells=tuple(cells)
