@@ -72,7 +72,7 @@ def table(content: Content) -> Table:
 def _cells(entries: Sequence[Content | None]) -> list[str]:
     means = [entry["mean"] if entry else None for entry in entries]
     known = [mean for mean in means if is_number(mean)]
-    best = max(known) if len(known) > 1 else None
+    best = max(known) if len(set(known)) > 1 else None  # nobody wins a draw
     texts = []
     for entry, mean in zip(entries, means, strict=True):
         text = _score(entry)

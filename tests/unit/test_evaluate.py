@@ -350,6 +350,36 @@ def test_an_evaluation_goes_on_with_its_own_configuration(home: Path, whole: Eva
     assert (again.evaluation.num_epochs, again.evaluation.seeds) == (2, (3,))
 
 
+def test_nothing_is_started_where_all_is_done_and_a_cell_can_be_run_by_itself(
+    whole: Evaluation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launcher, "fork_server", lambda preload: None)
+    assert main(["evaluate", "--run-dir", str(whole.directory)]) == 0
+    out = capsys.readouterr().out
+    assert "nothing to do: all 8 cells are done" in out
+    assert f"report  {whole.directory / 'evaluation.html'}" in out
+    cell = whole.cells[0]
+    before = (cell.run_dir / "predictions.jsonl.gz").read_bytes()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["evaluate", "--run-dir", str(cell.run_dir)]) == 0
+    assert capsys.readouterr().out.startswith("F1 ")
+    assert (cell.run_dir / "predictions.jsonl.gz").read_bytes() == before
+
+
+def test_the_page_says_how_tasks_are_scored(whole: Evaluation) -> None:
+    content = json.loads((whole.directory / "evaluation.json").read_text("utf-8"))
+    names = ("ddi", "jnlpba")
+    tasks = [task | {"name": n} for task, n in zip(content["tasks"], names, strict=True)]
+    tasks[0] |= {"best_epoch_by": "last", "truncated": {"one": {"test": 3}}}
+    found = " ".join(notes(content | {"tasks": tasks, "data": "packaged"}))
+    for sentence in (
+        "ddi: micro-F1 over the four positive classes", "all entity types mapped to one",
+        "ddi: there is no dev split; the last epoch", "did not fit into max_length: one 3.",
+        "ddi is the packaged slice", "No class is weighted",
+    ):  # fmt: skip
+        assert sentence in found
+
+
 @pytest.mark.parametrize(("visible", "expected"), [("", 0), ("-1", 0), ("0,1", 2)])
 def test_gpus_are_counted_as_they_are_visible(
     visible: str, expected: int, monkeypatch: pytest.MonkeyPatch

@@ -71,7 +71,7 @@ def load_model(
         model = auto.from_pretrained(
             folder, num_labels=len(names), id2label=names, ignore_mismatched_sizes=True,
             label2id={name: number for number, name in names.items()}, local_files_only=True,
-            torch_dtype=torch.float32,
+            dtype=torch.float32,
         )  # fmt: skip
     except Exception as error:  # each model family raises classes of its own
         raise CheckpointError(
@@ -136,7 +136,7 @@ def train(
             step += 1
             if step % every == 0 or step == num_steps:
                 note({"kind": "step", "epoch": epoch, "step": step, "num_steps": num_steps,
-                      "loss": float(loss), "lr": rate, "grad_norm": float(norm)})  # fmt: skip
+                      "loss": loss.item(), "lr": rate, "grad_norm": float(norm)})  # fmt: skip
         if dev_score is None:
             continue
         scores.append(dev_score())
