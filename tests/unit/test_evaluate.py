@@ -27,7 +27,7 @@ from fedpipe.workflows.evaluate.setup import Evaluation, read_evaluation, set_up
 from fedpipe.workflows.evaluate.training import batches, drawn
 from tests.helpers.encoders import bert, easy_ner, easy_pairs, write_jsonl
 
-FAST = {"num_epochs": 4, "learning_rate": 5e-3, "batch_size": 8}
+FAST = {"num_epochs": 8, "learning_rate": 3e-3, "batch_size": 8}
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,8 @@ def test_a_cell_leaves_its_configuration_record_predictions_and_result(whole: Ev
         "statistics.npz",
     }  # fmt: skip
     records = read_metrics(cell.run_dir / "metrics.jsonl")
-    assert [r["epoch"] for r in records if r["kind"] == "eval"] == [1, 2, 3, 4]
-    assert records[-2]["step"] == cell.num_steps == 4 * 8
+    assert [r["epoch"] for r in records if r["kind"] == "eval"] == list(range(1, 9))
+    assert records[-2]["step"] == cell.num_steps == 8 * 8
     result = cell.result()
     assert result is not None
     lines = gzip.decompress((cell.run_dir / "predictions.jsonl.gz").read_bytes()).splitlines()
@@ -101,9 +101,9 @@ def test_the_best_epoch_is_chosen_on_dev_and_never_on_a_dev_that_is_the_test(
     results = {cell.name: cell.result() for cell in whole.cells}
     ner, pairs = (results[f"one_{task}_seed=0"] for task in ("ncbi-disease", "rte"))
     assert ner is not None and pairs is not None
-    assert len(ner["dev_scores"]) == 4
+    assert len(ner["dev_scores"]) == 8
     assert ner["best_epoch"] == 1 + int(np.argmax(ner["dev_scores"]))
-    assert (pairs["dev_scores"], pairs["best_epoch"]) == ([], 4)
+    assert (pairs["dev_scores"], pairs["best_epoch"]) == ([], 8)
 
 
 def test_table_page_and_figure_hold_means_spreads_and_intervals(whole: Evaluation) -> None:
