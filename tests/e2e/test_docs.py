@@ -20,14 +20,26 @@ SHRINK = {
         "pipeline.num_micro_batches=2", "federation.num_rounds=1", "federation.num_local_steps=3",
         "validation.max_blocks_per_client=2", "log.tensorboard=false", "pipeline.cut=[2]",
     ],
+    "evaluate": [
+        "evaluation.num_epochs=1", "evaluation.max_train_examples=32",
+        "evaluation.max_test_examples=16",
+    ],
 }  # fmt: skip
 """Added to every command that trains: the command is tested, not the model."""
 
 
 def _commands() -> list[str]:
-    """Commands of the README's section "Use it", in order; later ones use earlier ones' runs."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Use it\n")[1]
-    block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
+    """Commands of the README's section "Use it", then those of the guide to evaluation, in order.
+
+    Later ones use earlier ones' runs.
+    """
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Use it\n")[1]
+    return _block(readme) + _block((ROOT / "docs/evaluation.md").read_text(encoding="utf-8"))
+
+
+def _block(text: str) -> list[str]:
+    """Take the first commands of a text."""
+    block = re.search(r"```sh\n(.*?)```", text, re.DOTALL)
     assert block, "the section shows commands"
     lines = [line.split(" #")[0].strip() for line in block.group(1).splitlines()]
     return [line for line in lines if line]
@@ -71,6 +83,9 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
         if trains and run_dir not in resumable:
             end = words.index("--grid") if "--grid" in words else len(words)
             words[end:end] = SHRINK["pretrain"]
+        known = run_dir and run_dir in resumable
+        if words[1] == "evaluate" and "--compare" not in words and not known:
+            words += SHRINK["evaluate"]
         resumable.add(run_dir)
         result = subprocess.run(
             words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
@@ -80,3 +95,4 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
         )
     assert (tmp_path / "runs/small/export/config.json").is_file()
     assert (tmp_path / "runs/bench/throughput/report.json").is_file()
+    assert (tmp_path / "runs/difference/comparison.html").is_file()

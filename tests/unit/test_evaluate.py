@@ -1,0 +1,419 @@
+"""Evaluations: cells that learn, repeat, are kept or run again; tables, comparisons, errors."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedpipe.cli import main
+from fedpipe.config.load import from_dict
+from fedpipe.data.tasks.encoding import Encoded
+from fedpipe.errors import CheckpointError, ConfigError
+from fedpipe.launcher import evaluate as launcher
+from fedpipe.metrics.evaluation_report import notes, outcome_text, table
+from fedpipe.metrics.scoring import METRICS
+from fedpipe.metrics.writer import read_metrics
+from fedpipe.workflows.evaluate.cell import run_cell
+from fedpipe.workflows.evaluate.compare import compare, write_comparison
+from fedpipe.workflows.evaluate.gather import gather
+from fedpipe.workflows.evaluate.model_folder import check_models, read_models
+from fedpipe.workflows.evaluate.setup import Evaluation, read_evaluation, set_up_evaluation
+from fedpipe.workflows.evaluate.training import batches, drawn
+from tests.helpers.encoders import bert, easy_ner, easy_pairs, write_jsonl
+
+FAST = {"num_epochs": 8, "learning_rate": 3e-3, "batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, a NER task and a pair task, and one evaluation of all of them."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    for seed, name in enumerate(("one", "two")):
+        bert(folder / "models" / name, seed=seed)
+    easy_ner(folder / "data" / "ner")
+    easy_pairs(folder / "data" / "glue")
+    return folder
+
+
+def set_up(home: Path, directory: Path, **values: Any) -> Evaluation:
+    evaluation = {
+        "models": [str(home / "models/one")], "tasks": ["ncbi-disease"],
+        "data": str(home / "data"), **FAST, **values,
+    }  # fmt: skip
+    config = from_dict({"data": {"cache_dir": str(home / "cache")}, "evaluation": evaluation})
+    return set_up_evaluation(config, directory, notify=lambda line: None)
+
+
+def run(evaluation: Evaluation) -> dict[str, Any]:
+    for cell in evaluation.pending():
+        run_cell(cell.run_dir)
+    return gather(evaluation)
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Evaluation:
+    evaluation = set_up(
+        home, home / "whole", models=[str(home / "models/one"), str(home / "models/two")],
+        tasks=["ncbi-disease", "rte"], seeds=[0, 1],
+    )  # fmt: skip
+    run(evaluation)
+    return evaluation
+
+
+def test_a_model_that_can_learn_learns_easy_tasks(whole: Evaluation) -> None:
+    for cell in whole.cells:
+        result = cell.result()
+        assert result is not None
+        score = "entity_f1" if cell.task.name == "ncbi-disease" else "accuracy"
+        assert result["scores"][score] > 0.9, (cell.name, result["scores"])
+
+
+def test_a_cell_leaves_its_configuration_record_predictions_and_result(whole: Evaluation) -> None:
+    cell = whole.cells[0]
+    names = {path.name for path in cell.run_dir.iterdir()} - {".lock"}
+    assert names == {
+        "cell.json", "config.yaml", "metrics.jsonl", "predictions.jsonl.gz", "result.json",
+        "statistics.npz",
+    }  # fmt: skip
+    records = read_metrics(cell.run_dir / "metrics.jsonl")
+    assert [r["epoch"] for r in records if r["kind"] == "eval"] == list(range(1, 9))
+    assert records[-2]["step"] == cell.num_steps == 8 * 8
+    result = cell.result()
+    assert result is not None
+    lines = gzip.decompress((cell.run_dir / "predictions.jsonl.gz").read_bytes()).splitlines()
+    rows = [json.loads(line) for line in lines]
+    gold, predicted = ([row[name] for row in rows] for name in ("gold", "predicted"))
+    assert METRICS["entity_f1"].whole(gold, predicted, []) == result["scores"]["entity_f1"]
+    source = whole.files[0].splits["test"]
+    text = Path(source).read_text("utf-8").splitlines()
+    assert gold == [json.loads(line)["tags"] for line in text]
+
+
+def test_the_best_epoch_is_chosen_on_dev_and_never_on_a_dev_that_is_the_test(
+    whole: Evaluation,
+) -> None:
+    results = {cell.name: cell.result() for cell in whole.cells}
+    ner, pairs = (results[f"one_{task}_seed=0"] for task in ("ncbi-disease", "rte"))
+    assert ner is not None and pairs is not None
+    assert len(ner["dev_scores"]) == 8
+    assert ner["best_epoch"] == 1 + int(np.argmax(ner["dev_scores"]))
+    assert (pairs["dev_scores"], pairs["best_epoch"]) == ([], 8)
+
+
+def test_table_page_and_figure_hold_means_spreads_and_intervals(whole: Evaluation) -> None:
+    content = json.loads((whole.directory / "evaluation.json").read_text("utf-8"))
+    row = content["rows"][0]
+    scores = [cell["scores"]["entity_f1"] for cell in content["cells"][:2]]
+    one = row["models"]["one"]
+    assert (one["mean"], one["n"]) == (pytest.approx(np.mean(scores)), 2)
+    assert one["std"] == pytest.approx(np.std(scores, ddof=1))
+    assert one["interval"][0] <= one["mean"] <= one["interval"][1]
+    lines = table(content).rows
+    assert [line[:4] for line in lines] == [
+        ("ncbi-disease", "F1", "30", "2"), ("rte", "accuracy", "30", "2"),
+        ("macro average", "", "", ""),
+    ]  # fmt: skip
+    average = content["average"]["one"]["mean"]
+    assert average == pytest.approx(np.mean([r["models"]["one"]["mean"] for r in content["rows"]]))
+    assert any("rte: no labelled test split" in note for note in notes(content))
+    for name in ("evaluation.html", "evaluation.md"):
+        text = (whole.directory / name).read_text("utf-8")
+        assert "macro average" in text and "Repeat this evaluation" in text
+    assert (whole.directory / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_one_does_not(
+    home: Path, whole: Evaluation, tmp_path: Path
+) -> None:
+    again = set_up(home, tmp_path / "again", seeds=[0])
+    run(again)
+    for name in ("predictions.jsonl.gz",):
+        first, second = (
+            evaluation.cells[0].run_dir / name for evaluation in (whole, again)
+        )  # fmt: skip
+        assert first.read_bytes() == second.read_bytes()
+
+    def losses(evaluation: Evaluation, cell: int) -> list[float]:
+        records = read_metrics(evaluation.cells[cell].run_dir / "metrics.jsonl")
+        return [record["loss"] for record in records if record["kind"] == "step"]
+
+    assert losses(whole, 0) == losses(again, 0) != losses(whole, 1)
+
+
+def test_what_is_done_is_kept_and_what_changes_runs_again(
+    home: Path, whole: Evaluation, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole.directory, copy)
+    shared = {"models": [str(home / "models/one")], "seeds": [0]}
+    assert set_up(home, copy, **shared).pending() == []
+    assert len(set_up(home, copy, **(shared | {"seeds": [0, 5]})).pending()) == 1
+    assert len(set_up(home, copy, **shared, weight_decay=0.1).pending()) == 1
+    assert len(set_up(home, copy, **shared, max_train_examples=20).pending()) == 1
+    # another model under the old name, and another test file
+    changed = tmp_path / "home"
+    shutil.copytree(home / "models", changed / "models")
+    shutil.copytree(home / "data", changed / "data")
+    same = {"models": [str(changed / "models/one")], "data": str(changed / "data")}
+    assert set_up(home, copy, **same).pending() == []
+    bert(changed / "models/one", seed=7)
+    assert len(set_up(home, copy, **same).pending()) == 1
+    same["models"] = [str(home / "models/one")]
+    write_jsonl(
+        changed / "data/ner/ncbi_disease.test.jsonl", [{"tokens": ["w1"], "tags": ["B-Disease"]}]
+    )
+    assert len(set_up(home, copy, **same).pending()) == 1
+    # a result that was cut short counts as none
+    (copy / "cells/one_ncbi-disease_seed=0/result.json").write_text('{"key":', encoding="utf-8")
+    assert len(set_up(home, copy, **shared).pending()) == 1
+
+
+def test_a_part_of_the_examples_is_drawn_and_said(home: Path, tmp_path: Path) -> None:
+    evaluation = set_up(
+        home, tmp_path / "part", max_train_examples=20, max_test_examples=10, num_epochs=1
+    )
+    content = run(evaluation)
+    assert content["tasks"][0]["num_train"] == 20
+    assert content["rows"][0]["num_test"] == 10
+    assert (
+        "ncbi-disease: drawn were 20 train examples of 60, 10 dev examples of 30, 10 test examples "
+        "of 30."
+    ) in notes(content)
+    assert evaluation.cells[0].num_steps == 3
+
+
+def test_a_regression_and_a_task_with_two_dev_sets_are_scored(home: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split in ("train", "dev"):
+        rows = [
+            {"text": f"w{n}", "text_pair": "w9", "label": float(n % 6)}
+            for n in rng.integers(0, 50, 24)
+        ]
+        write_jsonl(tmp_path / "data" / f"stsb.{split}.jsonl", rows)
+    for split in ("train", "dev_matched", "dev_mismatched"):
+        rows = [{"text": f"w{n}", "text_pair": "w9", "label": n % 3} for n in range(24)]
+        write_jsonl(tmp_path / "data" / f"mnli.{split}.jsonl", rows[: 24 if "mis" in split else 12])
+    content = run(
+        set_up(home, tmp_path / "run", tasks=["stsb", "mnli"], data=str(tmp_path / "data"),
+               num_epochs=1)
+    )  # fmt: skip
+    assert [(row["task"], row["title"], row["num_test"]) for row in content["rows"]] == [
+        ("stsb", "Pearson", 24), ("stsb", "Spearman", 24), ("mnli", "accuracy", 12),
+        ("mnli", "accuracy, mismatched", 24),
+    ]  # fmt: skip
+    assert content["average"]["one"] is not None
+
+
+def test_two_evaluations_are_compared_in_pairs(whole: Evaluation, tmp_path: Path) -> None:
+    folder = str(whole.directory)
+    content = compare(f"{folder}:one", f"{folder}:two")
+    assert [row["task"] for row in content["rows"]] == ["ncbi-disease", "rte"]
+    for row in content["rows"]:
+        assert row["difference"] == pytest.approx(row["first"] - row["second"])
+        assert row["paired_seeds"] and row["seeds"] == [2, 2]
+    same = compare(f"{folder}:one", f"{folder}:one")
+    assert all(row["interval"] == (0.0, 0.0) for row in same["rows"])
+    write_comparison(content, tmp_path / "comparison")
+    assert (tmp_path / "comparison/comparison.html").is_file()
+    write_comparison(content, tmp_path / "comparison")
+
+
+def test_what_cannot_be_compared_is_said(
+    home: Path, whole: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(whole.directory)
+    with pytest.raises(CheckpointError, match=r"^--compare: expected the directory of an eval"):
+        compare(str(tmp_path), folder)
+    with pytest.raises(ConfigError, match="expected one of the models one, two of .*, got none"):
+        compare(folder, folder)
+    with pytest.raises(ConfigError, match="got 'three'"):
+        compare(f"{folder}:three", folder)
+    other = set_up(home, tmp_path / "other", max_test_examples=10, num_epochs=1)
+    gather(other)
+    with pytest.raises(ConfigError, match="expected a task that both have finished, got none"):
+        compare(f"{folder}:one", str(tmp_path / "other"))
+    run(other)
+    with pytest.raises(CheckpointError, match="expected the same test examples of ncbi-disease"):
+        compare(f"{folder}:one", str(tmp_path / "other"))
+    assert main(["evaluate", "--compare", f"{folder}:one", f"{folder}:two"]) == 0
+    assert "difference [95 %]" in capsys.readouterr().out
+
+
+def test_models_that_cannot_be_fine_tuned_are_refused(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def refused(path: str, expected: str) -> None:
+        with pytest.raises((CheckpointError, ConfigError), match=rf"^--model: {expected}"):
+            check_models([path] if path else [])
+
+    refused("", r"expected a Hugging Face folder to evaluate, got none\. Write for example")
+    refused("nowhere", "expected a Hugging Face folder, got 'nowhere' without a config.json")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("[]", encoding="utf-8")
+    refused(str(model), "expected weights .model.safetensors or")
+    shutil.copy(home / "models/one/model.safetensors", model)
+    refused(str(model), r"expected a tokenizer \(tokenizer.json\) in .*, got none")
+    shutil.copy(home / "models/one/tokenizer.json", model)
+    refused(str(model), "expected a JSON object in .*config.json")
+    (model / "config.json").write_text("{}", encoding="utf-8")
+    refused(str(model), "expected a model_type in")
+
+
+def test_models_are_named_after_the_folders_that_tell_them_apart(
+    home: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / name / "export" for name in ("a/run", "b/run")]
+    for folder in folders:
+        shutil.copytree(home / "models/one", folder)
+    found = check_models([str(folder.parent) for folder in folders])
+    models = read_models(found, root=tmp_path)
+    assert [model.name for model in models] == ["a-run", "b-run"]
+    assert (models[0].num_positions, models[0].digest) == (64, models[1].digest)
+    with pytest.raises(ConfigError, match="^--model: expected different models"):
+        read_models([folders[0], folders[0]], root=tmp_path)
+
+
+def test_the_positions_and_the_vocabulary_of_a_model_are_limits(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^evaluation.max_length: expected at most 64 .* got 65"):
+        set_up(home, tmp_path / "a", max_length=65)
+    shutil.copytree(home / "models/one", tmp_path / "small")
+    config = json.loads((tmp_path / "small/config.json").read_text("utf-8"))
+    config["vocab_size"] = 20
+    (tmp_path / "small/config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="expected tokens below 20 .the vocabulary of"):
+        set_up(home, tmp_path / "b", models=[str(tmp_path / "small")])
+
+
+def test_a_model_that_transformers_cannot_read_fails_its_cell_only(
+    home: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(home / "models/one", tmp_path / "broken")
+    (tmp_path / "broken/model.safetensors").write_bytes(b"no weights")
+    evaluation = set_up(home, tmp_path / "run", models=[str(tmp_path / "broken")])
+    with pytest.raises(CheckpointError, match="^--model: expected an encoder that transformers"):
+        run_cell(evaluation.cells[0].run_dir)
+    assert evaluation.pending()
+    content = gather(evaluation)
+    assert table(content).rows[0][3:] == ("0 of 1", "-")
+
+
+BAD_LINES = [
+    (["--tasks", "ncbi"], "got none. Write for example fedpipe evaluate --model"),
+    (["--tasks", "mprc"], "Did you mean mrpc?"),
+    (["--tasks", "ncbi,ncbi-disease"], "evaluation.tasks: expected every task once"),
+    (["--seeds", "0,x"], "--seeds: expected whole numbers, got '0,x'"),
+    (["--seeds", "1,1"], "evaluation.seeds: expected every value once"),
+    (["--parallel", "0"], "--parallel: expected 1 or more, got 0"),
+    (["evaluation.learning_rates=1"], "Did you mean evaluation.learning_rate?"),
+    (["--compare", "a", "b"], "--compare: expected the directory of an evaluation, got 'a'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD_LINES)
+def test_a_users_error_is_one_line_and_starts_nothing(
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launcher, "fork_server", lambda preload: pytest.fail("it was started"))
+    assert main(["evaluate", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert expected in captured.err
+
+
+def test_a_directory_of_something_else_is_left_alone(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: other\n", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="expected a new directory or that of an evaluation"):
+        read_evaluation(None, [], str(tmp_path))
+
+
+def test_an_evaluation_goes_on_with_its_own_configuration(home: Path, whole: Evaluation) -> None:
+    config, directory = read_evaluation(None, [], str(whole.directory))
+    assert config.evaluation == whole.config.evaluation
+    assert directory == whole.directory
+    again, _ = read_evaluation(
+        None, ["evaluation.num_epochs=2"], str(directory), chosen={"seeds": (3,)}
+    )
+    assert (again.evaluation.num_epochs, again.evaluation.seeds) == (2, (3,))
+
+
+def test_nothing_is_started_where_all_is_done_and_a_cell_can_be_run_by_itself(
+    whole: Evaluation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launcher, "fork_server", lambda preload: None)
+    assert main(["evaluate", "--run-dir", str(whole.directory)]) == 0
+    out = capsys.readouterr().out
+    assert "nothing to do: all 8 cells are done" in out
+    assert f"report  {whole.directory / 'evaluation.html'}" in out
+    cell = whole.cells[0]
+    before = (cell.run_dir / "predictions.jsonl.gz").read_bytes()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["evaluate", "--run-dir", str(cell.run_dir)]) == 0
+    assert capsys.readouterr().out.startswith("F1 ")
+    assert (cell.run_dir / "predictions.jsonl.gz").read_bytes() == before
+
+
+def test_the_page_says_how_tasks_are_scored(whole: Evaluation) -> None:
+    content = json.loads((whole.directory / "evaluation.json").read_text("utf-8"))
+    names = ("ddi", "jnlpba")
+    tasks = [task | {"name": n} for task, n in zip(content["tasks"], names, strict=True)]
+    tasks[0] |= {"best_epoch_by": "last", "truncated": {"one": {"test": 3}}}
+    found = " ".join(notes(content | {"tasks": tasks, "data": "packaged"}))
+    for sentence in (
+        "ddi: micro-F1 over the four positive classes", "all entity types mapped to one",
+        "ddi: there is no dev split; the last epoch", "did not fit into max_length: one 3.",
+        "ddi is the packaged slice", "No class is weighted",
+    ):  # fmt: skip
+        assert sentence in found
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("", 0), ("-1", 0), ("0,1", 2)])
+def test_gpus_are_counted_as_they_are_visible(
+    visible: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert launcher.num_gpus() == expected
+
+
+def test_an_epoch_has_every_sequence_once_and_batches_of_like_length() -> None:
+    lengths = np.random.default_rng(0).integers(5, 200, 1000)
+    epochs = [
+        list(batches(lengths, batch_size=16, rng=np.random.default_rng(seed))) for seed in (1, 1, 2)
+    ]
+    assert sorted(np.concatenate(epochs[0])) == list(range(1000))
+    for first, second in zip(epochs[0], epochs[1], strict=True):
+        np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(epochs[0][0], epochs[2][0])
+    padded = sum(len(batch) * lengths[batch].max() for batch in epochs[0])
+    assert padded < 1.25 * lengths.sum()
+
+
+def test_examples_are_drawn_with_all_their_windows() -> None:
+    starts = np.arange(0, 31, 3)
+    data = Encoded(
+        ids=np.zeros(30, dtype=np.int32), types=np.zeros(30, dtype=np.int8), starts=starts,
+        labels=np.zeros(10), examples=np.array([0, 0, 1, 2, 2, 2, 3, 4, 5, 5], dtype=np.int32),
+        num_truncated=0,
+    )  # fmt: skip
+    assert drawn(data, 0).tolist() == list(range(10))
+    kept = set(data.examples[drawn(data, 3)])
+    assert len(kept) == 3
+    assert len(drawn(data, 3)) == sum(np.isin(data.examples, list(kept)))
+
+
+def test_an_outcome_names_the_score() -> None:
+    assert outcome_text({"scores": {"accuracy": 0.5, "f1": 0.25}}) == "accuracy 50.0, F1 25.0"
+    assert outcome_text({}) == "no score"
