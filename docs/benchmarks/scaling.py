@@ -1,100 +1,122 @@
-"""CPU seconds per token with more stages and more replicas; write one table.
+"""More stages and more replicas: CPU seconds per token, or speed on emulated devices; one table.
 
-    python docs/benchmarks/scaling.py [--repetitions 2] [--out runs/scaling] [key=value ...]
+    python docs/benchmarks/scaling.py [--emulate-ms 10] [--repetitions 3] [--steps 20]
 
-More processes than cores share them, so wall time says nothing; what all processes of a run compute
-does. Every grid is run with few and with many local steps, and start-up cancels in the difference.
-Each stage more has a head more, so CPU seconds are also put in relation to the counted FLOPs.
+One round without start-up: local steps, then FedAvg. More processes than cores share them, so wall
+time says nothing about real compute: what all processes compute does, and they run on one core
+then, where none slows another down. Each stage more has a head more, so CPU seconds are also put in
+relation to the counted FLOPs. With --emulate-ms layers sleep (see ``fedpipe.pipeline.emulate``).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import os
-import resource
-import shutil
 import statistics
-import subprocess
 import sys
-from pathlib import Path
+import time
+from functools import partial
+
+from ranks import run_ranks
 
 from fedpipe.config.load import load_config
 from fedpipe.config.model_shape import resolve
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import PreparedData
 from fedpipe.data.masking import num_masked
 from fedpipe.data.tokenizer import tokenizer_info
+from fedpipe.distributed.comm import Comm
+from fedpipe.federation.cohort import plan_round
 from fedpipe.models.split import stage_specs
+from fedpipe.pipeline.emulate import emulate_
 from fedpipe.workflows.costs.flops import stage_flops
+from fedpipe.workflows.replica import Replica
 
-GRIDS = {
-    (1, 1): "[]",
-    (2, 1): "[4]",
-    (4, 1): "[2,4,6]",
-    (2, 2): "[4]",
-    (2, 4): "[4]",
-}
-"""(stages, replicas): the cut of 8 layers."""
-FEW, MANY = 4, 24
-"""Local steps; the difference is what counts."""
+Grid = tuple[int, int]
+"""Stages, replicas."""
+CUTS = {1: "[]", 2: "[4]", 4: "[2,4,6]"}
+"""Of 8 layers, by stages."""
+COMPUTED: list[Grid] = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2), (2, 4)]
+EMULATED: list[Grid] = [(2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]
 SCALE = [
     "model.num_hidden_layers=8", "model.hidden_size=256", "model.num_attention_heads=4",
-    "model.intermediate_size=1024", "data.sequence_length=128", "data.mask_probability=0.15",
-    "data.valid=[]", "pipeline.micro_batch_size=4", "pipeline.num_micro_batches=4",
-    "federation.num_rounds=1", "log.tensorboard=false",
+    "model.intermediate_size=1024", "data.mask_probability=0.15", "pipeline.micro_batch_size=4",
+    "data.sequence_length=128", "pipeline.num_micro_batches=4", "federation.num_clients=4",
 ]  # fmt: skip
 
 
 def main() -> None:
-    """Run every grid, then write table.md."""
+    """Run every grid in turns, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
+    parser.add_argument("--emulate-ms", type=float, default=0.0)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
-    _adopt_orphans()
-    costs: dict[tuple[int, int], list[float]] = {grid: [] for grid in GRIDS}
-    flops = {}
+    grids = EMULATED if args.emulate_ms else COMPUTED
+    if not args.emulate_ms:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    measure = partial(_round, num_steps=args.steps, layer_s=args.emulate_ms / 1000)
+    found: dict[Grid, list[list[tuple[float, float, float]]]] = {grid: [] for grid in grids}
+    configs = {}
     for _ in range(args.repetitions):
-        for (stages, replicas), cut in GRIDS.items():
-            overrides = [
-                *SCALE, f"pipeline.cut={cut}", f"federation.num_replicas={replicas}",
-                f"federation.clients_per_round={replicas}", *args.overrides,
-            ]  # fmt: skip
-            few, many = (_cpu_s(args.out / "run", [*overrides, _steps(n)]) for n in (FEW, MANY))
-            tokens, flops[stages, replicas] = _counts(overrides)
-            costs[stages, replicas].append((many - few) / (MANY - FEW) / tokens)
-    table = _table(costs, flops)
-    (args.out / "table.md").write_text(table, encoding="utf-8")
-    sys.stdout.write(table)
+        for grid in grids:
+            stages, replicas = grid
+            configs[grid] = load_config(None, [
+                *SCALE, f"pipeline.cut={CUTS[stages]}", f"federation.num_replicas={replicas}",
+                f"federation.clients_per_round={replicas}",
+                f"federation.num_local_steps={args.steps}", *args.overrides,
+            ])  # fmt: skip
+            found[grid].append(run_ranks(configs[grid], measure))
+    tokens = {grid: args.steps * _tokens(configs[grid]) for grid in grids}
+    table = _emulated(found, tokens) if args.emulate_ms else _computed(found, tokens, configs)
+    sys.stdout.write("\n".join(table) + "\n")
 
 
-def _adopt_orphans() -> None:
-    """Become the parent of whoever outlives its own, so that its CPU time can be read."""
-    pr_set_child_subreaper = 36  # linux/prctl.h
-    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
+def _round(
+    config: RunConfig, data: PreparedData, comm: Comm, *, num_steps: int, layer_s: float
+) -> tuple[float, float, float]:
+    """CPU seconds of this process in a round, wall seconds of its local steps and of FedAvg."""
+    replica = Replica(config, data, comm=comm)
+    if layer_s:
+        for engine in replica.stages:
+            emulate_(
+                engine.stage, layer_forward_s=layer_s, masked_layer_forward_s=0.3 * layer_s,
+                head_forward_s=0.5 * layer_s,
+            )  # fmt: skip
+    blocks = [shard.num_blocks for shard in data.train]
+    turn = next(
+        turn
+        for turn in plan_round(config, round_id=0, blocks_per_client=blocks)
+        if turn.replica_id == comm.replica
+    )
+    for synchronizer in replica.synchronizers.values():
+        synchronizer.begin_turn(None)
+    source = replica.training_source(turn.client_id, start=0)
+
+    def train(steps: range) -> None:
+        replica.engine.train(
+            steps, source=source, lr=lambda step: 1e-5, on_step=lambda stage, result: None
+        )
+
+    train(range(2))
+    comm.barrier()
+    cpu, started = time.process_time(), time.monotonic()
+    train(range(2, 2 + num_steps))
+    trained = time.monotonic()
+    for synchronizer in replica.synchronizers.values():
+        synchronizer.end_turn(turn, round_id=0)
+        synchronizer.synchronize()
+    return time.process_time() - cpu, trained - started, time.monotonic() - trained
 
 
-def _steps(number: int) -> str:
-    return f"federation.num_local_steps={number}"
+def _tokens(config: RunConfig) -> int:
+    """Tokens of a local step of all replicas."""
+    return config.blocks_per_step * config.data.sequence_length * config.federation.num_replicas
 
 
-def _cpu_s(run_dir: Path, overrides: list[str]) -> float:
-    """User and system seconds of a run and all its processes."""
-    shutil.rmtree(run_dir, ignore_errors=True)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "fedpipe", "pretrain", "--run-dir", str(run_dir), *overrides]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    with contextlib.suppress(ChildProcessError):
-        while os.wait():
-            pass
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def _counts(overrides: list[str]) -> tuple[int, float]:
-    """Tokens of a local step of all replicas, and FLOPs per token."""
-    config = load_config(None, overrides)
+def _flops(config: RunConfig) -> float:
+    """FLOPs per token of all stages and their heads."""
     length, vocab_size = config.data.sequence_length, tokenizer_info(config).vocab_size
     shape = resolve(config.model, vocab_size=vocab_size, sequence_length=length)
     masked = num_masked(length, config.data.mask_probability)
@@ -102,29 +124,62 @@ def _counts(overrides: list[str]) -> tuple[int, float]:
     for spec in stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers):
         cost = stage_flops(spec, config, shape, num_masked=masked)
         total += cost.forward_s + cost.backward_s + cost.head_s
-    tokens = config.blocks_per_step * length
-    micro_batch = config.pipeline.micro_batch_size * length
-    return tokens * config.federation.num_replicas, total / micro_batch
+    return total / (config.pipeline.micro_batch_size * length)
 
 
-def _table(costs: dict[tuple[int, int], list[float]], flops: dict[tuple[int, int], float]) -> str:
-    first = next(iter(costs))
-    base = statistics.mean(costs[first])
+def _computed(
+    found: dict[Grid, list[list[tuple[float, float, float]]]],
+    tokens: dict[Grid, int],
+    configs: dict[Grid, RunConfig],
+) -> list[str]:
     lines = [
-        "| stages | replicas | processes | CPU s per 1,000 tokens | over 1 x 1 | FLOPs over 1 x 1 "
+        "| stages | replicas | CPU s per 1,000 tokens | over 1 x 1 | FLOPs per token over 1 x 1 "
         "| CPU s per FLOP over 1 x 1 |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|",
     ]
-    for (stages, replicas), values in costs.items():
-        mean = statistics.mean(values)
-        counted = flops[stages, replicas] / flops[first]
-        spread = f"{1000 * mean:.3f} ({1000 * min(values):.3f} to {1000 * max(values):.3f})"
-        cells = (
-            str(stages), str(replicas), str(stages * replicas), spread, f"{mean / base:.3f}",
-            f"{counted:.3f}", f"{mean / base / counted:.3f}",
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    costs = {
+        grid: [1000 * sum(cpu for cpu, _, _ in ranks) / tokens[grid] for ranks in runs]
+        for grid, runs in found.items()
+    }
+    base = costs[1, 1]
+    for grid, values in costs.items():
+        flops = _flops(configs[grid]) / _flops(configs[1, 1])
+        ratios = [value / one for value, one in zip(values, base, strict=True)]
+        lines.append(
+            f"| {grid[0]} | {grid[1]} | {_spread(values)} | {_spread(ratios)} | {flops:.3f} "
+            f"| {_spread([ratio / flops for ratio in ratios])} |"
+        )
+    return lines
+
+
+def _emulated(
+    found: dict[Grid, list[list[tuple[float, float, float]]]], tokens: dict[Grid, int]
+) -> list[str]:
+    lines = [
+        "| stages | replicas | processes | tokens/s | a replica's speed over that of one alone "
+        "| FedAvg, % of the round |",
+        "|---|---|---|---|---|---|",
+    ]
+    rates, shares = {}, {}
+    for grid, runs in found.items():
+        seconds = [max(trained + averaged for _, trained, averaged in ranks) for ranks in runs]
+        rates[grid] = [tokens[grid] / s for s in seconds]
+        shares[grid] = [
+            100 * max(averaged for _, _, averaged in ranks) / s
+            for ranks, s in zip(runs, seconds, strict=True)
+        ]
+    for (stages, replicas), values in rates.items():
+        pairs = zip(values, rates[stages, 1], strict=True)
+        ratios = [value / replicas / one for value, one in pairs]
+        lines.append(
+            f"| {stages} | {replicas} | {stages * replicas} | {statistics.median(values):,.0f} "
+            f"| {_spread(ratios)} | {statistics.median(shares[stages, replicas]):.2f} |"
+        )
+    return lines
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import BertConfig, PretrainedConfig, RobertaConfig
-from transformers.models.bert import modeling_bert as bert
-from transformers.models.roberta import modeling_roberta as roberta
 
 from fedpipe.config.model_shape import ModelShape
 from fedpipe.errors import ConfigError
+from fedpipe.models.modeling import bert, roberta
 from fedpipe.models.split import AUX_HEADS
 
 _SHAPE_FIELDS = (
