@@ -85,7 +85,7 @@ class CheckpointWriter:
         path = self._run_dir / CLIENTS / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            entry = _write_atomically(path, write)
+            entry = write_atomically(path, write)
         except _write_errors() as error:
             self._client_failure = f"rank {self._comm.rank}: {error}"
             return
@@ -123,7 +123,7 @@ class CheckpointWriter:
         entries = dict(self._new_client_files)
         try:
             for name, write in files.items():
-                entry = _write_atomically(aside / name, write)
+                entry = write_atomically(aside / name, write)
                 entries[str(Path(CHECKPOINTS, position.name, name))] = entry
         except _write_errors() as error:
             failure = f"rank {self._comm.rank}: {error}"
@@ -164,7 +164,7 @@ class CheckpointWriter:
             files |= entries
         files = _newest_of_each_client(files)
         state = asdict(position) | {"metrics_offset": metrics_offset, "files": files}
-        _write_atomically(
+        write_atomically(
             aside / STATE, lambda p: p.write_text(json.dumps(state, indent=1), encoding="utf-8")
         )
         shutil.rmtree(folder, ignore_errors=True)
@@ -215,7 +215,7 @@ def discard_later(run_dir: Path, position: Position) -> None:
 
 def _point_latest(run_dir: Path, position: Position) -> None:
     latest = run_dir / CHECKPOINTS / "latest"
-    _write_atomically(latest, lambda p: p.write_text(position.name + "\n", encoding="utf-8"))
+    write_atomically(latest, lambda p: p.write_text(position.name + "\n", encoding="utf-8"))
 
 
 def _write_errors() -> tuple[type[Exception], ...]:
@@ -225,7 +225,7 @@ def _write_errors() -> tuple[type[Exception], ...]:
     return OSError, RuntimeError, SafetensorError
 
 
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> tuple[int, str]:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> tuple[int, str]:
     """Write aside, fsync, rename; return size and SHA-256."""
     aside = path.with_name(f".{path.name}.part")
     write(aside)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedpipe import __version__
 from fedpipe.config.load import load_config, preset_names, read_config
@@ -120,8 +120,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--config", metavar="FILE", help="YAML, laid over the preset; default: the quick start"
         )
+        default = "runs/NAME-evaluation" if name == "evaluate" else "runs/NAME"
         command.add_argument(
-            "--run-dir", metavar="DIR", help="directory of the run; default: runs/NAME"
+            "--run-dir", metavar="DIR", help=f"directory of the run; default: {default}"
         )
         command.add_argument(
             "overrides", metavar="section.key=value", nargs="*", help="wins over the file"
@@ -139,7 +140,9 @@ def _parser() -> argparse.ArgumentParser:
             _add_job(command)
         if name in _GRIDS:
             _add_grid(command, text=_GRIDS[name])
-        if name in ("sweep", "submit"):
+        if name == "evaluate":
+            _add_evaluation(command)
+        if name in ("sweep", "submit", "evaluate"):
             _add_parallel(command)
         command.set_defaults(run=run)
     return parser
@@ -190,6 +193,32 @@ def _add_grid(command: argparse.ArgumentParser, *, text: str) -> None:
 def _add_parallel(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--parallel", metavar="N", type=int, default=1, help="runs at a time; default: 1"
+    )
+
+
+def _add_evaluation(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model",
+        metavar="FOLDER",
+        action="append",
+        help="Hugging Face folder, or a run with an export; several are compared in one table;"
+        " default: runs/quickstart",
+    )
+    command.add_argument(
+        "--tasks", metavar="NAME,NAME", help="tasks, see docs/evaluation.md; default: ncbi-disease"
+    )
+    command.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder with the tasks' files, or hf:NAME; default: a packaged slice",
+    )
+    command.add_argument("--seeds", metavar="N,N", help="fine-tune each once per seed; default: 0")
+    command.add_argument(
+        "--compare",
+        metavar="RUN",
+        nargs=2,
+        help="paired differences between two evaluations (RUN:MODEL where one has several);"
+        " starts nothing",
     )
 
 
@@ -284,6 +313,54 @@ def _sweep(args: argparse.Namespace) -> int:
     )
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    if args.compare:
+        return _compare(args)
+    if args.run_dir and os.path.isfile(Path(args.run_dir) / "cell.json"):
+        from fedpipe.launcher.evaluate import run_one
+
+        return run_one(args.run_dir)
+    from fedpipe.launcher.evaluate import evaluate
+
+    chosen: dict[str, Any] = {}
+    if args.model:
+        chosen["models"] = tuple(args.model)
+    if args.tasks is not None:
+        chosen["tasks"] = tuple(name.strip() for name in args.tasks.split(",") if name.strip())
+    if args.data is not None:
+        chosen["data"] = args.data
+    if args.seeds is not None:
+        chosen["seeds"] = _seeds(args.seeds)
+    return evaluate(
+        args.config,
+        args.overrides,
+        args.run_dir,
+        preset=args.preset,
+        chosen=chosen,
+        parallel=args.parallel,
+    )
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--seeds: expected whole numbers, got {text!r}. Write for example --seeds 0,1,2."
+        ) from None
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from fedpipe.workflows.evaluate.compare import compare, terminal_text, write_comparison
+
+    content = compare(*args.compare)
+    _show(terminal_text(content))
+    if args.run_dir:
+        write_comparison(content, Path(args.run_dir))
+        _show(f"report  {Path(args.run_dir) / 'comparison.html'}")
+    return EXIT_DONE
+
+
 def _checked_config(args: argparse.Namespace) -> RunConfig:
     """Refuse a wrong configuration before a launcher starts to import torch in the background."""
     config_path = args.config
@@ -346,5 +423,6 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "report": (_report, "write report.html, report.md and the plots of a run"),
     "throughput": (_throughput, "measure every schedule in one interleaved run"),
     "sweep": (_sweep, "pre-train once per cell of a grid of values, and compare the runs"),
+    "evaluate": (_evaluate, "fine-tune models on labelled tasks, and score and compare them"),
     "submit": (_submit, "run pretrain, throughput or sweep as jobs on SLURM, through submitit"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections.abc import Sequence
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
@@ -12,8 +13,11 @@ from fedpipe.distributed.watch import STOP_SIGNALS
 from fedpipe.launcher.worker import PRELOAD
 
 
-def fork_server() -> Any:
+def fork_server(preload: Sequence[str] = PRELOAD) -> Any:
     """Start importing torch, DeepSpeed and transformers, once, beside the supervisor's own work.
+
+    Args:
+        preload: Modules; those of the first call count.
 
     Returns:
         The context that forks ranks from the server; called again, the same one.
@@ -24,7 +28,7 @@ def fork_server() -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    context.set_forkserver_preload(list(preload))
     resource_tracker.ensure_running()  # it changes the mask, so not below
     # A terminal and a scheduler send signals to all processes of a run. The server must outlive
     # them; its children inherit the mask and take it off when they can stop in order.

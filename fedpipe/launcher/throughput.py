@@ -14,6 +14,7 @@ from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
 from fedpipe.launcher.supervisor import Interrupted, Signals, set_up_here, supervise
 from fedpipe.metrics.console import RunConsole
+from fedpipe.metrics.document import aligned
 from fedpipe.metrics.format import count
 from fedpipe.workflows.grid import check_grid, parse_grid
 from fedpipe.workflows.run_dir import RunSetup, describe_environment, locked, resolve_config
@@ -25,7 +26,7 @@ from fedpipe.workflows.sweep import (
     refuse_open_cut,
 )
 from fedpipe.workflows.throughput.files import write_documents, write_files
-from fedpipe.workflows.throughput.page import Report, aligned, terminal_text
+from fedpipe.workflows.throughput.page import Report, terminal_text
 from fedpipe.workflows.throughput.points import (
     Point,
     content,

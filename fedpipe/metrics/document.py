@@ -130,6 +130,19 @@ def to_markdown(title: str, blocks: list[Block]) -> str:
     return "\n\n".join([f"# {_md(title)}", *(_markdown(block) for block in blocks)]) + "\n"
 
 
+def aligned(table: Table) -> list[str]:
+    """Write a table for a terminal: columns two spaces apart, numbers to the right."""
+    lines = [table.columns, *table.rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:>{width}}" if index in table.numeric else f"{cell:<{width}}"
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
 def _html(block: Block) -> str:
     match block:
         case Heading():

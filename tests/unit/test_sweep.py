@@ -12,7 +12,7 @@ import pytest
 
 from fedpipe.cli import main
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError, FedPipeError
-from fedpipe.launcher.sweep import _divide
+from fedpipe.launcher.cells import divide
 from fedpipe.metrics.sweep_report import MAX_DRAWN, Row, RunResult, Spread, draw_sweep, table
 from fedpipe.workflows.grid import parse_grid
 from fedpipe.workflows.sweep import Cell, Sweep, gather, prepare_texts, set_up_sweep
@@ -332,4 +332,4 @@ def test_what_was_not_recorded_has_no_mean() -> None:
 def test_cells_at_work_share_the_cores_without_overlap_where_that_is_possible(
     cores: list[int], slots: int, expected: list[set[int]]
 ) -> None:
-    assert _divide(cores, slots) == expected
+    assert divide(cores, slots) == expected

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedpipe.metrics.document import Block, Code, Facts, Figure, Heading, Paragraph, Strong, Table
+from fedpipe.metrics.document import (
+    Block,
+    Code,
+    Facts,
+    Figure,
+    Heading,
+    Paragraph,
+    Strong,
+    Table,
+    aligned,
+)
 from fedpipe.metrics.format import MISSING, bytes_text, number, tokens_per_s
 from fedpipe.metrics.sections import environment_rows
 
@@ -121,19 +131,6 @@ def terminal_text(report: Report) -> str:
     table = schedule_table(report)
     advice = [sentence.replace("`", "") for sentence in report["advice"]]
     return "\n".join(["", *aligned(table), "", headline(report), circumstances(report), *advice])
-
-
-def aligned(table: Table) -> list[str]:
-    """Write a table for a terminal: columns two spaces apart, numbers to the right."""
-    lines = [table.columns, *table.rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            f"{cell:>{width}}" if index in table.numeric else f"{cell:<{width}}"
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
 
 
 def schedule_table(report: Report) -> Table:

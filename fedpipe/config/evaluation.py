@@ -1,0 +1,79 @@
+"""The section ``evaluation``: which models are fine-tuned on which tasks, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedpipe.config.require import require
+
+PACKAGED_TASKS = "packaged"
+"""Value of ``evaluation.data``: the slice of NCBI-disease that fedpipe ships."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """``fedpipe evaluate``; fields that are ``null`` take the published value of each task."""
+
+    models: tuple[str, ...] = ()
+    """Hugging Face folders (or run directories with an export); empty means runs/quickstart."""
+    tasks: tuple[str, ...] = ("ncbi-disease",)
+    """Names of tasks; docs/evaluation.md lists them."""
+    data: str = PACKAGED_TASKS
+    """Folder with the tasks' files, ``hf:NAME`` or ``hf:NAME:CONFIG`` for Hugging Face datasets, or
+    ``packaged``."""
+    seeds: tuple[int, ...] = (0,)
+    """Each seeds the head, the order of the examples and dropout of one fine-tuning per task."""
+    learning_rate: float | None = None
+    """Peak, after the warm-up."""
+    batch_size: int | None = None
+    """Sequences per optimizer step."""
+    num_epochs: int | None = None
+    """Passes over the training examples."""
+    max_length: int | None = None
+    """Tokens per sequence; null also stops at the positions that the model has."""
+    weight_decay: float = 0.01
+    """Of AdamW; never applied to biases and LayerNorms."""
+    warmup_ratio: float = 0.1
+    """Share of all steps with a linearly rising learning rate; then it falls linearly to 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 means never."""
+    max_train_examples: int = 0
+    """Training examples, drawn once and the same for all models and seeds; 0 means all."""
+    max_test_examples: int = 0
+    """Dev and test examples each, drawn likewise; 0 means all."""
+    typed_entities: bool = False
+    """Keep the entity types of JNLPBA; by default they are mapped to one, as BioBERT does."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 autocast on a GPU, fp32 on a CPU; weights and optimizer are always fp32."""
+    num_draws: int = 1000
+    """Bootstrap samples of the test set behind every 95 % interval."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        for name in ("tasks", "seeds"):
+            values = getattr(self, name)
+            require(len(values) > 0, f"evaluation.{name}", "at least one", list(values))
+        for name in ("models", "tasks", "seeds"):
+            values = getattr(self, name)
+            distinct = len(set(values)) == len(values)
+            require(distinct, f"evaluation.{name}", "every value once", list(values))
+        require(
+            all(seed >= 0 for seed in self.seeds),
+            "evaluation.seeds", "whole numbers, 0 or more", list(self.seeds),
+        )  # fmt: skip
+        for name in ("learning_rate", "batch_size", "num_epochs"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"evaluation.{name}", "a value above 0", value)
+        require(
+            self.max_length is None or self.max_length >= 8,
+            "evaluation.max_length", "8 or more", self.max_length,
+        )  # fmt: skip
+        for name in ("weight_decay", "max_grad_norm", "max_train_examples", "max_test_examples"):
+            value = getattr(self, name)
+            require(value >= 0, f"evaluation.{name}", "0 or more", value)
+        require(
+            0 <= self.warmup_ratio < 1,
+            "evaluation.warmup_ratio", "a value in [0, 1)", self.warmup_ratio,
+        )  # fmt: skip
+        require(self.num_draws >= 1000, "evaluation.num_draws", "1000 or more", self.num_draws)

@@ -1,0 +1,144 @@
+"""A task, tokenised for a model and kept in the cache that corpora are kept in. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.cache import building, cache_root, content_digests
+from fedpipe.data.sources import Source
+from fedpipe.data.tasks.encoding import Encoded, encode, load_tokenizer
+from fedpipe.data.tasks.files import TaskFiles
+from fedpipe.data.tasks.reading import hub_fingerprint, read_task
+
+FORMAT = 1
+"""Raised with every change of what the files look like or how examples become tokens."""
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedTask:
+    """A tokenised task in the cache."""
+
+    directory: str
+    """Holds a file per split."""
+    examples: dict[str, int]
+    """By split: ``train``, ``dev`` where it chooses the epoch, ``test``, ``mismatched``."""
+    sequences: dict[str, int]
+    """By split; NER sentences may be several."""
+    truncated: dict[str, int]
+    """By split, examples of which something did not fit."""
+    test_split: str
+    """What the publishers call the test: ``dev`` where no labelled test split is published."""
+    largest_id: int
+    """Of all tokens."""
+
+    def split(self, name: str) -> Encoded:
+        """Read a split."""
+        return Encoded.load(Path(self.directory) / f"{name}.npz")
+
+
+def file_digest(paths: list[str], *, key: str, root: Path) -> str:
+    """Digest the content of files, their names included; each is read once per change.
+
+    Args:
+        paths: In any order.
+        key: What they were given as, for errors.
+        root: The cache directory, which remembers.
+
+    Returns:
+        Hexadecimal.
+    """
+    # A text source is one file, whatever it holds.
+    sources = tuple(Source(key=key, entry=0, kind="txt", path=path) for path in sorted(paths))
+    digests = content_digests(sources, root, progress=lambda done, total: None)
+    names = [Path(path).name for path in sorted(paths)]
+    return _digest(list(zip(names, digests, strict=True)))
+
+
+def task_digest(config: RunConfig, files: TaskFiles) -> str:
+    """Identify the content of a task, and what is made of its labels."""
+    root = cache_root(config)
+    if files.format == "hub":
+        content = hub_fingerprint(files)
+    else:
+        content = file_digest(files.paths(), key="evaluation.data", root=root)
+    splits = sorted((split, Path(path).name) for split, path in files.splits.items())
+    return _digest([files.task.name, files.format, splits, content, _typed(config, files)])
+
+
+def prepare_task(
+    config: RunConfig,
+    files: TaskFiles,
+    *,
+    folder: str,
+    tokenizer_digest: str,
+    content: str,
+    max_length: int,
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+) -> PreparedTask:
+    """Tokenise a task, unless the cache holds it.
+
+    Args:
+        config: Where the cache is, and what to make of labels.
+        files: The task.
+        folder: Of the model, with its tokenizer.
+        tokenizer_digest: Of the tokenizer's files.
+        content: From ``task_digest``.
+        max_length: Tokens per sequence.
+        progress: Called with a label, and splits done and in all.
+
+    Returns:
+        The tokenised task.
+
+    Raises:
+        CorpusError: The task or the tokenizer cannot be used.
+    """
+    root = cache_root(config)
+    key = f"task-{_digest([FORMAT, content, tokenizer_digest, max_length])[:24]}"
+    directory = root / "prepared" / key
+    found = _read(directory)
+    if found is not None:
+        return found
+    splits, test_split = read_task(files, typed=_typed(config, files))
+    tokenizer = load_tokenizer(folder)
+    encoded = {}
+    for done, (name, examples) in enumerate(splits.items()):
+        progress(f"tokenising {files.task.name}", done, len(splits))
+        encoded[name] = encode(files.task, examples, tokenizer, max_length=max_length)
+    progress(f"tokenising {files.task.name}", len(splits), len(splits))
+    prepared = PreparedTask(
+        directory="",
+        examples={name: len(examples) for name, examples in splits.items()},
+        sequences={name: split.num_sequences for name, split in encoded.items()},
+        truncated={name: split.num_truncated for name, split in encoded.items()},
+        test_split=test_split,
+        largest_id=max(int(split.ids.max()) for split in encoded.values()),
+    )
+    with building(root, key) as new:
+        for name, split in encoded.items():
+            split.save(new / f"{name}.npz")
+        (new / _MANIFEST).write_text(json.dumps(asdict(prepared)), encoding="utf-8")
+    result = _read(directory)
+    assert result is not None, "it was published just now"
+    return result
+
+
+def _typed(config: RunConfig, files: TaskFiles) -> bool:
+    return config.evaluation.typed_entities and len(files.task.labels) > 1
+
+
+def _read(directory: Path) -> PreparedTask | None:
+    try:
+        content = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+        return PreparedTask(**(content | {"directory": str(directory)}))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,264 @@
+"""``fedpipe evaluate``: models, tasks and seeds on this machine, each cell a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedpipe.distributed.watch import EXIT_INTERRUPTED, STOP_SIGNALS
+from fedpipe.errors import ConfigError, FedPipeError, LaunchError
+from fedpipe.launcher.cells import CellRunner, Slot, save_when_the_parent_dies
+from fedpipe.launcher.fork_server import fork_server
+from fedpipe.launcher.supervisor import Interrupted, Signals
+from fedpipe.metrics.console import RunConsole
+from fedpipe.metrics.evaluation_report import outcome_text, terminal_text
+from fedpipe.metrics.format import count
+from fedpipe.metrics.writer import METRICS_FILE
+from fedpipe.workflows.evaluate.gather import gather
+from fedpipe.workflows.evaluate.setup import (
+    Cell,
+    Evaluation,
+    read_evaluation,
+    set_up_evaluation,
+)
+from fedpipe.workflows.run_dir import locked
+
+PRELOAD = (
+    "fedpipe.workflows.evaluate.cell",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.roberta.modeling_roberta",
+    "scipy.stats",
+    "seqeval.metrics",
+    "sklearn.metrics",
+)
+"""What the fork server imports before the first cell; other families are imported by theirs."""
+_LOOK_S = 1.0
+"""How often the progress of running cells is looked at."""
+
+
+def evaluate(
+    config_path: str | None,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    *,
+    preset: str | None = None,
+    chosen: Mapping[str, Any] | None = None,
+    parallel: int = 1,
+) -> int:
+    """Fine-tune and score what is not done yet; the whole of ``fedpipe evaluate``.
+
+    Args:
+        config_path: YAML, or None.
+        overrides: ``section.key=value``.
+        run_dir: Directory of the evaluation, or None.
+        preset: What the YAML is laid over, or None.
+        chosen: Fields of ``EvaluationConfig`` that options set.
+        parallel: Cells at a time; they share the cores, on a GPU each has one.
+
+    Returns:
+        0 when all cells are done, 75 when the evaluation was interrupted and can be resumed.
+
+    Raises:
+        FedPipeError: What the user can mend; nothing has been started.
+        LaunchError: A cell failed; the others are done.
+    """
+    if parallel < 1:
+        raise ConfigError(f"--parallel: expected 1 or more, got {parallel}. 1 is usual.")
+    console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
+    signals = Signals()
+    plan: Evaluation | None = None
+    config, directory = read_evaluation(
+        config_path, overrides, run_dir, preset=preset, chosen=dict(chosen or {})
+    )
+    again = _again(directory, parallel)
+    try:
+        with signals.caught():
+            plan = set_up_evaluation(
+                config, directory, notify=console.text, progress=console.preparing,
+                on_checked=lambda: fork_server(PRELOAD),
+            )  # fmt: skip
+            pending = plan.pending()
+            if pending:
+                with locked(directory):
+                    _run(plan, pending, signals, console=console, parallel=parallel)
+    except Interrupted:
+        console.text(_interrupted(plan, again))
+        return EXIT_INTERRUPTED
+    finally:
+        console.close()
+    content = gather(plan)
+    console.text(terminal_text(content))
+    left = plan.pending()
+    if left:
+        names = ", ".join(cell.name for cell in left)
+        raise LaunchError(
+            f"evaluate: expected {count(len(plan.cells), 'finished cell')}, got "
+            f"{len(plan.cells) - len(left)}: not done are {names}. Run them again with: {again}"
+        )
+    if not pending:
+        console.text(f"nothing to do: all {count(len(plan.cells), 'cell')} are done")
+    console.text(f"report  {directory / 'evaluation.html'}")
+    return 0
+
+
+def _run(
+    plan: Evaluation,
+    pending: Sequence[Cell],
+    signals: Signals,
+    *,
+    console: RunConsole,
+    parallel: int,
+) -> None:
+    gpus = num_gpus()
+    cells = {cell.name: cell for cell in plan.cells}
+    runner = CellRunner(
+        plan.cells,
+        pending,
+        parallel=min(parallel, gpus) if gpus else parallel,
+        logs=plan.directory / "logs",
+        start=lambda name, slot, log: _Process(cells[name], slot, log, gpus=gpus),
+        gather=partial(gather, plan),
+        outcome=lambda name: outcome_text(cells[name].result() or {}),
+        console=console,
+        look=_Progress(pending, console).look,
+    )
+    runner.run(signals)
+
+
+def run_one(run_dir: str) -> int:
+    """Run a cell again in this process: ``fedpipe evaluate --run-dir EVALUATION/cells/NAME``.
+
+    Args:
+        run_dir: With a cell.json.
+
+    Returns:
+        0.
+
+    Raises:
+        FedPipeError: The model cannot be used.
+    """
+    from fedpipe.workflows.evaluate.cell import run_cell
+
+    result = run_cell(Path(run_dir), device="cuda:0" if num_gpus() else "cpu")
+    sys.stdout.write(f"{outcome_text(result)}\n")
+    return 0
+
+
+def num_gpus() -> int:
+    """Count the GPUs that processes may use, without asking torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+
+
+class _Process:
+    """A cell, forked from the server that has imported torch and transformers."""
+
+    def __init__(self, cell: Cell, slot: Slot, log: Path, *, gpus: int) -> None:
+        """Start it."""
+        device = f"cuda:{slot.index % gpus}" if gpus else "cpu"
+        self._process = fork_server(PRELOAD).Process(
+            target=_work, args=(str(cell.run_dir), str(log.absolute()), device, slot.cores),
+            daemon=True,
+        )  # fmt: skip
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return int(self._process.pid)
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, None while it runs."""
+        code: int | None = self._process.exitcode
+        return code
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Wait for its end; False if that has not come."""
+        self._process.join(timeout_s)
+        return self.code is not None
+
+
+def _work(run_dir: str, log: str, device: str, cores: frozenset[int]) -> None:
+    """Run a cell in this process, which ends with it; what it says goes to its log."""
+    os.setsid()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    save_when_the_parent_dies()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import torch
+
+    from fedpipe.workflows.evaluate.cell import run_cell
+
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+    try:
+        run_cell(Path(run_dir), device=device)
+    except FedPipeError as error:
+        sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
+        sys.stderr.flush()
+        sys.exit(1)
+
+
+class _Progress:
+    """Shows how many optimizer steps are done, of all that are to be made."""
+
+    def __init__(self, pending: Sequence[Cell], console: RunConsole) -> None:
+        """Start before the first step."""
+        self._pending, self._console = pending, console
+        self._next_look = 0.0
+
+    def look(self, running: Sequence[str]) -> None:
+        """Look at the records of running cells, but not all the time."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK_S
+        total = sum(cell.num_steps for cell in self._pending)
+        done = 0
+        for cell in self._pending:
+            if cell.name in running:
+                done += _steps(cell.run_dir / METRICS_FILE)
+            elif cell.result() is not None:
+                done += cell.num_steps
+        if 0 < done < total:
+            self._console.preparing("fine-tuning, steps", done, total)
+
+
+def _steps(path: Path) -> int:
+    """Read the last step of a record that is being written."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError):
+            continue
+    return 0
+
+
+def _again(directory: Path, parallel: int) -> str:
+    several = ["--parallel", str(parallel)] if parallel > 1 else []
+    return shlex.join(["fedpipe", "evaluate", "--run-dir", str(directory), *several])
+
+
+def _interrupted(plan: Evaluation | None, again: str) -> str:
+    if plan is None:
+        return "interrupted; nothing was started: give the same command again"
+    done = len(plan.cells) - len(plan.pending())
+    cells = count(len(plan.cells), "cell")
+    return f"interrupted after {done} of {cells}; resume with: {again}"

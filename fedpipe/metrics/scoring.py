@@ -1,0 +1,282 @@
+"""Scores of tasks, by seqeval, scikit-learn and scipy, and their bootstrap over the test set.
+
+A score's interval needs thousands of resampled test sets. Each metric is therefore also written as
+a function of sums over examples (of hits, of entities found and missed, of products): a resampled
+test set is a vector of weights, and all of them together are one matrix product. Tests hold both
+forms together.
+
+Source: percentile bootstrap, Efron and Tibshirani 1993; paired over systems as in Berg-Kirkpatrick
+et al. 2012, https://aclanthology.org/D12-1091.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# E = examples of a test set, K = sums that a metric needs, B = resampled test sets, S = seeds
+
+Array = NDArray[np.float64]
+
+SEED = 20
+"""Of the resampled test sets: the same for every model, so that differences are paired."""
+_CHUNK = 100
+"""Resampled test sets at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """One number that says how good predictions are."""
+
+    title: str
+    """For people."""
+    whole: Callable[[Any, Any, Sequence[int]], float]
+    """Of gold, predictions and the numbers of the positive classes."""
+    statistics: Callable[[Any, Any, Sequence[int]], Array]
+    """Of the same: what it needs of every example, (E, K)."""
+    from_sums: Callable[[Array], Array] | None
+    """Of sums (..., K); None where the score is no function of sums (ranks)."""
+    in_percent: bool = True
+    """Shown times 100."""
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    """Divide; nothing found of nothing is 0, as in seqeval and scikit-learn."""
+    safe = np.where(denominator == 0, 1.0, denominator)
+    return np.where(denominator == 0, 0.0, numerator / safe)
+
+
+def _entity_score(name: str) -> Callable[[Any, Any, Sequence[int]], float]:
+    def whole(gold: Any, predicted: Any, positive: Sequence[int]) -> float:
+        from seqeval import metrics
+        from seqeval.scheme import IOB2
+
+        score = getattr(metrics, name)
+        return float(score(gold, predicted, mode="strict", scheme=IOB2, zero_division=0))
+
+    return whole
+
+
+def _entity_counts(gold: Any, predicted: Any, positive: Sequence[int]) -> Array:
+    """Per sentence: entities found, entities predicted, entities there are."""
+    from seqeval.scheme import IOB2, Entities
+
+    there = Entities(gold, scheme=IOB2).entities
+    found = Entities(predicted, scheme=IOB2).entities
+    pairs = zip(there, found, strict=True)
+    rows = [(len(set(a) & set(b)), len(set(b)), len(set(a))) for a, b in pairs]
+    return np.array(rows, dtype=np.float64).reshape(-1, 3)
+
+
+def _class_counts(gold: Any, predicted: Any, positive: Sequence[int]) -> Array:
+    """Per example: positive and right, predicted positive, positive."""
+    there, found = np.isin(gold, positive), np.isin(predicted, positive)
+    right = there & (np.asarray(gold) == np.asarray(predicted))
+    return np.stack([right, found, there], axis=1).astype(np.float64)
+
+
+def _second_class_counts(gold: Any, predicted: Any, positive: Sequence[int]) -> Array:
+    return _class_counts(gold, predicted, [1])
+
+
+def _f1(sums: Array) -> Array:
+    return _ratio(2 * sums[..., 0], sums[..., 1] + sums[..., 2])
+
+
+def _micro_f1(gold: Any, predicted: Any, positive: Sequence[int]) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(gold, predicted, labels=list(positive), average="micro", zero_division=0))
+
+
+def _binary_f1(gold: Any, predicted: Any, positive: Sequence[int]) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(gold, predicted, pos_label=1, zero_division=0))
+
+
+def _accuracy(gold: Any, predicted: Any, positive: Sequence[int]) -> float:
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(gold, predicted))
+
+
+def _hits(gold: Any, predicted: Any, positive: Sequence[int]) -> Array:
+    right = np.asarray(gold) == np.asarray(predicted)
+    return np.stack([right, np.ones_like(right)], axis=1).astype(np.float64)
+
+
+def _matthews(gold: Any, predicted: Any, positive: Sequence[int]) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(gold, predicted))
+
+
+def _confusion(gold: Any, predicted: Any, positive: Sequence[int]) -> Array:
+    there, found = np.asarray(gold) == 1, np.asarray(predicted) == 1
+    cells = [there & found, ~there & found, there & ~found, ~there & ~found]
+    return np.stack(cells, axis=1).astype(np.float64)
+
+
+def _matthews_of_sums(sums: Array) -> Array:
+    tp, fp, fn, tn = (sums[..., index] for index in range(4))
+    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return _ratio(tp * tn - fp * fn, np.sqrt(product))
+
+
+def _correlation(name: str) -> Callable[[Any, Any, Sequence[int]], float]:
+    def whole(gold: Any, predicted: Any, positive: Sequence[int]) -> float:
+        from scipy import stats
+
+        # The correlation with a constant is not defined.
+        if len(gold) < 2 or np.ptp(gold) == 0 or np.ptp(predicted) == 0:
+            return float("nan")
+        return float(getattr(stats, name)(gold, predicted).statistic)
+
+    return whole
+
+
+def _moments(gold: Any, predicted: Any, positive: Sequence[int]) -> Array:
+    x, y = np.asarray(gold, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    x, y = x - x.mean(), y - y.mean()  # differences of large numbers would lose digits
+    return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
+
+
+def _pearson_of_sums(sums: Array) -> Array:
+    n, x, y, xx, yy, xy = (sums[..., index] for index in range(6))
+    spread = np.sqrt(np.maximum((n * xx - x * x) * (n * yy - y * y), 0.0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(spread == 0, np.nan, (n * xy - x * y) / spread))
+
+
+def _values(gold: Any, predicted: Any, positive: Sequence[int]) -> Array:
+    return np.stack([np.asarray(gold), np.asarray(predicted)], axis=1).astype(np.float64)
+
+
+METRICS = {
+    "entity_f1": Metric(
+        title="F1", whole=_entity_score("f1_score"), statistics=_entity_counts, from_sums=_f1
+    ),
+    "entity_precision": Metric(
+        title="precision", whole=_entity_score("precision_score"), statistics=_entity_counts,
+        from_sums=lambda sums: _ratio(sums[..., 0], sums[..., 1]),
+    ),
+    "entity_recall": Metric(
+        title="recall", whole=_entity_score("recall_score"), statistics=_entity_counts,
+        from_sums=lambda sums: _ratio(sums[..., 0], sums[..., 2]),
+    ),
+    "micro_f1": Metric(
+        title="micro-F1", whole=_micro_f1, statistics=_class_counts, from_sums=_f1
+    ),
+    "f1": Metric(title="F1", whole=_binary_f1, statistics=_second_class_counts, from_sums=_f1),
+    "accuracy": Metric(
+        title="accuracy", whole=_accuracy, statistics=_hits,
+        from_sums=lambda sums: _ratio(sums[..., 0], sums[..., 1]),
+    ),
+    "matthews": Metric(
+        title="Matthews", whole=_matthews, statistics=_confusion, from_sums=_matthews_of_sums
+    ),
+    "pearson": Metric(
+        title="Pearson", whole=_correlation("pearsonr"), statistics=_moments,
+        from_sums=_pearson_of_sums,
+    ),
+    "spearman": Metric(
+        title="Spearman", whole=_correlation("spearmanr"), statistics=_values, from_sums=None
+    ),
+}  # fmt: skip
+"""Every metric by its name. NER counts entities by seqeval's strict mode under IOB2."""
+
+
+def resamples(num_examples: int, *, num_draws: int) -> Iterator[Array]:
+    """Draw test sets with replacement, as weights.
+
+    Args:
+        num_examples: Of the test set.
+        num_draws: Resampled test sets.
+
+    Yields:
+        How often each example was drawn, (B', E); the same ones for equal arguments.
+    """
+    rng = np.random.default_rng(SEED)
+    even = np.full(num_examples, 1 / num_examples)
+    for start in range(0, num_draws, _CHUNK):
+        size = min(_CHUNK, num_draws - start)
+        yield rng.multinomial(num_examples, even, size=size).astype(np.float64)
+
+
+def draws(metric: Metric, statistics: Sequence[Array], *, num_draws: int) -> Array:
+    """Score every resampled test set.
+
+    Args:
+        metric: What to compute.
+        statistics: By system (seeds of a model, say), (E, K) each; of the same examples.
+        num_draws: Resampled test sets; 0 gives an array without columns.
+
+    Returns:
+        (S, B); the columns of calls with the same number of examples belong to the same test sets.
+    """
+    found = [np.empty((len(statistics), 0))]
+    for weights in resamples(len(statistics[0]), num_draws=num_draws):
+        if metric.from_sums is not None:
+            found.append(np.stack([metric.from_sums(weights @ each) for each in statistics]))
+        else:
+            found.append(np.stack([_rank_correlations(weights, each) for each in statistics]))
+    return np.concatenate(found, axis=1)
+
+
+def _rank_correlations(weights: Array, values: Array) -> Array:
+    """Spearman's correlation: Pearson's of the ranks inside each resampled test set."""
+    from scipy.stats import rankdata
+
+    counts = weights.astype(np.int64)
+    rows = np.stack([np.repeat(np.arange(len(values)), row) for row in counts])
+    ranks = [rankdata(values[rows, column], axis=1) for column in (0, 1)]
+    x, y = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
+    one = np.ones(len(rows))
+    zero = np.zeros(len(rows))
+    sums = np.stack([one, zero, zero, (x * x).sum(1), (y * y).sum(1), (x * y).sum(1)], axis=-1)
+    return _pearson_of_sums(sums)
+
+
+def interval(values: Array) -> tuple[float, float] | None:
+    """Return the middle 95 % of draws; None where too many are not defined."""
+    known = values[np.isfinite(values)]
+    if 2 * len(known) <= len(values):
+        return None
+    low, high = np.percentile(known, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def paired_differences(
+    metric: Metric,
+    first: Sequence[Array],
+    second: Sequence[Array],
+    *,
+    num_draws: int,
+    same_seeds: bool,
+) -> Array:
+    """Resample the difference of two models' mean scores over test examples and seeds.
+
+    Args:
+        metric: What to compute.
+        first: Statistics of one model, by seed.
+        second: Of the other one, on the same examples.
+        num_draws: Resampled test sets, with resampled seeds each.
+        same_seeds: The seeds are the same, in the same order: they are drawn as pairs.
+
+    Returns:
+        First minus second, (B,).
+    """
+    scores = [draws(metric, each, num_draws=num_draws) for each in (first, second)]
+    rng = np.random.default_rng(SEED + 1)
+    means = []
+    chosen: NDArray[np.int64] | None = None
+    for score in scores:
+        if chosen is None or not same_seeds:
+            chosen = rng.integers(len(score), size=score.shape)
+        means.append(np.take_along_axis(score, chosen, axis=0).mean(axis=0))
+    return np.asarray(means[0] - means[1])

@@ -1,0 +1,181 @@
+"""What the cells of an evaluation have reached: means, intervals, table, files. No torch."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedpipe.metrics.document import Figure, to_html, to_markdown
+from fedpipe.metrics.drawing import render
+from fedpipe.metrics.evaluation_report import blocks, draw_scores
+from fedpipe.metrics.scoring import METRICS, Array, draws, interval
+from fedpipe.metrics.sweep_report import Spread
+from fedpipe.workflows.evaluate.setup import Cell, Evaluation
+from fedpipe.workflows.run_dir import describe_environment, write_text
+
+STATISTICS_FILE = "statistics.npz"
+JSON_FILE = "evaluation.json"
+_FIGURE = "evaluation.png"
+_CAPTION = "Scores with 95 % intervals over resampled test sets, mean over seeds."
+
+Content = dict[str, Any]
+"""What evaluation.json holds."""
+
+
+def gather(evaluation: Evaluation) -> Content:
+    """Write evaluation.json, .md, .html and .png from the cells that are done.
+
+    Args:
+        evaluation: Its cells may be at work meanwhile.
+
+    Returns:
+        The content of evaluation.json.
+    """
+    content = summarise(evaluation)
+    folder = evaluation.directory
+    figures = []
+    figure = draw_scores(content)
+    if figure is not None:
+        svg = render(figure[0], folder / _FIGURE, height=figure[1])
+        figures.append(Figure(file=_FIGURE, svg=svg, caption=_CAPTION))
+    page = blocks(content, figures)
+    title = f"fedpipe evaluation: {folder.resolve().name}"
+    write_text(folder / JSON_FILE, json.dumps(content, indent=1) + "\n")
+    write_text(folder / "evaluation.md", to_markdown(title, page))
+    write_text(folder / "evaluation.html", to_html(title, page))
+    return content
+
+
+def summarise(evaluation: Evaluation) -> Content:
+    """Compute means, spreads and intervals of the cells that are done.
+
+    Args:
+        evaluation: Any.
+
+    Returns:
+        The content of evaluation.json.
+    """
+    results = {cell.name: cell.result() for cell in evaluation.cells}
+    num_draws = evaluation.config.evaluation.num_draws
+    rows: list[Content] = []
+    tasks: list[Content] = []
+    means: dict[str, list[float]] = {model.name: [] for model in evaluation.models}
+    averaged: dict[str, list[Array]] = {model.name: [] for model in evaluation.models}
+    for place in evaluation.files:
+        task = place.task
+        cells = [cell for cell in evaluation.cells if cell.task == task]
+        tasks.append(_task(place.format_name, place.folder, cells, results))
+        for key in _keys(task.metrics, cells):
+            row, found = _row(key, cells, results, num_draws=num_draws)
+            rows.append(row)
+            if key != task.metrics[0]:
+                continue
+            for name, (mean, drawn) in found.items():
+                means[name].append(mean)
+                averaged[name].append(drawn)
+    complete = {name for name, values in means.items() if len(values) == len(tasks)}
+    average = {
+        name: {
+            "mean": float(np.mean(means[name])),
+            "interval": interval(np.mean(averaged[name], axis=0)),
+        }
+        if name in complete and len(tasks) > 1
+        else None
+        for name in means
+    }
+    environment = describe_environment()
+    environment["repeat"] = shlex.join(
+        ["fedpipe", "evaluate", "--config", str(evaluation.directory / "evaluation.yaml"),
+         "--run-dir", f"{evaluation.directory}-again"]
+    )  # fmt: skip
+    return {
+        "models": [
+            {"name": model.name, "path": model.path, "digest": model.digest}
+            for model in evaluation.models
+        ],
+        "seeds": list(evaluation.config.evaluation.seeds),
+        "data": evaluation.config.evaluation.data,
+        "num_draws": num_draws,
+        "tasks": tasks,
+        "rows": rows,
+        "average": average,
+        "cells": [_cell(cell, results[cell.name]) for cell in evaluation.cells],
+        "environment": environment,
+    }
+
+
+def read_statistics(run_dir: Path, key: str) -> Array:
+    """Read what a metric needs of every test example of a finished cell."""
+    with np.load(run_dir / STATISTICS_FILE) as arrays:
+        return np.asarray(arrays[key])
+
+
+def _keys(metrics: Sequence[str], cells: Sequence[Cell]) -> list[str]:
+    sets = [name for name in ("mismatched",) if name in cells[0].prepared.examples]
+    return [*metrics, *(f"{metric}:{name}" for name in sets for metric in metrics)]
+
+
+def _row(
+    key: str, cells: Sequence[Cell], results: dict[str, Any], *, num_draws: int
+) -> tuple[Content, dict[str, tuple[float, Array]]]:
+    """One metric of one task, for every model: mean, spread, interval; and its draws."""
+    name, _, test_set = key.partition(":")
+    metric = METRICS[name]
+    models: dict[str, Any] = {}
+    found: dict[str, tuple[float, Array]] = {}
+    sizes = set()
+    for model in dict.fromkeys(cell.model.name for cell in cells):
+        own = [cell for cell in cells if cell.model.name == model]
+        done = {cell.seed: results[cell.name] for cell in own if results[cell.name]}
+        seeds = {seed: result["scores"][key] for seed, result in done.items()}
+        spread = Spread.of(list(seeds.values()))
+        sizes |= {result["num_test"][test_set or "test"] for result in done.values()}
+        if spread is None:
+            models[model] = None if not done else {"mean": None, "seeds": seeds, "n": len(done)}
+            continue
+        statistics = [read_statistics(c.run_dir, key) for c in own if c.seed in done]
+        drawn = draws(metric, statistics, num_draws=num_draws).mean(axis=0)
+        found[model] = (spread.mean, drawn)
+        models[model] = spread.to_dict() | {"seeds": seeds, "interval": interval(drawn)}
+    title = metric.title + (f", {test_set}" if test_set else "")
+    row = {
+        "task": cells[0].task.name, "metric": key, "title": title,
+        "num_test": max(sizes, default=None), "cells": len(cells) // len(models),
+        "models": models,
+    }  # fmt: skip
+    return row, found
+
+
+def _task(format_name: str, folder: str, cells: Sequence[Cell], results: dict[str, Any]) -> Content:
+    first = cells[0]
+    done = [results[cell.name] for cell in cells if results[cell.name]]
+    return {
+        "name": first.task.name,
+        "format": format_name,
+        "folder": folder,
+        "examples": first.prepared.examples,
+        "truncated": {c.model.name: c.prepared.truncated for c in cells},
+        "test_split": first.prepared.test_split,
+        "best_epoch_by": "dev" if "dev" in first.prepared.examples else "last",
+        "num_train": done[0]["num_train"] if done else None,
+        "num_test": done[0]["num_test"] if done else None,
+        "settings": {c.model.name: c.settings for c in cells},
+        "cites": first.task.cites,
+    }
+
+
+def _cell(cell: Cell, result: Any) -> Content:
+    content: Content = {
+        "name": cell.name, "model": cell.model.name, "task": cell.task.name, "seed": cell.seed,
+        "done": result is not None, "tokenised": Path(cell.prepared.directory).name,
+    }  # fmt: skip
+    if result is None:
+        return content
+    kept = ("scores", "best_epoch", "num_steps", "seconds", "threads", "device", "host", "num_test",
+            "gold_digest")  # fmt: skip
+    return content | {name: result[name] for name in kept}

@@ -1,0 +1,183 @@
+"""A Hugging Face folder to fine-tune: what it holds, and whether it can be. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpipe.data.tasks.prepare import file_digest
+from fedpipe.errors import CheckpointError, ConfigError
+
+DEFAULT = "runs/quickstart"
+"""Where ``make pretrain`` leaves a model."""
+_EXPORT = "export"
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
+_FAST = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+"""One of these, and transformers can make a tokenizer."""
+_OFFSET_FAMILIES = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer")
+"""Their positions begin after that of the padding."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFolder:
+    """A model that can be fine-tuned."""
+
+    name: str
+    """In tables and folders; one of its own in a run."""
+    path: str
+    """The folder."""
+    digest: str
+    """Of its configuration, weights and tokenizer."""
+    tokenizer_digest: str
+    """Of its tokenizer."""
+    vocab_size: int
+    """Rows of the embedding."""
+    num_positions: int
+    """Tokens of the longest sequence it can read."""
+
+
+def check_models(paths: Sequence[str]) -> list[Path]:
+    """Find the folders that ``--model`` names; the weights themselves are not read.
+
+    Args:
+        paths: Hugging Face folders, or run directories with an export; none means the quick start.
+
+    Returns:
+        A folder for each.
+
+    Raises:
+        ConfigError: There is no model to evaluate.
+        CheckpointError: A folder holds no model, no weights or no tokenizer.
+    """
+    if not paths and not os.path.isfile(f"{DEFAULT}/{_EXPORT}/config.json"):
+        raise ConfigError(
+            "--model: expected a Hugging Face folder to evaluate, got none. Write for example "
+            "fedpipe evaluate --model runs/quickstart/export, which make pretrain leaves."
+        )
+    return [_check(path) for path in paths or (DEFAULT,)]
+
+
+def read_models(folders: Sequence[Path], *, root: Path) -> tuple[ModelFolder, ...]:
+    """Digest the models.
+
+    Args:
+        folders: From ``check_models``.
+        root: The cache directory, which remembers digests of files.
+
+    Returns:
+        A model for each folder.
+    """
+    names = _names(folders)
+    return tuple(_read(f, name, root=root) for f, name in zip(folders, names, strict=True))
+
+
+def max_length_of(model: ModelFolder, *, wanted: int | None, usual: int) -> int:
+    """Choose the longest sequence of a task.
+
+    Args:
+        model: Whose positions are the limit.
+        wanted: ``evaluation.max_length``.
+        usual: The task's own, where the configuration says nothing.
+
+    Returns:
+        Tokens.
+
+    Raises:
+        ConfigError: More are asked for than the model has positions.
+    """
+    if wanted is None:
+        return min(usual, model.num_positions)
+    if wanted > model.num_positions:
+        raise ConfigError(
+            f"evaluation.max_length: expected at most {model.num_positions} (the positions of "
+            f"{model.path}), got {wanted}. Lower it, or leave it out."
+        )
+    return wanted
+
+
+def _check(path: str) -> Path:
+    folder = Path(path)
+    if os.path.isfile(folder / _EXPORT / "config.json"):
+        folder = folder / _EXPORT
+    if not os.path.isfile(folder / "config.json"):
+        raise CheckpointError(
+            f"--model: expected a Hugging Face folder, got {path!r} without a config.json. Name "
+            "one that fedpipe export or save_pretrained wrote."
+        )
+    if not _listed(folder, _WEIGHTS):
+        raise CheckpointError(
+            f"--model: expected weights (model.safetensors or pytorch_model.bin) in {folder}, got "
+            "none. Save the model there with save_pretrained."
+        )
+    if not _listed(folder, _FAST):
+        raise CheckpointError(
+            f"--model: expected a tokenizer (tokenizer.json) in {folder}, got none. Save it there "
+            "with AutoTokenizer.from_pretrained(NAME).save_pretrained(DIR)."
+        )
+    config = _config(folder)
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(
+            f"--model: expected a model_type in {folder / 'config.json'}, got none. It must be the "
+            "configuration of a transformers model."
+        )
+    return folder
+
+
+def _read(folder: Path, name: str, *, root: Path) -> ModelFolder:
+    config = _config(folder)
+    tokenizer = _listed(folder, _TOKENIZER)
+    files = [str(folder / "config.json"), *_listed(folder, _WEIGHTS), *tokenizer]
+    positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 512)
+    if config["model_type"] in _OFFSET_FAMILIES:
+        positions -= int(config.get("pad_token_id") or 0) + 1
+    return ModelFolder(
+        name=name,
+        path=str(folder),
+        digest=file_digest(sorted(set(files)), key="--model", root=root),
+        tokenizer_digest=file_digest(tokenizer, key="--model", root=root),
+        vocab_size=int(config.get("vocab_size") or 0),
+        num_positions=positions,
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"--model: expected a JSON object in {folder / 'config.json'}, got something else. "
+            "Save the model again."
+        )
+    return content
+
+
+def _listed(folder: Path, patterns: Sequence[str]) -> list[str]:
+    return sorted({str(path) for pattern in patterns for path in folder.glob(pattern)})
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Name models after their folders, with as many parents as tell them apart."""
+    parts = [_telling(folder) for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(
+        f"--model: expected different models, got {folders[0]} and others that are the same "
+        "folder. Name each once."
+    )
+
+
+def _telling(folder: Path) -> list[str]:
+    """Split the path of a folder without what says nothing of the model."""
+    words = list(folder.resolve().parts)[1:]
+    if words[-1:] == [_EXPORT]:
+        words.pop()
+    return ["".join(c if c.isalnum() or c in "._+-" else "-" for c in word) for word in words]

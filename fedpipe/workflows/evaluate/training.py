@@ -1,0 +1,288 @@
+"""Fine-tuning in plain PyTorch: one model, one task, one seed; repeatable on a CPU.
+
+The recipe of BERT (Devlin et al. 2019, appendix A.3): AdamW, no decay of biases and LayerNorms, a
+linear warm-up and a linear fall to 0, all weights trained. Sequences of like length share a batch,
+so that little of it is padding.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from fedpipe.data.tasks.encoding import IGNORED, Encoded
+from fedpipe.errors import CheckpointError
+
+# N = sequences of a split, B = sequences of a batch, T = tokens of its longest one, C = classes
+
+_POOL = 50
+"""Batches whose sequences are sorted together: long enough to pad little, short enough to mix."""
+_JITTER = 0.1
+"""Lengths are blurred by this share, or a small task would have the same batches in every epoch."""
+_EVAL_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """How a fine-tuning went."""
+
+    best_epoch: int
+    """From 1; the last one where no dev split chooses."""
+    dev_scores: tuple[float, ...]
+    """After every epoch; empty without a dev split."""
+    num_steps: int
+
+
+Note = Callable[[dict[str, Any]], None]
+"""Takes a record for metrics.jsonl."""
+
+
+def load_model(
+    folder: str, *, kind: str, labels: Sequence[str], device: torch.device
+) -> torch.nn.Module:
+    """Read an encoder and put a new head on it, drawn from torch's generator.
+
+    Args:
+        folder: Hugging Face folder.
+        kind: Of the task.
+        labels: Names of the classes or tags; empty for a regression.
+        device: Where it is to be.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: transformers cannot read it, or has no such head for it.
+    """
+    auto: Any = AutoModelForSequenceClassification
+    if kind == "ner":
+        auto = AutoModelForTokenClassification
+    names = dict(enumerate(labels)) or {0: "score"}
+    try:
+        model = auto.from_pretrained(
+            folder, num_labels=len(names), id2label=names, ignore_mismatched_sizes=True,
+            label2id={name: number for number, name in names.items()}, local_files_only=True,
+            torch_dtype=torch.float32,
+        )  # fmt: skip
+    except Exception as error:  # each model family raises classes of its own
+        raise CheckpointError(
+            f"--model: expected an encoder that transformers reads with a head for {kind}, got "
+            f"{' '.join(str(error).split())[:200]} from {folder}. Use a BERT-like model."
+        ) from error
+    result: torch.nn.Module = model.to(device)
+    return result
+
+
+def train(
+    model: torch.nn.Module,
+    data: Encoded,
+    settings: dict[str, Any],
+    *,
+    kind: str,
+    seed: int,
+    pad_id: int,
+    dev_score: Callable[[], float] | None,
+    note: Note,
+) -> Trained:
+    """Fine-tune; afterwards the model has the weights of its best epoch.
+
+    Args:
+        model: From ``load_model``.
+        data: The training split.
+        settings: ``settings_of``.
+        kind: Of the task.
+        seed: Of order and dropout.
+        pad_id: Fills short sequences up.
+        dev_score: Scores the model; None keeps the last epoch.
+        note: Takes records.
+
+    Returns:
+        How it went.
+    """
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    chosen = drawn(data, settings["max_train_examples"])
+    lengths = data.lengths()[chosen]
+    num_epochs, batch_size = int(settings["num_epochs"]), int(settings["batch_size"])
+    num_steps = num_epochs * math.ceil(len(chosen) / batch_size)
+    optimizer = _optimizer(model, settings)
+    warmup = max(1, round(settings["warmup_ratio"] * num_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (num_steps - step) / num_steps)
+    )
+    every = max(1, num_steps // 50)
+    step, scores, best = 0, [], (-math.inf, 0)
+    kept: dict[str, Tensor] = {}
+    for epoch in range(1, num_epochs + 1):
+        model.train()
+        for batch in batches(lengths, batch_size=batch_size, rng=rng):
+            loss = _loss(model, data, chosen[batch], kind=kind, pad_id=pad_id, settings=settings)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            limit = settings["max_grad_norm"] or math.inf
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+            rate = schedule.get_last_lr()[0]
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if step % every == 0 or step == num_steps:
+                note({"kind": "step", "epoch": epoch, "step": step, "num_steps": num_steps,
+                      "loss": float(loss), "lr": rate, "grad_norm": float(norm)})  # fmt: skip
+        if dev_score is None:
+            continue
+        scores.append(dev_score())
+        note({"kind": "eval", "epoch": epoch, "step": step, "score": scores[-1]})
+        if scores[-1] > best[0] or not kept:  # a score that is not a number never wins
+            best = (scores[-1] if math.isfinite(scores[-1]) else -math.inf, epoch)
+            if epoch < num_epochs:
+                kept = copy.deepcopy(model.state_dict())
+    if dev_score is not None and best[1] < num_epochs:
+        model.load_state_dict(kept)
+    return Trained(best_epoch=best[1] or num_epochs, dev_scores=tuple(scores), num_steps=num_steps)
+
+
+def predict(
+    model: torch.nn.Module,
+    data: Encoded,
+    *,
+    sequences: NDArray[np.int64],
+    kind: str,
+    pad_id: int,
+    settings: dict[str, Any],
+) -> list[NDArray[Any]]:
+    """Predict sequences.
+
+    Args:
+        model: Trained.
+        data: A split.
+        sequences: Which of it.
+        kind: Of the task.
+        pad_id: Fills short sequences up.
+        settings: ``settings_of``.
+
+    Returns:
+        In the order of ``sequences``: the tag of every labelled position, the class, or the number.
+    """
+    model.eval()
+    order = np.argsort(data.lengths()[sequences], kind="stable")
+    found: list[NDArray[Any]] = [np.empty(0)] * len(sequences)
+    with torch.inference_mode():
+        for start in range(0, len(order), _EVAL_BATCH):
+            part = order[start : start + _EVAL_BATCH]
+            inputs, labels = _batch(data, sequences[part], pad_id=pad_id, device=_device(model))
+            logits = _logits(model, inputs, settings)
+            values = logits[..., 0] if kind == "regression" else logits.argmax(-1)
+            for row, index in enumerate(part):
+                value = values[row]
+                if kind == "ner":
+                    value = value[labels[row] != IGNORED]
+                found[index] = value.cpu().numpy()
+    return found
+
+
+def drawn(data: Encoded, limit: int) -> NDArray[np.int64]:
+    """Choose the sequences of at most so many examples, the same ones every time; 0 means all."""
+    wanted = np.arange(data.num_sequences)
+    if not 0 < limit < data.num_examples:
+        return wanted
+    examples = np.random.default_rng(0).permutation(data.num_examples)[:limit]
+    return wanted[np.isin(data.examples, examples)]
+
+
+def batches(
+    lengths: NDArray[np.int64], *, batch_size: int, rng: np.random.Generator
+) -> Iterator[NDArray[np.int64]]:
+    """Go once through all sequences in a random order, those of like length together.
+
+    Args:
+        lengths: Tokens of every sequence.
+        batch_size: Sequences per batch; the last one may be smaller.
+        rng: Where the order comes from.
+
+    Yields:
+        Indices of sequences.
+    """
+    order = rng.permutation(len(lengths))
+    blurred = lengths * rng.uniform(1 - _JITTER, 1 + _JITTER, size=len(lengths))
+    pool = _POOL * batch_size
+    found = []
+    for start in range(0, len(order), pool):
+        part = order[start : start + pool]
+        part = part[np.argsort(blurred[part], kind="stable")]
+        found += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    for index in rng.permutation(len(found)):
+        yield found[index]
+
+
+def _optimizer(model: torch.nn.Module, settings: dict[str, Any]) -> torch.optim.AdamW:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # Biases and the weights of LayerNorms are vectors.
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings["weight_decay"]},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings["learning_rate"], betas=(0.9, 0.999), eps=1e-8)
+
+
+def _loss(
+    model: torch.nn.Module,
+    data: Encoded,
+    sequences: NDArray[np.int64],
+    *,
+    kind: str,
+    pad_id: int,
+    settings: dict[str, Any],
+) -> Tensor:
+    inputs, labels = _batch(data, sequences, pad_id=pad_id, device=_device(model))
+    logits = _logits(model, inputs, settings)
+    if kind == "regression":
+        return torch.nn.functional.mse_loss(logits[:, 0], labels.float())
+    flat = logits.reshape(-1, logits.shape[-1])
+    return torch.nn.functional.cross_entropy(flat, labels.reshape(-1).long(), ignore_index=IGNORED)
+
+
+def _logits(model: torch.nn.Module, inputs: dict[str, Tensor], settings: dict[str, Any]) -> Tensor:
+    """Return (B, C), or (B, T, C) of a NER task, in float32."""
+    on_gpu = inputs["input_ids"].is_cuda
+    half = settings["precision"] == "bf16" or (settings["precision"] == "auto" and on_gpu)
+    device = inputs["input_ids"].device.type
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
+        logits: Tensor = model(**inputs).logits
+    return logits.float()
+
+
+def _batch(
+    data: Encoded, sequences: NDArray[np.int64], *, pad_id: int, device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Pad sequences to the longest one: ids, types, mask (B, T); labels (B, T) or (B,)."""
+    per_token = len(data.labels) == len(data.ids)  # every sequence has more than one token
+    length = int(data.lengths()[sequences].max())
+    shape = (len(sequences), length)
+    ids, types = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    mask, tags = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        first, last = data.starts[sequence], data.starts[sequence + 1]
+        ids[row, : last - first] = data.ids[first:last]
+        types[row, : last - first] = data.types[first:last]
+        mask[row, : last - first] = 1
+        if per_token:
+            tags[row, : last - first] = data.labels[first:last]
+    labels = torch.from_numpy(tags if per_token else data.labels[sequences])
+    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    if types.any():  # models without segments have no such argument
+        inputs["token_type_ids"] = torch.from_numpy(types)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}, labels.to(device)
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
