@@ -7,8 +7,11 @@ IA3 scales key, value and the feed-forward.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +106,10 @@ def attach(model: PreTrainedModel, method: MethodConfig, *, causal: bool = False
         head = sum(p.numel() for name, p in model.named_parameters() if name in heads)
         return Counts(model=size, adapter=size, head=head)
     try:
-        adapters.init(model)
-        model.add_adapter(ADAPTER, config=adapter_config(method))
-        model.train_adapter(ADAPTER)
+        with _quiet():
+            _init(model)
+            model.add_adapter(ADAPTER, config=adapter_config(method))
+            model.train_adapter(ADAPTER)
     except Exception as error:  # the library asserts, and raises what it stumbles over
         raise ConfigError(
             f"method.name: expected a method that {model.config.model_type} has, got"
@@ -120,6 +124,30 @@ def attach(model: PreTrainedModel, method: MethodConfig, *, causal: bool = False
     head = sum(p.numel() for name, p in trained.items() if name in heads)
     adapter = sum(p.numel() for p in trained.values()) - head
     return Counts(model=size, adapter=adapter, head=head)
+
+
+def _init(model: PreTrainedModel) -> None:
+    """Let the library put its layers in; where a layer had no bias, it has none afterwards.
+
+    The library gives DeBERTa's joint projection a bias of uninitialised memory, and adds it.
+    """
+    without = {n for n, m in model.named_modules() if getattr(m, "bias", 0) is None}
+    adapters.init(model)
+    for name, module in model.named_modules():
+        if name in without and module.bias is not None:
+            module.bias = None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library from warning that an adapter is not active before it can be."""
+    logger = logging.getLogger("adapters")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -278,6 +306,8 @@ def plain_state(model: PreTrainedModel, method: MethodConfig) -> dict[str, Tenso
 
 def frozen_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the weights without the adapter's, under the plain model's names."""
-    own = (".loras.", ".shared_parameters.", ".adapters.", "prefix_tuning")
-    own += ("prompt_tuning", "invertible_adapters")
+    own = (
+        ".loras.", ".shared_parameters.", ".adapters.", "prefix_tuning", "prompt_tuning",
+        "invertible_adapters",
+    )  # fmt: skip
     return {n: t for n, t in model.state_dict().items() if not any(part in n for part in own)}

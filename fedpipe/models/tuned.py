@@ -171,7 +171,8 @@ def _read(from_pretrained: Callable[..., Any], path: str, config: PretrainedConf
     lost = [
         name for name in info["missing_keys"] if name.startswith(prefix) and "pooler" not in name
     ]
-    lost += [entry[0] for entry in info["mismatched_keys"] if entry[0].startswith(prefix)]
+    other = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
+    lost += [name for name in other if name.startswith(prefix)]
     if lost:
         raise ConfigError(
             f"model.path: expected all weights of the model in {path}, got none of {lost[0]} and"

@@ -101,6 +101,10 @@ def test_the_adapter_is_read_by_the_library_alone(family: str, name: str, tmp_pa
     with torch.no_grad():
         [p.zero_() for n, p in plain.named_parameters() if n.startswith(("classifier", "score"))]
     adapters.init(plain)
+    if family == "deberta":  # the library adds one, of uninitialised memory
+        for path, module in plain.named_modules():
+            if path.endswith("in_proj"):
+                module.bias = None
     loaded = plain.load_adapter(str(tmp_path))
     plain.set_active_adapters(loaded)
     assert loaded == ADAPTER
