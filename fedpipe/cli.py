@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedpipe import __version__
+from fedpipe.config.finetune import finetune_presets
 from fedpipe.config.load import load_config, preset_names, read_config
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError, LaunchError
 
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedpipe {__version__}")
     presets = f"a published system: {', '.join(preset_names())}"
+    tuning = f"a published study: {', '.join(finetune_presets())}"
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (run, summary) in _COMMANDS.items():
         command = commands.add_parser(
@@ -116,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "task", metavar="TASK", choices=_JOBS, help=f"what to run: {', '.join(_JOBS)}"
             )
-        command.add_argument("--preset", metavar="NAME", help=presets)
+        command.add_argument(
+            "--preset", metavar="NAME", help=tuning if name == "finetune" else presets
+        )
         command.add_argument(
             "--config", metavar="FILE", help="YAML, laid over the preset; default: the quick start"
         )
@@ -138,6 +142,12 @@ def _parser() -> argparse.ArgumentParser:
             _add_measurement(command)
         if name == "submit":
             _add_job(command)
+        if name == "finetune":
+            command.add_argument(
+                "--count",
+                action="store_true",
+                help="count what every method trains on every family's base model; start nothing",
+            )
         if name in _GRIDS:
             _add_grid(command, text=_GRIDS[name])
         if name == "evaluate":
@@ -245,6 +255,17 @@ def _pretrain(args: argparse.Namespace) -> int:
     from fedpipe.launcher.local import pretrain
 
     return pretrain(args.config, args.overrides, args.run_dir, preset=args.preset)
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    if args.count:
+        from fedpipe.workflows.finetune.count import count_table
+
+        _show(count_table())
+        return EXIT_DONE
+    from fedpipe.launcher.finetune import finetune
+
+    return finetune(args.config, args.overrides, args.run_dir, preset=args.preset, axes=args.grid)
 
 
 def _throughput(args: argparse.Namespace) -> int:
@@ -372,6 +393,12 @@ def _checked_config(args: argparse.Namespace) -> RunConfig:
 
 def _export(args: argparse.Namespace) -> int:
     run_dir = _existing_run(args)
+    if _is_finetuning(run_dir):
+        from fedpipe.workflows.finetune.finish import export_finetuned
+
+        for folder in export_finetuned(run_dir):
+            _show(str(folder))
+        return EXIT_DONE
     from fedpipe.workflows.export import export_run
 
     sys.stdout.write(f"{export_run(run_dir)}\n")
@@ -380,11 +407,19 @@ def _export(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     run_dir = _existing_run(args)
-    from fedpipe.metrics.report import write_report
+    if _is_finetuning(run_dir):
+        from fedpipe.metrics.finetune_report import write_finetune_report as write_report
+    else:
+        from fedpipe.metrics.report import write_report
 
     write_report(run_dir)
     sys.stdout.write(f"{run_dir / 'report.html'}\n")
     return EXIT_DONE
+
+
+def _is_finetuning(run_dir: Path) -> bool:
+    """Whether a run's configuration is that of ``fedpipe finetune``."""
+    return "\nmethod:" in (run_dir / "config.yaml").read_text(encoding="utf-8")
 
 
 def _existing_run(args: argparse.Namespace) -> Path:
@@ -413,12 +448,15 @@ _GRIDS = {
     " pipeline.cut=[1],[2] pipeline.micro_batch_size=8,16",
     "sweep": _RUNS,
     "submit": _RUNS,
+    "finetune": "run every combination of the values, one after the other, and compare them:"
+    " method.name=lora,full seed=0,1",
 }
 """Commands that take a grid, and what they do with it."""
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "plan": (_plan, "show grid, stages, bytes, memory and ideal bubble; start nothing"),
     "pretrain": (_pretrain, "pre-train a model on this machine, or resume the run in DIR"),
+    "finetune": (_finetune, "fine-tune a model over clients, whole or with an adapter"),
     "export": (_export, "write the newest checkpoint of a run as a Hugging Face folder"),
     "report": (_report, "write report.html, report.md and the plots of a run"),
     "throughput": (_throughput, "measure every schedule in one interleaved run"),

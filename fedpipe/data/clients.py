@@ -61,7 +61,7 @@ def number_labels(labels: NDArray[np.float64], *, like: NDArray[np.float64]) -> 
 
 
 def tag_labels(tags: Sequence[Sequence[int]], names: Sequence[str]) -> Labels:
-    """Describe sentences of tagged words; their class is the rarest-first kind of entity, or none.
+    """Describe sentences of tagged words; their class is the tag of their first entity, or none.
 
     Args:
         tags: By sentence, a tag per word; 0 is outside of entities.

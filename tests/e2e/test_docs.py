@@ -20,13 +20,20 @@ SHRINK = {
         "pipeline.num_micro_batches=2", "federation.num_rounds=1", "federation.num_local_steps=3",
         "validation.max_blocks_per_client=2", "log.tensorboard=false", "pipeline.cut=[2]",
     ],
+    "finetune": [
+        "task.max_length=16", "task.max_train_examples=48", "task.max_test_examples=24",
+        "federation.num_rounds=1", "federation.num_local_epochs=0", "federation.num_local_steps=2",
+    ],
 }  # fmt: skip
 """Added to every command that trains: the command is tested, not the model."""
 
 
 def _commands() -> list[str]:
     """Commands of the README's section "Use it", in order; later ones use earlier ones' runs."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Use it\n")[1]
+    return _first_block((ROOT / "README.md").read_text(encoding="utf-8").split("\n## Use it\n")[1])
+
+
+def _first_block(section: str) -> list[str]:
     block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
     assert block, "the section shows commands"
     lines = [line.split(" #")[0].strip() for line in block.group(1).splitlines()]
@@ -80,3 +87,21 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
         )
     assert (tmp_path / "runs/small/export/config.json").is_file()
     assert (tmp_path / "runs/bench/throughput/report.json").is_file()
+
+
+def test_the_commands_of_the_guide_to_fine_tuning_run(tmp_path: Path) -> None:
+    bin_dir = Path(sys.executable).parent
+    env = os.environ | {
+        "PATH": f"{bin_dir}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    commands = _first_block((ROOT / "docs/finetune.md").read_text(encoding="utf-8"))
+    for command in commands:
+        words = shlex.split(command)
+        end = words.index("--grid") if "--grid" in words else len(words)
+        words[end:end] = [] if "--count" in words else SHRINK["finetune"]
+        result = subprocess.run(
+            words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr[-3000:]}"
+    assert (tmp_path / "runs/finetune/report.html").is_file()
+    assert (tmp_path / "runs/pfeiffer/adapter/adapter_config.json").is_file()
