@@ -118,9 +118,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "task", metavar="TASK", choices=_JOBS, help=f"what to run: {', '.join(_JOBS)}"
             )
-        command.add_argument(
-            "--preset", metavar="NAME", help=tuning if name == "finetune" else presets
-        )
+        studies = tuning if name == "finetune" else presets
+        command.add_argument("--preset", metavar="NAME", help=studies)
         command.add_argument(
             "--config", metavar="FILE", help="YAML, laid over the preset; default: the quick start"
         )
@@ -143,11 +142,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "submit":
             _add_job(command)
         if name == "finetune":
-            command.add_argument(
-                "--count",
-                action="store_true",
-                help="count what every method trains on every family's base model; start nothing",
-            )
+            text = "count what every method trains on every family's base model; start nothing"
+            command.add_argument("--count", action="store_true", help=text)
         if name in _GRIDS:
             _add_grid(command, text=_GRIDS[name])
         if name == "evaluate":
@@ -258,13 +254,10 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 
 def _finetune(args: argparse.Namespace) -> int:
+    from fedpipe.launcher.finetune import count_here, finetune
+
     if args.count:
-        from fedpipe.workflows.finetune.count import count_table
-
-        _show(count_table())
-        return EXIT_DONE
-    from fedpipe.launcher.finetune import finetune
-
+        return count_here()
     return finetune(args.config, args.overrides, args.run_dir, preset=args.preset, axes=args.grid)
 
 
@@ -393,33 +386,19 @@ def _checked_config(args: argparse.Namespace) -> RunConfig:
 
 def _export(args: argparse.Namespace) -> int:
     run_dir = _existing_run(args)
-    if _is_finetuning(run_dir):
-        from fedpipe.workflows.finetune.finish import export_finetuned
+    from fedpipe.workflows.outputs import export
 
-        for folder in export_finetuned(run_dir):
-            _show(str(folder))
-        return EXIT_DONE
-    from fedpipe.workflows.export import export_run
-
-    sys.stdout.write(f"{export_run(run_dir)}\n")
+    sys.stdout.writelines(f"{folder}\n" for folder in export(run_dir))
     return EXIT_DONE
 
 
 def _report(args: argparse.Namespace) -> int:
     run_dir = _existing_run(args)
-    if _is_finetuning(run_dir):
-        from fedpipe.metrics.finetune_report import write_finetune_report as write_report
-    else:
-        from fedpipe.metrics.report import write_report
+    from fedpipe.workflows.outputs import report
 
-    write_report(run_dir)
+    report(run_dir)
     sys.stdout.write(f"{run_dir / 'report.html'}\n")
     return EXIT_DONE
-
-
-def _is_finetuning(run_dir: Path) -> bool:
-    """Whether a run's configuration is that of ``fedpipe finetune``."""
-    return "\nmethod:" in (run_dir / "config.yaml").read_text(encoding="utf-8")
 
 
 def _existing_run(args: argparse.Namespace) -> Path:

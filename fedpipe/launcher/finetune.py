@@ -47,7 +47,7 @@ def finetune(
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
     signals = Signals()
     chosen = any(override.startswith("method.name=") for override in overrides)
-    if not (config_path or preset or axes or chosen or _is_run(run_dir)):
+    if not (config_path or preset or axes or chosen or _is_run(run_dir) or _is_grid(run_dir)):
         axes = EXAMPLE
     try:
         with signals.caught():
@@ -60,6 +60,15 @@ def finetune(
         console.text(f"interrupted{where}; {_way_back(run_dir)}")
         return EXIT_INTERRUPTED
     _show_result(directory, console)
+    return 0
+
+
+def count_here() -> int:
+    """Print what every method trains on every family's base model; return 0."""
+    from fedpipe.workflows.finetune.count import count_rows, count_table
+
+    console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
+    console.text(count_table(count_rows()))
     return 0
 
 

@@ -106,7 +106,8 @@ def attach(model: PreTrainedModel, method: MethodConfig, *, causal: bool = False
         head = sum(p.numel() for name, p in model.named_parameters() if name in heads)
         return Counts(model=size, adapter=size, head=head)
     try:
-        with _quiet():
+        # On the model's own device: the library fills what it makes, and throws much of it away.
+        with _quiet(), next(model.parameters()).device:
             _init(model)
             model.add_adapter(ADAPTER, config=adapter_config(method))
             model.train_adapter(ADAPTER)

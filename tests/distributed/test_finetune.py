@@ -352,3 +352,108 @@ def test_a_client_without_a_label_is_allowed_and_named(tmp_path: Path, base: lis
     kept = [o for o in base if not o.startswith("task.split")]
     set_up_finetune(None, [*kept, "task.split=label_sorted"], str(tmp_path), notify=said.append)
     assert "without examples of some labels, such as client 0" in said[-1]
+
+
+def small_texts(folder: Path, *, sizes: tuple[int, int] = (60, 20)) -> Path:
+    """Write texts that repeat themselves, of three wards."""
+    folder.mkdir(parents=True)
+    words = ["bad poor dull", "good fine great", "worse better bad"]
+    for split, size in zip(("train", "valid"), sizes, strict=True):
+        rows = [
+            {"text": f"{words[i % 3]} " * 3, "ward": f"ward {i % 3}"} for i in range(size)
+        ]  # fmt: skip
+        text = "\n".join(json.dumps(row) for row in rows)
+        (folder / f"texts.{split}.jsonl").write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def test_a_language_model_is_tuned_on_the_texts_of_wards(tmp_path: Path, base: list[str]) -> None:
+    model, texts = small_folder(tmp_path / "gpt2", "gpt2"), small_texts(tmp_path / "texts")
+    setup = set_up(
+        tmp_path / "run", base, f"model.path={model}", f"task.data={texts}", "task.name=causal-lm",
+        "task.split=column", "task.column=ward", "federation.num_clients=3",
+        "method.name=pfeiffer", "method.reduction_factor=4",
+    )  # fmt: skip
+    run(setup)
+    losses = [r["score"] for r in records(tmp_path / "run", "eval")]
+    assert losses[-1] < losses[0]
+    last = records(tmp_path / "run", "eval")[-1]
+    assert last["worst"] == max(last["clients"].values())
+    assert [path.name for path in export_finetuned(tmp_path / "run")] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "match"),
+    [
+        (("task.data={nowhere}",), CorpusError, r"^task.data: expected a folder with a file \*tr"),
+        (("task.column=site", "task.split=column"), CorpusError,
+         r"^task.data: expected a column 'site' in .*texts.train.jsonl:1, got text, ward"),
+        (("federation.average.final_head=false",), ConfigError,
+         r"^federation.average.final_head: expected true with task.name=causal-lm"),
+        (("federation.num_clients=4", "task.column=ward", "task.split=column"), CorpusError,
+         r"^task.column: expected at least 4 values of 'ward' \(federation.num_clients\), got 3"),
+        (("model.path={bert}",), ConfigError, r"it reads text in both directions"),
+        (("task.max_length=64",), ConfigError, r"^task.max_length: expected at most 40 \(the posi"),
+    ],
+)  # fmt: skip
+def test_texts_that_cannot_be_learnt_from_are_refused(
+    tmp_path: Path, base: list[str], overrides: tuple[str, ...], error: Any, match: str
+) -> None:
+    model, texts = small_folder(tmp_path / "gpt2", "gpt2"), small_texts(tmp_path / "texts")
+    long = {"text": "bad " * 60, "ward": "ward 0"}
+    with open(texts / "texts.train.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(long) + "\n")
+    places = {"nowhere": tmp_path / "nowhere", "bert": small_folder(tmp_path / "bert")}
+    own = [f"model.path={model}", f"task.data={texts}", "task.name=causal-lm",
+           "federation.num_clients=3"]  # fmt: skip
+    asked = [override.format(**places) for override in overrides]
+    keys = {override.partition("=")[0] for override in asked}
+    kept = [override for override in own if override.partition("=")[0] not in keys]
+    with pytest.raises(error, match=match):
+        set_up(tmp_path / "run", base, *kept, *asked)
+
+
+def test_damaged_texts_and_other_formats_are_refused(tmp_path: Path, base: list[str]) -> None:
+    model, texts = small_folder(tmp_path / "gpt2", "gpt2"), small_texts(tmp_path / "texts")
+    (texts / "texts.train.jsonl").write_text('{"text": "bad"}\n[]\n', encoding="utf-8")
+    own = (f"model.path={model}", f"task.data={texts}", "task.name=causal-lm")
+    with pytest.raises(CorpusError, match=r"^task.data: expected JSON objects, got a fault after"):
+        set_up(tmp_path / "run", base, *own)
+    tables = tmp_path / "sst2"
+    tables.mkdir()
+    for split in ("train", "test"):
+        (tables / f"{split}.tsv").write_text("sentence\tlabel\ngood\t1\n", encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"^task.column: expected JSON lines, got GLUE's TSV"):
+        set_up(tmp_path / "run", base, f"task.data={tables}", "task.name=sst2",
+               "task.split=column", "task.column=site")  # fmt: skip
+
+
+def test_a_model_that_transformers_does_not_know_is_refused(
+    tmp_path: Path, base: list[str]
+) -> None:
+    model = small_folder(tmp_path / "model")
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(content | {"model_type": "elsewhere"}))
+    with pytest.raises(ConfigError, match=r"^model.path: expected a config.json of transformers"):
+        set_up(tmp_path / "run", base, f"model.path={model}")
+    (model / "config.json").write_text(json.dumps(content | {"vocab_size": 5}))
+    with pytest.raises(CorpusError, match=r"^model.path: expected a tokenizer of the model's 5 to"):
+        set_up(tmp_path / "run", base, f"model.path={model}")
+
+
+def test_a_run_without_a_checkpoint_has_nothing_to_export(tmp_path: Path, base: list[str]) -> None:
+    set_up(tmp_path, base)
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint to export, got none"):
+        export_finetuned(tmp_path)
+
+
+def test_a_client_that_a_skewed_split_leaves_empty_is_refused(
+    tmp_path: Path, base: list[str]
+) -> None:
+    rows = [json.dumps({"text": "good", "label": 1, "site": f"s{i % 3}"}) for i in range(9)]
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task/imdb.train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (tmp_path / "task/imdb.test.jsonl").write_text("\n".join(rows[::3]), encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"^task.split: expected training and held-out examples"):
+        set_up(tmp_path / "run", base, f"task.data={tmp_path / 'task'}", "task.split=column",
+               "task.column=site", "federation.num_clients=3")  # fmt: skip

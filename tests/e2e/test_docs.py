@@ -95,13 +95,13 @@ def test_the_commands_of_the_guide_to_fine_tuning_run(tmp_path: Path) -> None:
         "PATH": f"{bin_dir}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     commands = _first_block((ROOT / "docs/finetune.md").read_text(encoding="utf-8"))
-    for command in commands:
+    for command in (c for c in commands if "--count" not in c):  # which a unit test calls
         words = shlex.split(command)
         end = words.index("--grid") if "--grid" in words else len(words)
-        words[end:end] = [] if "--count" in words else SHRINK["finetune"]
+        words[end:end] = SHRINK["finetune"]
         result = subprocess.run(
             words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
         )
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr[-3000:]}"
     assert (tmp_path / "runs/finetune/report.html").is_file()
-    assert (tmp_path / "runs/pfeiffer/adapter/adapter_config.json").is_file()
+    assert (tmp_path / "runs/lost/adapter/adapter_config.json").is_file()

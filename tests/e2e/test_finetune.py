@@ -35,11 +35,11 @@ def test_methods_are_compared_in_a_table(tmp_path: Path, tiny: list[str]) -> Non
     for name, folder in (("lora", "adapter"), ("lora", "export"), ("full", "export")):
         assert any((tmp_path / "run" / name / folder).iterdir())
     assert not (tmp_path / "run/full/adapter").exists()
+    cells = json.loads((tmp_path / "run/cells.json").read_text())
+    assert [cell["name"] for cell in cells] == ["lora", "full"]
     assert (tmp_path / "run/report.html").is_file() and (tmp_path / "run/scores.png").is_file()
     again = fedpipe("finetune", "--run-dir", str(tmp_path / "run"), folder=tmp_path)
     assert again.code == 0 and "lora is done" in again.out
-    report = fedpipe("report", "--run-dir", str(tmp_path / "run/lora"), folder=tmp_path)
-    assert report.code == 0 and report.out.strip().endswith("lora/report.html")
     other = fedpipe("finetune", "--run-dir", str(tmp_path / "run"), "--grid", "seed=1,2",
                     folder=tmp_path)  # fmt: skip
     assert other.code == 2 and "expected the grid that is in" in other.error
@@ -49,9 +49,9 @@ def test_a_signal_ends_it_after_a_round_and_the_same_directory_goes_on(
     tmp_path: Path, tiny: list[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    asked = ["federation.num_rounds=30", "method.name=lora", "scoring.every_rounds=30"]
+    asked = ["federation.num_rounds=12", "method.name=lora", "scoring.every_rounds=12"]
     command = Command("finetune", "--run-dir", str(run_dir), *tiny[:-1], *asked, folder=tmp_path)
-    command.wait_for(lambda: "round  2/30" in command.output(), "round 2")
+    command.wait_for(lambda: "round  2/12" in command.output(), "round 2")
     command.process.send_signal(signal.SIGTERM)
     stopped = command.finish()
     assert stopped.code == 75, stopped.out + stopped.err
@@ -61,14 +61,13 @@ def test_a_signal_ends_it_after_a_round_and_the_same_directory_goes_on(
     assert resumed.code == 0, resumed.out + resumed.err
     assert f"from {max(done)}" in resumed.out
     rounds = [r["round"] for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "round"]
-    assert rounds == list(range(30))
+    assert rounds == list(range(12))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["method.nam=full"], "ConfigError: method.nam: unknown key in an override. Did you mean"),
-        (["method.name=lora", "model.path=nowhere"], "ConfigError: model.path: expected a Hugging"),
         (["--preset", "hilmkill"], "ConfigError: --preset: expected one of fate-sentiment, hilm"),
         (["--grid", "method.name=lora,lorra"], "ConfigError: method.name: expected one of full"),
         (["method.name=lora", "--grid", "method.name=ia3"], "ConfigError: --grid: expected keys"),
@@ -79,13 +78,3 @@ def test_errors_are_one_line(tmp_path: Path, arguments: list[str], message: str)
     assert result.code == 2
     assert result.error.startswith(message)
     assert not list(tmp_path.glob("runs/*/metrics.jsonl"))
-
-
-def test_the_cells_of_a_grid_are_written_down(tmp_path: Path, tiny: list[str]) -> None:
-    run_dir = tmp_path / "run"
-    result = fedpipe("finetune", "--run-dir", str(run_dir), *tiny, "method.name=compacter",
-                     "--grid", "task.split=iid,label_sorted", folder=tmp_path)  # fmt: skip
-    assert result.code == 2  # a tiny model is too narrow for the method
-    assert "expected a method that bert has, got 'compacter'" in result.error
-    cells = json.loads((run_dir / "cells.json").read_text())
-    assert [cell["name"] for cell in cells] == ["split=iid", "split=label_sorted"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fedpipe.models.peft import (
     trainable,
 )
 from fedpipe.models.tuned import FAMILIES, base_config, build_model, check_family
+from fedpipe.workflows.finetune.count import count_rows, count_table
 from tests.helpers.tuned import small_batch, small_config, small_model
 
 
@@ -205,3 +207,13 @@ def test_an_adapter_of_another_method_or_none_is_refused(tmp_path: Path) -> None
         CheckpointError, match=r"^method.path: expected an adapter of method.name=houlsby"
     ):
         load_adapter(copy.deepcopy(model), tmp_path, method("houlsby"))
+
+
+def test_every_method_of_every_base_model_is_counted() -> None:
+    rows = list(count_rows())
+    assert [(row.family, row.method) for row in rows] == list(product(FAMILIES, METHODS))
+    assert not [row for row in rows if row.counts is None]
+    table = [line.split(" | ") for line in count_table(rows).splitlines()]
+    assert ["| gpt2", "lora", "294,912", "0.237 %", "296,448", "1.13 MiB"] in [
+        row[:6] for row in table
+    ]

@@ -110,6 +110,8 @@ def set_up_finetune(
             discard_later(directory, checkpoint.position)
             notify(f"resuming {directory} from {checkpoint.path.name}")
     notify(plan)
+    if config.model.path == UNTRAINED and not checkpoint:
+        notify(f"no {_QUICKSTART_EXPORT}: random weights; `make pretrain` leaves a model there")
     return FinetuneSetup(
         config=config, run_dir=directory, checkpoint=checkpoint, started_at=started_at
     )
@@ -312,7 +314,8 @@ def _what(config: FinetuneConfig) -> str:
 def _local_work(config: FinetuneConfig) -> str:
     federation = config.federation
     if federation.num_local_epochs:
-        return f"{federation.num_local_epochs:g} local epochs"
+        plural = "" if federation.num_local_epochs == 1 else "s"
+        return f"{federation.num_local_epochs:g} local epoch{plural}"
     return count(federation.num_local_steps, "local step")
 
 
