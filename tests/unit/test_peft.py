@@ -212,7 +212,9 @@ def test_an_adapter_of_another_method_or_none_is_refused(tmp_path: Path) -> None
 def test_every_method_of_every_base_model_is_counted() -> None:
     rows = list(count_rows())
     assert [(row.family, row.method) for row in rows] == list(product(FAMILIES, METHODS))
-    assert not [row for row in rows if row.counts is None]
+    lacking = {(row.family, row.method): row.reason for row in rows if row.counts is None}
+    assert list(lacking) == [("llama", "compacter")]  # 576 / 32 is no multiple of its 4 blocks
+    assert "`out_features`=18 is not divisble" in lacking["llama", "compacter"]
     table = [line.split(" | ") for line in count_table(rows).splitlines()]
     assert ["| gpt2", "lora", "294,912", "0.237 %", "296,448", "1.13 MiB"] in [
         row[:6] for row in table

@@ -59,7 +59,8 @@ def count_rows() -> Iterator[CountRow]:
                 try:
                     counts = attach(model, MethodConfig(name=name))  # type: ignore[arg-type]
                 except ConfigError as error:
-                    yield CountRow(family=family, method=name, counts=None, reason=str(error))
+                    reason = str(error).partition("(")[2].rpartition(")")[0]
+                    yield CountRow(family=family, method=name, counts=None, reason=reason)
                     continue
             yield CountRow(family=family, method=name, counts=counts)
 
