@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedpipe import __version__
+from fedpipe.config.finetune import finetune_presets
 from fedpipe.config.load import load_config, preset_names, read_config
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError, LaunchError
 
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedpipe {__version__}")
     presets = f"a published system: {', '.join(preset_names())}"
+    tuning = f"a published study: {', '.join(finetune_presets())}"
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (run, summary) in _COMMANDS.items():
         command = commands.add_parser(
@@ -116,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "task", metavar="TASK", choices=_JOBS, help=f"what to run: {', '.join(_JOBS)}"
             )
-        command.add_argument("--preset", metavar="NAME", help=presets)
+        studies = tuning if name == "finetune" else presets
+        command.add_argument("--preset", metavar="NAME", help=studies)
         command.add_argument(
             "--config", metavar="FILE", help="YAML, laid over the preset; default: the quick start"
         )
@@ -138,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
             _add_measurement(command)
         if name == "submit":
             _add_job(command)
+        if name == "finetune":
+            text = "count what every method trains on every family's base model; start nothing"
+            command.add_argument("--count", action="store_true", help=text)
         if name in _GRIDS:
             _add_grid(command, text=_GRIDS[name])
         if name == "evaluate":
@@ -245,6 +251,14 @@ def _pretrain(args: argparse.Namespace) -> int:
     from fedpipe.launcher.local import pretrain
 
     return pretrain(args.config, args.overrides, args.run_dir, preset=args.preset)
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    from fedpipe.launcher.finetune import count_here, finetune
+
+    if args.count:
+        return count_here()
+    return finetune(args.config, args.overrides, args.run_dir, preset=args.preset, axes=args.grid)
 
 
 def _throughput(args: argparse.Namespace) -> int:
@@ -372,17 +386,17 @@ def _checked_config(args: argparse.Namespace) -> RunConfig:
 
 def _export(args: argparse.Namespace) -> int:
     run_dir = _existing_run(args)
-    from fedpipe.workflows.export import export_run
+    from fedpipe.workflows.outputs import export
 
-    sys.stdout.write(f"{export_run(run_dir)}\n")
+    sys.stdout.writelines(f"{folder}\n" for folder in export(run_dir))
     return EXIT_DONE
 
 
 def _report(args: argparse.Namespace) -> int:
     run_dir = _existing_run(args)
-    from fedpipe.metrics.report import write_report
+    from fedpipe.workflows.outputs import report
 
-    write_report(run_dir)
+    report(run_dir)
     sys.stdout.write(f"{run_dir / 'report.html'}\n")
     return EXIT_DONE
 
@@ -413,12 +427,15 @@ _GRIDS = {
     " pipeline.cut=[1],[2] pipeline.micro_batch_size=8,16",
     "sweep": _RUNS,
     "submit": _RUNS,
+    "finetune": "run every combination of the values, one after the other, and compare them:"
+    " method.name=lora,full seed=0,1",
 }
 """Commands that take a grid, and what they do with it."""
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "plan": (_plan, "show grid, stages, bytes, memory and ideal bubble; start nothing"),
     "pretrain": (_pretrain, "pre-train a model on this machine, or resume the run in DIR"),
+    "finetune": (_finetune, "fine-tune a model over clients, whole or with an adapter"),
     "export": (_export, "write the newest checkpoint of a run as a Hugging Face folder"),
     "report": (_report, "write report.html, report.md and the plots of a run"),
     "throughput": (_throughput, "measure every schedule in one interleaved run"),

@@ -33,8 +33,9 @@ class AggregationConfig:
     rule: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
     """mean is FedAvg. The others withstand num_byzantine arbitrary clients: coordinate-wise median
     or trimmed mean, or multi-Krum."""
-    weighting: Literal["tokens", "uniform"] = "tokens"
-    """Weight of a client in the mean: its trained tokens, or 1. The robust rules need uniform."""
+    weighting: Literal["tokens", "examples", "uniform"] = "tokens"
+    """Weight of a client in the mean: its trained tokens or examples (the same in pre-training,
+    whose blocks are all full), or 1. The robust rules need uniform."""
     num_byzantine: int = 0
     """Clients of a cohort that may send anything: trimmed from each end, or Krum's f."""
 

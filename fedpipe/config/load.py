@@ -125,36 +125,61 @@ def _evenly_cut(node: Node, num_stages: int) -> RunConfig:
 
 
 def _read(path: str | None, overrides: Sequence[str], *, preset: str | None) -> Node:
-    """Lay preset, file and overrides over each other."""
-    packaged = resources.files("fedpipe.config")
-    layers = [] if preset is None else [_read_preset(preset)]
+    return lay_over(path, overrides, preset=preset, presets=_presets(), packaged=PACKAGED_CONFIG)
+
+
+def lay_over(
+    path: str | None,
+    overrides: Sequence[str],
+    *,
+    preset: str | None,
+    presets: Traversable,
+    packaged: str,
+) -> Node:
+    """Lay preset, file and overrides over each other.
+
+    Args:
+        path: YAML file, or None.
+        overrides: ``section.key=value`` each; the value is YAML.
+        preset: Name of a file of ``presets``, or None.
+        presets: Folder of the packaged presets.
+        packaged: File of this package that is read without path and preset.
+
+    Raises:
+        ConfigError: A file cannot be read, or there is no such preset.
+    """
+    layers = [] if preset is None else [_read_preset(preset, presets)]
     if path is not None:
         layers.append(parse(read_text(path), source=path))
     elif preset is None:
-        text = packaged.joinpath(PACKAGED_CONFIG).read_text("utf-8")
-        layers.append(parse(text, source=PACKAGED_CONFIG))
+        text = resources.files("fedpipe.config").joinpath(packaged).read_text("utf-8")
+        layers.append(parse(text, source=packaged))
     layers += map(parse_override, overrides)
     return reduce(merge, layers)
 
 
 def preset_names() -> list[str]:
     """Return the names of the packaged presets."""
-    return sorted(file.name.removesuffix(".yaml") for file in _presets().iterdir())
+    return _names(_presets())
+
+
+def _names(presets: Traversable) -> list[str]:
+    return sorted(file.name.removesuffix(".yaml") for file in presets.iterdir())
 
 
 def _presets() -> Traversable:
     return resources.files("fedpipe.config").joinpath("presets")
 
 
-def _read_preset(name: str) -> Node:
-    names = preset_names()
+def _read_preset(name: str, presets: Traversable) -> Node:
+    names = _names(presets)
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(
             f"--preset: expected one of {', '.join(names)}, got {name!r}.{hint or ' Choose one.'}"
         )
-    file = _presets().joinpath(f"{name}.yaml")
+    file = presets.joinpath(f"{name}.yaml")
     return parse(file.read_text("utf-8"), source=file.name)
 
 
@@ -172,6 +197,24 @@ def from_dict(data: Mapping[str, Any], *, source: str = "config") -> RunConfig:
         ConfigError: A key is unknown or of the wrong type.
     """
     return cast(RunConfig, _build(RunConfig, wrap(data, source), key=""))
+
+
+def build(cls: type, node: Node) -> Any:
+    """Return the configuration of a class of sections that a tree of values describes.
+
+    Args:
+        cls: A dataclass whose fields are sections and values.
+        node: The values; what is missing takes its default.
+
+    Raises:
+        ConfigError: A key is unknown or of the wrong type, or values do not fit.
+    """
+    return _build(cls, node, key="")
+
+
+def dump_config(config: Any) -> str:
+    """Return a configuration of any class with every default as YAML."""
+    return dump(cast(dict[str, Any], _to_plain(config)))
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -297,7 +340,8 @@ def _check_shared(config: RunConfig) -> None:
         )
 
 
-def _build(cls: type, node: Node, *, key: str) -> Any:
+def _build(cls: type, node: Node, *, key: str, root: type | None = None) -> Any:
+    root = root or cls
     if not isinstance(node.value, dict):
         raise ConfigError(
             f"{key}: expected a section with keys, got {node.plain()!r} in {node.where}. Write"
@@ -309,20 +353,22 @@ def _build(cls: type, node: Node, *, key: str) -> Any:
     for name, child in node.value.items():
         dotted = f"{key}.{name}" if key else name
         if name not in names:
-            raise ConfigError(f"{dotted}: unknown key in {child.where}. {_suggest(dotted, names)}")
-        values[name] = _value(hints[name], child, key=dotted)
+            raise ConfigError(
+                f"{dotted}: unknown key in {child.where}. {_suggest(dotted, names, root)}"
+            )
+        values[name] = _value(hints[name], child, key=dotted, root=root)
     return cls(**values)
 
 
-def _value(kind: Any, node: Node, *, key: str) -> Any:
+def _value(kind: Any, node: Node, *, key: str, root: type) -> Any:
     if is_dataclass(kind):
-        return _build(cast(type, kind), node, key=key)
+        return _build(cast(type, kind), node, key=key, root=root)
     origin, arguments, value = get_origin(kind), get_args(kind), node.value
     if origin in (Union, UnionType):
         if value is None:
             return None
         kind = next(argument for argument in arguments if argument is not NoneType)
-        return _value(kind, node, key=key)
+        return _value(kind, node, key=key, root=root)
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
             choices = ", ".join(str(argument) for argument in arguments)
@@ -333,7 +379,8 @@ def _value(kind: Any, node: Node, *, key: str) -> Any:
             way_out = f"Write {key}=[{node.plain()}]." if value is not None else "Write []."
             raise _type_error(key, "a list", node, way_out)
         return tuple(
-            _value(arguments[0], item, key=f"{key}[{index}]") for index, item in enumerate(value)
+            _value(arguments[0], item, key=f"{key}[{index}]", root=root)
+            for index, item in enumerate(value)
         )
     return _scalar(kind, node, key=key)
 
@@ -370,12 +417,12 @@ def _closest_choice(value: Any, choices: Sequence[Any]) -> str:
     return f"Did you mean {close[0]}?" if close else f"The default is {choices[0]}."
 
 
-def _suggest(dotted: str, siblings: Sequence[str]) -> str:
+def _suggest(dotted: str, siblings: Sequence[str], root: type) -> str:
     section, _, name = dotted.rpartition(".")
     close = difflib.get_close_matches(name, siblings, n=1)
     if close:
         return f"Did you mean {f'{section}.{close[0]}' if section else close[0]}?"
-    everywhere = {key.rpartition(".")[2]: key for key in _all_keys()}
+    everywhere = {key.rpartition(".")[2]: key for key in _all_keys(root)}
     close = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.75)
     if close:
         return f"Did you mean {everywhere[close[0]]}?"
@@ -383,8 +430,8 @@ def _suggest(dotted: str, siblings: Sequence[str]) -> str:
 
 
 @cache
-def _all_keys() -> tuple[str, ...]:
-    return tuple(key for key, _ in _flatten(to_dict(RunConfig())))
+def _all_keys(root: type) -> tuple[str, ...]:
+    return tuple(key for key, _ in _flatten(_to_plain(root())))
 
 
 def _flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -224,8 +224,9 @@ class PipelineConfig:
 class OptimizerConfig:
     """Each stage has an optimizer of its own; these numbers hold for all of them."""
 
-    name: Literal["adamw", "adam"] = "adamw"
-    """adamw decays weights apart from the gradient; adam adds the decay to it."""
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    """adamw decays weights apart from the gradient; adam adds the decay to it, and so does sgd,
+    which has no momentum."""
     lr: float = 1e-3
     """Peak learning rate."""
     betas: tuple[float, ...] = (0.9, 0.98)

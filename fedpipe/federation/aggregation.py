@@ -58,11 +58,12 @@ class Aggregator(ABC):
         """Take a client's trained weights, N elements in all; ``weight`` is its share."""
 
     @abstractmethod
-    def reduce(self, start_N: Tensor) -> Tensor:
+    def reduce(self, start_N: Tensor, *, num_clients: int) -> Tensor:
         """Combine the round's clients and forget them.
 
         Args:
             start_N: float32 weights that the clients started from.
+            num_clients: K; client k was on replica ``k mod R``.
 
         Returns:
             The aggregate (N), the same on every replica.
@@ -104,7 +105,7 @@ class Mean(Aggregator):
             part.add_(tensor.flatten().float(), alpha=weight)
             offset += tensor.numel()
 
-    def reduce(self, start_N: Tensor) -> Tensor:
+    def reduce(self, start_N: Tensor, *, num_clients: int) -> Tensor:
         """All-reduce the sums; a replica without clients adds zero."""
         self._sum_over_replicas_(self._sum_N)
         mean_N = self._sum_N.clone()
@@ -137,7 +138,7 @@ class CompressedMean(Mean):
         super().add(tensors, weight=weight)
         self._weight += weight
 
-    def reduce(self, start_N: Tensor) -> Tensor:
+    def reduce(self, start_N: Tensor, *, num_clients: int) -> Tensor:
         """Exchange encoded shards, sum them, exchange encoded sums.
 
         All buckets are under way at once: one is encoded while others travel.
@@ -202,15 +203,15 @@ class RobustRule(Aggregator):
         )
         self._count += 1
 
-    def reduce(self, start_N: Tensor) -> Tensor:
+    def reduce(self, start_N: Tensor, *, num_clients: int) -> Tensor:
         """Combine shard by shard, bucket by bucket."""
         self._count.zero_()
         aggregation = self._federation.aggregation
         if aggregation.rule == "krum":
-            return self._krum_mean()
+            return self._krum_mean(num_clients)
         result = []
         for bucket_Hp in self._buckets(self._rows_HP, BUCKET_ELEMENTS):
-            clients_Ks = self._exchange(bucket_Hp)
+            clients_Ks = self._exchange(bucket_Hp, num_clients)
             if aggregation.rule == "median":
                 shard = median(clients_Ks)
             else:
@@ -218,16 +219,17 @@ class RobustRule(Aggregator):
             result.append(self._comm.all_gather(self._stage_id, shard, label=LEDGER).wait())
         return torch.cat([bucket.flatten() for bucket in result])[: self._numel]
 
-    def _exchange(self, bucket_Hp: Tensor) -> Tensor:
+    def _exchange(self, bucket_Hp: Tensor, num_clients: int) -> Tensor:
         """Return this replica's shard of a bucket, of every client, (K, s)."""
         mine_RHs = bucket_Hp.unflatten(1, (self._replicas, -1)).transpose(0, 1).contiguous()
         all_RHs = self._comm.all_to_all(self._stage_id, mine_RHs, label=LEDGER).wait()
         # Client k of the cohort is the (k div R)th of replica k mod R.
-        return all_RHs.transpose(0, 1).flatten(0, 1)[: self._federation.clients_per_round]
+        return all_RHs.transpose(0, 1).flatten(0, 1)[:num_clients]
 
-    def _krum_mean(self) -> Tensor:
+    def _krum_mean(self, num_clients: int) -> Tensor:
         buckets = self._buckets(self._rows_HP, BUCKET_ELEMENTS)
-        distances_KK = torch.stack([squared_distances(self._exchange(b)) for b in buckets]).sum(0)
+        distances = [squared_distances(self._exchange(b, num_clients)) for b in buckets]
+        distances_KK = torch.stack(distances).sum(0)
         self._comm.sum_over_replicas_(self._stage_id, distances_KK, label=LEDGER)
         num_byzantine = self._federation.aggregation.num_byzantine
         selected = krum_select(distances_KK, num_byzantine=num_byzantine)

@@ -99,7 +99,7 @@ def plan_round(
     )
     steps = [num_local_steps(config, blocks_per_client[c]) for c in cohort]
     tokens = [s * config.blocks_per_step * config.data.sequence_length for s in steps]
-    shares = tokens if federation.aggregation.weighting == "tokens" else [1] * len(cohort)
+    shares = [1] * len(cohort) if federation.aggregation.weighting == "uniform" else tokens
     total = sum(shares)
     return tuple(
         Turn(

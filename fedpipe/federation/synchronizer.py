@@ -1,12 +1,13 @@
-"""The synchronizer of one stage: what a client starts from, what it leaves, what becomes of it."""
+"""The synchronizer of a model or of a stage: what clients start from, and what becomes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedpipe.config.federation import FederationConfig
 from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.comm import Comm
 from fedpipe.federation.aggregation import (
@@ -16,7 +17,6 @@ from fedpipe.federation.aggregation import (
     make_aggregator,
 )
 from fedpipe.federation.attack import falsify
-from fedpipe.federation.cohort import Turn
 from fedpipe.federation.strategy import ServerOptimizer
 from fedpipe.models.families import stable_seed
 from fedpipe.models.split import StageRole, part_of
@@ -42,25 +42,38 @@ class Synchronizer:
     gradients are averaged in every step.
     """
 
-    def __init__(self, stage: Stage, config: RunConfig, *, comm: Comm) -> None:
-        """Remember the global weights of a stage.
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        federation: FederationConfig,
+        *,
+        seed: int,
+        comm: Comm,
+        kept: Collection[str] = (),
+        stage_id: int = 0,
+        role: StageRole = StageRole.CLIENT,
+    ) -> None:
+        """Remember the global weights.
 
         Args:
-            stage: With its first weights; identical on every replica.
-            config: Federation and seed.
-            comm: Its replica group holds this stage once per replica.
+            parameters: What is trained, by full name, with its first values; identical on every
+                replica.
+            federation: What becomes of it.
+            seed: Of attackers.
+            comm: Its replica group holds the parameters once per replica.
+            kept: Names of those that stay with their client.
+            stage_id: The stage whose parameters they are.
+            role: Of the stage.
         """
-        federation, spec = config.federation, stage.spec
-        self._federation, self._seed = federation, config.seed
-        self._stage_id, self._comm = spec.stage_id, comm
-        self._parameters = trainable(stage)
-        is_server = spec.role is StageRole.SERVER
+        self._federation, self._seed = federation, seed
+        self._stage_id, self._comm = stage_id, comm
+        self._parameters = parameters
+        is_server = role is StageRole.SERVER
         self._shared = federation.server == "shared" and is_server
         handed_on = self._shared or federation.server == "sequential"
         self.optimizer_goes_on = handed_on and is_server
         """The optimizer state is the stage's, not the client's: no turn resets or exchanges it."""
 
-        kept = {n for n in self._parameters if not getattr(federation.average, part_of(n, spec))}
         self._averaged = {n: p for n, p in self._parameters.items() if n not in kept}
         self._kept = {n: p for n, p in self._parameters.items() if n in kept}
         self._start_N = _flat(self._averaged.values())
@@ -71,9 +84,29 @@ class Synchronizer:
         self._aggregator: Aggregator | None = None
         if self._averaged and not handed_on:
             self._aggregator = make_aggregator(
-                federation, stage_id=spec.stage_id, numel=self._start_N.numel(), comm=comm
+                federation, stage_id=stage_id, numel=self._start_N.numel(), comm=comm
             )
             self._optimizer = ServerOptimizer(federation.server_optimizer, like=self._start_N)
+
+    @classmethod
+    def of_stage(cls, stage: Stage, config: RunConfig, *, comm: Comm) -> Synchronizer:
+        """Return the synchronizer of a stage of the pipeline.
+
+        Args:
+            stage: With its first weights; identical on every replica.
+            config: Federation and seed.
+            comm: Its replica group holds this stage once per replica.
+        """
+        federation, spec, parameters = config.federation, stage.spec, trainable(stage)
+        return cls(
+            parameters,
+            federation,
+            seed=config.seed,
+            comm=comm,
+            kept={n for n in parameters if not getattr(federation.average, part_of(n, spec))},
+            stage_id=spec.stage_id,
+            role=spec.role,
+        )
 
     @property
     def keeps_parts(self) -> bool:
@@ -122,11 +155,12 @@ class Synchronizer:
             gradient.copy_(part.view_as(gradient))
 
     @torch.no_grad()
-    def end_turn(self, turn: Turn, *, round_id: int) -> None:
+    def end_turn(self, client_id: int, *, weight: float, round_id: int) -> None:
         """Take what a client has trained into the round, or hand it on.
 
         Args:
-            turn: Whose, with its share of the round.
+            client_id: Whose.
+            weight: Its share of the round.
             round_id: Of the round.
         """
         if self._aggregator is None:
@@ -135,21 +169,25 @@ class Synchronizer:
             return
         weights: Iterable[Tensor] = self._averaged.values()
         attack = self._federation.attack
-        if attack.kind != "none" and turn.client_id < attack.num_attackers:
-            seed = stable_seed(self._seed, "attack", round_id, turn.client_id, self._stage_id)
+        if attack.kind != "none" and client_id < attack.num_attackers:
+            seed = stable_seed(self._seed, "attack", round_id, client_id, self._stage_id)
             change_N = _flat(weights).sub_(self._start_N)
             weights = [falsify(change_N, attack, seed=seed).add_(self._start_N)]
-        self._aggregator.add(weights, weight=turn.weight)
+        self._aggregator.add(weights, weight=weight)
 
     def kept_state(self) -> dict[str, Tensor]:
         """Parameters that stay with the client that trained last; empty if all are averaged."""
         return {n: p.detach().cpu().clone() for n, p in self._kept.items()}
 
     @torch.no_grad()
-    def synchronize(self) -> int:
+    def synchronize(self, num_clients: int | None = None) -> int:
         """Make one model of the round's clients; it becomes the global weights and the stage's.
 
         A replica that trained nobody takes part; a stage that is handed on has nothing to do.
+
+        Args:
+            num_clients: Clients whose turns have ended, on all replicas; client k of them on
+                replica ``k mod R``. None means federation.clients_per_round.
 
         Returns:
             Bytes this rank sent.
@@ -159,7 +197,9 @@ class Synchronizer:
         if self._aggregator is None:
             return 0
         before = self._comm.sent_bytes[LEDGER]
-        self._optimizer.step_(self._start_N, self._aggregator.reduce(self._start_N))
+        num_clients = num_clients or self._federation.clients_per_round
+        aggregate_N = self._aggregator.reduce(self._start_N, num_clients=num_clients)
+        self._optimizer.step_(self._start_N, aggregate_N)
         for name, parameter in self._averaged.items():
             parameter.copy_(self._global[name])
         return self._comm.sent_bytes[LEDGER] - before

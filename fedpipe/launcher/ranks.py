@@ -9,21 +9,33 @@ import signal
 import time
 from collections.abc import Iterable
 from multiprocessing.process import BaseProcess
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from fedpipe.distributed.activity import Roll
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import LaunchError
-from fedpipe.workflows.run_dir import RunSetup
 
 LOST_PEER = re.compile(r"Connection (closed|reset)|BrokenPipe|Broken pipe|peer")
 """What a rank says whose neighbour has gone: it is not to blame."""
 
 
+class Setup(Protocol):
+    """What supervising a run of any kind needs to know of it."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Its directory."""
+
+    @property
+    def hang_timeout_s(self) -> float:
+        """Seconds without a sign of life after which a process is taken for hung."""
+
+
 class Ranks:
     """Processes of a run on this machine."""
 
-    def __init__(self, task: str, setup: RunSetup, *, grid: Grid) -> None:
+    def __init__(self, task: str, setup: Setup, *, grid: Grid) -> None:
         """Start with no process.
 
         Args:
@@ -37,7 +49,7 @@ class Ranks:
         """Where the run has stopped because it was asked to."""
         self._task, self._setup, self._grid = task, setup, grid
         self._errors: dict[int, str] = {}
-        self._roll = Roll(timeout_s=setup.config.pipeline.hang_timeout_s)
+        self._roll = Roll(timeout_s=setup.hang_timeout_s)
 
     def hear(self, rank: int, kind: str, value: Any) -> None:
         """Take a message that is not for people."""

@@ -17,7 +17,7 @@ from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import STOP_SIGNALS
 from fedpipe.launcher.cut import choose_cut, measure_in_a_process
 from fedpipe.launcher.fork_server import fork_server
-from fedpipe.launcher.ranks import Ranks
+from fedpipe.launcher.ranks import Ranks, Setup
 from fedpipe.launcher.worker import run_rank
 from fedpipe.metrics.console import RunConsole
 from fedpipe.workflows.run_dir import RunSetup, set_up
@@ -98,12 +98,13 @@ def set_up_here(
 
 
 def supervise(
-    task: str, setup: RunSetup, *args: Any, grid: Grid, shows: Shows, signals: Signals
+    task: str, setup: Setup, *args: Any, grid: Grid, shows: Shows, signals: Signals
 ) -> None:
     """Run a task on every rank of a grid until all are done.
 
     Args:
-        task: Name of a function of ``fedpipe.launcher.worker``: "pretrain" or "throughput".
+        task: Name of a function of ``fedpipe.launcher.worker``: "pretrain", "throughput" or
+            "finetune".
         setup: The run.
         *args: For the task, after the setup.
         grid: Its processes.
@@ -133,7 +134,7 @@ def supervise(
                 writer.close()
                 ranks.processes.append(process)
                 pipes[reader] = rank
-            _listen(ranks, pipes, shows, signals)
+            _listen(task, ranks, pipes, shows, signals)
         finally:
             signals.patient = False
             ranks.kill()
@@ -141,7 +142,9 @@ def supervise(
         raise Interrupted(ranks.stopped_at)
 
 
-def _listen(ranks: Ranks, pipes: dict[Connection, int], shows: Shows, signals: Signals) -> None:
+def _listen(
+    task: str, ranks: Ranks, pipes: dict[Connection, int], shows: Shows, signals: Signals
+) -> None:
     open_pipes = dict(pipes)
     deadline: float | None = None  # after a failure, the time until which others may report
     forwarded = False
@@ -165,7 +168,8 @@ def _listen(ranks: Ranks, pipes: dict[Connection, int], shows: Shows, signals: S
                 ranks.hear(rank, kind, value)
         if signals.asked and not forwarded:
             forwarded = True
-            shows["note"]("stopping after the local step under way; a second signal stops at once")
+            what = "round" if task == "finetune" else "local step"
+            shows["note"](f"stopping after the {what} under way; a second signal stops at once")
             ranks.ask_to_stop()
         if deadline is None:
             ranks.check_alive(open_pipes.values())

@@ -23,6 +23,7 @@ from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv, threads_per_process
 from fedpipe.distributed.watch import StopSignals, Watch
 from fedpipe.errors import FedPipeError
+from fedpipe.launcher.ranks import Setup
 from fedpipe.workflows.run_dir import RunSetup
 
 if TYPE_CHECKING:
@@ -30,17 +31,19 @@ if TYPE_CHECKING:
 
 PRELOAD = ("fedpipe.workflows.pretrain", "fedpipe.workflows.export", "fedpipe.metrics.report")
 """Modules that a rank needs and that take seconds to import."""
+FINETUNE_PRELOAD = ("fedpipe.workflows.finetune.run", "fedpipe.workflows.finetune.finish")
+"""The same of a fine-tuning."""
 
 
 Emit = Callable[[str, Any], None]
 """Sends (kind, value) to the supervisor."""
 
 
-def run_rank(task: str, setup: RunSetup, env: ProcessEnv, pipe: Connection, *args: Any) -> None:
+def run_rank(task: str, setup: Setup, env: ProcessEnv, pipe: Connection, *args: Any) -> None:
     """Run one rank's task; what it emits, and at worst ("error", text), goes to the supervisor.
 
     Args:
-        task: "pretrain" or "throughput".
+        task: "pretrain", "throughput" or "finetune".
         setup: The run.
         env: This process' place in it.
         pipe: To the supervisor.
@@ -99,7 +102,24 @@ def _throughput(setup: RunSetup, env: ProcessEnv, emit: Emit, watch: Watch, sett
         emit("measurement", measurement)
 
 
-_TASKS: dict[str, Callable[..., None]] = {"pretrain": _pretrain, "throughput": _throughput}
+def _finetune(setup: Any, env: ProcessEnv, emit: Emit, watch: Watch) -> None:
+    from fedpipe.metrics.finetune_report import write_finetune_report
+    from fedpipe.workflows.finetune.finish import export_finetuned
+    from fedpipe.workflows.finetune.run import finetune
+
+    stopped_at = finetune(setup, env=env, emit=emit, watch=watch)
+    if stopped_at is not None:
+        emit("stopped", f" after {stopped_at}")
+    elif env.rank == 0:
+        export_finetuned(setup.run_dir)
+        write_finetune_report(setup.run_dir)
+
+
+_TASKS: dict[str, Callable[..., None]] = {
+    "pretrain": _pretrain,
+    "throughput": _throughput,
+    "finetune": _finetune,
+}
 
 
 def finish(setup: RunSetup) -> None:
@@ -121,7 +141,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _redirect_output(setup: RunSetup, env: ProcessEnv) -> None:
+def _redirect_output(setup: Setup, env: ProcessEnv) -> None:
     """Send everything that libraries print to RUN_DIR/logs; the console is the parent's."""
     folder = setup.run_dir / "logs"
     folder.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -12,13 +13,24 @@ from fedpipe.models.stage import trainable
 
 
 def build_optimizer(stage: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW over a stage, fused; no decay on biases and LayerNorms (Devlin et al. 2019).
+    """Return the optimizer of a stage; see ``make_optimizer``."""
+    return make_optimizer(trainable(stage), config)
+
+
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """Adam, AdamW or SGD, fused; no decay on biases and LayerNorms (Devlin et al. 2019).
 
     torch's own: DeepSpeed's Adam is compiled at first use, which takes minutes and a compiler.
+
+    Args:
+        parameters: By full name.
+        config: Which one.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for name, parameter in trainable(stage).items():
+    for name, parameter in parameters.items():
         lowered = name.lower()
         exempt = name.endswith("bias") or "layernorm" in lowered or "layer_norm" in lowered
         (plain if exempt else decayed).append(parameter)
@@ -26,10 +38,12 @@ def build_optimizer(stage: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
     betas = (config.betas[0], config.betas[1])
-    fused = all(p.dtype == torch.float32 for p in trainable(stage).values())
+    fused = all(p.dtype == torch.float32 for p in parameters.values())
     groups = [g for g in groups if g["params"]]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, fused=fused)
+    cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
     return cls(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
 
 

@@ -87,7 +87,7 @@ class Replica:
             compiled=config.pipeline.compile,
         )
         self.missing += missing
-        synchronizer = Synchronizer(stage.to(self.comm.device), config, comm=self.comm)
+        synchronizer = Synchronizer.of_stage(stage.to(self.comm.device), config, comm=self.comm)
         self.synchronizers[spec.stage_id] = synchronizer
         return StageEngine(
             stage,
@@ -179,7 +179,7 @@ class Replica:
         for engine in self.stages:
             stage_id = engine.spec.stage_id
             synchronizer = self.synchronizers[stage_id]
-            synchronizer.end_turn(turn, round_id=round_id)
+            synchronizer.end_turn(turn.client_id, weight=turn.weight, round_id=round_id)
             if not self._keeps_state(stage_id):
                 continue
             state: dict[str, Any] = {"kept": synchronizer.kept_state()}

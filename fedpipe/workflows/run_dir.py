@@ -47,6 +47,11 @@ class RunSetup:
     started_at: float
     """``time.monotonic()`` when the user's command began."""
 
+    @property
+    def hang_timeout_s(self) -> float:
+        """Seconds without a sign of life after which a process is taken for hung."""
+        return self.config.pipeline.hang_timeout_s
+
 
 def set_up(
     config_path: str | None,

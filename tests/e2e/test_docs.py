@@ -24,6 +24,10 @@ SHRINK = {
         "evaluation.num_epochs=1", "evaluation.max_train_examples=32",
         "evaluation.max_test_examples=16",
     ],
+    "finetune": [
+        "task.max_length=16", "task.max_train_examples=48", "task.max_test_examples=24",
+        "federation.num_rounds=1", "federation.num_local_epochs=0", "federation.num_local_steps=2",
+    ],
 }  # fmt: skip
 """Added to every command that trains: the command is tested, not the model."""
 
@@ -61,9 +65,8 @@ def test_every_path_of_the_code_map_exists() -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
-    (tmp_path / "launch").symlink_to(ROOT / "launch")
-    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+def _run(words: list[str], cwd: Path) -> None:
+    """Run a command as a user of this checkout would."""
     bin_dir = Path(sys.executable).parent
     env = os.environ | {
         "PATH": f"{bin_dir}:{os.environ['PATH']}",
@@ -73,6 +76,13 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
         "GLOO_SOCKET_IFNAME": "lo",
         "COLUMNS": "200",
     }
+    result = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, f"{words}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+
+
+def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
     commands = _commands()
     assert len(commands) >= 9
     resumable: set[str] = set()
@@ -87,12 +97,18 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
         if words[1] == "evaluate" and "--compare" not in words and not known:
             words += SHRINK["evaluate"]
         resumable.add(run_dir)
-        result = subprocess.run(
-            words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, (
-            f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
-        )
+        _run(words, tmp_path)
     assert (tmp_path / "runs/small/export/config.json").is_file()
     assert (tmp_path / "runs/bench/throughput/report.json").is_file()
     assert (tmp_path / "runs/difference/comparison.html").is_file()
+
+
+def test_the_commands_of_the_guide_to_fine_tuning_run(tmp_path: Path) -> None:
+    commands = _block((ROOT / "docs/finetune.md").read_text(encoding="utf-8"))
+    for command in (c for c in commands if "--count" not in c):  # which a unit test calls
+        words = shlex.split(command)
+        end = words.index("--grid") if "--grid" in words else len(words)
+        words[end:end] = SHRINK["finetune"]
+        _run(words, tmp_path)
+    assert (tmp_path / "runs/finetune/report.html").is_file()
+    assert (tmp_path / "runs/lost/adapter/adapter_config.json").is_file()

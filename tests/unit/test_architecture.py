@@ -26,10 +26,11 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 COMM = "fedpipe/distributed/comm.py"
 LIGHT = (
     "__init__", "__main__", "cli", "errors", "log", "config/load", "config/tree", "config/schema",
-    "config/federation", "config/require", "config/deepspeed", "config/model_shape",
+    "config/federation", "config/finetune", "config/require", "config/deepspeed",
+    "config/model_shape",
     "distributed/topology", "distributed/env", "distributed/binding",
     "models/split", "pipeline/messages", "pipeline/schedule", "pipeline/timeline",
-    "workflows/plan", "data/tokenizer",
+    "workflows/plan", "workflows/finetune/grid", "launcher/finetune", "data/tokenizer",
 )  # fmt: skip
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "tokenizers", "matplotlib"}
 

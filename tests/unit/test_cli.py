@@ -14,7 +14,17 @@ from fedpipe import __version__, errors
 from fedpipe.cli import main
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = ("plan", "pretrain", "export", "report", "throughput", "sweep", "evaluate", "submit")
+COMMANDS = (
+    "plan",
+    "pretrain",
+    "finetune",
+    "export",
+    "report",
+    "throughput",
+    "sweep",
+    "evaluate",
+    "submit",
+)
 HEAVY = (
     "torch",
     "deepspeed",

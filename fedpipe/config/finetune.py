@@ -1,0 +1,264 @@
+"""The configuration of ``fedpipe finetune``: frozen dataclasses, one per YAML section. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from importlib.resources.abc import Traversable
+from typing import Literal, cast
+
+from fedpipe.config.federation import FederationConfig
+from fedpipe.config.load import build, dump_config, lay_over
+from fedpipe.config.require import require
+from fedpipe.config.schema import CheckpointConfig, LogConfig, OptimizerConfig
+
+PACKAGED_CONFIG = "finetune.yaml"
+"""What ``load_finetune`` reads when it is given neither preset nor file."""
+QUICKSTART = "quickstart"
+"""Value of ``model.path``: the model of ``make pretrain``, or an untrained one of its kind."""
+
+Method = Literal[
+    "full", "houlsby", "pfeiffer", "parallel", "houlsby_inv", "pfeiffer_inv", "lora", "ia3",
+    "compacter", "prefix_tuning",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseModelConfig:
+    """The model that is fine-tuned."""
+
+    path: str = QUICKSTART
+    """Hugging Face folder with weights and tokenizer; quickstart is runs/quickstart/export, or
+    where that is not there a small RoBERTa with random weights."""
+    random_weights: bool = False
+    """Take only sizes and tokenizer from the folder: a baseline without pre-training."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodConfig:
+    """What is trained and sent. Fields that are ``null`` take the value of FATE-LLM 1.0."""
+
+    name: Method = "lora"
+    """full trains everything; the others freeze the model and train an adapter of the adapters
+    library and the task's head."""
+    path: str = ""
+    """Adapter folder to start from, RUN_DIR/adapter of another run; empty starts anew."""
+    reduction_factor: float | None = None
+    """Hidden size over bottleneck, of the bottleneck methods: 16, Parallel 2, Compacter 32."""
+    rank: int = 8
+    """LoRA: rank of the update."""
+    alpha: int = 8
+    """LoRA: the update is scaled by ``alpha / rank``."""
+    matrices: tuple[Literal["q", "k", "v"], ...] = ("q", "v")
+    """LoRA: projections of the self-attention that get an update."""
+    dropout: float = 0.0
+    """LoRA and prefix tuning: dropout inside of the adapter."""
+    prefix_length: int = 30
+    """Prefix tuning: virtual tokens per layer."""
+    lora_average: Literal["factors", "product"] = "factors"
+    """factors averages A and B apart, as FATE does; product adds what that leaves out,
+    ``mean(B A) - mean(B) mean(A)``, to the frozen weight (FedEx-LoRA)."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        require(self.rank >= 1, "method.rank", "1 or more", self.rank)
+        require(self.alpha >= 1, "method.alpha", "1 or more", self.alpha)
+        require(len(self.matrices) > 0, "method.matrices", "at least one", list(self.matrices))
+        require(0 <= self.dropout < 1, "method.dropout", "a value in [0, 1)", self.dropout)
+        require(self.prefix_length >= 1, "method.prefix_length", "1 or more", self.prefix_length)
+        require(
+            self.reduction_factor is None or self.reduction_factor > 0,
+            "method.reduction_factor", "a value above 0", self.reduction_factor,
+        )  # fmt: skip
+        require(
+            not self.path or self.name != "full",
+            "method.path", "empty with method.name=full", self.path, "Set model.path instead.",
+        )  # fmt: skip
+        require(
+            self.lora_average == "factors" or self.name == "lora",
+            "method.lora_average", "factors without method.name=lora", self.lora_average,
+            "Only LoRA has products.",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskConfig:
+    """What is learnt, from which examples, and whose they are."""
+
+    name: str = "ncbi-disease"
+    """A task that ``fedpipe evaluate`` knows, or ``causal-lm`` for the texts of ``task.data``."""
+    data: str = "packaged"
+    """Folder with the task's files, ``hf:NAME`` or ``hf:NAME:CONFIG``, or ``packaged``."""
+    max_length: int = 128
+    """Tokens per example; longer ones are cut."""
+    max_train_examples: int = 0
+    """Training examples in all, drawn once from the seed; 0 means all."""
+    max_test_examples: int = 0
+    """Held-out examples in all, drawn likewise; 0 means all."""
+    split: Literal["iid", "label_sorted", "dirichlet", "column"] = "iid"
+    """Who owns an example: random; sorted by label and cut (Hilmkil et al. 2021); proportions
+    ``Dir(dirichlet_alpha)`` per label; or by the value of a column."""
+    dirichlet_alpha: float = 0.5
+    """Small values give each client few labels."""
+    column: str = ""
+    """Column of ``split=column``; more values than clients are spread by size."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        require(self.max_length >= 8, "task.max_length", "8 or more", self.max_length)
+        for name in ("max_train_examples", "max_test_examples"):
+            require(getattr(self, name) >= 0, f"task.{name}", "0 or more", getattr(self, name))
+        require(
+            self.dirichlet_alpha > 0,
+            "task.dirichlet_alpha",
+            "a value above 0",
+            self.dirichlet_alpha,
+        )
+        require(
+            (self.split == "column") == bool(self.column),
+            "task.column",
+            "a column's name with task.split=column, and none without",
+            self.column,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScenarioConfig:
+    """What goes wrong in a round, drawn from the seed."""
+
+    straggler_share: float = 0.0
+    """Chance of a client to be slow in a round: it ends after straggler_work of its steps."""
+    straggler_work: float = 0.5
+    """Share of the local steps that a straggler makes, at least one."""
+    dropout_share: float = 0.0
+    """Chance of a client to be lost in a round: its update never arrives."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        for name in ("straggler_share", "dropout_share"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"scenario.{name}", "a value in [0, 1)", value)
+        require(
+            0 < self.straggler_work <= 1,
+            "scenario.straggler_work", "a value in (0, 1]", self.straggler_work,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoringConfig:
+    """How the averaged model is scored on held-out examples."""
+
+    every_rounds: int = 1
+    """Rounds between scorings; the last round is always scored."""
+    batch_size: int = 32
+    """Examples per forward pass."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        for name in ("every_rounds", "batch_size"):
+            require(getattr(self, name) >= 1, f"scoring.{name}", "1 or more", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneConfig:
+    """Everything that defines a federated fine-tuning."""
+
+    name: str = "finetune"
+    """Name of the run; its default directory is runs/NAME."""
+    seed: int = 0
+    """Seeds the adapter, the head, the split, cohorts, order of the examples and dropout."""
+    batch_size: int = 16
+    """Examples per local step."""
+    hang_timeout_s: float = 300.0
+    """Seconds without a sign of life after which a process is taken for hung; 0 means never."""
+    model: BaseModelConfig = field(default_factory=BaseModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    scenario: ScenarioConfig = field(default_factory=ScenarioConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        """Check the values that need several sections."""
+        require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
+        require(self.hang_timeout_s >= 0, "hang_timeout_s", "0 or more", self.hang_timeout_s)
+        self._check_federation()
+        if self.method.lora_average == "product":
+            self._check_product()
+
+    def _check_federation(self) -> None:
+        federation, average = self.federation, self.federation.average
+        require(
+            federation.server == "replicated",
+            "federation.server", "replicated in fine-tuning", federation.server,
+            "The model is not cut.",
+        )  # fmt: skip
+        require(
+            federation.data_parallel_degree == 1,
+            "federation.data_parallel_degree", "1 in fine-tuning", federation.data_parallel_degree,
+            "Raise federation.num_replicas instead.",
+        )  # fmt: skip
+        for name in ("embeddings", "client_layers", "aux_head", "server_layers"):
+            require(
+                getattr(average, name),
+                f"federation.average.{name}", "true in fine-tuning", False,
+                "Only the final head can stay with its client.",
+            )  # fmt: skip
+        require(
+            self.checkpoint.every_steps == 0,
+            "checkpoint.every_steps", "0 in fine-tuning", self.checkpoint.every_steps,
+            "It is saved between rounds.",
+        )  # fmt: skip
+
+    def _check_product(self) -> None:
+        with_product = "with method.lora_average=product"
+        aggregation, server = self.federation.aggregation, self.federation.server_optimizer
+        for key, expected, found in (
+            ("aggregation.rule", "mean", aggregation.rule),
+            ("server_optimizer.name", "fedavg", server.name),
+            ("server_optimizer.lr", 1, server.lr),
+            ("wire", "fp32", self.federation.wire),
+        ):
+            require(
+                found == expected, f"federation.{key}", f"{expected} {with_product}", found,
+                f"Set federation.{key}={expected}: the residual belongs to the plain mean.",
+            )  # fmt: skip
+
+
+def load_finetune(
+    path: str | None, overrides: Sequence[str], *, preset: str | None = None
+) -> FinetuneConfig:
+    """Return the checked configuration of a fine-tuning.
+
+    Args:
+        path: YAML file; without it and without a preset the packaged example is read.
+        overrides: ``section.key=value`` each; the value is YAML.
+        preset: One of ``finetune_presets()``; the file is laid over it.
+
+    Returns:
+        The configuration, with every default in place.
+
+    Raises:
+        ConfigError: A key is unknown, given twice or of the wrong type, values do not fit, or there
+            is no such preset.
+    """
+    node = lay_over(path, overrides, preset=preset, presets=_presets(), packaged=PACKAGED_CONFIG)
+    return cast(FinetuneConfig, build(FinetuneConfig, node))
+
+
+def finetune_yaml(config: FinetuneConfig) -> str:
+    """Return the configuration with every default as YAML; loading it gives an equal one."""
+    return dump_config(config)
+
+
+def finetune_presets() -> list[str]:
+    """Return the names of the packaged presets of ``fedpipe finetune``."""
+    return sorted(file.name.removesuffix(".yaml") for file in _presets().iterdir())
+
+
+def _presets() -> Traversable:
+    return resources.files("fedpipe.config").joinpath("finetune_presets")

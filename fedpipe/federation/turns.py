@@ -1,0 +1,178 @@
+"""Who fine-tunes in a round, who is slow, who is lost: pure functions of the seed. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpipe.config.finetune import FinetuneConfig
+from fedpipe.federation.cohort import draw_cohort
+
+_SCENARIO, _ORDER = 0x5CE2A, 0x0DDE2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuningTurn:
+    """One client's training in one round, on one replica."""
+
+    client_id: int
+    replica_id: int
+    num_steps: int
+    num_examples: int
+    """Trained examples, those of a second pass counted again."""
+    num_tokens: int
+    """Trained tokens."""
+    weight: float
+    """Share in the mean; those of a round's turns sum to 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """What happens in a round."""
+
+    turns: tuple[TuningTurn, ...]
+    """Of the clients that come back; client k of them on replica ``k mod num_replicas``."""
+    stragglers: tuple[int, ...]
+    """Clients among them that end early."""
+    dropped: tuple[int, ...]
+    """Clients that are drawn and lost: nothing of theirs arrives, and nobody waits for them."""
+
+
+def draw_round(
+    config: FinetuneConfig, round_id: int, num_clients: int
+) -> tuple[list[int], set[int], list[int]]:
+    """Draw who comes back from a round, who of them is slow, and who is lost.
+
+    A client's fate is drawn from the seed, the round and its id, so it does not depend on the
+    others.
+
+    Args:
+        config: Seed, cohort and scenario.
+        round_id: From 0.
+        num_clients: Data owners.
+
+    Returns:
+        Clients that come back, in cohort order; the stragglers among them; those that are lost.
+    """
+    scenario = config.scenario
+    cohort = draw_cohort(
+        config.seed,
+        round_id=round_id,
+        num_clients=num_clients,
+        clients_per_round=config.federation.clients_per_round,
+    )
+    back, slow, lost = [], set(), []
+    for client_id in cohort:
+        dropout, straggling = _generator(_SCENARIO, config.seed, round_id, client_id).random(2)
+        if dropout < scenario.dropout_share:
+            lost.append(client_id)
+            continue
+        back.append(client_id)
+        if straggling < scenario.straggler_share:
+            slow.add(client_id)
+    return back, slow, lost
+
+
+def plan_tuning_round(
+    config: FinetuneConfig, *, round_id: int, lengths: Sequence[NDArray[np.int64]]
+) -> Round:
+    """Plan a round: turns, steps and shares.
+
+    The shares are those of the clients that come back: their trained examples, their trained
+    tokens, or one each.
+
+    Args:
+        config: Federation, scenario, batch and seed.
+        round_id: From 0.
+        lengths: By client, the tokens of each of its examples.
+
+    Returns:
+        The round; without turns where too few clients come back for the aggregation rule.
+    """
+    federation = config.federation
+    back, slow, lost = draw_round(config, round_id, len(lengths))
+    aggregation = federation.aggregation
+    smallest = {"mean": 1, "krum": 2 * aggregation.num_byzantine + 3}
+    if len(back) < smallest.get(aggregation.rule, 2 * aggregation.num_byzantine + 1):
+        return Round(turns=(), stragglers=(), dropped=tuple(lost))
+    planned = []
+    for client_id in back:
+        steps = num_tuning_steps(config, len(lengths[client_id]), slow=client_id in slow)
+        rows = list(
+            batches(config, client_id, round_id=round_id, size=len(lengths[client_id]), steps=steps)
+        )
+        examples = sum(map(len, rows))
+        tokens = int(sum(lengths[client_id][batch].sum() for batch in rows))
+        planned.append((client_id, steps, examples, tokens))
+    column = {"uniform": None, "examples": 2, "tokens": 3}[aggregation.weighting]
+    shares = [1 if column is None else entry[column] for entry in planned]
+    return Round(
+        turns=tuple(
+            TuningTurn(
+                client_id=client_id,
+                replica_id=k % federation.num_replicas,
+                num_steps=steps,
+                num_examples=examples,
+                num_tokens=tokens,
+                weight=shares[k] / sum(shares),
+            )
+            for k, (client_id, steps, examples, tokens) in enumerate(planned)
+        ),
+        stragglers=tuple(client for client in back if client in slow),
+        dropped=tuple(lost),
+    )
+
+
+def num_tuning_steps(config: FinetuneConfig, num_examples: int, *, slow: bool = False) -> int:
+    """Local steps of a client in a round, at least 1.
+
+    Args:
+        config: ``federation.num_local_steps``, or ``num_local_epochs`` where that is set.
+        num_examples: What the client owns.
+        slow: It is a straggler.
+    """
+    federation = config.federation
+    steps = federation.num_local_steps
+    if federation.num_local_epochs:
+        steps = round(federation.num_local_epochs * math.ceil(num_examples / config.batch_size))
+    return max(1, int(steps * config.scenario.straggler_work) if slow else steps)
+
+
+def batches(
+    config: FinetuneConfig, client_id: int, *, round_id: int, size: int, steps: int
+) -> Iterator[NDArray[np.int64]]:
+    """Draw a client's batches of a round: passes in new orders, the last batch of one shorter.
+
+    Args:
+        config: Batch size and seed.
+        client_id: Whose.
+        round_id: Of the round.
+        size: Examples that the client owns.
+        steps: Batches.
+
+    Yields:
+        Indices of the client's examples.
+    """
+    per_pass = math.ceil(size / config.batch_size)
+    order = np.empty(0, dtype=np.int64)
+    for step in range(steps):
+        index = step % per_pass
+        if index == 0:
+            order = _generator(_ORDER, config.seed, round_id, client_id, step).permutation(size)
+        yield order[index * config.batch_size : (index + 1) * config.batch_size]
+
+
+def last_turns(config: FinetuneConfig, *, before: int, num_clients: int) -> dict[int, int]:
+    """Return the round in which each client came back last, of the rounds before ``before``."""
+    last: dict[int, int] = {}
+    for round_id in range(before):
+        last |= dict.fromkeys(draw_round(config, round_id, num_clients)[0], round_id)
+    return last
+
+
+def _generator(*parts: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence([part % 2**64 for part in parts]))

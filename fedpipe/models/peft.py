@@ -1,0 +1,314 @@
+"""Adapters of the ``adapters`` library on a transformers model: attach, count, save, merge.
+
+Names and defaults are those of FATE-LLM 1.0, which took them from the same library: Houlsby and
+Pfeiffer have a bottleneck of 1/16 of the hidden size, Parallel 1/2, LoRA rank 8 on query and value,
+IA3 scales key, value and the feed-forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import adapters
+import torch
+from adapters.methods.lora import LoRALayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedpipe.config.finetune import MethodConfig
+from fedpipe.errors import CheckpointError, ConfigError
+from fedpipe.models.tuned import head_names
+
+ADAPTER = "federation"
+"""Name of the adapter in the library, FATE-LLM's."""
+
+_CONFIGS: dict[str, type] = {
+    "houlsby": adapters.DoubleSeqBnConfig,
+    "pfeiffer": adapters.SeqBnConfig,
+    "parallel": adapters.ParBnConfig,
+    "houlsby_inv": adapters.DoubleSeqBnInvConfig,
+    "pfeiffer_inv": adapters.SeqBnInvConfig,
+    "compacter": adapters.CompacterConfig,
+    "ia3": adapters.IA3Config,
+}
+METHODS = ("full", *_CONFIGS, "lora", "prefix_tuning")
+"""Values of ``method.name``."""
+MERGEABLE = ("full", "lora", "ia3")
+"""Methods that become part of the model's own weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """Parameters of a model and what of them is trained."""
+
+    model: int
+    """Of the model without adapter and without the task's head."""
+    adapter: int
+    """Of the adapter; with ``full`` of the model."""
+    head: int
+    """Trained ones of the task's head."""
+
+    @property
+    def trainable(self) -> int:
+        """All that is trained, and sent."""
+        return self.adapter + self.head
+
+    @property
+    def percent(self) -> float:
+        """Adapter over model, in per cent."""
+        return 100 * self.adapter / self.model
+
+
+def adapter_config(method: MethodConfig) -> Any:
+    """Return the library's configuration of a method other than full."""
+    if method.name == "lora":
+        return adapters.LoRAConfig(
+            r=method.rank, alpha=method.alpha, dropout=method.dropout,
+            attn_matrices=list(method.matrices),
+        )  # fmt: skip
+    if method.name == "prefix_tuning":
+        return adapters.PrefixTuningConfig(
+            prefix_length=method.prefix_length, dropout=method.dropout
+        )
+    kind = _CONFIGS[method.name]
+    if method.reduction_factor is None or method.name == "ia3":
+        return kind()
+    return kind(reduction_factor=method.reduction_factor)
+
+
+def attach(model: PreTrainedModel, method: MethodConfig, *, causal: bool = False) -> Counts:
+    """Add an adapter to a model and leave nothing else but the task's head to be trained.
+
+    The adapter's first values come from torch's generator: seed it for equal ones everywhere.
+
+    Args:
+        model: A plain transformers model with its head; changed in place.
+        method: Which adapter.
+        causal: A language model, whose pre-trained head is frozen with an adapter.
+
+    Returns:
+        Parameters in all and trained.
+
+    Raises:
+        ConfigError: The family does not have the method, or the sizes do not fit it.
+    """
+    heads = head_names(model)
+    size = sum(p.numel() for name, p in model.named_parameters() if name not in heads)
+    if method.name == "full":
+        model.requires_grad_(True)
+        head = sum(p.numel() for name, p in model.named_parameters() if name in heads)
+        return Counts(model=size, adapter=size, head=head)
+    try:
+        # On the model's own device: the library fills what it makes, and throws much of it away.
+        with _quiet(), next(model.parameters()).device:
+            _init(model)
+            model.add_adapter(ADAPTER, config=adapter_config(method))
+            model.train_adapter(ADAPTER)
+    except Exception as error:  # the library asserts, and raises what it stumbles over
+        raise ConfigError(
+            f"method.name: expected a method that {model.config.model_type} has, got"
+            f" {method.name!r} ({' '.join(str(error).split())[:160]}). Choose another method, or"
+            " other sizes for it."
+        ) from error
+    if causal:
+        for name, parameter in model.named_parameters():
+            if name in heads:
+                parameter.requires_grad_(False)
+    trained = trainable(model)
+    head = sum(p.numel() for name, p in trained.items() if name in heads)
+    adapter = sum(p.numel() for p in trained.values()) - head
+    return Counts(model=size, adapter=adapter, head=head)
+
+
+def _init(model: PreTrainedModel) -> None:
+    """Let the library put its layers in; where a layer had no bias, it has none afterwards.
+
+    The library gives DeBERTa's joint projection a bias of uninitialised memory, and adds it.
+    """
+    without = {n for n, m in model.named_modules() if getattr(m, "bias", 0) is None}
+    adapters.init(model)
+    for name, module in model.named_modules():
+        if name in without and module.bias is not None:
+            module.bias = None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library from warning that an adapter is not active before it can be."""
+    logger = logging.getLogger("adapters")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what is trained and travels, by full name, in the order of the model."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+class LoraUpdate:
+    """One LoRA update and the frozen weight that it adds to."""
+
+    def __init__(self, name: str, layer: Any) -> None:
+        """Wrap a layer of the library.
+
+        Args:
+            name: Full name of its frozen weight.
+            layer: Holds the weight, and A and B of the adapter.
+        """
+        self.name, self._layer = name, layer
+        self.weight: nn.Parameter = layer.weight
+        """Frozen; (out, in), of GPT-2 (in, out)."""
+        lora = layer.loras[ADAPTER]
+        self.factors: tuple[nn.Parameter, nn.Parameter] = (lora.lora_A, lora.lora_B)
+        """A and B; of several projections in one matrix, theirs below each other."""
+
+    @torch.no_grad()
+    def product(self) -> Tensor:
+        """Return ``alpha / r B A`` in the shape of the weight."""
+        return _laid_out(self._layer, _update(self._layer)) * self._layer.loras[ADAPTER].scaling
+
+
+def lora_updates(model: nn.Module) -> list[LoraUpdate]:
+    """Return the LoRA updates of a model, in the order of its modules."""
+    return [
+        LoraUpdate(f"{path}.weight", layer)
+        for path, layer in _adapted(model)
+        if layer.loras[ADAPTER].composition_mode == "add"
+    ]
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
+    return [
+        (path, layer)
+        for path, layer in model.named_modules()
+        if isinstance(layer, LoRALayer) and ADAPTER in layer.loras
+    ]
+
+
+def _update(layer: Any) -> Tensor:
+    """Compute ``B A``, (rows, in): one row for every output that is adapted."""
+    lora = layer.loras[ADAPTER]
+    if not hasattr(lora, "lora_ind"):
+        return torch.as_tensor(lora.lora_B @ lora.lora_A)
+    groups = sum(lora.enable_lora)  # query, key and value in one matrix have factors of their own
+    parts = zip(lora.lora_A.chunk(groups), lora.lora_B.chunk(groups), strict=True)
+    return torch.cat([b @ a for a, b in parts])
+
+
+def _laid_out(layer: Any, rows: Tensor) -> Tensor:
+    """Put rows of adapted outputs where the weight has them; other rows are zero."""
+    lora = layer.loras[ADAPTER]
+    if hasattr(lora, "lora_ind"):
+        full = rows.new_zeros(layer.out_features, rows.shape[1])
+        full[lora.lora_ind.to(rows.device)] = rows
+        rows = full
+    return rows.t() if layer.fan_in_fan_out else rows
+
+
+@torch.no_grad()
+def _merge(layer: Any) -> None:
+    """Make an update part of the weight.
+
+    The library's ``merge_adapter`` leaves IA3's factor out of biases, and scales the columns of
+    DeBERTa's joint projection instead of its rows.
+    """
+    lora = layer.loras[ADAPTER]
+    if lora.composition_mode == "add":
+        layer.weight.add_(_laid_out(layer, _update(layer)) * lora.scaling)
+        return
+    factor = layer.weight.new_ones(layer.out_features)
+    scale = lora.lora_B.flatten() * lora.scaling
+    if hasattr(lora, "lora_ind"):
+        factor[lora.lora_ind.to(factor.device)] = scale
+    else:
+        factor = scale
+    layer.weight.mul_(factor if layer.fan_in_fan_out else factor[:, None])
+    if layer.bias is not None:
+        layer.bias.mul_(factor)
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Write the adapter and the task's head as the library does; ``load_adapter`` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_adapter(str(folder), ADAPTER)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, method: MethodConfig) -> None:
+    """Fill an attached adapter and head from a folder that ``save_adapter`` wrote.
+
+    Raises:
+        CheckpointError: The folder is of another method, of a model of other sizes, or damaged.
+    """
+    try:
+        content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        found = dict(content["config"])
+        _read_into(model, folder) if _same(found, adapter_config(method)) else None
+    except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"method.path: expected an adapter folder, got {folder}"
+            f" ({' '.join(str(error).split())[:120]}). Name one that save_adapter wrote."
+        ) from error
+    if not _same(found, adapter_config(method)):
+        raise CheckpointError(
+            f"method.path: expected an adapter of method.name={method.name} and its sizes, got"
+            f" another in {folder}. Set method.* as when it was trained."
+        )
+
+
+def _same(found: dict[str, Any], wanted: Any) -> bool:
+    return all(
+        found.get(name) == value for name, value in json.loads(json.dumps(dict(wanted))).items()
+    )
+
+
+def _read_into(model: PreTrainedModel, folder: Path) -> None:
+    state: dict[str, Tensor] = {}
+    for file in ("pytorch_adapter.bin", "pytorch_model_head.bin"):
+        path = folder / file
+        if path.is_file():
+            state |= torch.load(path, map_location="cpu", weights_only=True)
+    wanted = trainable(model)
+    for name, parameter in wanted.items():
+        if name not in state or state[name].shape != parameter.shape:
+            found = list(state[name].shape) if name in state else "none"
+            raise CheckpointError(
+                f"method.path: expected {name} of shape {list(parameter.shape)}, got {found} in"
+                f" {folder}. It is the adapter of another base model: set model.path to its own."
+            )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(state[name])
+
+
+def plain_state(model: PreTrainedModel, method: MethodConfig) -> dict[str, Tensor]:
+    """Return the weights of the plain model with the adapter merged in.
+
+    Args:
+        model: With its adapter; its weights are changed where it is merged.
+        method: One of ``MERGEABLE``.
+    """
+    assert method.name in MERGEABLE, method.name
+    if method.name != "full":
+        for _, layer in _adapted(model):
+            _merge(layer)
+    return frozen_state(model)
+
+
+def frozen_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the weights without the adapter's, under the plain model's names."""
+    own = (
+        ".loras.", ".shared_parameters.", ".adapters.", "prefix_tuning", "prompt_tuning",
+        "invertible_adapters",
+    )  # fmt: skip
+    return {n: t for n, t in model.state_dict().items() if not any(part in n for part in own)}

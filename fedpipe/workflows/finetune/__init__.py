@@ -1,0 +1,1 @@
+"""Federated fine-tuning: set up, train, score, write down."""

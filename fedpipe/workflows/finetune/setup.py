@@ -1,0 +1,337 @@
+"""A fine-tuning before it starts: checked, counted, examples dealt out, directory written."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedpipe import __version__
+from fedpipe.checkpoint import CHECKPOINTS, Checkpoint, Position, discard_later, find_latest
+from fedpipe.config.finetune import (
+    QUICKSTART,
+    FinetuneConfig,
+    finetune_yaml,
+    load_finetune,
+)
+from fedpipe.data.clients import ClientFacts
+from fedpipe.data.tokenizer import SAMPLES
+from fedpipe.errors import CheckpointError, ConfigError, CorpusError
+from fedpipe.metrics.format import bytes_text, count
+from fedpipe.metrics.writer import METRICS_FILE
+from fedpipe.models.peft import Counts, attach, load_adapter
+from fedpipe.models.tuned import build_model, check_family
+from fedpipe.workflows.finetune.examples import DATA, TuningData, kind_of, prepare_examples
+from fedpipe.workflows.run_dir import (
+    check_new,
+    check_writable,
+    describe_environment,
+    locked,
+    write_text,
+)
+
+UNTRAINED = "untrained"
+"""Value of ``model.path``: the quick start's model with random weights, packaged tokenizer."""
+MAY_CHANGE = ("hang_timeout_s", "federation.num_replicas")
+"""Keys that may have other values when a run is resumed: no result depends on them."""
+_QUICKSTART_EXPORT = Path("runs/quickstart/export")
+_BYTES = 4
+"""Of a float32 that travels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneSetup:
+    """What every process of a fine-tuning needs to know; picklable."""
+
+    config: FinetuneConfig
+    run_dir: Path
+    checkpoint: Checkpoint | None
+    """Where to resume, or None."""
+    started_at: float
+    """``time.monotonic()`` when the user's command began."""
+
+    @property
+    def hang_timeout_s(self) -> float:
+        """Seconds without a sign of life after which a process is taken for hung."""
+        return self.config.hang_timeout_s
+
+
+def set_up_finetune(
+    config_path: str | None,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    *,
+    preset: str | None = None,
+    notify: Callable[[str], None],
+) -> FinetuneSetup:
+    """Refuse what cannot work, deal the examples out, write the directory.
+
+    Args:
+        config_path: YAML, or None (a resumed run reads its own).
+        overrides: ``section.key=value``.
+        run_dir: Directory of the run, or None for ``runs/NAME``.
+        preset: What the YAML is laid over, or None.
+        notify: Shows a line to the user.
+
+    Returns:
+        The setup.
+
+    Raises:
+        FedPipeError: Anything a user can get wrong.
+    """
+    started_at = time.monotonic()
+    config, directory, resumed = _resolve(config_path, overrides, run_dir, preset=preset)
+    check_federation(config)
+    kind = kind_of(config)
+    tokenizer = load_tuning_tokenizer(config)
+    model_config = load_model_config(config, tokenizer)
+    check_family(model_config.model_type, kind)
+    check_writable(directory)
+    with locked(directory):  # of a running command: its checkpoints come and go
+        pass
+    data = prepare_examples(config, tokenizer)
+    check_lengths(config, data, model_config)
+    counts = count_parameters(config, model_config, data)
+    plan = render_plan(config, data, counts)
+    write_text(directory / "config.yaml", finetune_yaml(config))
+    write_text(directory / "plan.txt", plan + "\n")
+    write_text(directory / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
+    data.save(directory / DATA)
+    checkpoint = None
+    if resumed:
+        checkpoint, passed_over = find_latest(directory)
+        for line in passed_over:
+            notify(f"warning: {line}; falling back to an earlier one")
+        if checkpoint:
+            discard_later(directory, checkpoint.position)
+            notify(f"resuming {directory} from {checkpoint.path.name}")
+    notify(plan)
+    if config.model.path == UNTRAINED and not checkpoint:
+        notify(f"no {_QUICKSTART_EXPORT}: random weights; `make pretrain` leaves a model there")
+    return FinetuneSetup(
+        config=config, run_dir=directory, checkpoint=checkpoint, started_at=started_at
+    )
+
+
+def is_finetuned(run_dir: Path, *, num_rounds: int) -> bool:
+    """All rounds are trained, and written down."""
+    trained = run_dir / CHECKPOINTS / Position(round_id=num_rounds).name
+    return trained.exists() and (run_dir / "report.html").exists()
+
+
+def _resolve(
+    config_path: str | None, overrides: Sequence[str], run_dir: str | None, *, preset: str | None
+) -> tuple[FinetuneConfig, Path, bool]:
+    saved = os.path.join(run_dir, "config.yaml") if run_dir else ""
+    base = saved if not (config_path or preset) and os.path.isfile(saved) else config_path
+    config = load_finetune(base, overrides, preset=preset)
+    directory = Path(run_dir or Path("runs") / config.name)
+    own = directory / "config.yaml"
+    begun = any((directory / name).exists() for name in (METRICS_FILE, CHECKPOINTS))
+    if os.path.isfile(own) and begun:
+        before = load_finetune(str(own), [])
+        path = before.model.path if config.model.path == QUICKSTART else config.model.path
+        config = replace(config, model=replace(config.model, path=path))
+        changed = [key for key in changed_keys(before, config) if key not in MAY_CHANGE]
+        if changed:
+            raise CheckpointError(
+                f"{directory}: expected the configuration of the run that is there, got other"
+                f" values of {', '.join(changed)}. Resume with --run-dir alone, or choose a new"
+                " --run-dir."
+            )
+        return config, directory, True
+    if not os.path.isfile(own):
+        check_new(directory)
+    return replace(config, model=replace(config.model, path=_model_path(config))), directory, False
+
+
+def changed_keys(a: FinetuneConfig, b: FinetuneConfig) -> list[str]:
+    """Return the dotted keys whose values differ."""
+    lines = [finetune_yaml(config).splitlines() for config in (a, b)]
+    section, changed = "", []
+    for one, other in zip(*lines, strict=True):
+        key = one.split(":")[0]
+        if not key.startswith(" "):
+            section = key
+        if one != other:
+            changed.append(key if key == section else f"{section}.{key.strip()}")
+    return changed
+
+
+def _model_path(config: FinetuneConfig) -> str:
+    if config.model.path != QUICKSTART:
+        return config.model.path
+    return str(_QUICKSTART_EXPORT) if (_QUICKSTART_EXPORT / "config.json").is_file() else UNTRAINED
+
+
+def check_federation(config: FinetuneConfig) -> None:
+    """Refuse what the method and the federation cannot do together.
+
+    Raises:
+        ConfigError: Nothing is left to average.
+    """
+    if config.task.name == "causal-lm" and not config.federation.average.final_head:
+        raise ConfigError(
+            "federation.average.final_head: expected true with task.name=causal-lm, got False."
+            " A language model's head is not a task's."
+        )
+
+
+def load_tuning_tokenizer(config: FinetuneConfig) -> Any:
+    """Read the tokenizer of ``model.path``; without a pad token its end token pads.
+
+    Raises:
+        ConfigError: There is none, or none that knows where words begin.
+    """
+    from transformers import AutoTokenizer
+
+    path = config.model.path
+    folder = SAMPLES / "tokenizer" if path == UNTRAINED else Path(path)
+    try:
+        if not (folder / "config.json").is_file() and path != UNTRAINED:
+            raise OSError("no config.json")
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if not tokenizer.is_fast:
+            raise ValueError("a slow tokenizer, without tokenizer.json")
+    except Exception as error:  # tokenizers and transformers raise many classes
+        raise ConfigError(
+            f"model.path: expected a Hugging Face folder with a model and a fast tokenizer, got"
+            f" {path!r} ({' '.join(str(error).split())[:120]}). Name one that save_pretrained, or"
+            " fedpipe export, wrote."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model_config(config: FinetuneConfig, tokenizer: Any) -> Any:
+    """Read the configuration of ``model.path``."""
+    from transformers import AutoConfig, RobertaConfig
+
+    path = config.model.path
+    if path == UNTRAINED:
+        return RobertaConfig(
+            num_hidden_layers=4, hidden_size=128, num_attention_heads=4, intermediate_size=512,
+            vocab_size=len(tokenizer), max_position_embeddings=514, type_vocab_size=1,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.cls_token_id,
+            eos_token_id=tokenizer.sep_token_id, initializer_range=0.05,
+        )  # fmt: skip
+    try:
+        result = AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # an unknown model_type, or no JSON
+        raise ConfigError(
+            f"model.path: expected a config.json of transformers in {path}, got"
+            f" {' '.join(str(error).split())[:120]}. Save the model again."
+        ) from error
+    result.pad_token_id = tokenizer.pad_token_id
+    return result
+
+
+def check_lengths(config: FinetuneConfig, data: TuningData, model_config: Any) -> None:
+    """Refuse sequences that the model has no positions for, and tokens that it does not know.
+
+    Raises:
+        ConfigError: There are such sequences.
+        CorpusError: There are such tokens.
+    """
+    positions = getattr(model_config, "max_position_embeddings", 0) or 0
+    if model_config.model_type == "roberta":
+        positions -= model_config.pad_token_id + 1
+    longest = int(max(data.train.lengths().max(), data.test.lengths().max()))
+    if 0 < positions < longest:
+        raise ConfigError(
+            f"task.max_length: expected at most {positions} (the positions of {config.model.path}),"
+            f" got sequences of {longest} tokens. Lower it."
+        )
+    largest = int(max(data.train.ids.max(), data.test.ids.max()))
+    if largest >= model_config.vocab_size:
+        raise CorpusError(
+            f"model.path: expected a tokenizer of the model's {model_config.vocab_size} tokens, got"
+            f" id {largest} from the one in {config.model.path}. Use the model's own tokenizer."
+        )
+
+
+def count_parameters(config: FinetuneConfig, model_config: Any, data: TuningData) -> Counts:
+    """Count what is trained, on a model that allocates nothing.
+
+    Raises:
+        ConfigError: The family does not have the method.
+        CheckpointError: ``method.path`` is no adapter of this model.
+    """
+    meaning = data.meaning
+    model = build_model(model_config, meaning.kind, num_labels=meaning.num_outputs, device="meta")
+    counts = attach(model, config.method, causal=meaning.kind == "causal-lm")
+    if config.method.path:
+        load_adapter(model, Path(config.method.path), config.method)
+    return counts
+
+
+def sent_numel(config: FinetuneConfig, counts: Counts) -> int:
+    """Parameters that a client sends in a round, and receives."""
+    kept = 0 if config.federation.average.final_head else counts.head
+    return counts.trainable - kept
+
+
+def render_plan(config: FinetuneConfig, data: TuningData, counts: Counts) -> str:
+    """Say what will happen, for people."""
+    federation, scenario, meaning = config.federation, config.scenario, data.meaning
+    sent = sent_numel(config, counts) * _BYTES
+    share = 100 * counts.trainable / (counts.model + counts.head)
+    rows = [
+        f"fedpipe {__version__}  {config.name}  "
+        f"{count(federation.num_replicas, 'process', 'es')}, one model each",
+        f"  model    {config.model.path}  {counts.model / 1e6:,.2f} M parameters",
+        f"  method   {config.method.name}  {counts.trainable:,} trained ({share:.3f} %):"
+        f" {counts.adapter:,} of the {_what(config)}, {counts.head:,} of the head",
+        f"  task     {config.task.name}: {meaning.kind}, "
+        + (f"{len(meaning.labels)} labels, " if meaning.labels else "")
+        + f"{data.train.num_examples:,} training and {data.test.num_examples:,} held-out examples",
+        *_client_lines(config, data.facts),
+        f"  round    {federation.clients_per_round} of {federation.num_clients} clients, "
+        + _local_work(config)
+        + f", batches of {config.batch_size}; {federation.num_rounds} rounds",
+        f"  traffic  {bytes_text(sent)} up and down  per client and round, float32",
+    ]
+    if config.method.lora_average == "product":
+        rows[-1] += "; down also the residual of the products"
+    if scenario.straggler_share or scenario.dropout_share:
+        rows.append(
+            f"  scenario {100 * scenario.dropout_share:g} % of a cohort are lost,"
+            f" {100 * scenario.straggler_share:g} % make {100 * scenario.straggler_work:g} % of"
+            " their steps"
+        )
+    return "\n".join(rows)
+
+
+def _what(config: FinetuneConfig) -> str:
+    return "model" if config.method.name == "full" else "adapter"
+
+
+def _local_work(config: FinetuneConfig) -> str:
+    federation = config.federation
+    if federation.num_local_epochs:
+        plural = "" if federation.num_local_epochs == 1 else "s"
+        return f"{federation.num_local_epochs:g} local epoch{plural}"
+    return count(federation.num_local_steps, "local step")
+
+
+def _client_lines(config: FinetuneConfig, facts: Sequence[ClientFacts]) -> list[str]:
+    sizes = sorted(fact.num_examples for fact in facts)
+    entropies = sorted(fact.entropy_bits for fact in facts)
+    middle = len(facts) // 2
+    lines = [
+        f"  clients  {len(facts)}, {config.task.split}: {sizes[0]} / {sizes[middle]} / {sizes[-1]}"
+        f" examples, label entropy {entropies[0]:.2f} / {entropies[middle]:.2f} /"
+        f" {entropies[-1]:.2f} bits  (least / median / most)"
+    ]
+    lacking = [fact for fact in facts if fact.missing]
+    if lacking and len(lacking[0].missing) > 0:
+        lines.append(
+            f"           {count(len(lacking), 'client')} without examples of some labels, such as"
+            f" client {lacking[0].client_id}: {', '.join(lacking[0].missing[:4])}"
+        )
+    return lines

@@ -1,0 +1,324 @@
+"""One worker of a fine-tuning: holds one model, becomes one client after another, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from fedpipe.checkpoint import CLIENTS, Checkpoint, CheckpointWriter, client_file
+from fedpipe.config.finetune import FinetuneConfig
+from fedpipe.data.tasks.encoding import IGNORED
+from fedpipe.distributed.comm import Comm
+from fedpipe.federation.lora import ProductAverage
+from fedpipe.federation.synchronizer import Synchronizer, restore
+from fedpipe.federation.turns import TuningTurn, batches
+from fedpipe.metrics.scoring import METRICS
+from fedpipe.models.families import stable_seed
+from fedpipe.models.peft import attach, load_adapter, lora_updates, trainable
+from fedpipe.models.tuned import build_model, head_names
+from fedpipe.pipeline.optimizer import make_optimizer
+from fedpipe.workflows.finetune.examples import Meaning, TuningData, collate
+from fedpipe.workflows.finetune.setup import UNTRAINED, load_model_config, load_tuning_tokenizer
+
+WEIGHTS_FILE = "weights.safetensors"
+SERVER_FILE = "server.pt"
+_KEPT_STAGE = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TurnResult:
+    """How a client's turn went."""
+
+    loss: float
+    """Mean over its steps."""
+    last_loss: float
+    """Of its last step."""
+
+
+class Tuner:
+    """A model, its synchronizer, and the examples of all clients, which lie on the disk's cache."""
+
+    def __init__(
+        self, config: FinetuneConfig, data: TuningData, *, comm: Comm, run_dir: Path
+    ) -> None:
+        """Build the model with its first values, equal in every process.
+
+        Args:
+            config: The run.
+            data: Examples and their owners.
+            comm: Of this process.
+            run_dir: Where clients keep what is theirs.
+        """
+        self.config, self.data, self._comm, self._run_dir = config, data, comm, run_dir
+        self.model = build_tuned(config, data.meaning).to(comm.device)
+        heads = head_names(self.model)
+        self.counts = attach_seeded(self.model, config, data.meaning)
+        self.parameters = trainable(self.model)
+        kept = set() if config.federation.average.final_head else heads & set(self.parameters)
+        self.synchronizer = Synchronizer(
+            self.parameters, config.federation, seed=config.seed, comm=comm, kept=kept
+        )
+        self.products: ProductAverage | None = None
+        if config.method.lora_average == "product":
+            self.products = ProductAverage(lora_updates(self.model), comm=comm)
+        self.sent_numel = sum(p.numel() for n, p in self.parameters.items() if n not in kept)
+
+    # -- a turn ------------------------------------------------------------------------------
+
+    def train(
+        self,
+        turn: TuningTurn,
+        *,
+        round_id: int,
+        last_round: int | None,
+        learning_rate: Callable[[int], float],
+        writer: CheckpointWriter,
+    ) -> TurnResult:
+        """Become a client, train, and leave its update in the round.
+
+        Args:
+            turn: Whose, and how long.
+            round_id: Of the round.
+            last_round: The round from which the client came back last; None at its first.
+            learning_rate: Of a local step.
+            writer: Takes what stays with the client.
+        """
+        state = self._client_state(turn.client_id, last_round)
+        self.synchronizer.begin_turn(state.get("kept"))
+        optimizer = make_optimizer(self.parameters, self.config.optimizer)
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+        torch.manual_seed(stable_seed(self.config.seed, "turn", round_id, turn.client_id))
+        self.model.train()
+        mine = self.data.train_sequences[turn.client_id]
+        losses = []
+        order = batches(
+            self.config, turn.client_id, round_id=round_id, size=len(mine), steps=turn.num_steps
+        )
+        for step, rows in enumerate(order):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step)
+            losses.append(self._step(mine[rows], optimizer))
+        self.synchronizer.end_turn(turn.client_id, weight=turn.weight, round_id=round_id)
+        if self.products is not None:
+            self.products.end_turn(weight=turn.weight)
+        self._keep(turn.client_id, optimizer, round_id=round_id, writer=writer)
+        values = torch.stack(losses).tolist()
+        return TurnResult(loss=float(np.mean(values)), last_loss=values[-1])
+
+    def _step(self, sequences: NDArray[np.int64], optimizer: torch.optim.Optimizer) -> Tensor:
+        logits, labels = self._forward(self.data.train, sequences)
+        loss = task_loss(logits, labels, kind=self.data.meaning.kind)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.synchronizer.before_step()
+        limit = self.config.optimizer.max_grad_norm
+        if limit:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit, foreach=True)
+        optimizer.step()
+        return loss.detach()
+
+    def _forward(self, split: Any, sequences: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        meaning = self.data.meaning
+        inputs, labels = collate(split, sequences, pad_id=meaning.pad_id, kind=meaning.kind)
+        device = self._comm.device
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+        logits: Tensor = self.model(**tensors).logits
+        return logits.float(), torch.from_numpy(labels).to(device)
+
+    @property
+    def _keeps_state(self) -> bool:
+        keeps_optimizer = self.config.federation.optimizer_state == "keep"
+        return self.synchronizer.keeps_parts or keeps_optimizer
+
+    def _client_state(self, client_id: int, last_round: int | None) -> dict[str, Any]:
+        if last_round is None or not self._keeps_state:
+            return {}
+        name = client_file(client_id, _KEPT_STAGE, 0, round_id=last_round)
+        path = self._run_dir / CLIENTS / name
+        return dict(torch.load(path, map_location=self._comm.device, weights_only=True))
+
+    def _keep(
+        self,
+        client_id: int,
+        optimizer: torch.optim.Optimizer,
+        *,
+        round_id: int,
+        writer: CheckpointWriter,
+    ) -> None:
+        if not self._keeps_state:
+            return
+        state: dict[str, Any] = {"kept": self.synchronizer.kept_state()}
+        if self.config.federation.optimizer_state == "keep":
+            state["optimizer"] = optimizer.state_dict()
+        name = client_file(client_id, _KEPT_STAGE, 0, round_id=round_id)
+        writer.save_client(name, partial(torch.save, state))
+
+    # -- between rounds ----------------------------------------------------------------------
+
+    def synchronize(self, num_clients: int) -> int:
+        """Average the round's clients; return the bytes that this rank sent. Collective: all."""
+        sent = self.synchronizer.synchronize(num_clients)
+        if self.products is not None:
+            sent += self.products.synchronize()
+        return sent
+
+    def score(
+        self, client_ids: Sequence[int], *, last_rounds: Mapping[int, int]
+    ) -> dict[int, NDArray[np.float64]]:
+        """Score the averaged model on held-out examples of some clients, with what they keep.
+
+        Args:
+            client_ids: Whose.
+            last_rounds: By client, the round from which it came back last.
+
+        Returns:
+            By client, what the task's metric needs to know of each of its examples, (E, K).
+        """
+        self.model.eval()
+        found = {}
+        self.synchronizer.begin_turn(None)
+        for client_id in client_ids:
+            if self.synchronizer.keeps_parts:
+                state = self._client_state(client_id, last_rounds.get(client_id))
+                self.synchronizer.begin_turn(state.get("kept"))
+            found[client_id] = self._score(self.data.test_sequences[client_id])
+        return found
+
+    @torch.inference_mode()
+    def _score(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
+        meaning, test = self.data.meaning, self.data.test
+        order = sequences[np.argsort(test.lengths()[sequences], kind="stable")]
+        outputs: dict[int, Any] = {}
+        size = self.config.scoring.batch_size
+        for first in range(0, len(order), size):
+            rows = order[first : first + size]
+            logits, labels = self._forward(test, rows)
+            for row, value in zip(rows, _predictions(logits, labels, meaning), strict=True):
+                outputs[int(row)] = value
+        return statistics(meaning, test, sequences, outputs)
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def checkpoint_files(self) -> dict[str, Callable[[Path], None]]:
+        """What this rank writes: the first one, what all share; each, what it owes."""
+        files: dict[str, Callable[[Path], None]] = {}
+        if self._comm.is_master():
+            weights = dict(self.synchronizer.global_state())
+            if self.products is not None:
+                weights |= self.products.weights
+            files[WEIGHTS_FILE] = partial(
+                save_file, {n: t.contiguous().clone() for n, t in weights.items()}
+            )
+            files[SERVER_FILE] = partial(torch.save, dict(self.synchronizer.moments))
+        if self.synchronizer.residuals:
+            files[self._own_file] = partial(torch.save, dict(self.synchronizer.residuals))
+        return files
+
+    @property
+    def _own_file(self) -> str:
+        return f"replica_{self._comm.replica:04d}.pt"
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Take over what ``checkpoint_files`` wrote."""
+        device = self._comm.device
+        weights = load_file(checkpoint.path / WEIGHTS_FILE, device=str(device))
+        self.synchronizer.load_global_state(weights)
+        if self.products is not None:
+            self.products.load_weights(weights)
+        moments = torch.load(checkpoint.path / SERVER_FILE, map_location=device, weights_only=True)
+        restore(self.synchronizer.moments, moments)
+        own = checkpoint.path / self._own_file
+        if self.synchronizer.residuals and own.is_file():
+            residuals = torch.load(own, map_location=device, weights_only=True)
+            restore(self.synchronizer.residuals, residuals)
+
+
+def build_tuned(config: FinetuneConfig, meaning: Meaning) -> Any:
+    """Build the model of a run with its head, before an adapter is attached."""
+    tokenizer = load_tuning_tokenizer(config)
+    torch.manual_seed(stable_seed(config.seed, "head"))
+    path = config.model.path
+    return build_model(
+        load_model_config(config, tokenizer),
+        meaning.kind,
+        num_labels=meaning.num_outputs,
+        path="" if path == UNTRAINED or config.model.random_weights else path,
+    )
+
+
+def attach_seeded(model: Any, config: FinetuneConfig, meaning: Meaning) -> Any:
+    """Attach the run's adapter with its first values."""
+    torch.manual_seed(stable_seed(config.seed, "adapter"))
+    counts = attach(model, config.method, causal=meaning.kind == "causal-lm")
+    if config.method.path:
+        load_adapter(model, Path(config.method.path), config.method)
+    return counts
+
+
+def task_loss(logits: Tensor, labels: Tensor, *, kind: str) -> Tensor:
+    """Mean loss: squared error of numbers, else cross-entropy in nats, of texts of next tokens."""
+    if kind == "regression":
+        return functional.mse_loss(logits[:, 0], labels.float())
+    if kind == "causal-lm":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    flat = logits.reshape(-1, logits.shape[-1])
+    return functional.cross_entropy(flat, labels.reshape(-1).long(), ignore_index=IGNORED)
+
+
+def _predictions(logits: Tensor, labels: Tensor, meaning: Meaning) -> list[Any]:
+    """Per sequence: a number, a class, the tags of its words, or summed loss and tokens."""
+    if meaning.kind == "regression":
+        return list(logits[:, 0].tolist())
+    if meaning.kind == "classification":
+        return list(logits.argmax(-1).tolist())
+    if meaning.kind == "ner":
+        tags = logits.argmax(-1)
+        return [row[known != IGNORED].tolist() for row, known in zip(tags, labels, strict=True)]
+    targets = labels[:, 1:]
+    losses = functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
+    )
+    return list(zip(losses.sum(1).tolist(), (targets != IGNORED).sum(1).tolist(), strict=True))
+
+
+def statistics(
+    meaning: Meaning, split: Any, sequences: NDArray[np.int64], outputs: Mapping[int, Any]
+) -> NDArray[np.float64]:
+    """Return what the metric needs of every example, (E, K), from predictions by sequence."""
+    if meaning.kind == "causal-lm":
+        return np.array([outputs[int(row)] for row in sequences], dtype=np.float64).reshape(-1, 2)
+    metric = METRICS[meaning.metric]
+    if meaning.kind != "ner":
+        gold = [float(label) for label in split.labels[sequences]]
+        predicted = [outputs[int(row)] for row in sequences]
+        return metric.statistics(gold, predicted, meaning.positive)
+    there: dict[int, list[str]] = {}
+    found: dict[int, list[str]] = {}
+    for row in sequences:
+        tags = split.labels[split.starts[row] : split.starts[row + 1]]
+        example = int(split.examples[row])
+        there.setdefault(example, []).extend(
+            meaning.labels[int(tag)] for tag in tags[tags != IGNORED]
+        )
+        found.setdefault(example, []).extend(meaning.labels[tag] for tag in outputs[int(row)])
+    return metric.statistics(list(there.values()), list(found.values()), meaning.positive)
+
+
+def from_statistics(meaning: Meaning, rows: NDArray[np.float64]) -> float:
+    """Return the score of some examples; of texts the mean loss per token."""
+    if meaning.kind == "causal-lm":
+        return float(rows[:, 0].sum() / max(1.0, rows[:, 1].sum()))
+    metric = METRICS[meaning.metric]
+    assert metric.from_sums is not None, meaning.metric
+    return float(metric.from_sums(rows.sum(axis=0)[None])[0])

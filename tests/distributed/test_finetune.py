@@ -1,0 +1,459 @@
+"""Rounds of a federated fine-tuning: averages, many clients on few workers, resume, output."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from fedpipe.checkpoint import CheckpointWriter
+from fedpipe.distributed.comm import Comm
+from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.topology import Grid
+from fedpipe.errors import CheckpointError, ConfigError, CorpusError
+from fedpipe.federation.turns import TuningTurn
+from fedpipe.metrics.finetune_report import result_table, write_finetune_report
+from fedpipe.metrics.writer import read_metrics
+from fedpipe.models.peft import lora_updates
+from fedpipe.workflows.finetune.examples import DATA, TuningData
+from fedpipe.workflows.finetune.finish import export_finetuned
+from fedpipe.workflows.finetune.run import finetune
+from fedpipe.workflows.finetune.setup import FinetuneSetup, set_up_finetune
+from fedpipe.workflows.finetune.tuner import Tuner
+from tests.helpers.distributed import run_distributed
+from tests.helpers.tuned import small_folder, small_task
+
+TIMES = ("seconds", "sync_s", "memory_bytes", "sync_bytes", "replica")
+BASE = (
+    "task.name=imdb", "task.max_length=12", "batch_size=8", "federation.num_clients=5",
+    "federation.clients_per_round=3", "federation.num_replicas=1", "federation.num_rounds=4",
+    "federation.num_local_epochs=1", "optimizer.lr=1e-2", "task.split=dirichlet",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name a tiny model and a tiny task."""
+    root = tmp_path_factory.mktemp("base")
+    model, task = small_folder(root / "model"), small_task(root / "task")
+    return [*BASE, f"model.path={model}", f"task.data={task}"]
+
+
+def set_up(run_dir: Path, base: list[str], *overrides: str) -> FinetuneSetup:
+    own = {override.partition("=")[0] for override in overrides}
+    kept = [override for override in base if override.partition("=")[0] not in own]
+    return set_up_finetune(None, [*kept, *overrides], str(run_dir), notify=lambda line: None)
+
+
+def alone() -> ProcessEnv:
+    return ProcessEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, rendezvous="")
+
+
+def run(setup: FinetuneSetup, emit: Callable[[str, Any], None] = lambda *_: None) -> Any:
+    with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):
+        return finetune(setup, env=alone(), emit=emit)
+
+
+def _on_rank(env: ProcessEnv, setup: FinetuneSetup) -> None:
+    finetune(setup, env=env, emit=lambda kind, value: None)
+
+
+def records(run_dir: Path, *kinds: str) -> list[dict[str, Any]]:
+    found = read_metrics(run_dir / "metrics.jsonl")
+    return [
+        {k: v for k, v in r.items() if k not in TIMES}
+        for r in found
+        if not kinds or r["kind"] in kinds
+    ]
+
+
+def weights(run_dir: Path, round_id: int) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / f"checkpoints/round_{round_id:06d}/weights.safetensors")
+
+
+@pytest.fixture
+def tuner(tmp_path: Path, base: list[str]) -> Any:
+    comms: list[Comm] = []
+
+    def make(*overrides: str) -> tuple[Tuner, CheckpointWriter]:
+        setup = set_up(tmp_path / f"run{len(comms)}", base, *overrides)
+        for comm in comms:
+            comm.close()
+        comms.append(
+            Comm(Grid(num_stages=1, num_replicas=1, data_parallel_degree=1), alone(), edges=())
+        )
+        data = TuningData.load(setup.run_dir / DATA)
+        made = Tuner(setup.config, data, comm=comms[-1], run_dir=setup.run_dir)
+        return made, CheckpointWriter(setup.run_dir, comm=comms[-1], keep_last=1)
+
+    with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):
+        yield make
+        for comm in comms:
+            comm.close()
+
+
+def train(
+    made: tuple[Tuner, CheckpointWriter], shares: dict[int, float], round_id: int = 0
+) -> None:
+    for client_id, share in shares.items():
+        turn = TuningTurn(
+            client_id=client_id, replica_id=0, num_steps=3, num_examples=0, num_tokens=0,
+            weight=share,
+        )  # fmt: skip
+        made[0].train(
+            turn, round_id=round_id, last_round=None, learning_rate=lambda step: 1e-2,
+            writer=made[1],
+        )  # fmt: skip
+    made[0].synchronize(len(shares))
+
+
+def test_the_average_is_the_weighted_mean_of_what_clients_would_have_sent(tuner: Any) -> None:
+    sent = []
+    for client_id in (0, 1):
+        made = tuner()
+        train(made, {client_id: 1.0})
+        sent.append({n: p.detach().clone() for n, p in made[0].parameters.items()})
+    together = tuner()
+    train(together, {0: 0.25, 1: 0.75})
+    for name, parameter in together[0].parameters.items():
+        expected = 0.25 * sent[0][name] + 0.75 * sent[1][name]
+        torch.testing.assert_close(parameter.detach(), expected, atol=1e-6, rtol=0)
+
+
+def products(tuner: Tuner) -> list[torch.Tensor]:
+    return [u.weight.detach() + u.product() for u in lora_updates(tuner.model)]
+
+
+def test_the_product_average_is_the_mean_of_products_and_factors_is_not(tuner: Any) -> None:
+    sent = []
+    for client_id in (0, 1):
+        made = tuner()
+        train(made, {client_id: 1.0})
+        sent.append(products(made[0]))
+    expected = [0.25 * a + 0.75 * b for a, b in zip(*sent, strict=True)]
+    frozen = [u.weight.detach().clone() for u in lora_updates(tuner()[0].model)]
+
+    def distance(made: tuple[Tuner, CheckpointWriter]) -> float:
+        """Error of the averaged update, over the update."""
+        off = zip(products(made[0]), expected, frozen, strict=True)
+        return max(float((p - e).norm() / (e - w).norm()) for p, e, w in off)
+
+    factors, exact = tuner(), tuner("method.lora_average=product")
+    train(factors, {0: 0.25, 1: 0.75})
+    assert distance(factors) > 0.05
+    train(exact, {0: 0.25, 1: 0.75})
+    assert distance(exact) < 1e-5
+    for name, parameter in exact[0].parameters.items():  # A and B are averaged all the same
+        torch.testing.assert_close(parameter, factors[0].parameters[name], atol=1e-6, rtol=0)
+    assert exact[0].products.residual_numel(2) == 4 * 8 * (32 + 32)  # 4 matrices, rank 8
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_run_leaves_what_it_has_scored_and_says_what_it_sent(
+    tmp_path: Path, base: list[str], name: str
+) -> None:
+    setup = set_up(
+        tmp_path, base, f"method.name={name}", "federation.num_rounds=6", "optimizer.lr=3e-3",
+        "federation.clients_per_round=5",
+    )  # fmt: skip
+    assert run(setup) is None
+    score = records(tmp_path, "eval")[-1]["score"]
+    assert name == "lora" or score > 0.9
+    sent = {key: tensor.numel() for key, tensor in weights(tmp_path, 6).items()}
+    if name == "lora":
+        assert all("lora" in key or key.startswith("classifier") for key in sent)
+    numel = sum(sent.values())
+    assert {r["bytes_up"] for r in records(tmp_path, "traffic")} == {5 * numel * 4}
+    assert f"{numel:,} trained" in (tmp_path / "plan.txt").read_text()
+    assert "5 of 5 clients" in (tmp_path / "plan.txt").read_text()
+
+    written = [path.name for path in export_finetuned(tmp_path)]
+    assert written == (["adapter", "export"] if name == "lora" else ["export"])
+    rows = [json.loads(x) for x in (Path(setup.config.task.data) / "imdb.test.jsonl").open()]
+    assert accuracy(tmp_path / "export", rows) == pytest.approx(score)
+    page = write_finetune_report(tmp_path).read_text()
+    assert "label entropy" in page and (tmp_path / "scores.png").is_file()
+    assert "accuracy" in result_table([tmp_path])
+
+
+@torch.no_grad()
+def accuracy(folder: Path, rows: list[dict[str, Any]]) -> float:
+    """Score a folder with transformers alone."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+    guesses = model(**batch).logits.argmax(-1).tolist()
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    return sum(g == row["label"] for g, row in zip(guesses, rows, strict=True)) / len(rows)
+
+
+def test_a_run_goes_on_from_an_adapter(tmp_path: Path, base: list[str]) -> None:
+    run(set_up(tmp_path / "first", base, "federation.num_rounds=1"))
+    export_finetuned(tmp_path / "first")
+    adapter = f"method.path={tmp_path / 'first/adapter'}"
+    run(set_up(tmp_path / "second", base, adapter, "federation.num_rounds=1", "optimizer.lr=1e-9"))
+    after = weights(tmp_path / "second", 1)
+    for key, tensor in weights(tmp_path / "first", 1).items():
+        torch.testing.assert_close(tensor, after[key], atol=1e-6, rtol=0)
+    with pytest.raises(CheckpointError, match=r"^method.path: expected an adapter of method.name"):
+        set_up(tmp_path / "third", base, adapter, "method.rank=4")
+    other = small_folder(tmp_path / "other", "distilbert")
+    with pytest.raises(CheckpointError, match=r"the adapter of another base model: set model.path"):
+        set_up(tmp_path / "fourth", base, adapter, f"model.path={other}")
+
+
+def test_two_workers_train_the_same_model_as_one(tmp_path: Path, base: list[str]) -> None:
+    scenario = ("scenario.dropout_share=0.3", "scenario.straggler_share=0.3",
+                "federation.num_rounds=2", "federation.clients_per_round=5")  # fmt: skip
+    one = set_up(tmp_path / "one", base, *scenario)
+    run(one)
+    two = set_up(tmp_path / "two", base, *scenario, "federation.num_replicas=2")
+    run_distributed(_on_rank, 2, two)
+    for name, tensor in weights(tmp_path / "one", 2).items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "two", 2)[name], atol=2e-5, rtol=0)
+    mine, theirs = (records(tmp_path / name, "round") for name in ("one", "two"))
+    for a, b in zip(mine, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert (a["clients"], a["dropped"]) == (b["clients"], b["dropped"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("federation.optimizer_state=keep", "federation.average.final_head=false",
+         "scenario.dropout_share=0.3"),
+        ("federation.server_optimizer.name=fedadam", "federation.server_optimizer.lr=0.1"),
+        ("method.lora_average=product", "federation.clients_per_round=2"),
+    ],
+)  # fmt: skip
+def test_a_run_that_was_killed_resumes_as_if_it_had_not_been(
+    tmp_path: Path, base: list[str], overrides: tuple[str, ...]
+) -> None:
+    run(set_up(tmp_path / "whole", base, *overrides))
+
+    class Killed(Exception):
+        pass
+
+    def kill(kind: str, record: Any) -> None:
+        if kind == "round" and record["round"] == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(set_up(tmp_path / "cut", base, *overrides), emit=kill)
+    resumed = set_up(tmp_path / "cut", [])
+    assert resumed.checkpoint is not None and resumed.checkpoint.position.round_id == 2
+    run(resumed)
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+    expected = weights(tmp_path / "whole", 4)
+    assert all(torch.equal(t, expected[n]) for n, t in weights(tmp_path / "cut", 4).items())
+
+
+def test_a_kept_head_stays_with_its_client(tmp_path: Path, base: list[str]) -> None:
+    setup = set_up(
+        tmp_path, base, "federation.average.final_head=false", "federation.num_rounds=2",
+        "federation.clients_per_round=5",
+    )  # fmt: skip
+    run(setup)
+    files = sorted((tmp_path / "clients").glob("*/*round_000001.pt"))
+    assert len(files) == 5
+    heads = [torch.load(f, weights_only=True)["kept"]["classifier.weight"] for f in files]
+    assert not torch.equal(heads[0], heads[1])
+    numel = sum(t.numel() for n, t in weights(tmp_path, 2).items() if "classifier" not in n)
+    assert records(tmp_path, "traffic")[0]["client_bytes_up"] == numel * 4
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [("median",), ("trimmed_mean", "federation.aggregation.num_byzantine=1"),
+     ("krum", "federation.aggregation.num_byzantine=1")],
+)  # fmt: skip
+def test_robust_rules_withstand_lost_clients(
+    tmp_path: Path, base: list[str], rule: tuple[str, ...]
+) -> None:
+    run(
+        set_up(
+            tmp_path, base, f"federation.aggregation.rule={rule[0]}", *rule[1:],
+            "federation.aggregation.weighting=uniform", "federation.clients_per_round=5",
+            "scenario.dropout_share=0.2", "federation.num_rounds=3",
+        )
+    )  # fmt: skip
+    rounds = records(tmp_path, "round")
+    assert any(r["dropped"] for r in rounds)
+    assert all(np.isfinite(list(t.flatten())).all() for t in weights(tmp_path, 3).values())
+
+
+def test_a_round_whose_clients_are_all_lost_changes_nothing(
+    tmp_path: Path, base: list[str]
+) -> None:
+    run(set_up(tmp_path, base, "scenario.dropout_share=0.97", "federation.num_rounds=2",
+               "federation.clients_per_round=1"))  # fmt: skip
+    rounds = records(tmp_path, "round")
+    assert [r["clients"] for r in rounds] == [[], []]
+    first, second = weights(tmp_path, 1), weights(tmp_path, 2)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "match"),
+    [
+        (("method.name=compacter",), ConfigError, r"^method.name: expected a method that bert has"),
+        (("task.name=causal-lm",), ConfigError, r"^model.path: expected a model for causal-lm"),
+        (("task.name=sentimant",), ConfigError, r"^task.name: expected one of causal-lm, imdb, "),
+        (("model.path=nowhere",), ConfigError, r"^model.path: expected a Hugging Face folder with"),
+        (("task.data=nowhere",), CorpusError, r"^task.data: expected a folder, hf:NAME or"),
+        (("task.split=column", "task.column=ward"), CorpusError, r"^task.data: expected a column"),
+        (("federation.num_clients=60", "federation.clients_per_round=3"), CorpusError,
+         r"^federation.num_clients: expected at most 48 \(the held-out examples"),
+        (("federation.server=shared", "federation.num_local_epochs=0"), ConfigError,
+         r"^federation.server: expected replicated in"),
+        (("federation.data_parallel_degree=2",), ConfigError, r"^federation.data_parallel_degree"),
+        (("federation.average.embeddings=false",), ConfigError, r"^federation.average.embeddings"),
+        (("checkpoint.every_steps=3",), ConfigError, r"^checkpoint.every_steps: expected 0 in"),
+        (("method.lora_average=product", "method.name=ia3"), ConfigError,
+         r"^method.lora_average: expected factors without method.name=lora"),
+        (("method.lora_average=product", "federation.server_optimizer.name=fedadam"), ConfigError,
+         r"^federation.server_optimizer.name: expected fedavg with method.lora_average=product"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_the_first_round(
+    tmp_path: Path, base: list[str], overrides: tuple[str, ...], error: Any, match: str
+) -> None:
+    with pytest.raises(error, match=match) as caught:
+        set_up(tmp_path, base, *overrides)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_an_unknown_label_is_refused_with_its_place(tmp_path: Path, base: list[str]) -> None:
+    task = small_task(tmp_path / "task")
+    with open(task / "imdb.train.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"text": "good", "label": "meh"}\n')
+    with pytest.raises(CorpusError, match=r"^task.data: expected one of negative, positive as lab"):
+        set_up(tmp_path / "run", base, f"task.data={task}")
+
+
+def test_a_directory_with_another_run_is_refused(tmp_path: Path, base: list[str]) -> None:
+    run(set_up(tmp_path, base, "federation.num_rounds=1"))
+    with pytest.raises(CheckpointError, match=r"other values of seed, method.rank\. Resume with"):
+        set_up(tmp_path, base, "federation.num_rounds=1", "seed=1", "method.rank=4")
+
+
+def test_a_client_without_a_label_is_allowed_and_named(tmp_path: Path, base: list[str]) -> None:
+    said: list[str] = []
+    kept = [o for o in base if not o.startswith("task.split")]
+    set_up_finetune(None, [*kept, "task.split=label_sorted"], str(tmp_path), notify=said.append)
+    assert "without examples of some labels, such as client 0" in said[-1]
+
+
+def small_texts(folder: Path, *, sizes: tuple[int, int] = (60, 20)) -> Path:
+    """Write texts that repeat themselves, of three wards."""
+    folder.mkdir(parents=True)
+    words = ["bad poor dull", "good fine great", "worse better bad"]
+    for split, size in zip(("train", "valid"), sizes, strict=True):
+        rows = [
+            {"text": f"{words[i % 3]} " * 3, "ward": f"ward {i % 3}"} for i in range(size)
+        ]  # fmt: skip
+        text = "\n".join(json.dumps(row) for row in rows)
+        (folder / f"texts.{split}.jsonl").write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def test_a_language_model_is_tuned_on_the_texts_of_wards(tmp_path: Path, base: list[str]) -> None:
+    model, texts = small_folder(tmp_path / "gpt2", "gpt2"), small_texts(tmp_path / "texts")
+    setup = set_up(
+        tmp_path / "run", base, f"model.path={model}", f"task.data={texts}", "task.name=causal-lm",
+        "task.split=column", "task.column=ward", "federation.num_clients=3",
+        "method.name=pfeiffer", "method.reduction_factor=4",
+    )  # fmt: skip
+    run(setup)
+    losses = [r["score"] for r in records(tmp_path / "run", "eval")]
+    assert losses[-1] < losses[0]
+    last = records(tmp_path / "run", "eval")[-1]
+    assert last["worst"] == max(last["clients"].values())
+    assert [path.name for path in export_finetuned(tmp_path / "run")] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "match"),
+    [
+        (("task.data={nowhere}",), CorpusError, r"^task.data: expected a folder with a file \*tr"),
+        (("task.column=site", "task.split=column"), CorpusError,
+         r"^task.data: expected a column 'site' in .*texts.train.jsonl:1, got text, ward"),
+        (("federation.average.final_head=false",), ConfigError,
+         r"^federation.average.final_head: expected true with task.name=causal-lm"),
+        (("federation.num_clients=4", "task.column=ward", "task.split=column"), CorpusError,
+         r"^task.column: expected at least 4 values of 'ward' \(federation.num_clients\), got 3"),
+        (("model.path={bert}",), ConfigError, r"it reads text in both directions"),
+        (("task.max_length=64",), ConfigError, r"^task.max_length: expected at most 40 \(the posi"),
+    ],
+)  # fmt: skip
+def test_texts_that_cannot_be_learnt_from_are_refused(
+    tmp_path: Path, base: list[str], overrides: tuple[str, ...], error: Any, match: str
+) -> None:
+    model, texts = small_folder(tmp_path / "gpt2", "gpt2"), small_texts(tmp_path / "texts")
+    long = {"text": "bad " * 60, "ward": "ward 0"}
+    with open(texts / "texts.train.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(long) + "\n")
+    places = {"nowhere": tmp_path / "nowhere", "bert": small_folder(tmp_path / "bert")}
+    own = [f"model.path={model}", f"task.data={texts}", "task.name=causal-lm",
+           "federation.num_clients=3"]  # fmt: skip
+    asked = [override.format(**places) for override in overrides]
+    keys = {override.partition("=")[0] for override in asked}
+    kept = [override for override in own if override.partition("=")[0] not in keys]
+    with pytest.raises(error, match=match):
+        set_up(tmp_path / "run", base, *kept, *asked)
+
+
+def test_damaged_texts_and_other_formats_are_refused(tmp_path: Path, base: list[str]) -> None:
+    model, texts = small_folder(tmp_path / "gpt2", "gpt2"), small_texts(tmp_path / "texts")
+    (texts / "texts.train.jsonl").write_text('{"text": "bad"}\n[]\n', encoding="utf-8")
+    own = (f"model.path={model}", f"task.data={texts}", "task.name=causal-lm")
+    with pytest.raises(CorpusError, match=r"^task.data: expected JSON objects, got a fault after"):
+        set_up(tmp_path / "run", base, *own)
+    tables = tmp_path / "sst2"
+    tables.mkdir()
+    for split in ("train", "test"):
+        (tables / f"{split}.tsv").write_text("sentence\tlabel\ngood\t1\n", encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"^task.column: expected JSON lines, got GLUE's TSV"):
+        set_up(tmp_path / "run", base, f"task.data={tables}", "task.name=sst2",
+               "task.split=column", "task.column=site")  # fmt: skip
+
+
+def test_a_model_that_transformers_does_not_know_is_refused(
+    tmp_path: Path, base: list[str]
+) -> None:
+    model = small_folder(tmp_path / "model")
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(content | {"model_type": "elsewhere"}))
+    with pytest.raises(ConfigError, match=r"^model.path: expected a config.json of transformers"):
+        set_up(tmp_path / "run", base, f"model.path={model}")
+    (model / "config.json").write_text(json.dumps(content | {"vocab_size": 5}))
+    with pytest.raises(CorpusError, match=r"^model.path: expected a tokenizer of the model's 5 to"):
+        set_up(tmp_path / "run", base, f"model.path={model}")
+
+
+def test_a_run_without_a_checkpoint_has_nothing_to_export(tmp_path: Path, base: list[str]) -> None:
+    set_up(tmp_path, base)
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint to export, got none"):
+        export_finetuned(tmp_path)
+
+
+def test_a_client_that_a_skewed_split_leaves_empty_is_refused(
+    tmp_path: Path, base: list[str]
+) -> None:
+    rows = [json.dumps({"text": "good", "label": 1, "site": f"s{i % 3}"}) for i in range(9)]
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task/imdb.train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (tmp_path / "task/imdb.test.jsonl").write_text("\n".join(rows[::3]), encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"^task.split: expected training and held-out examples"):
+        set_up(tmp_path / "run", base, f"task.data={tmp_path / 'task'}", "task.split=column",
+               "task.column=site", "federation.num_clients=3")  # fmt: skip

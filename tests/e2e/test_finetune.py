@@ -1,0 +1,80 @@
+"""``fedpipe finetune`` on the real command line: a grid, an interruption, errors in one line."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from fedpipe.metrics.writer import read_metrics
+from tests.helpers.cli import Command, fedpipe
+from tests.helpers.tuned import small_folder, small_task
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name a tiny model and a tiny task."""
+    root = tmp_path_factory.mktemp("tiny")
+    model, task = small_folder(root / "model"), small_task(root / "task")
+    return [
+        f"model.path={model}", f"task.data={task}", "task.name=imdb", "task.max_length=12",
+        "batch_size=8", "federation.num_rounds=2",
+    ]  # fmt: skip
+
+
+def test_methods_are_compared_in_a_table(tmp_path: Path, tiny: list[str]) -> None:
+    result = fedpipe("finetune", "--run-dir", str(tmp_path / "run"), *tiny, "seed=1",
+                     "federation.num_replicas=1", "--grid", "method.name=lora,full",
+                     folder=tmp_path)  # fmt: skip
+    assert (result.code, result.err) == (0, ""), result.out + result.err
+    table = result.out.splitlines()[-4:-1]
+    assert table[0].split()[:2] == ["run", "score"]
+    assert [row.split()[0] for row in table[1:]] == ["lora", "full"]
+    for name, folder in (("lora", "adapter"), ("lora", "export"), ("full", "export")):
+        assert any((tmp_path / "run" / name / folder).iterdir())
+    assert not (tmp_path / "run/full/adapter").exists()
+    cells = json.loads((tmp_path / "run/cells.json").read_text())
+    assert [cell["name"] for cell in cells] == ["lora", "full"]
+    assert (tmp_path / "run/report.html").is_file() and (tmp_path / "run/scores.png").is_file()
+    again = fedpipe("finetune", "--run-dir", str(tmp_path / "run"), folder=tmp_path)
+    assert again.code == 0 and "lora is done" in again.out
+    other = fedpipe("finetune", "--run-dir", str(tmp_path / "run"), "--grid", "seed=1,2",
+                    folder=tmp_path)  # fmt: skip
+    assert other.code == 2 and "expected the grid that is in" in other.error
+
+
+def test_a_signal_ends_it_after_a_round_and_the_same_directory_goes_on(
+    tmp_path: Path, tiny: list[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    asked = ["federation.num_rounds=12", "method.name=lora", "scoring.every_rounds=12"]
+    command = Command("finetune", "--run-dir", str(run_dir), *tiny[:-1], *asked, folder=tmp_path)
+    command.wait_for(lambda: "round  2/12" in command.output(), "round 2")
+    command.process.send_signal(signal.SIGTERM)
+    stopped = command.finish()
+    assert stopped.code == 75, stopped.out + stopped.err
+    assert f"resume with: fedpipe finetune --run-dir {run_dir}" in stopped.out
+    done = {path.name for path in (run_dir / "checkpoints").glob("round_*")}
+    resumed = fedpipe("finetune", "--run-dir", str(run_dir), folder=tmp_path)
+    assert resumed.code == 0, resumed.out + resumed.err
+    assert f"from {max(done)}" in resumed.out
+    rounds = [r["round"] for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "round"]
+    assert rounds == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["method.nam=full"], "ConfigError: method.nam: unknown key in an override. Did you mean"),
+        (["--preset", "hilmkill"], "ConfigError: --preset: expected one of fate-sentiment, hilm"),
+        (["--grid", "method.name=lora,lorra"], "ConfigError: method.name: expected one of full"),
+        (["method.name=lora", "--grid", "method.name=ia3"], "ConfigError: --grid: expected keys"),
+    ],
+)
+def test_errors_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = fedpipe("finetune", *arguments, folder=tmp_path)
+    assert result.code == 2
+    assert result.error.startswith(message)
+    assert not list(tmp_path.glob("runs/*/metrics.jsonl"))

@@ -1,0 +1,66 @@
+"""The configuration of a fine-tuning: presets load, wrong values are refused by their key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedpipe.config.finetune import finetune_presets, finetune_yaml, load_finetune
+from fedpipe.errors import CheckpointError, ConfigError
+from fedpipe.workflows.finetune.grid import Cell, read_cells, write_cells
+
+WRONG = [
+    ("method.nam=full", "method.nam: unknown key in an override. Did you mean method.name?"),
+    ("reduction_factor=2", "Did you mean method.reduction_factor?"),
+    ("method.name=lorra", "method.name: expected one of full, houlsby"),
+    ("method.rank=0", "method.rank: expected 1 or more"),
+    ("method.alpha=0", "method.alpha: expected 1 or more"),
+    ("method.matrices=[]", "method.matrices: expected at least one"),
+    ("method.matrices=[x]", "method.matrices[0]: expected one of q, k, v"),
+    ("method.dropout=1", "method.dropout: expected a value in [0, 1)"),
+    ("method.prefix_length=0", "method.prefix_length: expected 1 or more"),
+    ("method.reduction_factor=-1", "method.reduction_factor: expected a value above 0"),
+    ("method={name: full, path: x}", "method.path: expected empty with method.name=full"),
+    ("task.max_length=4", "task.max_length: expected 8 or more"),
+    ("task.max_train_examples=-1", "task.max_train_examples: expected 0 or more"),
+    ("task.dirichlet_alpha=0", "task.dirichlet_alpha: expected a value above 0"),
+    ("task.column=journal", "task.column: expected a column's name with task.split=column"),
+    ("task.split=column", "task.column: expected a column's name with task.split=column"),
+    ("scenario.dropout_share=1", "scenario.dropout_share: expected a value in [0, 1)"),
+    ("scenario.straggler_share=-1", "scenario.straggler_share: expected a value in [0, 1)"),
+    ("scenario.straggler_work=0", "scenario.straggler_work: expected a value in (0, 1]"),
+    ("scoring.batch_size=0", "scoring.batch_size: expected 1 or more"),
+    ("batch_size=0", "batch_size: expected 1 or more"),
+    ("hang_timeout_s=-1", "hang_timeout_s: expected 0 or more"),
+    ("federation.clients_per_round=9", "federation.clients_per_round: expected 1..4"),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), WRONG)
+def test_a_wrong_value_is_refused_in_one_line(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_finetune(None, [override])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("preset", [None, *finetune_presets()])
+def test_what_is_written_down_is_read_back(preset: str | None, tmp_path: Path) -> None:
+    config = load_finetune(None, [], preset=preset)
+    (tmp_path / "config.yaml").write_text(finetune_yaml(config), encoding="utf-8")
+    assert load_finetune(str(tmp_path / "config.yaml"), []) == config
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^--preset: expected one of fate-sentiment, hilmkil"):
+        load_finetune(None, [], preset="hilmkill")
+
+
+def test_a_grid_is_not_laid_over_another(tmp_path: Path) -> None:
+    cells = [Cell(name="lora", config_path=None, preset=None, overrides=["method.name=lora"])]
+    write_cells(tmp_path / "run", cells)
+    write_cells(tmp_path / "run", cells)
+    assert read_cells(tmp_path / "run") == cells
+    with pytest.raises(CheckpointError, match=r"expected the grid that is in .*, got another one"):
+        write_cells(tmp_path / "run", [])
