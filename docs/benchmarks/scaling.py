@@ -105,7 +105,7 @@ def _round(
     train(range(2, 2 + num_steps))
     trained = time.monotonic()
     for synchronizer in replica.synchronizers.values():
-        synchronizer.end_turn(turn, round_id=0)
+        synchronizer.end_turn(turn.client_id, weight=turn.weight, round_id=0)
         synchronizer.synchronize()
     return time.process_time() - cpu, trained - started, time.monotonic() - trained
 

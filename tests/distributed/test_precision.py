@@ -51,7 +51,7 @@ def _train_two_turns(env: ProcessEnv, config: RunConfig, data: PreparedData) -> 
         averaged_survives &= moved <= STEPS * 1.5e-3
         for synchronizer in replica.synchronizers.values():
             half = replace(turn, weight=0.5)  # of the weights: a visible change
-            synchronizer.end_turn(half, round_id=round_id)
+            synchronizer.end_turn(half.client_id, weight=half.weight, round_id=round_id)
             synchronizer.synchronize()
     sent = sum(
         s.links.activations_out.sent_bytes for s in replica.stages if s.links.activations_out

@@ -129,7 +129,7 @@ def _synchronize(env: ProcessEnv, config: RunConfig, data: PreparedData, weights
             turn = Turn(
                 client_id=0, replica_id=0, num_steps=1, tokens=1, weight=weights[comm.replica]
             )
-            synchronizer.end_turn(turn, round_id=0)
+            synchronizer.end_turn(turn.client_id, weight=turn.weight, round_id=0)
         synchronizer.synchronize()
         kept = synchronizer.kept_state()
         synchronizer.begin_turn(None)

@@ -64,7 +64,7 @@ def _rounds(
                         parameter += _change(
                             parameter.shape, name=name, client_id=turn.client_id, round_id=round_id
                         )
-                sync.end_turn(turn, round_id=round_id)
+                sync.end_turn(turn.client_id, weight=turn.weight, round_id=round_id)
         sent.append({s: sync.synchronize() for s, sync in replica.synchronizers.items()})
         history.append(state())
     comm.close()
