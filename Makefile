@@ -24,7 +24,7 @@ help:
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0 -e ".[dev]"
+	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0 -e ".[finetune,dev]"
 	@touch $@
 
 pretrain: $(READY)

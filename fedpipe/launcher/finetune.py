@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from fedpipe.config.tree import parse_override
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
+from fedpipe.errors import ConfigError
 from fedpipe.launcher.fork_server import fork_server
 from fedpipe.launcher.supervisor import Interrupted, Signals, supervise
 from fedpipe.launcher.worker import FINETUNE_PRELOAD
@@ -44,6 +46,7 @@ def finetune(
         FedPipeError: What the user can mend; nothing has been started.
         LaunchError: A process failed.
     """
+    _check_library()
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
     signals = Signals()
     chosen = any(override.startswith("method.name=") for override in overrides)
@@ -65,11 +68,21 @@ def finetune(
 
 def count_here() -> int:
     """Print what every method trains on every family's base model; return 0."""
+    _check_library()
     from fedpipe.workflows.finetune.count import count_rows, count_table
 
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
     console.text(count_table(count_rows()))
     return 0
+
+
+def _check_library() -> None:
+    """Refuse to start without the library, which pins transformers and so is an extra."""
+    if find_spec("adapters") is None:
+        raise ConfigError(
+            "finetune: expected the adapters library to be installed, got none. Install it: "
+            "pip install -e '.[finetune]'."
+        )
 
 
 def _is_run(run_dir: str | None) -> bool:

@@ -8,6 +8,7 @@ import pytest
 
 from fedpipe.config.finetune import finetune_presets, finetune_yaml, load_finetune
 from fedpipe.errors import CheckpointError, ConfigError
+from fedpipe.launcher.finetune import count_here, finetune
 from fedpipe.workflows.finetune.grid import Cell, read_cells, write_cells
 
 WRONG = [
@@ -64,3 +65,15 @@ def test_a_grid_is_not_laid_over_another(tmp_path: Path) -> None:
     assert read_cells(tmp_path / "run") == cells
     with pytest.raises(CheckpointError, match=r"expected the grid that is in .*, got another one"):
         write_cells(tmp_path / "run", [])
+
+
+def test_without_the_adapters_library_the_way_to_get_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("fedpipe.launcher.finetune.find_spec", lambda name: None)
+    expected = r"adapters library to be installed, got none\. Install it: pip install"
+    with pytest.raises(ConfigError, match=expected):
+        finetune(None, [], str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=expected):
+        count_here()
+    assert not list(tmp_path.iterdir())
