@@ -2,10 +2,10 @@
 
     python docs/benchmarks/scaling.py [--emulate-ms 10] [--repetitions 3] [--steps 20]
 
-One round without start-up: local steps, then FedAvg. More processes than cores share them, so wall
-time says nothing about real compute: what all processes compute does, and they run on one core
-then, where none slows another down. Each stage more has a head more, so CPU seconds are also put in
-relation to the counted FLOPs. With --emulate-ms layers sleep (see ``fedpipe.pipeline.emulate``).
+More processes than cores share them, so wall time says nothing about real compute: what all
+processes compute does, and they run on one core then. Each stage more has a head more, so the CPU
+seconds of local steps are also put in relation to the counted FLOPs. With --emulate-ms layers sleep
+(see ``fedpipe.pipeline.emulate``), and a round is timed, FedAvg included.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main() -> None:
 def _round(
     config: RunConfig, data: PreparedData, comm: Comm, *, num_steps: int, layer_s: float
 ) -> tuple[float, float, float]:
-    """CPU seconds of this process in a round, wall seconds of its local steps and of FedAvg."""
+    """CPU seconds of this process in its local steps; wall seconds of these, and of FedAvg."""
     replica = Replica(config, data, comm=comm)
     if layer_s:
         for engine in replica.stages:
@@ -103,11 +103,11 @@ def _round(
     comm.barrier()
     cpu, started = time.process_time(), time.monotonic()
     train(range(2, 2 + num_steps))
-    trained = time.monotonic()
+    cpu, trained = time.process_time() - cpu, time.monotonic()
     for synchronizer in replica.synchronizers.values():
         synchronizer.end_turn(turn.client_id, weight=turn.weight, round_id=0)
         synchronizer.synchronize()
-    return time.process_time() - cpu, trained - started, time.monotonic() - trained
+    return cpu, trained - started, time.monotonic() - trained
 
 
 def _tokens(config: RunConfig) -> int:
