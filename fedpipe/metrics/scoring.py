@@ -24,6 +24,8 @@ Array = NDArray[np.float64]
 
 SEED = 20
 """Of the resampled test sets: the same for every model, so that differences are paired."""
+_ROUNDING = 1e-12
+"""Relative size of a variance that is none."""
 _CHUNK = 100
 """Resampled test sets at a time."""
 
@@ -37,7 +39,7 @@ class Metric:
     whole: Callable[[Any, Any, Sequence[int]], float]
     """Of gold, predictions and the numbers of the positive classes."""
     statistics: Callable[[Any, Any, Sequence[int]], Array]
-    """Of the same: what it needs of every example, (E, K)."""
+    """Of the same: what it needs of every example, (E, K), whatever the other examples are."""
     from_sums: Callable[[Array], Array] | None
     """Of sums (..., K); None where the score is no function of sums (ranks)."""
     in_percent: bool = True
@@ -142,15 +144,21 @@ def _correlation(name: str) -> Callable[[Any, Any, Sequence[int]], float]:
 
 def _moments(gold: Any, predicted: Any, positive: Sequence[int]) -> Array:
     x, y = np.asarray(gold, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
-    x, y = x - x.mean(), y - y.mean()  # differences of large numbers would lose digits
     return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
 
 
 def _pearson_of_sums(sums: Array) -> Array:
     n, x, y, xx, yy, xy = (sums[..., index] for index in range(6))
-    spread = np.sqrt(np.maximum((n * xx - x * x) * (n * yy - y * y), 0.0))
+    spreads = [_spread(n, *moments) for moments in ((x, xx), (y, yy))]
+    spread = np.sqrt(spreads[0] * spreads[1])
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(np.where(spread == 0, np.nan, (n * xy - x * y) / spread))
+
+
+def _spread(n: Array, total: Array, squares: Array) -> Array:
+    """Return n squared times the variance; 0 for a constant, whatever rounding leaves of it."""
+    spread = n * squares - total * total
+    return np.where(spread > _ROUNDING * n * squares, spread, 0.0)
 
 
 def _values(gold: Any, predicted: Any, positive: Sequence[int]) -> Array:

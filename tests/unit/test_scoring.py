@@ -82,6 +82,29 @@ def test_the_sums_of_a_metric_give_the_librarys_score_on_the_whole(name: str) ->
 
 
 @pytest.mark.parametrize("name", METRICS)
+def test_the_statistics_of_parts_of_a_test_set_are_those_of_the_whole(name: str) -> None:
+    metric = METRICS[name]
+    gold, predicted, positive = data(name)
+    half = len(gold) // 2
+    parts = [
+        metric.statistics(gold[rows], predicted[rows], positive)
+        for rows in (slice(half), slice(half, None))
+    ]
+    np.testing.assert_array_equal(
+        np.concatenate(parts), metric.statistics(gold, predicted, positive)
+    )
+
+
+def test_the_correlation_with_a_constant_is_not_defined() -> None:
+    constant = np.full(60, 0.1)
+    metric = METRICS["pearson"]
+    assert metric.from_sums is not None
+    for pair in ((NUMBERS[0], constant), (constant, NUMBERS[0]), (constant, constant)):
+        assert np.isnan(metric.from_sums(metric.statistics(*pair, []).sum(0)))
+        assert np.isnan(metric.whole(*pair, []))
+
+
+@pytest.mark.parametrize("name", METRICS)
 def test_every_resampled_test_set_is_scored_as_the_library_would(name: str) -> None:
     metric = METRICS[name]
     gold, predicted, positive = data(name)
