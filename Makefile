@@ -20,10 +20,12 @@ help:
 	@echo "make clean     remove .venv and caches; runs/ stays"
 
 # .venv itself changes whenever something is written into it, so a stamp says when it was complete.
+# seqeval comes as source, which the pip of a new environment builds in isolation only when told to.
 .venv: $(READY)
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt --use-pep517 seqeval
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0 -e ".[finetune,dev]"
 	@touch $@
 
