@@ -29,11 +29,12 @@ IMPORTS = """
 import json, os, sys, time
 os.environ["DS_ACCELERATOR"] = "cpu"
 seconds, before = {}, time.monotonic()
-for name in ("torch", "transformers.models.roberta.modeling_roberta", "deepspeed",
-             "fedpipe.workflows.pretrain", "fedpipe.workflows.export", "fedpipe.metrics.report"):
+for name in ("torch", "fedpipe.models.modeling", "deepspeed", "fedpipe.workflows.pretrain",
+             "fedpipe.workflows.export", "fedpipe.metrics.report"):
     __import__(name)
     now = time.monotonic()
-    seconds[name.split(".")[0]] = seconds.get(name.split(".")[0], 0) + now - before
+    label = "transformers, BERT and RoBERTa" if name.endswith("modeling") else name.split(".")[0]
+    seconds[label] = seconds.get(label, 0) + now - before
     before = now
 json.dump(seconds, sys.stdout)
 """
