@@ -97,14 +97,7 @@ def set_up(
         cut = choose_cut(even[0])
         plan = reserve(*arguments, preset=preset, choose_cut=lambda config: cut)[3]
         config = load.with_cut(config, cut)
-    checkpoint = None
-    if resumed:
-        checkpoint, passed_over = find_latest(directory)
-        for line in passed_over:
-            notify(f"warning: {line}; falling back to an earlier one")
-        if checkpoint:
-            discard_later(directory, checkpoint.position)
-            notify(f"resuming {directory} from {checkpoint.path.name}")
+    checkpoint = resume_from(directory, notify=notify) if resumed else None
     notify(plan)
     data = prepare(config, progress=progress)
     write_text(directory / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
@@ -115,6 +108,25 @@ def set_up(
         checkpoint=checkpoint,
         started_at=started_at,
     )
+
+
+def resume_from(directory: Path, *, notify: Callable[[str], None]) -> Checkpoint | None:
+    """Find the newest complete checkpoint of a run, and remove what lies after it.
+
+    Args:
+        directory: Of the run.
+        notify: Told where the run goes on, and of checkpoints that cannot be used.
+
+    Returns:
+        Where to go on; None for a run that has saved nothing.
+    """
+    checkpoint, passed_over = find_latest(directory)
+    for line in passed_over:
+        notify(f"warning: {line}; falling back to an earlier one")
+    if checkpoint:
+        discard_later(directory, checkpoint.position)
+        notify(f"resuming {directory} from {checkpoint.path.name}")
+    return checkpoint
 
 
 def is_done(run_dir: Path, *, num_rounds: int) -> bool:

@@ -127,6 +127,38 @@ def encode(task: Task, examples: Sequence[Example], tokenizer: Any, *, max_lengt
     return _encode_texts(examples, tokenizer, max_length=max_length)
 
 
+def collate(
+    data: Encoded, sequences: NDArray[np.int64], *, pad_id: int, kind: str
+) -> tuple[dict[str, NDArray[np.int64]], NDArray[Any]]:
+    """Pad sequences to the longest one.
+
+    Args:
+        data: A split.
+        sequences: Which of it.
+        pad_id: Fills short sequences up.
+        kind: Of the task; ``ner`` has labels per token, and so has ``causal-lm``: its tokens.
+
+    Returns:
+        Inputs of a transformers model (B, T), and labels: (B, T) of tags or of next tokens, else
+        (B,).
+    """
+    starts = data.starts[sequences]
+    lengths = data.starts[sequences + 1] - starts
+    steps = np.arange(int(lengths.max()))
+    inside = steps[None, :] < lengths[:, None]
+    where = np.where(inside, starts[:, None] + steps[None, :], 0)
+    ids = np.where(inside, data.ids[where], pad_id).astype(np.int64)
+    inputs = {"input_ids": ids, "attention_mask": inside.astype(np.int64)}
+    types = np.where(inside, data.types[where], 0).astype(np.int64)
+    if types.any():  # models without segments have no such argument
+        inputs["token_type_ids"] = types
+    if kind == "ner":
+        return inputs, np.where(inside, data.labels[where], IGNORED).astype(np.int64)
+    if kind == "causal-lm":
+        return inputs, np.where(inside, ids, IGNORED)
+    return inputs, data.labels[sequences]
+
+
 def _encode_texts(examples: Sequence[Example], tokenizer: Any, *, max_length: int) -> Encoded:
     ids: list[NDArray[np.int32]] = []
     types: list[NDArray[np.int8]] = []

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from fedpipe.data.tasks.encoding import IGNORED, Encoded
+from fedpipe.data.tasks.encoding import IGNORED, Encoded, collate
 from fedpipe.errors import CheckpointError
 
 # N = sequences of a split, B = sequences of a batch, T = tokens of its longest one, C = classes
@@ -178,7 +178,9 @@ def predict(
     with torch.inference_mode():
         for start in range(0, len(order), _EVAL_BATCH):
             part = order[start : start + _EVAL_BATCH]
-            inputs, labels = _batch(data, sequences[part], pad_id=pad_id, device=_device(model))
+            inputs, labels = _batch(
+                data, sequences[part], kind=kind, pad_id=pad_id, device=_device(model)
+            )
             logits = _logits(model, inputs, settings)
             values = logits[..., 0] if kind == "regression" else logits.argmax(-1)
             for row, index in enumerate(part):
@@ -242,7 +244,7 @@ def _loss(
     pad_id: int,
     settings: dict[str, Any],
 ) -> Tensor:
-    inputs, labels = _batch(data, sequences, pad_id=pad_id, device=_device(model))
+    inputs, labels = _batch(data, sequences, kind=kind, pad_id=pad_id, device=_device(model))
     logits = _logits(model, inputs, settings)
     if kind == "regression":
         return torch.nn.functional.mse_loss(logits[:, 0], labels.float())
@@ -261,26 +263,17 @@ def _logits(model: torch.nn.Module, inputs: dict[str, Tensor], settings: dict[st
 
 
 def _batch(
-    data: Encoded, sequences: NDArray[np.int64], *, pad_id: int, device: torch.device
+    data: Encoded,
+    sequences: NDArray[np.int64],
+    *,
+    kind: str,
+    pad_id: int,
+    device: torch.device,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Pad sequences to the longest one: ids, types, mask (B, T); labels (B, T) or (B,)."""
-    per_token = len(data.labels) == len(data.ids)  # every sequence has more than one token
-    length = int(data.lengths()[sequences].max())
-    shape = (len(sequences), length)
-    ids, types = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    mask, tags = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
-    for row, sequence in enumerate(sequences):
-        first, last = data.starts[sequence], data.starts[sequence + 1]
-        ids[row, : last - first] = data.ids[first:last]
-        types[row, : last - first] = data.types[first:last]
-        mask[row, : last - first] = 1
-        if per_token:
-            tags[row, : last - first] = data.labels[first:last]
-    labels = torch.from_numpy(tags if per_token else data.labels[sequences])
-    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-    if types.any():  # models without segments have no such argument
-        inputs["token_type_ids"] = torch.from_numpy(types)
-    return {name: tensor.to(device) for name, tensor in inputs.items()}, labels.to(device)
+    inputs, labels = collate(data, sequences, pad_id=pad_id, kind=kind)
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+    return tensors, torch.from_numpy(labels).to(device)
 
 
 def _device(model: torch.nn.Module) -> torch.device:

@@ -22,7 +22,7 @@ from fedpipe.data.clients import (
     number_labels,
     tag_labels,
 )
-from fedpipe.data.tasks.encoding import IGNORED, Encoded, encode
+from fedpipe.data.tasks.encoding import Encoded, encode
 from fedpipe.data.tasks.files import find_files
 from fedpipe.data.tasks.reading import Example, read_task
 from fedpipe.data.tasks.registry import Task, find_task, tag_names
@@ -241,29 +241,3 @@ def _sequences(split: Encoded, examples: NDArray[np.int64]) -> NDArray[np.int64]
 
 
 # B = sequences of a batch, T = tokens of its longest one
-
-
-def collate(
-    data: Encoded, sequences: NDArray[np.int64], *, pad_id: int, kind: Kind
-) -> tuple[dict[str, NDArray[np.int64]], NDArray[Any]]:
-    """Pad sequences to the longest one.
-
-    Returns:
-        Inputs of a transformers model (B, T), and labels: (B, T) of tags or of next tokens, else
-        (B,).
-    """
-    starts = data.starts[sequences]
-    lengths = data.starts[sequences + 1] - starts
-    steps = np.arange(int(lengths.max()))
-    inside = steps[None, :] < lengths[:, None]
-    where = np.where(inside, starts[:, None] + steps[None, :], 0)
-    ids = np.where(inside, data.ids[where], pad_id).astype(np.int64)
-    inputs = {"input_ids": ids, "attention_mask": inside.astype(np.int64)}
-    types = np.where(inside, data.types[where], 0).astype(np.int64)
-    if types.any():  # models without segments have no such argument
-        inputs["token_type_ids"] = types
-    if kind == "ner":
-        return inputs, np.where(inside, data.labels[where], IGNORED).astype(np.int64)
-    if kind == "causal-lm":
-        return inputs, np.where(inside, ids, IGNORED)
-    return inputs, data.labels[sequences]

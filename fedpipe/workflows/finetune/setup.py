@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe import __version__
-from fedpipe.checkpoint import CHECKPOINTS, Checkpoint, Position, discard_later, find_latest
+from fedpipe.checkpoint import CHECKPOINTS, Checkpoint, Position
 from fedpipe.config.finetune import (
     QUICKSTART,
     FinetuneConfig,
@@ -31,6 +31,7 @@ from fedpipe.workflows.run_dir import (
     check_writable,
     describe_environment,
     locked,
+    resume_from,
     write_text,
 )
 
@@ -101,14 +102,7 @@ def set_up_finetune(
     write_text(directory / "plan.txt", plan + "\n")
     write_text(directory / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
     data.save(directory / DATA)
-    checkpoint = None
-    if resumed:
-        checkpoint, passed_over = find_latest(directory)
-        for line in passed_over:
-            notify(f"warning: {line}; falling back to an earlier one")
-        if checkpoint:
-            discard_later(directory, checkpoint.position)
-            notify(f"resuming {directory} from {checkpoint.path.name}")
+    checkpoint = resume_from(directory, notify=notify) if resumed else None
     notify(plan)
     if config.model.path == UNTRAINED and not checkpoint:
         notify(f"no {_QUICKSTART_EXPORT}: random weights; `make pretrain` leaves a model there")

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from fedpipe.checkpoint import CLIENTS, Checkpoint, CheckpointWriter, client_file
 from fedpipe.config.finetune import FinetuneConfig
-from fedpipe.data.tasks.encoding import IGNORED
+from fedpipe.data.tasks.encoding import IGNORED, collate
 from fedpipe.distributed.comm import Comm
 from fedpipe.federation.lora import ProductAverage
 from fedpipe.federation.synchronizer import Synchronizer, restore
@@ -27,7 +27,7 @@ from fedpipe.models.families import stable_seed
 from fedpipe.models.peft import attach, load_adapter, lora_updates, trainable
 from fedpipe.models.tuned import build_model, head_names
 from fedpipe.pipeline.optimizer import make_optimizer
-from fedpipe.workflows.finetune.examples import Meaning, TuningData, collate
+from fedpipe.workflows.finetune.examples import Meaning, TuningData
 from fedpipe.workflows.finetune.setup import UNTRAINED, load_model_config, load_tuning_tokenizer
 
 WEIGHTS_FILE = "weights.safetensors"
