@@ -243,10 +243,24 @@ def test_the_loss_is_that_of_transformers_on_the_masked_tokens(family: str, head
 # -- continued pre-training ------------------------------------------------------------------------
 
 
+def _pickle(folder: Path) -> None:
+    """Rewrite a folder's weights as transformers wrote them before version 5."""
+    for file in folder.glob("*.safetensors"):
+        name = file.name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+        torch.save(load_file(file), folder / name)
+        file.unlink()
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        text = index.read_text().replace('"model-', '"pytorch_model-')
+        (folder / "pytorch_model.bin.index.json").write_text(text.replace(".safetensors", ".bin"))
+        index.unlink()
+
+
 def _assert_equals(stages: list[Stage], model: PreTrainedModel) -> None:
     expected = dict(model.named_parameters())
     for name, parameter in _weights(stages).items():
-        other = expected.get(name)
+        # An untied model of transformers 5.x has a second bias, and that one is used.
+        other = expected.get(name.replace(".bias", ".decoder.bias"), expected.get(name))
         if other is None:
             assert name == FAMILIES[model.config.model_type].decoder  # tied: one tensor there
             other = model.get_input_embeddings().weight
@@ -261,10 +275,11 @@ def test_a_masked_lm_folder_is_continued_exactly(
 ) -> None:
     model = _random_model(family, tied=tied)
     size = "8KB" if form.startswith("sharded") else "5GB"
+    model.save_pretrained(tmp_path, max_shard_size=size)
     pickled = form.endswith("pickled")
-    model.save_pretrained(tmp_path, safe_serialization=not pickled, max_shard_size=size)
-    suffix = "bin" if pickled else "safetensors"
-    files = sorted(tmp_path.glob(f"*.{suffix}"))
+    if pickled:
+        _pickle(tmp_path)
+    files = sorted(tmp_path.glob("*.bin" if pickled else "*.safetensors"))
     assert (len(files) > 1) == form.startswith("sharded")
     # transformers' Trainer leaves such a file beside the weights
     torch.save({"lr": 1}, tmp_path / "training_args.bin")
@@ -358,7 +373,9 @@ def test_a_folder_without_a_layer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_damaged_weights_are_refused_in_one_line(file: str, tmp_path: Path) -> None:
     model = _random_model("roberta", tied=True)
-    model.save_pretrained(tmp_path, safe_serialization=file.endswith("safetensors"))
+    model.save_pretrained(tmp_path)
+    if file.endswith(".bin"):
+        _pickle(tmp_path)
     content = (tmp_path / file).read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"<!DOCTYPE html>" * 9):
         (tmp_path / file).write_bytes(damaged)
