@@ -117,7 +117,7 @@ def _evenly_cut(node: Node, num_stages: int) -> RunConfig:
     cut = list(range(1, num_stages))
     node = merge(node, parse_override(f"pipeline.cut={cut}"))
     config = cast(RunConfig, _build(RunConfig, node, key=""))
-    shape = resolve(config.model, vocab_size=1, sequence_length=config.data.sequence_length)
+    shape = resolve(config.model, vocab_size=1, sequence_length=config.data.num_positions)
     layers = shape.num_hidden_layers
     if num_stages > layers:
         return config  # too many: ``check`` says so
@@ -243,7 +243,7 @@ def check(config: RunConfig) -> None:
         ConfigError: The cut, the model, the corpus list or the DeepSpeed JSON do not fit.
     """
     # A vocabulary of 1 fits every model: the tokenizer is read, and compared, with the corpus.
-    shape = resolve(config.model, vocab_size=1, sequence_length=config.data.sequence_length)
+    shape = resolve(config.model, vocab_size=1, sequence_length=config.data.num_positions)
     _check_cut(config, num_layers=shape.num_hidden_layers)
     _check_masking(config)
     _check_paths(config)

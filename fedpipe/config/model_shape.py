@@ -111,7 +111,7 @@ def resolve(model: ModelConfig, *, vocab_size: int, sequence_length: int) -> Mod
     Args:
         model: The section of the configuration.
         vocab_size: Tokens of the tokenizer.
-        sequence_length: Tokens per block; the positions must reach that far.
+        sequence_length: Of a block, padding included; the positions must reach that far.
 
     Returns:
         The sizes.
@@ -253,6 +253,7 @@ def _check_positions(shape: ModelShape, *, sequence_length: int) -> None:
         extra = f" + {offset}, where RoBERTa's positions start" if offset else ""
         raise ConfigError(
             f"model.max_position_embeddings: expected at least {sequence_length + offset}"
-            f" (data.sequence_length{extra}), got {shape.max_position_embeddings}. Set"
-            f" data.sequence_length={shape.max_position_embeddings - offset} or less."
+            f" (data.sequence_length or data.padded_length{extra}), got"
+            f" {shape.max_position_embeddings}. Set the longer of them to"
+            f" {shape.max_position_embeddings - offset} or less."
         )

@@ -72,6 +72,11 @@ class DataConfig:
     """Folder with a tokenizer.json (Hugging Face), or ``packaged``."""
     sequence_length: int = 128
     """Tokens per block, with the two special tokens; every block is full."""
+    padded_length: int = 0
+    """Positions that every sequence is padded to, with logits, hidden states and gradients at every
+    one of them, as the published code of FedBERT and FedBioBERT computes: the baseline of speed
+    comparisons. Padding is hidden from attention and the loss is still that of the masked tokens,
+    so what is learnt stays the same. 0: nothing is padded, only masked positions reach a head."""
     mask_probability: float = 0.15
     """Share of a block's tokens that are predicted; the count per block is constant."""
     partition: Literal["column", "iid", "dirichlet", "paths"] = "column"
@@ -94,6 +99,12 @@ class DataConfig:
             self.sequence_length >= 8, "data.sequence_length", "8 or more", self.sequence_length
         )
         require(
+            self.padded_length == 0 or self.padded_length >= self.sequence_length,
+            "data.padded_length",
+            f"0 or at least data.sequence_length ({self.sequence_length})",
+            self.padded_length,
+        )
+        require(
             0 < self.mask_probability < 1,
             "data.mask_probability",
             "a value in (0, 1)",
@@ -106,6 +117,29 @@ class DataConfig:
             self.dirichlet_alpha,
         )
         require(self.num_workers >= 0, "data.num_workers", "0 or more", self.num_workers)
+
+    @property
+    def num_masked(self) -> int:
+        """Tokens to predict in a block, ``max(1, round(T * p))``.
+
+        The same for every block, which keeps messages and logit matrices at one shape.
+        """
+        return max(1, round(self.sequence_length * self.mask_probability))
+
+    @property
+    def num_positions(self) -> int:
+        """Positions per sequence that layers compute, padding included."""
+        return self.padded_length or self.sequence_length
+
+    @property
+    def num_scored(self) -> int:
+        """Positions per sequence that reach a head: the masked ones, or all where it is padded."""
+        return self.padded_length or self.num_masked
+
+    @property
+    def padded_after(self) -> int:
+        """Tokens of a sequence that padding follows; 0 where nothing is padded."""
+        return self.sequence_length if self.padded_length else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

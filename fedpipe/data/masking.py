@@ -17,6 +17,9 @@ MASKED_SHARE = 0.8
 RANDOM_SHARE = 0.1
 """Chosen tokens that become a random token; the rest stays as it is (Devlin et al. 2019)."""
 
+IGNORED = -100
+"""Label of a position where nothing is predicted, torch's default."""
+
 # Separates the random streams of masks from those of other users of the same seed.
 _STREAM = 0x6D61736B
 _SPLITS = {"train": 0, "valid": 1}
@@ -32,19 +35,6 @@ class MaskedBatch:
     """(B, M), ascending, where it must predict."""
     labels: NDArray[np.int64]
     """(B, M), the tokens that were there."""
-
-
-def num_masked(sequence_length: int, probability: float) -> int:
-    """Count the tokens to predict in a block: ``max(1, round(T * p))``, the same for every block.
-
-    Args:
-        sequence_length: Tokens per block, with the two special tokens.
-        probability: Share of the tokens that are predicted.
-
-    Returns:
-        M, which keeps every message and every logit matrix at one shape.
-    """
-    return max(1, round(sequence_length * probability))
 
 
 def mask_rng(
@@ -124,3 +114,23 @@ def mask_blocks(
     input_ids_BT = blocks_BT.copy()
     np.put_along_axis(input_ids_BT, positions_BM, shown_BM, axis=1)
     return MaskedBatch(input_ids=input_ids_BT, positions=positions_BM, labels=labels_BM)
+
+
+def pad(batch: MaskedBatch, *, length: int, pad_id: int) -> MaskedBatch:
+    """Lengthen sequences, and have every position predict: most of them nothing.
+
+    Args:
+        batch: (B, T) tokens and (B, M) labels.
+        length: T' >= T.
+        pad_id: Id of the padding token.
+
+    Returns:
+        (B, T') tokens, positions 0..T'-1, and labels that are ``IGNORED`` where none was.
+    """
+    num_blocks, num_tokens = batch.input_ids.shape
+    input_ids = np.full((num_blocks, length), pad_id)
+    input_ids[:, :num_tokens] = batch.input_ids
+    labels = np.full((num_blocks, length), IGNORED)
+    np.put_along_axis(labels, batch.positions, batch.labels, axis=1)
+    positions = np.broadcast_to(np.arange(length), labels.shape)
+    return MaskedBatch(input_ids=input_ids, positions=positions, labels=labels)

@@ -1,11 +1,11 @@
 """One stage of the model: embeddings and/or encoder layers, and the head of its own loss."""
 
-# B = sequences, T = tokens per sequence, M = masked tokens per sequence, D = hidden size,
+# B = sequences, T = positions per sequence, M = scored positions per sequence, D = hidden size,
 # V = vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -27,13 +27,19 @@ class Stage(nn.Module):
     """
 
     def __init__(
-        self, spec: StageSpec, config: PretrainedConfig, *, activation_checkpointing: bool = False
+        self,
+        spec: StageSpec,
+        config: PretrainedConfig,
+        *,
+        activation_checkpointing: bool = False,
+        padded_after: int = 0,
     ) -> None:
         """Build the stage with uninitialised weights (see ``build_stage``)."""
         super().__init__()
         self.spec = spec
         self.family: Family = FAMILIES[config.model_type]
         self.activation_checkpointing = activation_checkpointing
+        self.padded_after = padded_after
         self.hidden_size: int = config.hidden_size
         if spec.is_first:
             embeddings = self.family.embeddings_class(config)
@@ -59,7 +65,7 @@ class Stage(nn.Module):
         Part by part: layers of one shape share a graph, so a deep stage is compiled as fast as a
         shallow one, and what they compute stays what it was up to rounding.
         """
-        for layer in self._layers:
+        for layer in (*self._layers, *self._head_layer):
             layer.compile()
         self._run_masked, self._score = torch.compile(run_masked), torch.compile(_score)
 
@@ -93,8 +99,15 @@ class Stage(nn.Module):
         hidden_BTD = inputs
         if self.spec.is_first:
             hidden_BTD = self.get_submodule(f"{self.family.prefix}.embeddings")(input_ids=inputs)
-        for layer in self._layers:
-            hidden_BTD = self._checkpointed(partial(_run, layer), hidden_BTD)
+        return self._through(self._layers, hidden_BTD)
+
+    def _through(self, layers: Iterable[nn.Module], hidden_BTD: Tensor) -> Tensor:
+        visible = None
+        if self.padded_after:
+            visible = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+            visible = visible.view(1, 1, 1, -1) < self.padded_after
+        for layer in layers:
+            hidden_BTD = self._checkpointed(partial(_run, layer), hidden_BTD, visible)
         return hidden_BTD
 
     def masked(self, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
@@ -108,11 +121,13 @@ class Stage(nn.Module):
         """
         if self.spec.is_home_head:  # the server has gathered them
             return hidden_BTD
+        if self.padded_after:  # every position is scored
+            return self._through(self._head_layer, hidden_BTD)
         for layer in self._head_layer:
             return self._checkpointed(partial(self._run_masked, layer), hidden_BTD, positions_BM)
         return gather_masked(hidden_BTD, positions_BM)
 
-    def _checkpointed(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def _checkpointed(self, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         if self.activation_checkpointing and self.training:
             return checkpoint(run, *inputs, use_reentrant=False)
         return run(*inputs)
@@ -122,7 +137,8 @@ class Stage(nn.Module):
 
         Args:
             hidden_BTD: Output of ``forward``.
-            targets: (2, B, M) int: positions of the masked tokens, then their labels.
+            targets: (2, B, M) int: positions of the masked tokens, then their labels. Of padded
+                sequences all positions, with labels -100 where nothing is predicted.
             reduction: "mean" over the masked tokens, or "none".
 
         Returns:
@@ -156,6 +172,7 @@ def build_stage(
     activation_checkpointing: bool = False,
     sinusoidal_positions: bool = False,
     compiled: bool = False,
+    padded_after: int = 0,
 ) -> tuple[Stage, list[str]]:
     """Build a stage with its first weights.
 
@@ -167,11 +184,18 @@ def build_stage(
         activation_checkpointing: Recompute layers in the backward pass.
         sinusoidal_positions: What the position embeddings start as (see ``initialise``).
         compiled: See ``Stage.compile_parts``.
+        padded_after: Tokens of a sequence that padding follows: it is hidden from attention, and
+            every position reaches the head. 0: no padding, only masked positions do.
 
     Returns:
         The stage, and the names of its parameters that ``path`` does not hold.
     """
-    stage = Stage(spec, config, activation_checkpointing=activation_checkpointing)
+    stage = Stage(
+        spec,
+        config,
+        activation_checkpointing=activation_checkpointing,
+        padded_after=padded_after,
+    )
     initialise(
         stage,
         family=stage.family,
@@ -185,8 +209,8 @@ def build_stage(
     return stage, missing
 
 
-def _run(layer: nn.Module, hidden_BTD: Tensor) -> Tensor:
-    output = layer(hidden_BTD)
+def _run(layer: nn.Module, hidden_BTD: Tensor, visible: Tensor | None) -> Tensor:
+    output = layer(hidden_BTD, attention_mask=visible)
     return output[0] if isinstance(output, tuple) else output  # transformers 4.x, 5.x
 
 

@@ -3,7 +3,7 @@
 Pure: no torch.
 """
 
-# B = sequences, T = tokens per sequence, M = masked tokens per sequence, D = hidden size
+# B = sequences, T = positions per sequence, M = scored positions per sequence, D = hidden size
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from math import prod
 
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
 from fedpipe.config.schema import RunConfig
-from fedpipe.data.masking import num_masked
 from fedpipe.models.split import Edge, StageSpec, edges
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "fp32": 4, "bf16": 2}
@@ -72,22 +71,24 @@ def edge_messages(
         In the order of ``fedpipe.models.split.edges``. Forwards the activations (B, T, D) and,
         int32, the masked tokens' positions and labels (2, B, M), or without labels (1, B, M); to a
         head at home the masked positions' activations (B, M, D) alone. Backwards the gradient of
-        the activations, or nothing.
+        the activations, or nothing. With ``data.padded_length`` M = T: all positions take the
+        masked ones' place.
     """
-    batch, length = config.pipeline.micro_batch_size, config.data.sequence_length
-    masked = num_masked(length, config.data.mask_probability)
+    batch, length = config.pipeline.micro_batch_size, config.data.num_positions
+    scored = config.data.num_scored
+    which = "all" if config.data.padded_length else "masked"
     dtype = autocast_dtype(deepspeed_config(config)) or "float32"
     result = []
     for index, edge in enumerate(edges(specs)):
         spec = specs[edge.source]
         wire = config.pipeline.wire_of(index).replace("auto", "")
         homewards = edge.target == spec.home_head
-        rows, prefix = (masked, "masked positions' ") if homewards else (length, "")
+        rows, prefix = (scored, f"{which} positions' ") if homewards else (length, "")
         shape = (batch, rows, hidden_size)
         forward = [WireTensor(name=f"{prefix}activations", shape=shape, dtype=dtype, wire=wire)]
         if not homewards:
-            name = "masked positions and labels" if spec.sends_labels else "masked positions"
-            targets = (1 + spec.sends_labels, batch, masked)
+            name = f"{which} positions{' and labels' if spec.sends_labels else ''}"
+            targets = (1 + spec.sends_labels, batch, scored)
             forward.append(WireTensor(name=name, shape=targets, dtype="int32"))
         back = WireTensor(name=f"{prefix}gradients", shape=shape, dtype=dtype, wire=wire)
         result.append(

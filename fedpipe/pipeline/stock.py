@@ -54,6 +54,7 @@ class StockStage(nn.Module):
             activation_checkpointing=config.pipeline.activation_checkpointing,
             sinusoidal_positions=config.model.position_init == "sinusoidal",
             compiled=config.pipeline.compile,
+            padded_after=config.data.padded_after,
         )
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def export_run(run_dir: Path) -> Path:
         )
     data = prepare(config)
     shape = resolve(
-        config.model, vocab_size=data.vocab_size, sequence_length=config.data.sequence_length
+        config.model, vocab_size=data.vocab_size, sequence_length=config.data.num_positions
     )
     model_config = hf_config(
         shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id, path=config.model.path

@@ -12,7 +12,6 @@ from fedpipe import __version__
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
 from fedpipe.config.model_shape import ModelShape, resolve
 from fedpipe.config.schema import AverageConfig, PipelineConfig, RunConfig
-from fedpipe.data.masking import num_masked
 from fedpipe.data.tokenizer import tokenizer_info
 from fedpipe.distributed.topology import Grid
 from fedpipe.federation.traffic import averaging_bytes, averaging_floats
@@ -68,8 +67,6 @@ class Plan:
     grid: Grid
     shape: ModelShape
     stages: tuple[StagePlan, ...]
-    num_masked: int
-    """Masked tokens per sequence."""
     edges: tuple[EdgeMessages, ...]
     """What a micro-batch sends over every edge, by the stage that it leaves."""
     ideal: dict[str, IdealPlan]
@@ -99,10 +96,8 @@ def build_plan(config: RunConfig) -> Plan:
         ConfigError: Model and vocabulary disagree.
         CorpusError: The tokenizer cannot be read.
     """
-    length = config.data.sequence_length
     vocab_size = tokenizer_info(config).vocab_size
-    shape = resolve(config.model, vocab_size=vocab_size, sequence_length=length)
-    masked = num_masked(length, config.data.mask_probability)
+    shape = resolve(config.model, vocab_size=vocab_size, sequence_length=config.data.num_positions)
     autocast = autocast_dtype(deepspeed_config(config))
     specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
     edges = edge_messages(config, specs, hidden_size=shape.hidden_size)
@@ -111,10 +106,9 @@ def build_plan(config: RunConfig) -> Plan:
         config=config,
         grid=Grid.from_config(config),
         shape=shape,
-        stages=_stages(config, shape, num_masked=masked, activation_size=2 if autocast else 4),
-        num_masked=masked,
+        stages=_stages(config, shape, activation_size=2 if autocast else 4),
         edges=edges,
-        ideal={name: _ideal(name, config, shape, num_masked=masked) for name in SCHEDULES},
+        ideal={name: _ideal(name, config, shape) for name in SCHEDULES},
         transfers=client_transfers(config, specs=specs, edges=edges, parts=parts),
         stays=stays(config, specs=specs, parts=parts),
     )
@@ -123,11 +117,9 @@ def build_plan(config: RunConfig) -> Plan:
 # ------------------------------------------------------------------------------------- the numbers
 
 
-def _stages(
-    config: RunConfig, shape: ModelShape, *, num_masked: int, activation_size: int
-) -> tuple[StagePlan, ...]:
+def _stages(config: RunConfig, shape: ModelShape, *, activation_size: int) -> tuple[StagePlan, ...]:
     specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
-    costs = [stage_flops(spec, config, shape, num_masked=num_masked) for spec in specs]
+    costs = [stage_flops(spec, config, shape) for spec in specs]
     flops = [cost.forward_s + cost.backward_s + cost.head_s for cost in costs]
     replicas, data = config.federation.num_replicas, config.federation.data_parallel_degree
     sharded = deepspeed_config(config).get("zero_optimization", {}).get("stage", 0) > 0
@@ -150,9 +142,7 @@ def _stages(
                 averaged_parameters=averaged,
                 cost_share_pct=100.0 * own_flops / sum(flops),
                 state_bytes=state,
-                activation_bytes=_activation_bytes(
-                    spec, config, shape, num_masked=num_masked, element=activation_size
-                ),
+                activation_bytes=_activation_bytes(spec, config, shape, element=activation_size),
                 fedavg_bytes=averaging_bytes(travelling, federation=config.federation),
                 shared_gradient_bytes=(
                     2 * (replicas - 1) * parameters * _FLOAT32 // replicas if shared else 0
@@ -184,7 +174,7 @@ def _is_averaged(part: str, config: RunConfig) -> bool:
     return bool(getattr(average, part))
 
 
-def _ideal(schedule: str, config: RunConfig, shape: ModelShape, *, num_masked: int) -> IdealPlan:
+def _ideal(schedule: str, config: RunConfig, shape: ModelShape) -> IdealPlan:
     pipeline = config.pipeline
     if schedule == "streaming":
         pipeline = replace(pipeline, objective="local_loss", schedule="streaming")
@@ -194,7 +184,7 @@ def _ideal(schedule: str, config: RunConfig, shape: ModelShape, *, num_masked: i
     timeline = simulate(
         schedule,
         specs,
-        [stage_flops(spec, config, shape, num_masked=num_masked) for spec in specs],
+        [stage_flops(spec, config, shape) for spec in specs],
         num_micro_batches=pipeline.num_micro_batches,
         in_flight=pipeline.in_flight,
     )
@@ -202,7 +192,7 @@ def _ideal(schedule: str, config: RunConfig, shape: ModelShape, *, num_masked: i
 
 
 def _activation_bytes(
-    spec: StageSpec, config: RunConfig, shape: ModelShape, *, num_masked: int, element: int
+    spec: StageSpec, config: RunConfig, shape: ModelShape, *, element: int
 ) -> int:
     """Tensors that the backward pass needs, per layer and token ``9 D + 2 F + 2.5 h T`` elements.
 
@@ -210,9 +200,9 @@ def _activation_bytes(
     feed-forward width F; h T is one row of the attention of h heads over T tokens. Where only
     masked positions go on, a layer's input, keys and values, 3 D, remain at every token.
     """
-    pipeline, length = config.pipeline, config.data.sequence_length
+    pipeline, length = config.pipeline, config.data.num_positions
     hidden, tokens = shape.hidden_size, pipeline.micro_batch_size * length
-    masked = pipeline.micro_batch_size * num_masked
+    masked = pipeline.micro_batch_size * config.data.num_scored
     attention = 2.5 * shape.num_attention_heads * length
     row = 6 * hidden + 2 * shape.intermediate_size + attention
     layer = tokens * (3 * hidden + row)
@@ -308,7 +298,9 @@ def _batch_rows(plan: Plan) -> list[_Row]:
         f"{sequences} sequences = {count(pipeline.num_micro_batches, 'micro-batch', 'es')} x"
         f" {pipeline.micro_batch_size} x {federation.data_parallel_degree} data"
     )
-    tokens = f"{data.sequence_length} tokens per sequence, {plan.num_masked} masked"
+    tokens = f"{data.sequence_length} tokens per sequence, {data.num_masked} masked"
+    if data.padded_length:
+        tokens += f", padded to {data.padded_length}, a loss at every position"
     if federation.num_local_epochs > 0:
         length, total = f"{federation.num_local_epochs:g} local epochs", ""
     else:

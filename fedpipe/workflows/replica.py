@@ -19,7 +19,7 @@ from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import BlockReader, PreparedData, Shard
-from fedpipe.data.masking import MaskedBatch, mask_blocks, mask_rng, num_masked
+from fedpipe.data.masking import MaskedBatch, mask_blocks, mask_rng, pad
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.wire import TensorSpec
 from fedpipe.federation.cohort import Turn
@@ -54,7 +54,7 @@ class Replica:
         shape = resolve(
             config.model,
             vocab_size=data.vocab_size,
-            sequence_length=config.data.sequence_length,
+            sequence_length=config.data.num_positions,
         )
         self.hf_config = hf_config(
             shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id,
@@ -85,6 +85,7 @@ class Replica:
             activation_checkpointing=config.pipeline.activation_checkpointing,
             sinusoidal_positions=config.model.position_init == "sinusoidal",
             compiled=config.pipeline.compile,
+            padded_after=config.data.padded_after,
         )
         self.missing += missing
         synchronizer = Synchronizer.of_stage(stage.to(self.comm.device), config, comm=self.comm)
@@ -219,7 +220,7 @@ class Replica:
             ranks = config.federation.data_parallel_degree
             position = start + (index * ranks + self.comm.data) * size
             rng = mask_rng(config.seed, client_id=client_id, position=position, split="train")
-            return _to_tensors(self._mask(reader.batch(position, size), rng))
+            return self._feed(self._mask(reader.batch(position, size), rng))
 
         return source
 
@@ -227,13 +228,19 @@ class Replica:
         return mask_blocks(
             blocks,
             rng=rng,
-            num_masked=num_masked(
-                self.config.data.sequence_length, self.config.data.mask_probability
-            ),
+            num_masked=self.config.data.num_masked,
             mask_id=self.data.mask_id,
             special_ids=self.data.special_ids,
             vocab_size=self.data.vocab_size,
         )
+
+    def _feed(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        """What a ``MicroBatchSource`` returns."""
+        length = self.config.data.padded_length
+        if length:
+            batch = pad(batch, length=length, pad_id=self.data.pad_id)
+        targets = np.stack([batch.positions, batch.labels]).astype(np.int32)
+        return torch.from_numpy(batch.input_ids), torch.from_numpy(targets)
 
     # -- validation --------------------------------------------------------------------------
 
@@ -264,7 +271,8 @@ class Replica:
             source = self._validation_source(client_id) if self.reads_text else None
             for stage_id, losses in self.engine.evaluate(batches, source=source).items():
                 scored = losses.flatten(0, 1)[:num_blocks].double()
-                scores[stage_id][client_id] = (float(scored.sum()), scored.numel())
+                num_tokens = num_blocks * self.config.data.num_masked
+                scores[stage_id][client_id] = (float(scored.sum()), num_tokens)
         return scores
 
     def num_valid_blocks(self, client_id: int) -> int:
@@ -278,7 +286,7 @@ class Replica:
 
         def source(step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
             first = micro_batch * size
-            return _to_tensors(
+            return self._feed(
                 validation_batch(self.data, self.config, client_id, first=first, count=size)
             )
 
@@ -419,7 +427,7 @@ def validation_batch(
         mask_blocks(
             blocks[i : i + 1],
             rng=mask_rng(config.seed, client_id=client_id, position=first + i, split="valid"),
-            num_masked=num_masked(config.data.sequence_length, config.data.mask_probability),
+            num_masked=config.data.num_masked,
             mask_id=data.mask_id,
             special_ids=data.special_ids,
             vocab_size=data.vocab_size,
@@ -431,8 +439,3 @@ def validation_batch(
         positions=np.concatenate([row.positions for row in rows]),
         labels=np.concatenate([row.labels for row in rows]),
     )
-
-
-def _to_tensors(batch: MaskedBatch) -> tuple[Tensor, Tensor]:
-    targets = np.stack([batch.positions, batch.labels]).astype(np.int32)
-    return torch.from_numpy(batch.input_ids), torch.from_numpy(targets)

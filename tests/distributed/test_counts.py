@@ -11,7 +11,6 @@ import pytest
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
-from fedpipe.data.masking import num_masked
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.models.split import stage_specs
 from fedpipe.workflows.costs.flops import stage_flops
@@ -62,27 +61,35 @@ def _count(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
 
 
 @pytest.mark.parametrize(
-    "pipeline",
-    [{"cut": [2]}, {"cut": [1], "local_head": "mlm+layer"}],
+    ("pipeline", "padded_length"),
+    [
+        ({"cut": [2]}, 0),
+        ({"cut": [1], "local_head": "mlm+layer"}, 0),
+        ({"cut": [1], "local_head": "mlm+layer"}, 18),
+    ],
     ids=str,
 )
 def test_a_local_step_costs_what_the_plan_says_and_every_step_the_same(
-    pipeline: dict[str, Any], tmp_path: Path
+    pipeline: dict[str, Any], padded_length: int, tmp_path: Path
 ) -> None:
-    config = tiny_config(pipeline=pipeline, federation={"num_replicas": 1, "clients_per_round": 1})
+    config = tiny_config(
+        pipeline=pipeline,
+        data={"padded_length": padded_length},
+        federation={"num_replicas": 1, "clients_per_round": 1},
+    )
     counted = run_distributed(_count, 2, config, tiny_data(tmp_path))
     shape = resolve(config.model, vocab_size=VOCAB, sequence_length=LENGTH)
-    masked = num_masked(LENGTH, config.data.mask_probability)
+    length, scored = (padded_length, padded_length) if padded_length else (LENGTH, 2)
     micro_batches = config.pipeline.num_micro_batches
     sequences = micro_batches * config.pipeline.micro_batch_size
     specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
     for spec, steps in zip(specs, counted, strict=True):
-        cost = stage_flops(spec, config, shape, num_masked=masked)
+        cost = stage_flops(spec, config, shape)
         expected = micro_batches * (cost.forward_s + cost.backward_s + cost.head_s)
         if not spec.is_first:
             # No gradient goes back over the cut, so none is computed for the inputs of the first
             # layer's queries, keys and values.
-            expected -= sequences * LENGTH * 3 * 2 * shape.hidden_size**2
+            expected -= sequences * length * 3 * 2 * shape.hidden_size**2
         assert [flops for flops, *_ in steps] == [n * expected for n in range(1, STEPS + 1)]
         # The last step posts no receives for another one.
         second, third, fourth = (Counter(operations) for _, operations, *_ in steps[1:4])
@@ -90,6 +97,6 @@ def test_a_local_step_costs_what_the_plan_says_and_every_step_the_same(
         sent = 0 if spec.is_last else micro_batches
         assert [messages for *_, messages, _ in steps] == [n * sent for n in range(1, STEPS + 1)]
     (*_, nbytes), (*_, twice) = counted[0][:2]
-    hidden = 4 * config.pipeline.micro_batch_size * LENGTH * shape.hidden_size
-    targets = 4 * 2 * config.pipeline.micro_batch_size * masked
+    hidden = 4 * config.pipeline.micro_batch_size * length * shape.hidden_size
+    targets = 4 * 2 * config.pipeline.micro_batch_size * scored
     assert (nbytes, twice) == (micro_batches * (hidden + targets), 2 * nbytes)

@@ -84,6 +84,12 @@ MODES: dict[str, Sections] = {
         "pipeline": HOME | SEQUENTIAL | {"cut": [0]},
         "federation": ONE | {"server": "sequential"},
     },
+    "FedBERT as published": {
+        "data": {"padded_length": 18},
+        "pipeline": HOME | SEQUENTIAL | {"cut": [0], "wire": ["fp32"]},
+        "federation": ONE | {"server": "sequential"},
+    },
+    "padded, head on the server": {"data": {"padded_length": 18}, "federation": ONE},
     "back-propagation to the client": {
         "pipeline": {"objective": "end_to_end", "schedule": "1f1b"},
         "federation": ONE,

@@ -117,6 +117,53 @@ def test_stages_in_processes_equal_stages_in_one_process(
     assert final[-1] < final[0], "five steps lower the loss"
 
 
+@pytest.mark.parametrize(
+    ("family", "pipeline"),
+    [
+        ("roberta", HOME | {"cut": [0], "objective": "end_to_end", "schedule": "sequential"}),
+        ("bert", HOME | {"cut": [2], "objective": "end_to_end", "schedule": "sequential"}),
+        ("roberta", {"cut": [2], "objective": "end_to_end", "schedule": "1f1b"}),
+        ("roberta", HOME | {"cut": [1, 2], "local_head": "mlm+layer"}),
+    ],
+    ids=str,
+)
+def test_padding_to_every_position_changes_what_is_computed_and_not_what_is_learnt(
+    family: str, pipeline: dict[str, Any], tmp_path: Path
+) -> None:
+    plain, padded = (_padded(length, pipeline, family=family) for length in (0, 24))
+    data = tiny_data(tmp_path)
+    without, padding = (_united(run_distributed(_train, 1, c, data)) for c in (plain, padded))
+    _assert_equal(without, padding, atol=1e-5)
+    assert all(padding[2][link] > sent for link, sent in without[2].items())
+
+
+def test_padding_changes_no_validation_loss(tmp_path: Path) -> None:
+    data = tiny_data(tmp_path)
+    plain, padded = (
+        run_distributed(_score, 1, _padded(length, {"cut": [1, 2]}), data)[0] for length in (0, 24)
+    )
+    assert plain.keys() == padded.keys() == {0, 1, 2}
+    for stage, (loss, num_tokens) in plain.items():
+        assert padded[stage] == (pytest.approx(loss, abs=1e-6 * num_tokens), num_tokens)
+
+
+def _padded(length: int, pipeline: dict[str, Any], family: str = "roberta") -> RunConfig:
+    return tiny_config(
+        model={"family": family, "max_position_embeddings": 26},
+        data={"padded_length": length},
+        pipeline={**pipeline, "colocate": True},
+        federation=ONE_REPLICA,
+    )
+
+
+def _score(env: ProcessEnv, config: RunConfig, data: PreparedData) -> dict[int, Any]:
+    """Validate the first weights on client 0: stage -> (summed loss, masked tokens)."""
+    replica = _replica(env, config, data)
+    scores = replica.evaluate([0], last_rounds=[None])
+    replica.comm.close()
+    return {stage: clients[0] for stage, clients in scores.items()}
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with a C++ compiler")
 def test_compiled_stages_in_threads_compute_what_others_do(tmp_path: Path) -> None:
     data = tiny_data(tmp_path)

@@ -69,6 +69,8 @@ OVERRIDES = [
     # one section's own limits
     ("data.train=[]", "data.train: expected at least one file"),
     ("data.sequence_length=4", "data.sequence_length: expected 8 or more, got 4"),
+    ("data.padded_length=31", "data.padded_length: expected 0 or at least data.sequence_length (32), got 31"),
+    ("data.padded_length=-1", "data.padded_length: expected 0 or at least data.sequence_length"),
     ("data.mask_probability=1.5", "data.mask_probability: expected a value in (0, 1)"),
     ("data.dirichlet_alpha=0", "data.dirichlet_alpha: expected a value above 0"),
     ("data.num_workers=-1", "data.num_workers: expected 0 or more"),
@@ -103,7 +105,7 @@ OVERRIDES = [
     ("model.hidden_dropout_prob=1.0", "model.hidden_dropout_prob: expected a value in [0, 1)"),
     ("model.initializer_range=0", "model.initializer_range: expected a value above 0"),
     ("model.hidden_act=gleu", "model.hidden_act: expected one of gelu"),
-    ("model.max_position_embeddings=20", "model.max_position_embeddings: expected at least 34 (data.sequence_length + 2, where RoBERTa's positions start), got 20. Set data.sequence_length=18 or less."),
+    ("model.max_position_embeddings=20", "model.max_position_embeddings: expected at least 34 (data.sequence_length or data.padded_length + 2, where RoBERTa's positions start), got 20. Set the longer of them to 18 or less."),
     ("model.path=/nowhere", "model.path: expected a Hugging Face folder, got '/nowhere'"),
     ("deepspeed.config=/nowhere.json", "deepspeed.config: expected a readable JSON file"),
 ]  # fmt: skip

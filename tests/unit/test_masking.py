@@ -3,7 +3,8 @@ import time
 import numpy as np
 import pytest
 
-from fedpipe.data.masking import MaskedBatch, mask_blocks, mask_rng, num_masked
+from fedpipe.config.schema import DataConfig
+from fedpipe.data.masking import IGNORED, MaskedBatch, mask_blocks, mask_rng, pad
 from fedpipe.errors import CorpusError
 
 CLS, PAD, SEP, UNK, MASK = range(5)
@@ -97,7 +98,19 @@ def test_a_block_with_fewer_ordinary_tokens_is_refused():
     ("length", "share", "count"), [(128, 0.15, 19), (8, 0.01, 1), (512, 0.4, 205)]
 )
 def test_the_count_is_the_rounded_share_and_at_least_one(length, share, count):
-    assert num_masked(length, share) == count
+    data = DataConfig(sequence_length=length, mask_probability=share)
+    assert (data.num_positions, data.num_masked, data.num_scored) == (length, count, count)
+
+
+def test_padding_comes_after_the_tokens_and_every_position_but_the_masked_ones_predicts_nothing():
+    plain = mask(make_blocks(3, length=12), count=4)
+    padded = pad(plain, length=16, pad_id=1)
+    assert padded.input_ids[:, :12].tolist() == plain.input_ids.tolist()
+    assert set(padded.input_ids[:, 12:].flat) == {1}
+    assert padded.positions.tolist() == [list(range(16))] * 3
+    chosen = np.take_along_axis(padded.labels, plain.positions, axis=1)
+    assert chosen.tolist() == plain.labels.tolist()
+    assert (padded.labels == IGNORED).sum() == 3 * (16 - 4)
 
 
 def test_masking_is_cheap_beside_a_training_step():

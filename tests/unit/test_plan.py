@@ -78,7 +78,7 @@ def test_bytes_of_a_step_are_activations_and_targets() -> None:
     plan = plan_of()
     sequences, tokens, hidden, masked = 16, 128, 256, 19
     (edge,) = plan.edges
-    assert plan.num_masked == masked
+    assert plan.config.data.num_masked == masked
     step = plan.messages_per_step * edge.bytes_forward
     assert step == sequences * (tokens * hidden * 4 + masked * 2 * 4)
     assert edge.bytes_backward == 0

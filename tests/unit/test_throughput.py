@@ -140,9 +140,10 @@ def test_recomputed_activations_are_not_achieved_work() -> None:
 def test_a_local_step_counts_heads_and_the_last_layers_masked_rows_only() -> None:
     config = config_of([4])
     shape = shape_of(config, vocab_size=VOCAB)
-    masked = 2
     layer = layer_flops(config, shape)
-    last = masked_layer_flops(config, shape, num_masked=masked)
+    last = masked_layer_flops(config, shape)
+    masked = 2
+    assert config.data.num_masked == masked
     head = 2 * masked * shape.head_flops_per_token()
     streaming = [3 * 3 * (4 * layer + head), 3 * 3 * (3 * layer + last + head)]
     assert step_flops("streaming", config, vocab_size=VOCAB) == streaming

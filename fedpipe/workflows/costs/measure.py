@@ -16,7 +16,6 @@ from transformers import PretrainedConfig
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
-from fedpipe.data.masking import num_masked
 from fedpipe.data.tokenizer import tokenizer_info
 from fedpipe.models.families import hf_config
 from fedpipe.models.split import StageSpec, stage_specs
@@ -42,15 +41,15 @@ def measure_layer_costs(config: RunConfig) -> LayerCosts:
         Seconds on this device, with torch's present number of threads.
     """
     info = tokenizer_info(config)
-    length = config.data.sequence_length
-    shape = resolve(config.model, vocab_size=info.vocab_size, sequence_length=length)
-    masked = num_masked(length, config.data.mask_probability)
+    shape = resolve(
+        config.model, vocab_size=info.vocab_size, sequence_length=config.data.num_positions
+    )
     num_stages = config.pipeline.num_stages
     model = hf_config(shape, pad_id=1, cls_id=0, sep_id=2)  # which ids costs no time
     # One layer for every stage; then, of the first, one with two.
     specs = _specs(config, tuple(range(1, num_stages)))
     longer = _specs(config, tuple(range(2, num_stages + 1)))[0]
-    timed = [_TimedStage(spec, config, model, num_masked=masked) for spec in (*specs, longer)]
+    timed = [_TimedStage(spec, config, model) for spec in (*specs, longer)]
     started = time.monotonic()
     for repetition in range(1 + _REPETITIONS):  # the first one warms up and is forgotten
         if repetition > MIN_REPETITIONS and time.monotonic() - started > MAX_S:
@@ -60,7 +59,7 @@ def measure_layer_costs(config: RunConfig) -> LayerCosts:
     *single, double = [stage.cost() for stage in timed]
     layer = _combine(double, single[0], -1.0)
     whole = layer.forward_s + layer.backward_s
-    last = whole * masked_layer_flops(config, shape, num_masked=masked) / layer_flops(config, shape)
+    last = whole * masked_layer_flops(config, shape) / layer_flops(config, shape)
     own = [last if s.ends_encoder else whole * s.num_layers for s in specs]
     present = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
     return LayerCosts(
@@ -93,28 +92,27 @@ def _combine(a: StageCost, b: StageCost, times: float) -> StageCost:
 class _TimedStage:
     """A stage that repeats one micro-batch, with a clock."""
 
-    def __init__(
-        self, spec: StageSpec, config: RunConfig, model: PretrainedConfig, *, num_masked: int
-    ) -> None:
+    def __init__(self, spec: StageSpec, config: RunConfig, model: PretrainedConfig) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._stage: Stage = build_stage(
             spec, model, seed=0,
             activation_checkpointing=config.pipeline.activation_checkpointing,
-            compiled=config.pipeline.compile,
+            compiled=config.pipeline.compile, padded_after=config.data.padded_after,
         )[0].to(self._device).train()  # fmt: skip
         self._optimizer = build_optimizer(self._stage, config.optimizer)
         autocast = autocast_dtype(deepspeed_config(config))
         self._dtype = getattr(torch, autocast) if autocast else None
-        batch, length = config.pipeline.micro_batch_size, config.data.sequence_length
+        batch, length = config.pipeline.micro_batch_size, config.data.num_positions
+        scored = config.data.num_scored
         generator = torch.Generator().manual_seed(0)
         if spec.is_first:
             vocabulary = self._stage.get_parameter(self._stage.family.word_embeddings).shape[0]
             inputs = torch.randint(3, vocabulary, (batch, length), generator=generator)
         else:
-            rows = num_masked if spec.is_home_head else length
+            rows = scored if spec.is_home_head else length
             inputs = torch.randn(batch, rows, self._stage.hidden_size, generator=generator)
         self._inputs = inputs.to(self._device)
-        positions = torch.arange(num_masked).expand(batch, -1)
+        positions = torch.arange(scored).expand(batch, -1)
         labels = torch.full_like(positions, 3)
         self._targets = torch.stack([positions, labels]).int().to(self._device)
         self._times: list[tuple[float, float, float]] = []

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedpipe.config.schema import RunConfig
-from fedpipe.data.masking import num_masked
 from fedpipe.metrics.format import count
 from fedpipe.models.split import placement, stage_specs
 from fedpipe.pipeline.timeline import StageCost
@@ -76,14 +75,13 @@ def take_apart(stages: Sequence[StageCost], config: RunConfig, *, vocab_size: in
     """
     config = scheduled(config, "streaming")
     shape = shape_of(config, vocab_size=vocab_size)
-    masked = num_masked(config.data.sequence_length, config.data.mask_probability)
     passes = 4.0 if config.pipeline.activation_checkpointing else 3.0
     whole = passes * layer_flops(config, shape)
-    last = passes * masked_layer_flops(config, shape, num_masked=masked)
+    last = passes * masked_layer_flops(config, shape)
     layers, rest = [], []
     specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
     for spec, stage in zip(specs, stages, strict=True):
-        flops = stage_flops(spec, config, shape, num_masked=masked)
+        flops = stage_flops(spec, config, shape)
         total = flops.forward_s + flops.backward_s + flops.head_s
         measured = stage.forward_s + stage.backward_s
         own = [whole] * spec.num_layers

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from fedpipe.config.deepspeed import deepspeed_config
-from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
-from fedpipe.data.masking import num_masked
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
@@ -27,6 +25,7 @@ from fedpipe.models.split import Edge, pipeline_edges
 from fedpipe.pipeline.emulate import emulate_
 from fedpipe.pipeline.stage_engine import MicroBatchSource, StageEngine, StepResult
 from fedpipe.pipeline.stock import StockPipeline
+from fedpipe.workflows.costs.flops import layer_flops, masked_layer_flops
 from fedpipe.workflows.replica import Replica
 from fedpipe.workflows.throughput.matmul import matmul_flops_per_s, operands
 from fedpipe.workflows.throughput.peak_memory import PeakMemory
@@ -36,7 +35,7 @@ from fedpipe.workflows.throughput.report import (
     ThroughputSettings,
     single_replica,
 )
-from fedpipe.workflows.throughput.utilisation import Product
+from fedpipe.workflows.throughput.utilisation import Product, shape_of
 
 WARM_UP_STEPS = 2
 """Local steps of each schedule before the first repetition: allocator, moments, connections."""
@@ -216,14 +215,10 @@ def edges_of_all_peers(config: RunConfig) -> list[Edge]:
 
 def _in_layers(config: RunConfig, *, vocab_size: int) -> tuple[float, float]:
     """Costs of the last layer and of a head in whole encoder layers, by FLOPs."""
-    length = config.data.sequence_length
-    shape = resolve(config.model, vocab_size=vocab_size, sequence_length=length)
-    masked = num_masked(length, config.data.mask_probability)
-    layer_flops = length * shape.layer_flops_per_token(length)
-    return (
-        shape.masked_layer_flops(length, num_masked=masked) / layer_flops,
-        masked * shape.head_flops_per_token() / layer_flops,
-    )
+    shape = shape_of(config, vocab_size=vocab_size)
+    sequences, layer = config.pipeline.micro_batch_size, layer_flops(config, shape)
+    head = sequences * config.data.num_scored * shape.head_flops_per_token()
+    return masked_layer_flops(config, shape) / layer, head / layer
 
 
 def _with_objective(config: RunConfig, objective: Any, schedule: Any) -> RunConfig:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
 from fedpipe.config.model_shape import ModelShape, resolve
 from fedpipe.config.schema import RunConfig
-from fedpipe.data.masking import num_masked
 from fedpipe.models.split import StageSpec, placement, stage_specs
 from fedpipe.pipeline.timeline import COMPUTE
 from fedpipe.workflows.costs.flops import stage_flops
@@ -33,7 +32,7 @@ class Product:
     """The matrix product whose speed is the ceiling: the first half of a feed-forward."""
 
     rows: int
-    """Tokens of a micro-batch."""
+    """Positions of a micro-batch."""
     inner: int
     columns: int
     dtype: str
@@ -44,7 +43,7 @@ class Product:
         """Take the sizes of a configuration."""
         shape = shape_of(config, vocab_size=vocab_size)
         return cls(
-            rows=config.pipeline.micro_batch_size * config.data.sequence_length,
+            rows=config.pipeline.micro_batch_size * config.data.num_positions,
             inner=shape.hidden_size,
             columns=shape.intermediate_size,
             dtype=autocast_dtype(deepspeed_config(config)) or "float32",
@@ -57,7 +56,7 @@ class Product:
 
 def shape_of(config: RunConfig, *, vocab_size: int) -> ModelShape:
     """Return all sizes of the model."""
-    length = config.data.sequence_length
+    length = config.data.num_positions
     return resolve(config.model, vocab_size=vocab_size, sequence_length=length)
 
 
@@ -116,9 +115,8 @@ def step_flops(name: str, config: RunConfig, *, vocab_size: int) -> list[float]:
     pipeline = replace(config.pipeline, activation_checkpointing=False)
     config = replace(config, pipeline=pipeline)
     shape = shape_of(config, vocab_size=vocab_size)
-    masked = num_masked(config.data.sequence_length, config.data.mask_probability)
     costs = [
-        stage_flops(spec, config, shape, num_masked=masked)
+        stage_flops(spec, config, shape)
         for spec in stage_specs(pipeline, num_hidden_layers=shape.num_hidden_layers)
     ]
     return [pipeline.num_micro_batches * (c.forward_s + c.backward_s + c.head_s) for c in costs]
