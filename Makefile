@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN_DIR ?= runs/quickstart
 
-.PHONY: help pretrain test slurm-packages slurm-up slurm-down lint format bench bench-gpu clean .venv
+.PHONY: help pretrain test slurm-packages slurm-up slurm-down lint format bench bench-gpu \
+	bench-gpu-published clean .venv
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +18,7 @@ help:
 	@echo "make format    rewrite the code as ruff formats it"
 	@echo "make slurm-up  a throw-away SLURM cluster on this machine; make slurm-down removes it"
 	@echo "make bench     measure every schedule on two cores; make bench-gpu on a GPU"
+	@echo "make bench-gpu-published  the same against FedBERT as its published code computes"
 	@echo "make clean     remove .venv and caches; runs/ stays"
 
 # .venv itself changes whenever something is written into it, so a stamp says when it was complete.
@@ -60,6 +62,11 @@ bench: $(READY)
 bench-gpu: $(READY)
 	$(BIN)/fedpipe throughput --config launch/configs/throughput_gpu.yaml --run-dir runs/bench-gpu \
 		--grid pipeline.compile=false,true pipeline.micro_batch_size=16,32,64
+
+bench-gpu-published: $(READY)
+	$(BIN)/fedpipe throughput --config launch/configs/throughput_gpu.yaml \
+		--run-dir runs/bench-gpu-published \
+		--grid data.padded_length=0,512 "pipeline.wire=[auto],[fp32]"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

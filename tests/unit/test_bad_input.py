@@ -277,6 +277,12 @@ def test_a_folder_without_configuration_or_weights_is_refused(tmp_path: Path) ->
     assert "model.path: expected weights" in message([f"model.path={path}"])
 
 
+def test_padding_that_the_positions_do_not_reach_is_refused() -> None:
+    text = message(["data.padded_length=600", "model.max_position_embeddings=514"])
+    assert "model.max_position_embeddings: expected at least 602" in text
+    assert "Set the longer of them to 512 or less." in text
+
+
 def test_a_size_that_contradicts_the_folder_is_refused(tmp_path: Path) -> None:
     path = folder_with(tmp_path, ROBERTA)
     text = message([f"model.path={path}", "model.hidden_size=64", "pipeline.cut=[1]"])

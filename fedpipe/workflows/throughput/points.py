@@ -60,17 +60,19 @@ def points_table(points: Sequence[Point]) -> Table:
 
 
 def points_headline(points: Sequence[Point]) -> str:
-    """Say which point and schedule are the fastest."""
+    """Say which point and schedule are the fastest, and which the slowest."""
     found = [
         (schedule["tokens_per_s"], name, point)
         for point in points
         for name, schedule in point.report["schedules"].items()
     ]
     speed, name, point = max(found, key=lambda entry: entry[0])
+    least, slow, where = min(found, key=lambda entry: entry[0])
     text = f"Fastest of all: {TITLES[name]} at `{' '.join(point.overrides)}`, "
     text += f"{tokens_per_s(speed)} tokens/s"
     ideal = number(point.report["ideal"][name]["reached_pct"], 1)
-    return f"{text}, {ideal} % of its ideal there."
+    text += f", {ideal} % of its ideal there. The slowest, {TITLES[slow]} at"
+    return f"{text} `{' '.join(where.overrides)}`, takes {speed / least:.2f} x as long."
 
 
 def points_blocks(
