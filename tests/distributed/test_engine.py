@@ -130,17 +130,19 @@ def test_stages_in_processes_equal_stages_in_one_process(
 def test_padding_to_every_position_changes_what_is_computed_and_not_what_is_learnt(
     family: str, pipeline: dict[str, Any], tmp_path: Path
 ) -> None:
-    plain, padded = (_padded(length, pipeline, family=family) for length in (0, 24))
+    plain = _padded(0, pipeline | {"colocate": True}, family=family)
+    padded = _padded(24, pipeline, family=family)
     data = tiny_data(tmp_path)
-    without, padding = (_united(run_distributed(_train, 1, c, data)) for c in (plain, padded))
+    without = _united(run_distributed(_train, 1, plain, data))
+    padding = _united(run_distributed(_train, padded.world_size, padded, data))
     _assert_equal(without, padding, atol=1e-5)
     assert all(padding[2][link] > sent for link, sent in without[2].items())
 
 
 def test_padding_changes_no_validation_loss(tmp_path: Path) -> None:
-    data = tiny_data(tmp_path)
+    data, pipeline = tiny_data(tmp_path), {"cut": [1, 2], "colocate": True}
     plain, padded = (
-        run_distributed(_score, 1, _padded(length, {"cut": [1, 2]}), data)[0] for length in (0, 24)
+        run_distributed(_score, 1, _padded(length, pipeline), data)[0] for length in (0, 24)
     )
     assert plain.keys() == padded.keys() == {0, 1, 2}
     for stage, (loss, num_tokens) in plain.items():
@@ -151,7 +153,7 @@ def _padded(length: int, pipeline: dict[str, Any], family: str = "roberta") -> R
     return tiny_config(
         model={"family": family, "max_position_embeddings": 26},
         data={"padded_length": length},
-        pipeline={**pipeline, "colocate": True},
+        pipeline=pipeline,
         federation=ONE_REPLICA,
     )
 

@@ -339,12 +339,9 @@ def test_the_points_are_one_table_the_fastest_first_within_each_schedule() -> No
     assert first == ["streaming", "1F1B", "sequential", "DeepSpeed's 1F1B"]
     fastest, slowest = points_headline(points).split(" The slowest, ")
     assert "at `pipeline.cut=[4]`" in fastest
-    slow = float(table.rows[-1][2].replace(",", ""))
-    assert slow == min(float(row[2].replace(",", "")) for row in table.rows)
-    assert slowest == (
-        f"1F1B (DeepSpeed PipelineEngine) at `pipeline.cut={table.rows[-1][1]}`, takes"
-        f" {speeds[0] / slow:.2f} x as long."
-    )
+    found = [s["tokens_per_s"] for p in points for s in p.report["schedules"].values()]
+    assert slowest.startswith("sequential (fedpipe) at `pipeline.cut=[1]`, takes ")
+    assert slowest.endswith(f" {max(found) / min(found):.2f} x as long.")
     page = to_markdown("t", points_blocks(points[:2], {"repeat": "again"}, num_points=3))
     assert "1 of 3 points are not measured" in page
     assert points[1].report["advice"][0] in page
