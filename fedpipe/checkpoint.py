@@ -60,6 +60,8 @@ class Checkpoint:
     position: Position
     metrics_offset: int
     """Bytes of metrics.jsonl that belong to it."""
+    seconds: float = 0.0
+    """That the round under way has taken so far; 0 between rounds."""
 
 
 class CheckpointWriter:
@@ -97,6 +99,7 @@ class CheckpointWriter:
         files: Mapping[str, Callable[[Path], None]],
         *,
         metrics_offset: int,
+        seconds: float = 0.0,
     ) -> None:
         """Write a checkpoint and commit it.
 
@@ -104,6 +107,7 @@ class CheckpointWriter:
             position: Where the run stands.
             files: This rank's files: name -> function that writes it to a path.
             metrics_offset: Size of metrics.jsonl; counts on rank 0.
+            seconds: That the round under way has taken; counts on rank 0.
 
         Raises:
             CheckpointError: A rank could not write; no checkpoint appears then.
@@ -132,7 +136,8 @@ class CheckpointWriter:
         gathered = self._comm.gather(entries)
         if gathered is not None:
             try:
-                self._commit(aside, folder, position, gathered, metrics_offset)
+                state = {"metrics_offset": metrics_offset, "seconds": seconds}
+                self._commit(aside, folder, position, gathered, state)
             except OSError as error:
                 failure = f"rank 0: {error}"
         self._raise_together(failure, aside)
@@ -154,7 +159,7 @@ class CheckpointWriter:
         folder: Path,
         position: Position,
         gathered: list[dict[str, tuple[int, str]]],
-        metrics_offset: int,
+        state: dict[str, Any],
     ) -> None:
         files: dict[str, Any] = {}
         previous = [p for p in _folders(self._run_dir) if p.name < position.name]
@@ -163,7 +168,7 @@ class CheckpointWriter:
         for entries in gathered:
             files |= entries
         files = _newest_of_each_client(files)
-        state = asdict(position) | {"metrics_offset": metrics_offset, "files": files}
+        state = asdict(position) | state | {"files": files}
         write_atomically(
             aside / STATE, lambda p: p.write_text(json.dumps(state, indent=1), encoding="utf-8")
         )
@@ -275,12 +280,7 @@ def find_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     for folder in reversed(_folders(run_dir)):
         problem = _problem(run_dir, folder)
         if problem is None:
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            position = Position(round_id=state["round_id"], step=state["step"])
-            checkpoint = Checkpoint(
-                path=folder, position=position, metrics_offset=state["metrics_offset"]
-            )
-            return checkpoint, passed_over
+            return _read(folder), passed_over
         passed_over.append(f"checkpoint {folder.name} is damaged: {problem}")
     if passed_over:
         raise CheckpointError(
@@ -288,6 +288,33 @@ def find_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
             f"({passed_over[0]}). Restore one from a backup or start in a new --run-dir."
         )
     return None, passed_over
+
+
+def find_round(run_dir: Path, num_rounds: int) -> Checkpoint:
+    """Find the checkpoint after so many rounds.
+
+    Raises:
+        CheckpointError: It is not there, or damaged.
+    """
+    folder = run_dir / CHECKPOINTS / Position(round_id=num_rounds).name
+    problem = _problem(run_dir, folder)
+    if problem is not None:
+        raise CheckpointError(
+            f"{folder}: expected an intact checkpoint, got one of which {problem}. Remove {run_dir}"
+            " and run it again."
+        )
+    return _read(folder)
+
+
+def _read(folder: Path) -> Checkpoint:
+    """Read the manifest of a checkpoint that has no problem."""
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return Checkpoint(
+        path=folder,
+        position=Position(round_id=state["round_id"], step=state["step"]),
+        metrics_offset=state["metrics_offset"],
+        seconds=float(state.get("seconds", 0.0)),
+    )
 
 
 def _problem(run_dir: Path, folder: Path) -> str | None:

@@ -108,6 +108,7 @@ class Pretraining:
             self.position = setup.checkpoint.position
         self._resumed_at = self.position
         self._first_step_after: float | None = None
+        self._round_started = time.monotonic()
         self._phase = ""
         self._client_id: int | None = None
         watch.activity = self._activity
@@ -124,7 +125,9 @@ class Pretraining:
         config = self.config
         if round_id != self._resumed_at.round_id:
             self._sent_before = Counter(self._sent())  # validation is not part of the ledger
-        started = time.monotonic()
+        self._round_started = time.monotonic()
+        if round_id == self._resumed_at.round_id and self.setup.checkpoint:
+            self._round_started -= self.setup.checkpoint.seconds
         turns = plan_round(config, round_id=round_id, blocks_per_client=self.blocks)
         self._history = self._history_before(round_id)
         first = self._resumed_at.step if round_id == self._resumed_at.round_id else 0
@@ -135,7 +138,7 @@ class Pretraining:
         sync_started = time.monotonic()
         sync_bytes = sum(s.synchronize() for s in self.replica.synchronizers.values())
         sync_s = time.monotonic() - sync_started
-        self._record_round(turns, round_id, started=started, sync=(sync_s, sync_bytes))
+        self._record_round(turns, round_id, sync=(sync_s, sync_bytes))
 
         last = round_id + 1 == config.federation.num_rounds
         if last or (round_id + 1) % config.validation.every_rounds == 0:
@@ -264,7 +267,7 @@ class Pretraining:
     # -- after a cohort ----------------------------------------------------------------------
 
     def _record_round(
-        self, turns: tuple[Turn, ...], round_id: int, *, started: float, sync: tuple[float, int]
+        self, turns: tuple[Turn, ...], round_id: int, *, sync: tuple[float, int]
     ) -> None:
         gathered = self.comm.gather(
             {
@@ -294,7 +297,7 @@ class Pretraining:
             turns=turns,
             steps=steps,
             num_stages=self.config.pipeline.num_virtual_stages,
-            seconds=time.monotonic() - started,
+            seconds=time.monotonic() - self._round_started,
             sync=[g["sync"] for g in gathered],
         )
         traffic = traffic_record(round_id, [g["sent"] for g in gathered], config=self.config)
@@ -334,6 +337,7 @@ class Pretraining:
             position,
             self.replica.checkpoint_files(sent=self._sent_in_round() if position.step else None),
             metrics_offset=offset,
+            seconds=time.monotonic() - self._round_started if position.step else 0.0,
         )
 
     # ----------------------------------------------------------------------------------------

@@ -228,8 +228,13 @@ def test_a_run_that_stops_when_only_the_averaging_is_left_averages_the_same(
     assert _run(config, data, tmp_path / "undisturbed") is None
     stopped_at = _run(config, data, tmp_path / "stopped", Moment(0, "step", 29))
     assert stopped_at == Position(round_id=0, step=30)
+    saved, _ = find_latest(tmp_path / "stopped")
+    assert saved is not None and saved.seconds > 0
     assert _run(config, data, tmp_path / "stopped") is None
     assert _outcome(tmp_path / "stopped") == _outcome(tmp_path / "undisturbed")
+    records = read_metrics(tmp_path / "stopped" / "metrics.jsonl")
+    first = next(r for r in records if r["kind"] == "round")
+    assert first["seconds"] > saved.seconds, "the time before the stop counts"
 
 
 # -- who hangs -------------------------------------------------------------------------------------

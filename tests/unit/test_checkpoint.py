@@ -23,6 +23,7 @@ from fedpipe.checkpoint import (
     client_files,
     discard_later,
     find_latest,
+    find_round,
 )
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.errors import CheckpointError
@@ -59,7 +60,7 @@ def _content(text: str) -> Callable[[Path], None]:
 def _save(writer: CheckpointWriter, round_id: int, step: int = 0) -> Position:
     position = Position(round_id=round_id, step=step)
     files = {n: _content(f"{n} of {position.name}") for n in ("stage_00", "stage_01")}
-    writer.save(position, files, metrics_offset=100 * round_id + step)
+    writer.save(position, files, metrics_offset=100 * round_id + step, seconds=step / 2)
     return position
 
 
@@ -82,9 +83,22 @@ def test_what_was_saved_last_is_found(tmp_path: Path) -> None:
         assert checkpoint is not None and passed_over == []
         assert checkpoint.position == position
         assert checkpoint.metrics_offset == 100 * round_id + step
+        assert checkpoint.seconds == step / 2
         assert (checkpoint.path / "stage_01").read_text() == f"stage_01 of {position.name}"
         assert (tmp_path / CHECKPOINTS / "latest").read_text() == f"{position.name}\n"
     assert _names(tmp_path) == ["latest", "round_000001_step_000010", "round_000002"]
+
+
+def test_the_checkpoint_after_a_round_is_found_or_named(tmp_path: Path) -> None:
+    writer = _writer(tmp_path, keep_last=9)
+    for round_id in (1, 2, 3):
+        _save(writer, round_id)
+    assert find_round(tmp_path, 2).position == Position(round_id=2)
+    _flip(tmp_path / CHECKPOINTS / "round_000002")
+    with pytest.raises(CheckpointError, match="round_000002: expected an intact checkpoint, got"):
+        find_round(tmp_path, 2)
+    with pytest.raises(CheckpointError, match="round_000004"):
+        find_round(tmp_path, 4)
 
 
 def _truncate(folder: Path) -> None:
