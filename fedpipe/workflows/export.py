@@ -32,7 +32,7 @@ from fedpipe.errors import CheckpointError
 from fedpipe.metrics.writer import read_metrics
 from fedpipe.models.families import FAMILIES, hf_config
 from fedpipe.models.split import StageSpec, merge, part_of, stage_specs
-from fedpipe.models.stage import masked_lm_class
+from fedpipe.models.stage import build_stage, masked_lm_class
 from fedpipe.workflows.replica import stage_file, validation_batch
 
 EXPORT = "export"
@@ -67,6 +67,22 @@ def export_run(run_dir: Path) -> Path:
         raise CheckpointError(
             f"{run_dir}: expected a checkpoint to export, got none. Resume the run first."
         )
+    target = run_dir / EXPORT
+    export_checkpoint(run_dir, config, checkpoint, target)
+    return target
+
+
+def export_checkpoint(
+    run_dir: Path, config: RunConfig, checkpoint: Checkpoint | None, target: Path
+) -> None:
+    """Write the model of a checkpoint, in the place of what is there.
+
+    Args:
+        run_dir: Of the run.
+        config: Its configuration.
+        checkpoint: One of its checkpoints; None means the first weights, before any training.
+        target: The folder; it has all of its files or is absent.
+    """
     data = prepare(config)
     shape = resolve(
         config.model, vocab_size=data.vocab_size, sequence_length=config.data.num_positions
@@ -75,20 +91,34 @@ def export_run(run_dir: Path) -> Path:
         shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id, path=config.model.path
     )
     specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
-    parts = [load_file(checkpoint.path / stage_file(s.stage_id)) for s in specs]
-    aside = run_dir / f".{EXPORT}.part"
+    if checkpoint is None:
+        parts = [_first_weights(spec, model_config, config) for spec in specs]
+    else:
+        parts = [load_file(checkpoint.path / stage_file(s.stage_id)) for s in specs]
+    card = _model_card(run_dir, config, checkpoint.position.round_id if checkpoint else 0)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
-    if not _kept_in_model(config, specs, parts):
-        _save(merge(parts), model_config, aside, run_dir, config, data)
+    if checkpoint is None or not _kept_in_model(config, specs, parts):
+        _save(merge(parts), model_config, aside, data, card)
     else:
         for client_id, own in enumerate(_client_parts(run_dir, config, specs, checkpoint)):
             state = merge([part | kept for part, kept in zip(parts, own, strict=True)])
             folder = aside / f"client_{client_id:04d}"
-            _save(state, model_config, folder, run_dir, config, data)
-    target = run_dir / EXPORT
+            _save(state, model_config, folder, data, card)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
-    return target
+
+
+def _first_weights(spec: StageSpec, model_config: Any, config: RunConfig) -> dict[str, Tensor]:
+    stage, _ = build_stage(
+        spec,
+        model_config,
+        seed=config.seed,
+        path=config.model.path,
+        sinusoidal_positions=config.model.position_init == "sinusoidal",
+    )
+    return {name: tensor.detach() for name, tensor in stage.named_parameters()}
 
 
 def _kept_in_model(
@@ -130,9 +160,8 @@ def _save(
     state: dict[str, Tensor],
     model_config: Any,
     folder: Path,
-    run_dir: Path,
-    config: RunConfig,
     data: PreparedData,
+    card: str,
 ) -> None:
     """Write one Hugging Face folder: weights, configuration, tokenizer, model card."""
     model = build_model(state, model_config)
@@ -141,7 +170,7 @@ def _save(
     tensors = {n: t.clone() for n, t in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=tensors)
     load_tokenizer(data).save_pretrained(folder)
-    (folder / "README.md").write_text(_model_card(run_dir, config), encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def load_tokenizer(data: PreparedData) -> PreTrainedTokenizerBase:
@@ -179,9 +208,11 @@ def build_model(state: dict[str, Tensor], model_config: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def _model_card(run_dir: Path, config: RunConfig) -> str:
+def _model_card(run_dir: Path, config: RunConfig, num_rounds: int) -> str:
+    """Describe the model after so many rounds."""
+    records = read_metrics(run_dir / "metrics.jsonl") if num_rounds else []
     evaluations = [
-        r for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "eval" and r["stages"]
+        r for r in records if r["kind"] == "eval" and r["stages"] and r["round"] < num_rounds
     ]
     score = "not validated"
     if evaluations:
@@ -195,7 +226,7 @@ pipeline_tag: fill-mask
 # {config.name}
 
 A {config.model.family} masked language model, pre-trained with fedpipe {__version__} over
-{federation.num_clients} clients whose text was not pooled: {federation.num_rounds} rounds,
+{federation.num_clients} clients whose text was not pooled: {num_rounds} rounds,
 {federation.clients_per_round} clients per round, `{config.pipeline.objective}` over
 {config.pipeline.num_stages} pipeline stages.
 
