@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fedpipe import __version__
+from fedpipe import __version__, options
 from fedpipe.config.finetune import finetune_presets
 from fedpipe.config.load import load_config, preset_names, read_config
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError, LaunchError
@@ -118,12 +118,17 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "task", metavar="TASK", choices=_JOBS, help=f"what to run: {', '.join(_JOBS)}"
             )
-        studies = tuning if name == "finetune" else presets
-        command.add_argument("--preset", metavar="NAME", help=studies)
-        command.add_argument(
-            "--config", metavar="FILE", help="YAML, laid over the preset; default: the quick start"
-        )
-        default = "runs/NAME-evaluation" if name == "evaluate" else "runs/NAME"
+        if name == "reproduce":
+            options.add_reproduction(command)
+        else:
+            studies = tuning if name == "finetune" else presets
+            command.add_argument("--preset", metavar="NAME", help=studies)
+            command.add_argument(
+                "--config",
+                metavar="FILE",
+                help="YAML, laid over the preset; default: the quick start",
+            )
+        default = _DEFAULT_DIRS.get(name, "runs/NAME")
         command.add_argument(
             "--run-dir", metavar="DIR", help=f"directory of the run; default: {default}"
         )
@@ -138,94 +143,20 @@ def _parser() -> argparse.ArgumentParser:
                 " them",
             )
         if name in ("throughput", "submit"):
-            _add_measurement(command)
+            options.add_measurement(command)
         if name == "submit":
-            _add_job(command)
+            options.add_job(command)
         if name == "finetune":
             text = "count what every method trains on every family's base model; start nothing"
             command.add_argument("--count", action="store_true", help=text)
         if name in _GRIDS:
-            _add_grid(command, text=_GRIDS[name])
+            options.add_grid(command, text=_GRIDS[name])
         if name == "evaluate":
-            _add_evaluation(command)
+            options.add_evaluation(command)
         if name in ("sweep", "submit", "evaluate"):
-            _add_parallel(command)
+            options.add_parallel(command)
         command.set_defaults(run=run)
     return parser
-
-
-def _add_measurement(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--repetitions", metavar="N", type=int, default=6, help="windows per schedule; default: 6"
-    )
-    command.add_argument(
-        "--steps", metavar="N", type=int, default=6, help="local steps per window; default: 6"
-    )
-    command.add_argument(
-        "--emulate-ms",
-        metavar="MS",
-        type=float,
-        default=0.0,
-        help="a layer's forward sleeps this long instead of computing (backward twice that)",
-    )
-
-
-def _add_job(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--profile", metavar="FILE", help="what a node of the site is; see slurm/profiles"
-    )
-    command.add_argument(
-        "--cluster",
-        choices=("slurm", "local", "debug"),
-        default="slurm",
-        help="slurm (default), local: this machine, debug: this process",
-    )
-    command.add_argument(
-        "--follow", action="store_true", help="show the progress; the exit code is the job's"
-    )
-
-
-def _add_grid(command: argparse.ArgumentParser, *, text: str) -> None:
-    command.add_argument(
-        "--grid",
-        metavar="section.key=value,value",
-        nargs="+",
-        action="extend",
-        default=[],
-        help=text,
-    )
-
-
-def _add_parallel(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--parallel", metavar="N", type=int, default=1, help="runs at a time; default: 1"
-    )
-
-
-def _add_evaluation(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--model",
-        metavar="FOLDER",
-        action="append",
-        help="Hugging Face folder, or a run with an export; several are compared in one table;"
-        " default: runs/quickstart",
-    )
-    command.add_argument(
-        "--tasks", metavar="NAME,NAME", help="tasks, see docs/evaluation.md; default: ncbi-disease"
-    )
-    command.add_argument(
-        "--data",
-        metavar="DIR",
-        help="folder with the tasks' files, or hf:NAME; default: a packaged slice",
-    )
-    command.add_argument("--seeds", metavar="N,N", help="fine-tune each once per seed; default: 0")
-    command.add_argument(
-        "--compare",
-        metavar="RUN",
-        nargs=2,
-        help="paired differences between two evaluations (RUN:MODEL where one has several);"
-        " starts nothing",
-    )
 
 
 def _sentence(summary: str) -> str:
@@ -355,6 +286,19 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
 
 
+def _reproduce(args: argparse.Namespace) -> int:
+    from fedpipe.launcher.reproduce import reproduce
+
+    return reproduce(
+        args.experiment,
+        args.overrides,
+        args.run_dir,
+        scale=args.scale,
+        data=args.data,
+        seeds=None if args.seeds is None else _seeds(args.seeds),
+    )
+
+
 def _seeds(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in text.split(","))
@@ -416,6 +360,7 @@ def _existing_run(args: argparse.Namespace) -> Path:
     return run_dir
 
 
+_DEFAULT_DIRS = {"evaluate": "runs/NAME-evaluation", "reproduce": "runs/EXPERIMENT-SCALE"}
 _JOBS = ("pretrain", "throughput", "sweep")
 
 _RUNS = (
@@ -441,5 +386,9 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "throughput": (_throughput, "measure every schedule in one interleaved run"),
     "sweep": (_sweep, "pre-train once per cell of a grid of values, and compare the runs"),
     "evaluate": (_evaluate, "fine-tune models on labelled tasks, and score and compare them"),
+    "reproduce": (
+        _reproduce,
+        "run a published experiment with its baselines, and draw its figures",
+    ),
     "submit": (_submit, "run pretrain, throughput or sweep as jobs on SLURM, through submitit"),
 }

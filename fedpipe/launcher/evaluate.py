@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,10 @@ def evaluate(
             pending = plan.pending()
             if pending:
                 with locked(directory):
-                    _run(plan, pending, signals, console=console, parallel=parallel)
+                    run_cells(
+                        plan, pending, signals, console=console, parallel=parallel,
+                        gather=partial(gather, plan),
+                    )  # fmt: skip
     except Interrupted:
         console.text(_interrupted(plan, again))
         return EXIT_INTERRUPTED
@@ -109,14 +112,28 @@ def evaluate(
     return 0
 
 
-def _run(
+def run_cells(
     plan: Evaluation,
     pending: Sequence[Cell],
     signals: Signals,
     *,
     console: RunConsole,
     parallel: int,
+    gather: Callable[[], object],
 ) -> None:
+    """Run cells of an evaluation; one that fails does not take the others along.
+
+    Args:
+        plan: The evaluation.
+        pending: Its cells that are to run.
+        signals: Caught by the caller.
+        console: Shows what happens.
+        parallel: Cells at a time.
+        gather: Writes tables of what is done.
+
+    Raises:
+        Interrupted: Asked to stop; the cells have.
+    """
     gpus = num_gpus()
     cells = {cell.name: cell for cell in plan.cells}
     runner = CellRunner(
@@ -125,7 +142,7 @@ def _run(
         parallel=min(parallel, gpus) if gpus else parallel,
         logs=plan.directory / "logs",
         start=lambda name, slot, log: _Process(cells[name], slot, log, gpus=gpus),
-        gather=partial(gather, plan),
+        gather=gather,
         outcome=lambda name: outcome_text(cells[name].result() or {}),
         console=console,
         look=_Progress(pending, console).look,

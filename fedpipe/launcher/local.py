@@ -50,7 +50,7 @@ def pretrain(
                 console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
                 return 0
             with locked(setup.run_dir):
-                _train(setup, signals)
+                train(setup, signals)
     except Interrupted as where:
         console.text(f"interrupted{where}; {_way_back(run_dir)}")
         return EXIT_INTERRUPTED
@@ -78,7 +78,17 @@ def run_console(setup: RunSetup, *, interactive: bool | None = None) -> RunConso
     )
 
 
-def _train(setup: RunSetup, signals: Signals) -> None:
+def train(setup: RunSetup, signals: Signals) -> None:
+    """Train a run that has been set up to its end, and show it.
+
+    Args:
+        setup: From ``set_up_here``; the caller holds its lock.
+        signals: Caught by the caller.
+
+    Raises:
+        LaunchError: A process failed.
+        Interrupted: The run was asked to stop, and is saved.
+    """
     config = setup.config
     console = run_console(setup)
     shows: dict[str, Callable[[Any], None]] = {

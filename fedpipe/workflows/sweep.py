@@ -262,6 +262,11 @@ def _write(directory: Path, grid: Grid, cells: Sequence[Cell]) -> None:
     # The first cell's values of the grid's keys stand for all: every cell has its own.
     content = {"grid": _axes(grid), "config": load.to_dict(cells[0].config)}
     write_text(directory / SWEEP_FILE, dump(content))
+    write_configs(cells)
+
+
+def write_configs(cells: Iterable[Cell]) -> None:
+    """Write every cell's config.yaml, unless it is there already."""
     for cell in cells:
         path, text = cell.run_dir / "config.yaml", load.to_yaml(cell.config)
         # That of a cell at work is left alone.

@@ -24,6 +24,13 @@ SHRINK = {
         "evaluation.num_epochs=1", "evaluation.max_train_examples=32",
         "evaluation.max_test_examples=16",
     ],
+    "reproduce": [
+        "model.num_hidden_layers=2", "model.hidden_size=32", "model.num_attention_heads=2",
+        "model.intermediate_size=64", "pipeline.micro_batch_size=2", "federation.num_rounds=1",
+        "federation.num_local_steps=2", "validation.max_blocks_per_client=2", "reproduce.cuts=[1]",
+        "evaluation.num_epochs=1", "evaluation.max_train_examples=16",
+        "evaluation.max_test_examples=16",
+    ],
     "finetune": [
         "task.max_length=16", "task.max_train_examples=48", "task.max_test_examples=24",
         "federation.num_rounds=1", "federation.num_local_epochs=0", "federation.num_local_steps=2",
@@ -101,6 +108,14 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     assert (tmp_path / "runs/small/export/config.json").is_file()
     assert (tmp_path / "runs/bench/throughput/report.json").is_file()
     assert (tmp_path / "runs/difference/comparison.html").is_file()
+
+
+def test_the_commands_of_the_guide_to_reproductions_run(tmp_path: Path) -> None:
+    commands = _block((ROOT / "docs/reproduce.md").read_text(encoding="utf-8"))
+    _run(shlex.split(commands[0]) + SHRINK["reproduce"], tmp_path)
+    for command in commands[1:]:
+        _run(shlex.split(command), tmp_path)
+    assert (tmp_path / "runs/reproduce/reproduce.html").is_file()
 
 
 def test_the_commands_of_the_guide_to_fine_tuning_run(tmp_path: Path) -> None:

@@ -19,15 +19,16 @@ LEVELS = (
     ("pipeline", "federation", "checkpoint"),
     ("workflows",),
     ("launcher",),
+    ("options",),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 COMM = "fedpipe/distributed/comm.py"
 LIGHT = (
-    "__init__", "__main__", "cli", "errors", "log", "config/load", "config/tree", "config/schema",
-    "config/federation", "config/finetune", "config/require", "config/deepspeed",
-    "config/model_shape",
+    "__init__", "__main__", "cli", "options", "errors", "log", "config/load", "config/tree",
+    "config/schema", "config/federation", "config/finetune", "config/reproduce", "config/require",
+    "config/deepspeed", "config/model_shape",
     "distributed/topology", "distributed/env", "distributed/binding",
     "models/split", "pipeline/messages", "pipeline/schedule", "pipeline/timeline",
     "workflows/plan", "workflows/finetune/grid", "launcher/finetune", "data/tokenizer",

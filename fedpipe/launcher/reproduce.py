@@ -1,0 +1,258 @@
+"""``fedpipe reproduce``: a published experiment on this machine, from text to figures.
+
+Pre-training runs go one at a time, so that their clocks can be compared; then every model is
+fine-tuned and scored, a process per core or GPU. All processes are forked from one server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fedpipe.distributed.watch import EXIT_INTERRUPTED
+from fedpipe.errors import FedPipeError, LaunchError
+from fedpipe.launcher.cells import save_when_the_parent_dies
+from fedpipe.launcher.evaluate import PRELOAD, num_gpus, run_cells
+from fedpipe.launcher.fork_server import fork_server
+from fedpipe.launcher.local import train
+from fedpipe.launcher.supervisor import Interrupted, Signals, set_up_here
+from fedpipe.launcher.worker import PRELOAD as TRAINING_PRELOAD
+from fedpipe.metrics.console import RunConsole
+from fedpipe.metrics.document import Figure, to_html, to_markdown
+from fedpipe.metrics.drawing import render
+from fedpipe.metrics.format import count
+from fedpipe.metrics.reproduce_report import blocks, draw_losses, draw_scores, terminal_text
+from fedpipe.workflows.evaluate.setup import Evaluation, set_up_evaluation
+from fedpipe.workflows.reproduce.results import Content, read_curves, summarise, wanted_models
+from fedpipe.workflows.reproduce.setup import (
+    EVALUATION,
+    Reproduction,
+    TrainingRun,
+    set_up_reproduction,
+)
+from fedpipe.workflows.run_dir import locked, write_text
+from fedpipe.workflows.sweep import prepare_texts
+
+_PRELOAD = (*TRAINING_PRELOAD, *PRELOAD)
+_EXPORT_LOG = "logs/models.log"
+_CAPTIONS = {
+    "scores.png": "Score against pre-training time, one fine-tuning per round, task and seed; the "
+    "points are ends of rounds (hollow: not trained, the clock goes on with the mean), the first "
+    "one is the untrained model.",
+    "loss.png": "Masked-LM loss of the final head against pre-training time.",
+}
+
+
+def reproduce(
+    experiment: str,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    *,
+    scale: str | None = None,
+    data: str | None = None,
+    seeds: tuple[int, ...] | None = None,
+) -> int:
+    """Run what is not done of an experiment; the whole of ``fedpipe reproduce``.
+
+    Args:
+        experiment: Its name.
+        overrides: ``section.key=value``.
+        run_dir: Directory, or None.
+        scale: How large, or None.
+        data: Folder with the tasks' files, or None.
+        seeds: Of pre-training, or None.
+
+    Returns:
+        0 when all is done, 75 when it was interrupted and can be resumed.
+
+    Raises:
+        FedPipeError: What the user can mend; nothing has been started.
+        LaunchError: A run failed; the others are done.
+    """
+    console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
+    signals = Signals()
+    plan: Reproduction | None = None
+    try:
+        with signals.caught():
+            plan = set_up_reproduction(
+                experiment, scale, overrides, run_dir, data=data, seeds=seeds
+            )  # fmt: skip
+            with locked(plan.directory):
+                content = _run(plan, signals, console)
+    except Interrupted:
+        console.text(_interrupted(plan))
+        return EXIT_INTERRUPTED
+    finally:
+        console.close()
+    console.text(terminal_text(content))
+    console.text(f"report  {plan.directory / 'reproduce.html'}")
+    return 0
+
+
+def _run(plan: Reproduction, signals: Signals, console: RunConsole) -> Content:
+    """Bring everything to its end; return what was found."""
+    pending = plan.pending()
+    if pending:
+        fork_server(_PRELOAD)
+        prepare_texts([run.cell for run in pending], progress=console.preparing)
+        _export(plan, plan.untrained())
+        # With the untrained model, what is wrong with a task is found before hours of training.
+        _evaluation(plan, plan.untrained(), console)
+        console.close()
+        _pretrain(plan, signals, console)
+    curves = read_curves(plan)
+    models = wanted_models(plan, curves)
+    _export(plan, models)
+    evaluation = _evaluation(plan, models, console)
+    cells = evaluation.pending()
+    if cells:
+        parallel = num_gpus() or len(os.sched_getaffinity(0))
+        run_cells(
+            evaluation, cells, signals, console=console, parallel=parallel, gather=lambda: None
+        )
+    left = [cell.name for cell in evaluation.pending()]
+    if left:
+        raise _unfinished(plan, "scored model", len(evaluation.cells), left)
+    content = summarise(plan, evaluation, curves)
+    _write(plan, content)
+    return content
+
+
+def _pretrain(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
+    """Train what is not done, one run after the other; one that fails does not end the others."""
+    for number, run in enumerate(plan.runs, start=1):
+        if run.done:
+            continue
+        console.text(f"run     {number}/{len(plan.runs)}  {run.cell.name}")
+        try:
+            setup = set_up_here(None, [], str(run.cell.run_dir), preset=None, console=console)
+            console.close()
+            with locked(setup.run_dir):
+                train(setup, signals)
+        except LaunchError as error:
+            console.text(f"failed  {error}")
+        if signals.asked:  # too late for this run to stop
+            raise Interrupted
+    left = [run.cell.name for run in plan.pending()]
+    if left:
+        raise _unfinished(plan, "pre-training run", len(plan.runs), left)
+
+
+def _unfinished(plan: Reproduction, what: str, total: int, left: Sequence[str]) -> LaunchError:
+    names = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
+    return LaunchError(
+        f"reproduce: expected {count(total, what)}, got {total - len(left)}: not done are {names}. "
+        f"Run them again with: {_again(plan)}"
+    )
+
+
+def _evaluation(
+    plan: Reproduction, models: Sequence[tuple[TrainingRun, int]], console: RunConsole
+) -> Evaluation:
+    paths = tuple(str(plan.model(run, round_id)) for run, round_id in models)
+    config = replace(plan.config, evaluation=replace(plan.config.evaluation, models=paths))
+    several = len(models) > len(plan.config.reproduce.seeds)
+    return set_up_evaluation(
+        config, plan.directory / EVALUATION, progress=console.preparing,
+        notify=(lambda line: None) if several else console.text,
+    )  # fmt: skip
+
+
+def _export(plan: Reproduction, models: Sequence[tuple[TrainingRun, int]]) -> None:
+    """Write models that are not there yet, in a process that has torch.
+
+    Raises:
+        LaunchError: It failed.
+    """
+    missing = [
+        (run.cell.run_dir, round_id, plan.model(run, round_id))
+        for run, round_id in models
+        if not (plan.model(run, round_id) / "config.json").is_file()
+    ]
+    if not missing:
+        return
+    log = plan.directory / _EXPORT_LOG
+    log.parent.mkdir(exist_ok=True)
+    process = fork_server(_PRELOAD).Process(
+        target=_work, args=(missing, str(log.absolute())), daemon=True
+    )
+    process.start()
+    try:
+        process.join()
+    finally:
+        process.kill()
+        process.join()
+    if process.exitcode != 0:
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+        reason = next((x.strip() for x in reversed(lines) if x.strip()), "it was killed")
+        raise LaunchError(f"writing the models failed: {reason.rstrip('.')}. Full log: {log}")
+
+
+def _work(missing: Sequence[tuple[Path, int, Path]], log: str) -> None:
+    """Export models in this process, which ends with it; what it says goes to its log."""
+    save_when_the_parent_dies()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    from fedpipe.workflows.reproduce.models import export_models
+
+    try:
+        export_models(missing)
+    except FedPipeError as error:
+        sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
+        sys.stderr.flush()
+        sys.exit(1)
+
+
+def _write(plan: Reproduction, content: Content) -> None:
+    """Write reproduce.json, .md, .html and the figures."""
+    content["environment"]["repeat"] = shlex.join(
+        ["fedpipe", "reproduce", content["experiment"], "--scale", content["scale"],
+         "--run-dir", f"{plan.directory}-again", *_chosen(plan)]
+    )  # fmt: skip
+    scores, height = draw_scores(content)
+    svgs = {
+        "scores.png": render(scores, plan.directory / "scores.png", height=height),
+        "loss.png": render(draw_losses(content), plan.directory / "loss.png", height=3.9),
+    }
+    figures = [Figure(file=name, svg=svgs[name], caption=_CAPTIONS[name]) for name in svgs]
+    page = blocks(content, figures)
+    title = f"{content['experiment']}, {content['scale']}: fedpipe beside FedBERT"
+    for name, text in (
+        ("reproduce.json", json.dumps(content, indent=1) + "\n"),
+        ("reproduce.md", to_markdown(title, page)),
+        ("reproduce.html", to_html(title, page)),
+    ):
+        write_text(plan.directory / name, text)
+
+
+def _chosen(plan: Reproduction) -> list[str]:
+    """What tells this reproduction from the packaged settings of its scale, as overrides."""
+    from fedpipe.config.load import diff, to_dict
+    from fedpipe.config.reproduce import load_reproduction
+
+    usual = load_reproduction(None, [], scale=plan.config.reproduce.scale)
+    words = []
+    for key in diff(usual, plan.config):
+        value = to_dict(plan.config)
+        for part in key.split("."):
+            value = value[part]
+        words.append(f"{key}={json.dumps(value)}")
+    return words
+
+
+def _interrupted(plan: Reproduction | None) -> str:
+    if plan is None:
+        return "interrupted; nothing was started: give the same command again"
+    done = len(plan.runs) - len(plan.pending())
+    runs = count(len(plan.runs), "pre-training run")
+    return f"interrupted after {done} of {runs}; resume with: {_again(plan)}"
+
+
+def _again(plan: Reproduction) -> str:
+    return shlex.join(["fedpipe", "reproduce", "fedbiobert", "--run-dir", str(plan.directory)])

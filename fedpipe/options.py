@@ -1,0 +1,105 @@
+"""Options that only some commands have."""
+
+from __future__ import annotations
+
+import argparse
+
+from fedpipe.config.reproduce import EXPERIMENTS, SCALES
+
+
+def add_measurement(command: argparse.ArgumentParser) -> None:
+    """How a throughput run measures."""
+    command.add_argument(
+        "--repetitions", metavar="N", type=int, default=6, help="windows per schedule; default: 6"
+    )
+    command.add_argument(
+        "--steps", metavar="N", type=int, default=6, help="local steps per window; default: 6"
+    )
+    command.add_argument(
+        "--emulate-ms",
+        metavar="MS",
+        type=float,
+        default=0.0,
+        help="a layer's forward sleeps this long instead of computing (backward twice that)",
+    )
+
+
+def add_job(command: argparse.ArgumentParser) -> None:
+    """Where a job runs."""
+    command.add_argument(
+        "--profile", metavar="FILE", help="what a node of the site is; see slurm/profiles"
+    )
+    command.add_argument(
+        "--cluster",
+        choices=("slurm", "local", "debug"),
+        default="slurm",
+        help="slurm (default), local: this machine, debug: this process",
+    )
+    command.add_argument(
+        "--follow", action="store_true", help="show the progress; the exit code is the job's"
+    )
+
+
+def add_grid(command: argparse.ArgumentParser, *, text: str) -> None:
+    """A grid of values."""
+    command.add_argument(
+        "--grid",
+        metavar="section.key=value,value",
+        nargs="+",
+        action="extend",
+        default=[],
+        help=text,
+    )
+
+
+def add_parallel(command: argparse.ArgumentParser) -> None:
+    """Runs at a time."""
+    command.add_argument(
+        "--parallel", metavar="N", type=int, default=1, help="runs at a time; default: 1"
+    )
+
+
+def add_evaluation(command: argparse.ArgumentParser) -> None:
+    """Models, tasks and seeds."""
+    command.add_argument(
+        "--model",
+        metavar="FOLDER",
+        action="append",
+        help="Hugging Face folder, or a run with an export; several are compared in one table;"
+        " default: runs/quickstart",
+    )
+    command.add_argument(
+        "--tasks", metavar="NAME,NAME", help="tasks, see docs/evaluation.md; default: ncbi-disease"
+    )
+    command.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder with the tasks' files, or hf:NAME; default: a packaged slice",
+    )
+    command.add_argument("--seeds", metavar="N,N", help="fine-tune each once per seed; default: 0")
+    command.add_argument(
+        "--compare",
+        metavar="RUN",
+        nargs=2,
+        help="paired differences between two evaluations (RUN:MODEL where one has several);"
+        " starts nothing",
+    )
+
+
+def add_reproduction(command: argparse.ArgumentParser) -> None:
+    """What is reproduced, how large, and on what."""
+    command.add_argument(
+        "experiment", metavar="EXPERIMENT", choices=EXPERIMENTS,
+        help=f"what to reproduce: {', '.join(EXPERIMENTS)}",
+    )  # fmt: skip
+    command.add_argument(
+        "--scale", choices=SCALES, help="how large; default: that of DIR, else tiny"
+    )
+    command.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder with the files of the eight tasks; default: a packaged slice of one",
+    )
+    command.add_argument(
+        "--seeds", metavar="N,N", help="pre-train every system once per seed; default: 0"
+    )

@@ -1,0 +1,129 @@
+"""``fedpipe reproduce``: times to a score, the systems compared, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedpipe.cli import main
+from fedpipe.config.load import diff
+from fedpipe.config.reproduce import SCALES, load_reproduction
+from fedpipe.metrics.time_to_score import best, race, speed_up, time_to
+from fedpipe.workflows.reproduce.variants import make_variants
+
+
+def test_a_score_is_reached_on_the_line_between_two_rounds() -> None:
+    clock, scores = [10.0, 20.0, 30.0], [0.2, 0.6, 0.5]
+    assert time_to(0.4, clock, scores) == pytest.approx(15.0)
+    assert time_to(0.6, clock, scores) == pytest.approx(20.0)
+
+
+def test_a_score_is_reached_after_the_first_round_at_the_earliest() -> None:
+    assert time_to(0.1, [10.0, 20.0], [0.2, 0.6]) == 10.0
+
+
+def test_a_score_above_all_is_never_reached() -> None:
+    assert time_to(0.7, [10.0, 20.0], [0.2, 0.6]) is None
+
+
+def test_the_best_score_counts_where_it_comes_first() -> None:
+    assert best([1.0, 2.0, 3.0], [0.3, 0.5, 0.5]) == (0.5, 2.0)
+
+
+def test_mean_and_peak_leave_out_tasks_that_are_never_reached_or_not_learnt() -> None:
+    baseline = ([10.0, 20.0], [0.4, 0.6])
+    races = [
+        race("a", learnt=True, baseline=baseline, own=([5.0, 10.0], [0.4, 0.6])),
+        race("b", learnt=True, baseline=baseline, own=([5.0, 10.0], [0.6, 0.6])),
+        race("c", learnt=True, baseline=baseline, own=([5.0, 10.0], [0.4, 0.5])),
+        race("d", learnt=False, baseline=baseline, own=([5.0, 10.0], [0.7, 0.7])),
+    ]
+    assert [each.ratio for each in races] == [2.0, 4.0, None, None]
+    total = speed_up(races)
+    assert (total.mean, total.peak, total.reached) == (3.0, 4.0, 2)
+    assert (total.never, total.unlearnt) == (("c",), ("d",))
+
+
+def test_a_speed_up_over_no_task_is_no_number() -> None:
+    races = [race("a", learnt=True, baseline=([1.0], [0.5]), own=([1.0], [0.4]))]
+    assert (speed_up(races).mean, speed_up(races).peak) == (None, None)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_systems_differ_in_how_they_compute_and_in_nothing_that_they_learn_from(scale: str) -> None:
+    config = load_reproduction(None, [], scale=scale)
+    systems = make_variants(config)
+    layers, cuts = config.num_layers, config.reproduce.cuts
+    assert [s.config.pipeline.cut for s in systems[:4]] == 2 * [(0,), (layers // 2,)]
+    assert [s.config.pipeline.cut[0] for s in systems[4:-1]] == list(cuts)
+    whole = [s for s in systems if s.whole]
+    for system in whole:
+        allowed = {
+            "name", "data.padded_length", "pipeline.objective", "pipeline.schedule", "pipeline.cut",
+            "pipeline.head_location", "pipeline.micro_batch_size", "pipeline.num_micro_batches",
+            "pipeline.wire",
+        }  # fmt: skip
+        assert set(diff(whole[0].config, system.config)) <= allowed
+        assert system.config.blocks_per_step == whole[0].config.blocks_per_step
+
+
+def test_the_first_rounds_have_the_learning_rates_of_the_whole() -> None:
+    from fedpipe.pipeline.optimizer import learning_rate
+
+    config = load_reproduction(None, ["reproduce.timed_rounds=2"])
+    systems = {s.name: s for s in make_variants(config)}
+    short, whole = systems["fedbert-0-4-published"], systems["fedbert-0-4"]
+    rounds = config.federation.num_rounds
+    assert (short.config.federation.num_rounds, whole.config.federation.num_rounds) == (2, rounds)
+    for step in range(0, 200, 7):
+        rates = [
+            learning_rate(
+                s.config.optimizer, step, total_steps=100 * s.config.federation.num_rounds
+            )
+            for s in (short, whole)
+        ]
+        assert rates[0] == pytest.approx(rates[1], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scale", "huge"], "argument --scale: invalid choice: 'huge'"),
+        (["--seeds", "a"], "--seeds: expected whole numbers, got 'a'"),
+        (["--data", "/nowhere"], "evaluation.data: expected"),
+        (["reproduce.cuts=[4]"], "reproduce.cuts: expected layers 1..3"),
+        (["reproduce.cuts=[]"], "reproduce.cuts: expected one or more"),
+        (["reproduce.published_length=8"], "reproduce.published_length: expected data.sequence_le"),
+        (["reproduce.timed_rounds=99"], "reproduce.timed_rounds: expected at most"),
+        (["optimizer.decay=polynomial"], "reproduce.timed_rounds: expected 0 (all), or"),
+        (["federation.average.embeddings=false"], "federation.average.embeddings: expected true"),
+        (["data.padded_length=80"], "data.padded_length: expected 0 in a reproduction"),
+        (["data.valid=[]"], "data.valid: expected held-out text"),
+        (["data.train=[nowhere.txt]"], "fedbert-0-4-published: data.train"),
+        (["evaluation.tasks=[nothing]"], "evaluation.tasks: expected"),
+        (["model.hidden=3"], "model.hidden: unknown key"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_a_line_before_anything_starts(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = tmp_path / "run"
+    assert main(["reproduce", "fedbiobert", "--run-dir", str(run_dir), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not run_dir.exists()
+
+
+def test_another_experiment_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "bert"]) == 2
+    assert "invalid choice: 'bert'" in capsys.readouterr().err
+
+
+def test_a_seed_changes_the_seed_alone() -> None:
+    system = make_variants(load_reproduction(None, []))[0]
+    assert system.with_seed(3) == replace(system.config, seed=3)
