@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import itertools
 import json
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
+from fedpipe.data.lines import check_head, json_rows, one_line, shown, text_lines
 from fedpipe.data.sources import Columns, Source
 from fedpipe.errors import CorpusError
 
@@ -24,10 +20,7 @@ Document = tuple[str, str]
 NO_VALUE = "(none)"
 """Value of a document whose partition column is null."""
 
-_HEAD_BYTES = 1 << 20
-_TICK_LINES = 1024
 _ROWS = 256
-_SHOWN = 60
 
 
 def check(source: Source, *, columns: Columns) -> None:
@@ -45,7 +38,7 @@ def check(source: Source, *, columns: Columns) -> None:
     elif source.kind == "folder":
         columns.require(_folder_columns(source), where=source.path)
     elif source.kind != "hub":
-        _check_head(source)
+        check_head(source.path, key=source.key)
         first = next(read(source, columns=columns), None)
         if first is None:
             raise CorpusError(
@@ -72,7 +65,7 @@ def read(
     """
     if source.kind == "txt":
         columns.require([columns.text], where=f"{source.path}, which is plain text")
-        for _, line in _lines(source, tick):
+        for _, line in text_lines(source.path, key=source.key, tick=tick):
             if line.strip():
                 yield line, ""
     elif source.kind == "jsonl":
@@ -106,7 +99,7 @@ def open_dataset(source: Source) -> Dataset | IterableDataset:
         return datasets.load_dataset(name, split=split)
     except Exception as error:  # every backend of the hub raises classes of its own
         raise CorpusError(
-            f"{source.key}: expected a readable dataset, got {source.path!r}: {_one_line(error)}. "
+            f"{source.key}: expected a readable dataset, got {source.path!r}: {one_line(error)}. "
             "Where the network is closed, save it elsewhere with save_to_disk and name that folder."
         ) from error
 
@@ -124,7 +117,7 @@ def _read_rows(source: Source, columns: Columns) -> Iterator[Document]:
         except (OSError, ValueError) as error:
             raise CorpusError(
                 f"{source.key}: expected readable rows in {source.path!r}, got a fault after row "
-                f"{first_row - 1}: {_one_line(error)}. Write the file again."
+                f"{first_row - 1}: {one_line(error)}. Write the file again."
             ) from error
         if batch is None:
             return
@@ -140,19 +133,7 @@ def _read_rows(source: Source, columns: Columns) -> Iterator[Document]:
 def _read_jsonl(
     source: Source, columns: Columns, tick: Callable[[int], None] | None
 ) -> Iterator[Document]:
-    for number, line in _lines(source, tick):
-        if not line or line.isspace():
-            continue
-        where = f"{source.path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise CorpusError(
-                f"{source.key}: expected a JSON object per line, got {_shown(line)} in {where}. "
-                "Correct the line, or rename the file to .txt if it is plain text."
-            )
+    for where, line, row in json_rows(source.path, key=source.key, tick=tick):
         if columns.text not in row or (columns.partition and columns.partition not in row):
             columns.require(row, where=where)
         text = row[columns.text]
@@ -172,61 +153,9 @@ def _document(
     if not isinstance(text, str):
         raise CorpusError(
             f"data.text_column: expected text in column {columns.text!r} of {where}, "
-            f"got {_shown(repr(text))}. Choose the column that holds the documents."
+            f"got {shown(repr(text))}. Choose the column that holds the documents."
         )
     return text, NO_VALUE if value is None else str(value)
-
-
-def _lines(source: Source, tick: Callable[[int], None] | None) -> Iterator[tuple[int, str]]:
-    """Read numbered lines without their end; a byte order mark is dropped."""
-    with _opened(source) as (stream, raw):
-        for number, line in enumerate(stream, start=1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if b"\0" in line:
-                raise _binary(source, number)
-            try:
-                yield number, line.rstrip(b"\r\n").decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise _not_utf8(source, number, line[error.start]) from error
-            if tick is not None and number % _TICK_LINES == 0:
-                tick(raw.tell())
-
-
-@contextmanager
-def _opened(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Open a text file; gives the unpacked stream and the file itself."""
-    try:
-        with open(source.path, "rb") as raw:
-            if not source.path.endswith(".gz"):
-                yield raw, raw
-                return
-            with gzip.open(raw, "rb") as stream:
-                yield stream, raw  # type: ignore[misc]  # a GzipFile reads like any binary file
-    except (OSError, EOFError, zlib.error) as error:
-        raise CorpusError(
-            f"{source.key}: expected a readable file, got {source.path!r}: {_one_line(error)}. "
-            "Check its permissions, or pack it again."
-        ) from error
-
-
-def _check_head(source: Source) -> None:
-    """Decode the first megabyte, before any line is parsed."""
-    with _opened(source) as (stream, _):
-        head = stream.read(_HEAD_BYTES)
-    if not head:
-        raise CorpusError(
-            f"{source.key}: expected text, got the empty archive {source.path!r}. "
-            "Remove it from the list or fill it."
-        )
-    zero = head.find(b"\0")
-    if zero >= 0:
-        raise _binary(source, head.count(b"\n", 0, zero) + 1)
-    try:
-        # Not final: the cut at a megabyte may fall inside a character.
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError as error:
-        raise _not_utf8(source, head.count(b"\n", 0, error.start) + 1, head[error.start]) from error
 
 
 def _parquet_columns(source: Source) -> list[str]:
@@ -236,7 +165,7 @@ def _parquet_columns(source: Source) -> list[str]:
         return list(pyarrow.parquet.read_schema(source.path).names)
     except (OSError, ValueError) as error:
         raise CorpusError(
-            f"{source.key}: expected a Parquet file, got {source.path!r}: {_one_line(error)}. "
+            f"{source.key}: expected a Parquet file, got {source.path!r}: {one_line(error)}. "
             "Write the file again."
         ) from error
 
@@ -250,27 +179,3 @@ def _folder_columns(source: Source) -> list[str]:
             f"{source.key}: expected a folder written by save_to_disk, got {source.path!r} with an "
             "unreadable dataset_info.json. Save the dataset again."
         ) from error
-
-
-def _binary(source: Source, line: int) -> CorpusError:
-    return CorpusError(
-        f"{source.key}: expected text, got a NUL byte (binary data) in {source.path}:{line}. "
-        "Remove the file from the list or convert it to text."
-    )
-
-
-def _not_utf8(source: Source, line: int, byte: int) -> CorpusError:
-    return CorpusError(
-        f"{source.key}: expected UTF-8 text, got the byte 0x{byte:02x} in {source.path}:{line}. "
-        "Convert the file, for example with iconv -f latin1 -t utf-8."
-    )
-
-
-def _shown(line: str) -> str:
-    return repr(line if len(line) <= _SHOWN else line[:_SHOWN] + "...")
-
-
-def _one_line(error: BaseException) -> str:
-    """Shorten an exception of a library to its first line, without the full stop."""
-    text = next(itertools.chain(str(error).splitlines(), [""]))
-    return f"{type(error).__name__}: {text}".rstrip(". ")

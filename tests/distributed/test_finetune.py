@@ -417,7 +417,7 @@ def test_damaged_texts_and_other_formats_are_refused(tmp_path: Path, base: list[
     model, texts = small_folder(tmp_path / "gpt2", "gpt2"), small_texts(tmp_path / "texts")
     (texts / "texts.train.jsonl").write_text('{"text": "bad"}\n[]\n', encoding="utf-8")
     own = (f"model.path={model}", f"task.data={texts}", "task.name=causal-lm")
-    with pytest.raises(CorpusError, match=r"^task.data: expected JSON objects, got a fault after"):
+    with pytest.raises(CorpusError, match=r"^task.data: expected a JSON object per line, got"):
         set_up(tmp_path / "run", base, *own)
     tables = tmp_path / "sst2"
     tables.mkdir()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fedpipe.data.lines import json_rows, text_lines
 from fedpipe.data.tasks.files import TaskFiles, check_splits, split_of
 from fedpipe.data.tasks.registry import Task, tag_names
 from fedpipe.errors import CorpusError
@@ -16,6 +15,7 @@ from fedpipe.errors import CorpusError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_KEY = "evaluation.data"
 _SHOWN = 60
 
 
@@ -96,7 +96,7 @@ def _rows(files: TaskFiles) -> Iterator[tuple[str, Iterator[Row]]]:
         if files.format == "saved":
             yield split, _dataset_rows(files.task, _load_saved(path), path)
         elif files.format == "jsonl":
-            yield split, _jsonl_rows(path)
+            yield split, ((where, row) for where, _, row in json_rows(path, key=_KEY))
         elif files.format == "conll":
             yield split, _conll_rows(path)
         else:
@@ -104,36 +104,8 @@ def _rows(files: TaskFiles) -> Iterator[tuple[str, Iterator[Row]]]:
 
 
 def _lines(path: str) -> Iterator[tuple[str, str]]:
-    """Read a text file line by line, without ends of line, each with its place."""
-    number = 0
-    try:
-        opened = gzip.open(path, "rt", encoding="utf-8-sig", newline="\n") if path.endswith(
-            ".gz"
-        ) else open(path, encoding="utf-8-sig", newline="\n")  # fmt: skip
-        with opened as file:
-            for number, line in enumerate(file, start=1):
-                yield f"{path}:{number}", line.rstrip("\r\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise CorpusError(
-            f"evaluation.data: expected readable UTF-8 text, got a fault after line {number} of "
-            f"{path}: {' '.join(str(error).split())}. Write the file again."
-        ) from error
-
-
-def _jsonl_rows(path: str) -> Iterator[Row]:
-    for where, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise CorpusError(
-                f"evaluation.data: expected a JSON object per line, got {line[:_SHOWN]!r} in "
-                f"{where}. Correct the line."
-            )
-        yield where, row
+    for number, line in text_lines(path, key=_KEY):
+        yield f"{path}:{number}", line
 
 
 def _conll_rows(path: str) -> Iterator[Row]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fedpipe.config.finetune import TaskConfig
+from fedpipe.data.lines import json_rows
 from fedpipe.data.tasks.files import TaskFiles
 from fedpipe.data.tasks.reading import Example
 from fedpipe.data.tasks.registry import Defaults, Task
@@ -79,25 +79,11 @@ def _find(folder: Path, names: Sequence[str]) -> Path:
     )
 
 
-def _rows(path: Path) -> list[tuple[str, dict[str, object]]]:
-    opened = gzip.open if path.suffix == ".gz" else open
-    rows = []
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("no JSON object")
-                rows.append((f"{path}:{number}", row))
-    except (OSError, EOFError, ValueError) as error:
-        raise CorpusError(
-            f"task.data: expected JSON objects, got a fault after line {len(rows)} of {path}"
-            f" ({' '.join(str(error).split())}). Write the file again."
-        ) from error
-    return rows
+def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    return [(where, row) for where, _, row in json_rows(str(path), key="task.data")]
 
 
-def _cell(row: dict[str, object], column: str, where: str) -> str:
+def _cell(row: dict[str, Any], column: str, where: str) -> str:
     value = row.get(column)
     if value is None or (column == "text" and not isinstance(value, str)):
         raise CorpusError(

@@ -1,0 +1,140 @@
+"""Text files line by line and row by row, every fault named with its file and line. No torch."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+from fedpipe.errors import CorpusError
+
+_HEAD_BYTES = 1 << 20
+_TICK_LINES = 1024
+_SHOWN = 60
+
+
+def json_rows(
+    path: str, *, key: str, tick: Callable[[int], None] | None = None
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Read JSON lines; empty ones are left out.
+
+    Args:
+        path: A file, packed if its name ends with .gz.
+        key: Of the configuration, for errors.
+        tick: Called now and then with the bytes read so far.
+
+    Yields:
+        Where the row stands, its line, and the row.
+
+    Raises:
+        CorpusError: A line is no JSON object, or the file cannot be read.
+    """
+    for number, line in text_lines(path, key=key, tick=tick):
+        if not line or line.isspace():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise CorpusError(
+                f"{key}: expected a JSON object per line, got {shown(line)} in {where}. Correct "
+                "the line, or rename the file if it is not JSON lines."
+            )
+        yield where, line, row
+
+
+def text_lines(
+    path: str, *, key: str, tick: Callable[[int], None] | None = None
+) -> Iterator[tuple[int, str]]:
+    """Read numbered lines without their end; a byte order mark is dropped.
+
+    Arguments are those of ``json_rows``.
+
+    Raises:
+        CorpusError: The file cannot be read, is binary or is not UTF-8.
+    """
+    with _opened(path, key) as (stream, raw):
+        for number, line in enumerate(stream, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if b"\0" in line:
+                raise _binary(path, key, number)
+            try:
+                yield number, line.rstrip(b"\r\n").decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, key, number, line[error.start]) from error
+            if tick is not None and number % _TICK_LINES == 0:
+                tick(raw.tell())
+
+
+def check_head(path: str, *, key: str) -> None:
+    """Decode the first megabyte, before any line is parsed.
+
+    Raises:
+        CorpusError: As of ``text_lines``, or it is empty.
+    """
+    with _opened(path, key) as (stream, _):
+        head = stream.read(_HEAD_BYTES)
+    if not head:
+        raise CorpusError(
+            f"{key}: expected text, got the empty archive {path!r}. Remove it from the list or "
+            "fill it."
+        )
+    zero = head.find(b"\0")
+    if zero >= 0:
+        raise _binary(path, key, head.count(b"\n", 0, zero) + 1)
+    try:
+        # Not final: the cut at a megabyte may fall inside a character.
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError as error:
+        number = head.count(b"\n", 0, error.start) + 1
+        raise _not_utf8(path, key, number, head[error.start]) from error
+
+
+@contextmanager
+def _opened(path: str, key: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Open a text file; gives the unpacked stream and the file itself."""
+    try:
+        with open(path, "rb") as raw:
+            if not path.endswith(".gz"):
+                yield raw, raw
+                return
+            with gzip.open(raw, "rb") as stream:
+                yield stream, raw  # type: ignore[misc]  # a GzipFile reads like any binary file
+    except (OSError, EOFError, zlib.error) as error:
+        raise CorpusError(
+            f"{key}: expected a readable file, got {path!r}: {one_line(error)}. Check its "
+            "permissions, or pack it again."
+        ) from error
+
+
+def _binary(path: str, key: str, line: int) -> CorpusError:
+    return CorpusError(
+        f"{key}: expected text, got a NUL byte (binary data) in {path}:{line}. Remove the file "
+        "from the list or convert it to text."
+    )
+
+
+def _not_utf8(path: str, key: str, line: int, byte: int) -> CorpusError:
+    return CorpusError(
+        f"{key}: expected UTF-8 text, got the byte 0x{byte:02x} in {path}:{line}. Convert the "
+        "file, for example with iconv -f latin1 -t utf-8."
+    )
+
+
+def shown(text: str) -> str:
+    """Shorten a text for an error."""
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
+
+
+def one_line(error: BaseException) -> str:
+    """Shorten an exception of a library to its first line, without the full stop."""
+    text = next(itertools.chain(str(error).splitlines(), [""]))
+    return f"{type(error).__name__}: {text}".rstrip(". ")
