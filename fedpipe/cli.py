@@ -151,8 +151,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--count", action="store_true", help=text)
         if name in _GRIDS:
             options.add_grid(command, text=_GRIDS[name])
-        if name == "evaluate":
+        if name in ("evaluate", "submit"):
             options.add_evaluation(command)
+        if name == "evaluate":
+            options.add_comparison(command)
         if name in ("sweep", "submit", "evaluate"):
             options.add_parallel(command)
         command.set_defaults(run=run)
@@ -212,32 +214,28 @@ def _throughput(args: argparse.Namespace) -> int:
 
 def _submit(args: argparse.Namespace) -> int:
     from fedpipe.launcher.external import RunRequest
-    from fedpipe.launcher.submit import submit
+    from fedpipe.launcher.submittable import submit_request
     from fedpipe.workflows.throughput.report import ThroughputSettings
 
-    if args.grid and args.task != "sweep":
-        raise ConfigError(
-            f"--grid: expected submit sweep, got submit {args.task}. Change the task."
-        )
-    request = RunRequest(
-        task=args.task,
-        config_path=args.config,
-        overrides=args.overrides,
-        run_dir=args.run_dir,
-        preset=args.preset,
-        settings=ThroughputSettings(
-            repetitions=args.repetitions, num_steps=args.steps, emulate_ms=args.emulate_ms
+    return submit_request(
+        RunRequest(
+            task=args.task,
+            config_path=args.config,
+            overrides=args.overrides,
+            run_dir=args.run_dir,
+            preset=args.preset,
+            settings=ThroughputSettings(
+                repetitions=args.repetitions, num_steps=args.steps, emulate_ms=args.emulate_ms
+            ),
         ),
+        axes=args.grid,
+        chosen=_chosen(args),
+        profile_path=args.profile,
+        cluster=args.cluster,
+        parallel=args.parallel,
+        follows=args.follow,
+        show=_show,
     )
-    where = {
-        "profile_path": args.profile, "cluster": args.cluster, "follows": args.follow,
-        "show": _show,
-    }  # fmt: skip
-    if args.task == "sweep":
-        from fedpipe.launcher.array import submit_sweep
-
-        return submit_sweep(request, args.grid, parallel=args.parallel, **where)
-    return submit(request, **where)
 
 
 def _show(line: str) -> None:
@@ -267,6 +265,18 @@ def _evaluate(args: argparse.Namespace) -> int:
         return run_one(args.run_dir)
     from fedpipe.launcher.evaluate import evaluate
 
+    return evaluate(
+        args.config,
+        args.overrides,
+        args.run_dir,
+        preset=args.preset,
+        chosen=_chosen(args),
+        parallel=args.parallel,
+    )
+
+
+def _chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of ``EvaluationConfig`` that options set."""
     chosen: dict[str, Any] = {}
     if args.model:
         chosen["models"] = tuple(args.model)
@@ -276,14 +286,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         chosen["data"] = args.data
     if args.seeds is not None:
         chosen["seeds"] = _seeds(args.seeds)
-    return evaluate(
-        args.config,
-        args.overrides,
-        args.run_dir,
-        preset=args.preset,
-        chosen=chosen,
-        parallel=args.parallel,
-    )
+    return chosen
 
 
 def _reproduce(args: argparse.Namespace) -> int:
@@ -361,17 +364,14 @@ def _existing_run(args: argparse.Namespace) -> Path:
 
 
 _DEFAULT_DIRS = {"evaluate": "runs/NAME-evaluation", "reproduce": "runs/EXPERIMENT-SCALE"}
-_JOBS = ("pretrain", "throughput", "sweep")
+_JOBS = ("pretrain", "throughput", "sweep", "evaluate", "finetune")
 
-_RUNS = (
-    "every combination of the values is a run: pipeline.cut=[2],[4] seed=0,1,2; default: that of"
-    " the sweep in DIR"
-)
 _GRIDS = {
     "throughput": "measure every combination of the values, one after the other, and compare them:"
     " pipeline.cut=[1],[2] pipeline.micro_batch_size=8,16",
-    "sweep": _RUNS,
-    "submit": _RUNS,
+    "sweep": "every combination of the values is a run: pipeline.cut=[2],[4] seed=0,1,2; default:"
+    " that of the sweep in DIR",
+    "submit": "sweep and finetune: every combination of the values is a job of an array",
     "finetune": "run every combination of the values, one after the other, and compare them:"
     " method.name=lora,full seed=0,1",
 }
@@ -390,5 +390,5 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
         _reproduce,
         "run a published experiment with its baselines, and draw its figures",
     ),
-    "submit": (_submit, "run pretrain, throughput or sweep as jobs on SLURM, through submitit"),
+    "submit": (_submit, "run one of these commands as jobs on SLURM, through submitit"),
 }

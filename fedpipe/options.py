@@ -77,6 +77,10 @@ def add_evaluation(command: argparse.ArgumentParser) -> None:
         help="folder with the tasks' files, or hf:NAME; default: a packaged slice",
     )
     command.add_argument("--seeds", metavar="N,N", help="fine-tune each once per seed; default: 0")
+
+
+def add_comparison(command: argparse.ArgumentParser) -> None:
+    """Two evaluations to subtract."""
     command.add_argument(
         "--compare",
         metavar="RUN",

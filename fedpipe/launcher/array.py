@@ -1,33 +1,75 @@
-"""``fedpipe submit sweep``: the cells of a grid as job arrays."""
+"""Cells of a sweep, an evaluation or a grid of fine-tunings as job arrays."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import submitit
+
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
-from fedpipe.errors import ConfigError, FedPipeError, LaunchError
+from fedpipe.errors import FedPipeError
+from fedpipe.launcher.cells import check_all_done
 from fedpipe.launcher.external import RunRequest
-from fedpipe.launcher.follow import conclude
-from fedpipe.launcher.slurm import cells_in_queue, job_state
-from fedpipe.launcher.submit import Cluster, plan_job, send, slurm_job
-from fedpipe.metrics.format import count, number
-from fedpipe.metrics.sweep_report import read_result
+from fedpipe.launcher.follow import conclude, state_of
+from fedpipe.launcher.profile import JobShape, Profile
+from fedpipe.launcher.slurm import cells_in_queue
+from fedpipe.launcher.submit import Cluster, plan_job, result_here, send, slurm_job
+from fedpipe.metrics.format import count
 from fedpipe.workflows.run_dir import locked
-from fedpipe.workflows.sweep import Cell, Sweep, gather, prepare_texts, set_up_sweep
 
 JOBS_FILE = "logs/jobs.json"
-"""The job that every cell was submitted in last, below the directory of the sweep."""
+"""The job that every cell was submitted in last, below the directory of the array."""
 _PERIOD_S = 2.0
+_LOOK_S = 0.2
 
 
-def submit_sweep(
-    request: RunRequest,
-    axes: Sequence[str],
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArrayCell:
+    """One job of an array."""
+
+    name: str
+    """Of its folder."""
+    run_dir: Path
+    grid: Grid
+    """The job's tasks."""
+    workers: int = 1
+    """Processes that each task starts itself."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Array:
+    """Cells that have been checked, whatever they are."""
+
+    task: str
+    """What a user calls all of them: sweep, evaluate, finetune."""
+    job_task: str
+    """What a job does of it."""
+    name: str
+    """Of the jobs, in the queue."""
+    directory: Path
+    cells: tuple[ArrayCell, ...]
+    is_done: Callable[[str], bool]
+    """Tells of a cell by its name."""
+    prepare: Callable[[Sequence[str]], None]
+    """Makes everything ready that the cells about to be submitted read."""
+    gather: Callable[[], str]
+    """Writes the tables of what is done; returns what a terminal shows of them."""
+    outcome: Callable[[str], str]
+    """Says what a finished cell has reached."""
+
+    def pending(self) -> list[ArrayCell]:
+        """Cells that are not done, in their order."""
+        return [cell for cell in self.cells if not self.is_done(cell.name)]
+
+
+def submit_array(
+    array: Array,
     *,
     profile_path: str | None,
     cluster: Cluster,
@@ -35,13 +77,12 @@ def submit_sweep(
     follows: bool,
     show: Callable[[str], None],
 ) -> int:
-    """Submit the cells of a sweep that are neither done nor in the queue; gather what is done.
+    """Submit the cells that are neither done nor in the queue; gather what is done.
 
     Args:
-        request: The configuration that the grid is laid over.
-        axes: The grid; empty for that of the sweep in the run directory.
-        profile_path: YAML of submitit's parameters.
-        cluster: slurm; on this machine ``fedpipe sweep`` runs cells.
+        array: The cells.
+        profile_path: YAML of submitit's parameters; None only where there is no scheduler.
+        cluster: Where. Without a scheduler the command lasts as long as its cells.
         parallel: Cells that may run at once; None sets no limit.
         follows: Wait for all cells, and say how each has ended.
         show: Shows a line.
@@ -53,94 +94,135 @@ def submit_sweep(
         FedPipeError: What the user can mend; nothing has been submitted.
         LaunchError: Cells have failed; the others are done.
     """
-    if cluster != "slurm":
-        raise ConfigError(
-            f"--cluster: expected slurm for a sweep, got {cluster}. On this machine use: fedpipe "
-            "sweep --parallel N"
-        )
-    sweep = set_up_sweep(
-        request.config_path, request.overrides, axes, request.run_dir, preset=request.preset
-    )
-    jobs = _read_jobs(sweep.directory)
+    jobs = _read_jobs(array.directory) if cluster == "slurm" else {}
     queued = cells_in_queue(list(jobs.values()))
-    new = [cell for cell in sweep.pending() if jobs.get(cell.name) not in queued]
-    shapes = [plan_job(Grid.from_config(c.config), profile_path=profile_path, cluster=cluster)
-              for c in new]  # fmt: skip
+    new = [cell for cell in array.pending() if jobs.get(cell.name) not in queued]
+    plans = {
+        size: plan_job(size[0], workers=size[1], profile_path=profile_path, cluster=cluster)
+        for size in dict.fromkeys((cell.grid, cell.workers) for cell in new)
+    }
     if new:
-        with locked(sweep.directory):
-            prepare_texts(new)
+        with locked(array.directory):
+            array.prepare([cell.name for cell in new])
     # An array has one shape; cells of another number of processes are an array of their own.
-    for shape in dict.fromkeys(shape for _, shape in shapes):
-        cells = [cell for cell, (_, other) in zip(new, shapes, strict=True) if other == shape]
-        sent = send(
-            [RunRequest(run_dir=str(cell.run_dir)) for cell in cells],
-            folder=sweep.directory / "logs", name=cells[0].config.name, profile=shapes[0][0],
-            shape=shape, cluster=cluster, parallel=parallel,
-        )  # fmt: skip
-        jobs |= {cell.name: job.job_id for cell, job in zip(cells, sent, strict=True)}
-        _write_jobs(sweep.directory, jobs)
-        array = sent[0].job_id.partition("_")[0]
-        show(f"job     {array} on slurm: {count(len(cells), 'cell')}, each {shape}")
-    waiting = {cell.name for cell in sweep.pending()} - {cell.name for cell in new}
-    if waiting:
-        show(f"queue   {count(len(waiting), 'cell')} of an earlier submission")
-    show(f"logs    {sweep.directory / 'logs'}/JOB_CELL_RANK_log.out, .err")
-    show(f"sweep   {sweep.directory}")
-    code = _follow(sweep, jobs, show=show) if follows else 0
-    show(gather(sweep))
-    if code == 0 and not follows and sweep.pending():
-        show("the same command gathers again, and submits what is neither done nor in the queue")
-    return code
-
-
-def _follow(sweep: Sweep, jobs: dict[str, str], *, show: Callable[[str], None]) -> int:
-    """Wait for the cells that are not done.
-
-    Returns:
-        0 when all are done, 75 when the others were interrupted.
-
-    Raises:
-        LaunchError: Some have failed.
-    """
-    waiting = {cell.name: cell for cell in sweep.pending()}
-    failed: list[str] = []
+    arrays = [
+        ([cell for cell in new if (cell.grid, cell.workers) == size], *plan)
+        for size, plan in plans.items()
+    ]
+    if cluster == "slurm":
+        for cells, profile, shape in arrays:
+            sent = _send(array, cells, profile, shape, cluster=cluster, parallel=parallel)
+            jobs |= {cell.name: job.job_id for cell, job in zip(cells, sent, strict=True)}
+            _write_jobs(array.directory, jobs)
+            first = sent[0].job_id.partition("_")[0]
+            show(f"job     {first} on slurm: {count(len(cells), 'cell')}, each {shape}")
+        waiting = len(array.pending()) - len(new)
+        if waiting > 0:
+            show(f"queue   {count(waiting, 'cell')} of an earlier submission")
+    show(f"logs    {array.directory / 'logs'}/JOB_CELL_RANK_log.out, .err")
+    show(f"run     {array.directory}")
     try:
-        while waiting:
-            queued = cells_in_queue([jobs[name] for name in waiting])
-            for name in [name for name in waiting if jobs[name] not in queued]:
-                ended = _ended(waiting[name], sweep, jobs[name], show=show)
-                if ended is not None:
-                    del waiting[name]
-                    failed += [name] if ended == 1 else []
-            time.sleep(_PERIOD_S)
+        if cluster != "slurm":
+            failed = _run_here(array, arrays, cluster=cluster, parallel=parallel or 1, show=show)
+        elif follows:
+            failed = _follow(array, jobs, show=show)
+        else:
+            failed = []
     except KeyboardInterrupt:
-        show("the cells go on; the same command follows them again, scancel ends them")
+        show("the cells at work go on; the same command takes up the others")
         return EXIT_INTERRUPTED
+    show(array.gather())
     if failed:
-        gather(sweep)
-        raise LaunchError(
-            f"sweep: expected {count(len(sweep.cells), 'finished cell')}, got "
-            f"{len(sweep.cells) - len(sweep.pending())}: failed are {', '.join(failed)}. The same "
-            "command submits them again"
-        )
-    return EXIT_INTERRUPTED if sweep.pending() else 0
+        check_all_done(array.task, array, way_out="The same command submits them again")
+    waited = follows or cluster != "slurm"
+    if waited or not array.pending():
+        return EXIT_INTERRUPTED if array.pending() else 0
+    show("the same command gathers again, and submits what is neither done nor in the queue")
+    return 0
 
 
-def _ended(cell: Cell, sweep: Sweep, job_id: str, *, show: Callable[[str], None]) -> int | None:
-    """Say how a cell has ended: 0, 75, 1; None if it has not, or nobody can tell just now."""
-    state = job_state(job_id)
-    if state is None or not state.has_ended:
-        return None
-    grid = Grid.from_config(cell.config)
-    job: Any = slurm_job(sweep.directory, job_id, num_tasks=grid.world_size)
+def _send(
+    array: Array,
+    cells: Sequence[ArrayCell],
+    profile: Profile,
+    shape: JobShape,
+    *,
+    cluster: Cluster,
+    parallel: int | None = None,
+) -> list[Any]:
+    return send(
+        [RunRequest(task=array.job_task, run_dir=str(cell.run_dir)) for cell in cells],
+        folder=array.directory / "logs", name=array.name, profile=profile, shape=shape,
+        cluster=cluster, parallel=parallel,
+    )  # fmt: skip
+
+
+def _run_here(
+    array: Array,
+    arrays: Sequence[tuple[Sequence[ArrayCell], Profile, JobShape]],
+    *,
+    cluster: Cluster,
+    parallel: int,
+    show: Callable[[str], None],
+) -> list[str]:
+    """Run cells as jobs of this machine, so many at a time; return the names of those that fail."""
+    waiting = [(cell, profile, shape) for cells, profile, shape in arrays for cell in cells]
+    running: list[tuple[ArrayCell, Any]] = []
+    failed: list[str] = []
+    while waiting or running:
+        while waiting and len(running) < parallel:
+            cell, profile, shape = waiting.pop(0)
+            (job,) = _send(array, [cell], profile, shape, cluster=cluster)
+            show(f"{time.strftime('%H:%M:%S')} cell {cell.name}: job {job.job_id} on {cluster}")
+            running.append((cell, job))
+        for cell, job in running.copy():
+            code = _ended(array, cell, job, show=show)
+            if code is not None:
+                running.remove((cell, job))
+                failed += [cell.name] if code == 1 else []
+        if running:
+            time.sleep(_LOOK_S)
+    return failed
+
+
+def _follow(array: Array, jobs: dict[str, str], *, show: Callable[[str], None]) -> list[str]:
+    """Wait for the cells in the queue; return the names of those that have failed."""
+    waiting = {cell.name: cell for cell in array.pending()}
+    failed: list[str] = []
+    while waiting:
+        queued = cells_in_queue([jobs[name] for name in waiting])
+        for name in [name for name in waiting if jobs[name] not in queued]:
+            cell = waiting[name]
+            job = slurm_job(array.directory, jobs[name], num_tasks=cell.grid.world_size)
+            code = _ended(array, cell, job, show=show)
+            if code is not None:
+                del waiting[name]
+                failed += [name] if code == 1 else []
+        time.sleep(_PERIOD_S)
+    return failed
+
+
+def _ended(array: Array, cell: ArrayCell, job: Any, *, show: Callable[[str], None]) -> int | None:
+    """Say how a cell has ended: 0, 75, 1; None if it has not, or nobody can tell just now.
+
+    A job of this process is run to its end.
+    """
     lines: list[str] = []
     try:
-        code = conclude(job, state, run_dir=cell.run_dir, grid=grid, show=lines.append)
+        if isinstance(job, submitit.DebugJob):
+            code = result_here(job)
+        else:
+            state = state_of(job)
+            if state is None or not state.has_ended:
+                return None
+            code = conclude(
+                job, state, run_dir=cell.run_dir, grid=cell.grid, show=lines.append, closing=list
+            )
     except FedPipeError as error:
         code, lines = 1, [str(error)]
     if code == 0:
-        lines = [f"done, loss {number(read_result(cell.run_dir).loss, 3)}"]
-    show(f"{time.strftime('%H:%M:%S')} cell {cell.name}: {lines[-1]}")
+        lines = [f"done, {array.outcome(cell.name)}"]
+    show(f"{time.strftime('%H:%M:%S')} cell {cell.name}: {(lines or ['interrupted'])[-1]}")
     return code
 
 

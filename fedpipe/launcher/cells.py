@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from fedpipe.errors import LaunchError
 from fedpipe.launcher.supervisor import Interrupted, Signals
 from fedpipe.metrics.console import RunConsole
-from fedpipe.metrics.format import duration
+from fedpipe.metrics.format import count, duration
 
 _LIBC = ctypes.CDLL(None)
 _LOOK_S = 0.1
@@ -30,6 +32,21 @@ class Cell(Protocol):
     @property
     def name(self) -> str:
         """Of its folder and its log."""
+
+
+class Plan(Protocol):
+    """What cells belong to."""
+
+    @property
+    def directory(self) -> Path:
+        """Where they are."""
+
+    @property
+    def cells(self) -> Sequence[Cell]:
+        """All of them, in their order."""
+
+    def pending(self) -> Sequence[Cell]:
+        """Those that are not done."""
 
 
 class CellProcess(Protocol):
@@ -214,6 +231,36 @@ class CellRunner:
         clock = time.strftime("%H:%M:%S")
         where = f"{self._number[name]}/{len(self._number)}"
         self._console.text(f"{clock} {where} cell {name} {what}")
+
+
+def again(task: str, directory: Path, *, parallel: int) -> str:
+    """Return the command that goes on with cells."""
+    several = ["--parallel", str(parallel)] if parallel > 1 else []
+    return shlex.join(["fedpipe", task, "--run-dir", str(directory), *several])
+
+
+def interrupted(plan: Plan | None, command: str) -> str:
+    """Say what is left of an interrupted plan, None for one that was not made yet."""
+    if plan is None:
+        return "interrupted; nothing was started: give the same command again"
+    done = len(plan.cells) - len(plan.pending())
+    cells = count(len(plan.cells), "cell")
+    return f"interrupted after {done} of {cells}; resume with: {command}"
+
+
+def check_all_done(task: str, plan: Plan, *, way_out: str) -> None:
+    """Name the cells that are left.
+
+    Raises:
+        LaunchError: There are some.
+    """
+    left = plan.pending()
+    if left:
+        raise LaunchError(
+            f"{task}: expected {count(len(plan.cells), 'finished cell')}, got "
+            f"{len(plan.cells) - len(left)}: not done are {', '.join(cell.name for cell in left)}."
+            f" {way_out}"
+        )
 
 
 def divide(cores: list[int], num_slots: int) -> list[set[int]]:

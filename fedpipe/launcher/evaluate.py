@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import sys
 import time
@@ -14,8 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.distributed.watch import EXIT_INTERRUPTED, STOP_SIGNALS
-from fedpipe.errors import ConfigError, FedPipeError, LaunchError
-from fedpipe.launcher.cells import CellRunner, Slot, save_when_the_parent_dies
+from fedpipe.errors import ConfigError, FedPipeError
+from fedpipe.launcher.cells import (
+    CellRunner,
+    Slot,
+    again,
+    check_all_done,
+    interrupted,
+    save_when_the_parent_dies,
+)
 from fedpipe.launcher.fork_server import fork_server
 from fedpipe.launcher.supervisor import Interrupted, Signals
 from fedpipe.metrics.console import RunConsole
@@ -78,7 +84,7 @@ def evaluate(
     config, directory = read_evaluation(
         config_path, overrides, run_dir, preset=preset, chosen=dict(chosen or {})
     )
-    again = _again(directory, parallel)
+    command = again("evaluate", directory, parallel=parallel)
     try:
         with signals.caught():
             plan = set_up_evaluation(
@@ -93,19 +99,13 @@ def evaluate(
                         gather=partial(gather, plan),
                     )  # fmt: skip
     except Interrupted:
-        console.text(_interrupted(plan, again))
+        console.text(interrupted(plan, command))
         return EXIT_INTERRUPTED
     finally:
         console.close()
     content = gather(plan)
     console.text(terminal_text(content))
-    left = plan.pending()
-    if left:
-        names = ", ".join(cell.name for cell in left)
-        raise LaunchError(
-            f"evaluate: expected {count(len(plan.cells), 'finished cell')}, got "
-            f"{len(plan.cells) - len(left)}: not done are {names}. Run them again with: {again}"
-        )
+    check_all_done("evaluate", plan, way_out=f"Run them again with: {command}")
     if not pending:
         console.text(f"nothing to do: all {count(len(plan.cells), 'cell')} are done")
     console.text(f"report  {directory / 'evaluation.html'}")
@@ -266,16 +266,3 @@ def _steps(path: Path) -> int:
         except (ValueError, KeyError):
             continue
     return 0
-
-
-def _again(directory: Path, parallel: int) -> str:
-    several = ["--parallel", str(parallel)] if parallel > 1 else []
-    return shlex.join(["fedpipe", "evaluate", "--run-dir", str(directory), *several])
-
-
-def _interrupted(plan: Evaluation | None, again: str) -> str:
-    if plan is None:
-        return "interrupted; nothing was started: give the same command again"
-    done = len(plan.cells) - len(plan.pending())
-    cells = count(len(plan.cells), "cell")
-    return f"interrupted after {done} of {cells}; resume with: {again}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from fedpipe.config.finetune import load_finetune
 from fedpipe.config.tree import parse_override
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
@@ -29,6 +31,7 @@ def finetune(
     *,
     preset: str | None = None,
     axes: Sequence[str] = (),
+    signals: Signals | None = None,
 ) -> int:
     """Fine-tune on this machine, or resume; the whole of ``fedpipe finetune``.
 
@@ -38,6 +41,7 @@ def finetune(
         run_dir: Directory of the run, or None.
         preset: What the YAML is laid over, or None.
         axes: A grid, ``section.key=value,value``; every combination is a run of its own.
+        signals: Caught meanwhile; for whoever wants to know which one has come.
 
     Returns:
         0 when everything is done, 75 when it was interrupted and can be resumed.
@@ -46,17 +50,16 @@ def finetune(
         FedPipeError: What the user can mend; nothing has been started.
         LaunchError: A process failed.
     """
-    _check_library()
-    console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
-    signals = Signals()
-    chosen = any(override.startswith("method.name=") for override in overrides)
-    if not (config_path or preset or axes or chosen or _is_run(run_dir) or _is_grid(run_dir)):
-        axes = EXAMPLE
+    check_library()
+    console = plain_console()
+    signals = signals or Signals()
     try:
         with signals.caught():
-            if axes or _is_grid(run_dir):
-                run_dir = _grid(config_path, overrides, run_dir, preset, axes, console, signals)
-                _show_comparison(Path(run_dir), console)
+            study = choose_cells(config_path, overrides, run_dir, preset=preset, axes=axes)
+            if study is not None:
+                run_dir = str(study[0])
+                _grid(*study, console, signals)
+                console.text(compare_runs(*study))
                 return 0
             directory = _one(config_path, overrides, run_dir, preset, console, signals)
     except Interrupted as where:
@@ -68,17 +71,25 @@ def finetune(
 
 def count_here() -> int:
     """Print what every method trains on every family's base model; return 0."""
-    _check_library()
+    check_library()
     from fedpipe.workflows.finetune.count import count_rows, count_table
 
-    console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
-    console.text(count_table(count_rows()))
+    plain_console().text(count_table(count_rows()))
     return 0
 
 
-def _check_library() -> None:
-    """Refuse to start without the library, which pins transformers and so is an extra."""
-    if find_spec("adapters") is None:
+def plain_console() -> RunConsole:
+    """Return a console of lines."""
+    return RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
+
+
+def check_library() -> None:
+    """Refuse to start without the library, which pins transformers and so is an extra.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    if "adapters" not in sys.modules and find_spec("adapters") is None:
         raise ConfigError(
             "finetune: expected the adapters library to be installed, got none. Install it: "
             "pip install -e '.[finetune]'."
@@ -108,8 +119,6 @@ def _one(
     signals: Signals,
 ) -> Path:
     """Run what is not done of one fine-tuning; return its directory."""
-    from fedpipe.config.finetune import load_finetune
-
     if not _is_run(run_dir):
         load_finetune(config_path, overrides, preset=preset)  # before anything is imported
     fork_server(FINETUNE_PRELOAD)
@@ -121,54 +130,80 @@ def _one(
         console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
         return setup.run_dir
     grid = Grid(num_stages=1, num_replicas=federation.num_replicas, data_parallel_degree=1)
-    shows: dict[str, Callable[[Any], None]] = {
-        "round": lambda record: console.text(_round_line(record, federation.num_rounds)),
-        "eval": lambda record: console.text(_score_line(record, federation.num_rounds)),
-        "note": console.text,
-    }
+    shows = round_lines(console, num_rounds=federation.num_rounds)
     with locked(setup.run_dir):
         supervise("finetune", setup, grid=grid, shows=shows, signals=signals)
     return setup.run_dir
 
 
-def _grid(
+def round_lines(console: RunConsole, *, num_rounds: int) -> dict[str, Callable[[Any], None]]:
+    """Return what shows the records of a fine-tuning, by their kind, a line each."""
+    return {
+        "round": lambda record: console.text(_round_line(record, num_rounds)),
+        "eval": lambda record: console.text(_score_line(record, num_rounds)),
+        "note": console.text,
+    }
+
+
+def choose_cells(
     config_path: str | None,
     overrides: Sequence[str],
     run_dir: str | None,
+    *,
     preset: str | None,
     axes: Sequence[str],
-    console: RunConsole,
-    signals: Signals,
-) -> str:
-    """Run the cells of a grid that are not done, one after another; return its directory."""
-    from fedpipe.config.finetune import load_finetune
+) -> tuple[Path, list[Cell]] | None:
+    """Find the grid that is asked for, checked cell by cell, and write a new one down.
 
-    if _is_grid(run_dir) and not axes:
-        assert run_dir is not None
-        directory, cells = Path(run_dir), read_cells(Path(run_dir))
-    else:
-        grid = parse_grid(axes)
-        check_grid(grid, overrides)
-        keys = [key for key, _ in grid]
-        combinations = product(*(values for _, values in grid))
-        cells = [
-            Cell(
-                name=_name(keys, values),
-                config_path=config_path, preset=preset,
-                overrides=[*overrides, *(f"{k}={v}" for k, v in zip(keys, values, strict=True))],
-            )
-            for values in combinations
-        ]  # fmt: skip
-        configs = [load_finetune(c.config_path, c.overrides, preset=c.preset) for c in cells]
-        directory = Path(run_dir or Path("runs") / configs[0].name)
-        write_cells(directory, cells)
+    Args:
+        config_path: YAML, or None.
+        overrides: ``section.key=value``.
+        run_dir: Directory of the grid, or None.
+        preset: What the YAML is laid over, or None.
+        axes: The grid; empty for that of the directory, or, if nothing else is asked for, the
+            example.
+
+    Returns:
+        Its directory and its cells; None where a single run is asked for.
+
+    Raises:
+        FedPipeError: What the user can mend.
+    """
+    chosen = any(override.startswith("method.name=") for override in overrides)
+    if not (config_path or preset or axes or chosen or _is_run(run_dir) or _is_grid(run_dir)):
+        axes = EXAMPLE
+    if not axes:
+        return (Path(run_dir), read_cells(Path(run_dir))) if run_dir and _is_grid(run_dir) else None
+    grid = parse_grid(axes)
+    check_grid(grid, overrides)
+    keys = [key for key, _ in grid]
+    cells = [
+        Cell(
+            name=_name(keys, values),
+            config_path=config_path, preset=preset,
+            overrides=[*overrides, *(f"{k}={v}" for k, v in zip(keys, values, strict=True))],
+        )
+        for values in product(*(values for _, values in grid))
+    ]  # fmt: skip
+    configs = [load_finetune(c.config_path, c.overrides, preset=c.preset) for c in cells]
+    directory = Path(run_dir or Path("runs") / configs[0].name)
+    write_cells(directory, cells)
+    return directory, cells
+
+
+def arguments_of(cell: Cell, directory: Path) -> tuple[str | None, list[str], str, str | None]:
+    """Return configuration, overrides, directory and preset of a cell; begun, its own count."""
+    path = str(directory / cell.name)
+    if _is_run(path):
+        return None, [], path, None
+    return cell.config_path, cell.overrides, path, cell.preset
+
+
+def _grid(directory: Path, cells: Sequence[Cell], console: RunConsole, signals: Signals) -> None:
+    """Run the cells of a grid that are not done, one after another."""
     for index, cell in enumerate(cells):
         console.text(f"{time.strftime('%H:%M:%S')} run {index + 1}/{len(cells)}: {cell.name}")
-        path = directory / cell.name
-        arguments = (None, []) if _is_run(str(path)) else (cell.config_path, cell.overrides)
-        preset = None if _is_run(str(path)) else cell.preset
-        _one(*arguments, str(path), preset, console, signals)
-    return str(directory)
+        _one(*arguments_of(cell, directory), console, signals)
 
 
 def _name(keys: Sequence[str], values: Sequence[str]) -> str:
@@ -204,19 +239,26 @@ def _score_line(record: dict[str, Any], num_rounds: int) -> str:
 
 
 def _show_result(directory: Path, console: RunConsole) -> None:
+    for line in finished_lines(directory):
+        console.text(line)
+
+
+def finished_lines(directory: Path) -> list[str]:
+    """Return what a finished run has to show: its scores, and where its model is."""
     from fedpipe.metrics.finetune_report import result_table
 
-    console.text(result_table([directory]))
-    for name in ("adapter", "base", "export"):
-        if (directory / name).is_dir():
-            console.text(f"{name:<8}{directory / name}")
-    console.text(f"report  {directory / 'report.html'}")
+    folders = [name for name in ("adapter", "base", "export") if (directory / name).is_dir()]
+    return [
+        result_table([directory]),
+        *(f"{name:<8}{directory / name}" for name in folders),
+        f"report  {directory / 'report.html'}",
+    ]
 
 
-def _show_comparison(directory: Path, console: RunConsole) -> None:
+def compare_runs(directory: Path, cells: Sequence[Cell]) -> str:
+    """Write the report that compares finished runs of a grid; return its table, for people."""
     from fedpipe.metrics.finetune_report import result_table, write_comparison
 
-    runs = [directory / cell.name for cell in read_cells(directory)]
+    runs = [directory / cell.name for cell in cells]
     write_comparison(directory, runs)
-    console.text(result_table(runs))
-    console.text(f"report  {directory / 'report.html'}")
+    return f"{result_table(runs)}\nreport  {directory / 'report.html'}"

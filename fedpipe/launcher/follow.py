@@ -6,18 +6,16 @@ Nothing here talks to the job's processes, so it may be left and taken up again 
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
 
-from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.activity import Roll
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
@@ -26,9 +24,7 @@ from fedpipe.launcher.jobs import STARTS
 from fedpipe.launcher.ranks import LOST_PEER
 from fedpipe.launcher.slurm import JobState, cells_in_queue, job_state
 from fedpipe.metrics.console import RunConsole
-from fedpipe.metrics.samples import samples_text
 from fedpipe.metrics.writer import METRICS_FILE
-from fedpipe.workflows.throughput.page import terminal_text
 
 _PERIOD_S = 1.0
 _SETTLE_S = 15.0
@@ -39,24 +35,32 @@ _SRUN_ERROR = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$", re.MUL
 _OUR_ERROR = re.compile(r"^(?:fedpipe\.errors\.)?([A-Z]\w*(?:Error|Exception|Exit)\b.*)$", re.M)
 
 
+Shows = Mapping[str, Callable[[dict[str, Any]], None]]
+"""What shows a record of a run, by its kind."""
+Closing = Callable[[], Sequence[str]]
+"""Returns what a finished run has to show."""
+
+
 def follow(
     job: Any,
     *,
     run_dir: Path,
-    config: RunConfig,
     grid: Grid,
+    console: RunConsole,
+    shows: Shows,
     show: Callable[[str], None],
-    task: str = "pretrain",
+    closing: Closing,
 ) -> int:
     """Show a job's progress until it has ended for good; requeued, it is waited for.
 
     Args:
         job: submitit's.
         run_dir: Directory of the run.
-        config: The run.
         grid: Its processes, for names.
+        console: Where the run is shown.
+        shows: What of it is.
         show: Shows a line about the job itself.
-        task: What the job does: pretrain or throughput.
+        closing: What a finished run has to show.
 
     Returns:
         0 when the run is done, 75 when it was interrupted and can be resumed.
@@ -65,14 +69,7 @@ def follow(
         LaunchError: The job failed; says which rank, why, and where its log is.
         FedPipeError: What the job could not work with, as its ranks said.
     """
-    console = RunConsole(
-        num_rounds=config.federation.num_rounds,
-        steps_per_round=config.federation.num_local_steps
-        * math.ceil(config.federation.clients_per_round / grid.num_replicas),
-        num_stages=config.pipeline.num_virtual_stages,
-        log_every=config.log.every,
-    )
-    progress = Progress(run_dir / METRICS_FILE, console)
+    progress = Progress(run_dir / METRICS_FILE, shows)
     announce = _Announcer(job.job_id, console.text)
     try:
         while True:
@@ -92,18 +89,15 @@ def follow(
         return EXIT_INTERRUPTED
     finally:
         console.close()
-    return conclude(job, state, run_dir=run_dir, grid=grid, show=show, task=task)
+    return conclude(job, state, run_dir=run_dir, grid=grid, show=show, closing=closing)
 
 
 class Progress:
-    """Hands new records of a run to a console."""
+    """Hands new records of a run to what shows them."""
 
-    def __init__(self, path: Path, console: RunConsole) -> None:
+    def __init__(self, path: Path, shows: Shows) -> None:
         """Start at the end of what is there: it is history."""
-        self._path = path
-        self._shows: dict[str, Callable[[dict[str, Any]], None]] = {
-            "step": console.step, "round": console.round, "eval": console.evaluation,
-        }  # fmt: skip
+        self._path, self._shows = path, shows
         self._offset = path.stat().st_size if path.is_file() else 0
 
     def read(self) -> None:
@@ -172,7 +166,7 @@ def conclude(
     run_dir: Path,
     grid: Grid,
     show: Callable[[str], None],
-    task: str = "pretrain",
+    closing: Closing,
 ) -> int:
     """Find out how a job has ended.
 
@@ -184,7 +178,7 @@ def conclude(
     """
     code = _result(job) if state.state == "COMPLETED" else None
     if code == 0:
-        for line in closing_lines(run_dir, task):
+        for line in closing():
             show(line)
         return 0
     why = _INTERRUPTED.get(state.state)
@@ -198,19 +192,6 @@ def conclude(
     if failure is None:
         raise _unexplained(job, state, run_dir=run_dir)
     raise failure.error(job, grid=grid, run_dir=run_dir)
-
-
-def closing_lines(run_dir: Path, task: str) -> list[str]:
-    """What a finished run has to show: held-out words, model and report, or a measurement."""
-    if task == "throughput":
-        folder = run_dir / "throughput"
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        return [terminal_text(report), f"report  {folder / 'report.html'}"]
-    return [
-        samples_text(run_dir),
-        f"model   {run_dir / 'export'}",
-        f"report  {run_dir / 'report.html'}",
-    ]
 
 
 _INTERRUPTED = {

@@ -1,4 +1,4 @@
-"""What submitit runs on a cluster: one rank per task, and what requeues the job.
+"""What submitit runs on a cluster: one rank per task or a whole command, and what requeues the job.
 
 Everything that a job needs lies in its run directory, so a requeued job is the same job again: it
 reads ``config.yaml`` and goes on from the newest checkpoint, whether it could save before it was
@@ -18,12 +18,13 @@ from typing import Any
 
 import submitit
 
-from fedpipe.checkpoint import Position
-from fedpipe.distributed.env import detect
+from fedpipe.checkpoint import Checkpoint, Position, find_latest
+from fedpipe.distributed.binding import bind
+from fedpipe.distributed.env import ProcessEnv, detect
 from fedpipe.distributed.watch import EXIT_INTERRUPTED, StopSignals
 from fedpipe.errors import LaunchError
-from fedpipe.launcher.external import RunRequest, run_rank
-from fedpipe.workflows.run_dir import RunSetup
+from fedpipe.launcher.external import Ended, RunRequest, run_rank
+from fedpipe.launcher.supervisor import Interrupted, Signals
 
 ATTEMPTS_FILE = "logs/attempts.jsonl"
 """Where every start of every job of a run left off, below the run directory."""
@@ -33,10 +34,11 @@ STARTS = "fedpipe starts as"
 """Opens the part of a job's log that belongs to one attempt."""
 _KILLED_WITHIN_S = 900.0
 """SIGTERM announces the end: scancel's comes after KillWait, pre-emption's after GraceTime."""
+_ALONE = ProcessEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, rendezvous="")
 
 
-class RankJob(submitit.helpers.Checkpointable):
-    """One rank of a run; submitit pickles it and calls it in every task of the job."""
+class _Job(submitit.helpers.Checkpointable):
+    """Part of a run; submitit pickles it and calls it in every task of the job."""
 
     def __init__(self, request: RunRequest) -> None:
         """Remember what to run.
@@ -47,7 +49,7 @@ class RankJob(submitit.helpers.Checkpointable):
         self.request = request
 
     def __call__(self) -> int:
-        """Run this rank, and see to it that an interrupted job comes back.
+        """Do this task's part, and see to it that an interrupted job comes back.
 
         A warning (SIGUSR2: time limit, pre-emption) saves and requeues. SIGTERM saves and waits for
         the end, because only SLURM knows whether it cancels the job or requeues it by itself.
@@ -65,14 +67,8 @@ class RankJob(submitit.helpers.Checkpointable):
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN))
         if job.global_rank == 0:
             sys.stderr.write(f"{STARTS} job {job.job_id}\n")  # srun's own messages follow it
-        _set_up_environment(job)
         requeue = signal.getsignal(signal.SIGUSR2)
-        ended = run_rank(
-            self.request,
-            env=detect(),
-            signals=StopSignals(),
-            on_set_up=lambda setup: note_attempt(setup, job_id=job.job_id),
-        )
+        ended = self._run(job)
         if ended.code == EXIT_INTERRUPTED:
             if ended.signal == signal.SIGUSR2:
                 signal.signal(signal.SIGUSR2, requeue)
@@ -80,6 +76,51 @@ class RankJob(submitit.helpers.Checkpointable):
             elif ended.signal == signal.SIGTERM and job.cluster == "slurm":
                 time.sleep(_KILLED_WITHIN_S)
         return ended.code
+
+    def _run(self, job: Any) -> Ended:
+        raise NotImplementedError
+
+
+class RankJob(_Job):
+    """One rank of a run: every task of the job is one."""
+
+    def _run(self, job: Any) -> Ended:
+        _set_up_environment(job)
+        return run_rank(
+            self.request,
+            env=detect(),
+            signals=StopSignals(),
+            on_set_up=lambda setup: note_attempt(
+                setup.run_dir, setup.checkpoint, job_id=job.job_id
+            ),
+        )
+
+
+class CommandJob(_Job):
+    """A command in the only task of the job: an evaluation's cell, a fine-tuning, its workers."""
+
+    def _run(self, job: Any) -> Ended:
+        from fedpipe.launcher.evaluate import run_one
+        from fedpipe.launcher.finetune import finetune
+
+        run_dir = str(self.request.run_dir)
+        note_attempt(Path(run_dir), find_latest(Path(run_dir))[0], job_id=job.job_id)
+        signals = Signals()
+        try:
+            if self.request.task == "finetune":
+                code = finetune(None, [], run_dir, signals=signals)
+            else:
+                bind(_ALONE)
+                with signals.caught():
+                    code = run_one(run_dir)
+        except Interrupted:
+            code = EXIT_INTERRUPTED
+        return Ended(code=code, signal=signals.number)
+
+
+def job_of(request: RunRequest) -> _Job:
+    """Return what a job does for a request: as many ranks as it has tasks, or a command."""
+    return (CommandJob if request.task in ("evaluate", "finetune") else RankJob)(request)
 
 
 def _set_up_environment(job: Any) -> None:
@@ -106,19 +147,20 @@ def own_gpu(environ: Mapping[str, str], *, local_rank: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": visible[local_rank]}
 
 
-def note_attempt(setup: RunSetup, *, job_id: str) -> None:
+def note_attempt(run_dir: Path, checkpoint: Checkpoint | None, *, job_id: str) -> None:
     """Write down where a job starts, and refuse to go on for ever without getting anywhere.
 
     Args:
-        setup: The run, before it trains.
+        run_dir: Directory of the run, before it trains.
+        checkpoint: Where it goes on; None from the start.
         job_id: The same for every attempt of a requeued job.
 
     Raises:
         LaunchError: Its last ``MAX_IDLE_ATTEMPTS`` starts were all from where it stands now.
     """
-    position = setup.checkpoint.position if setup.checkpoint else Position()
+    position = checkpoint.position if checkpoint else Position()
     here = {"job": job_id, "round": position.round_id, "step": position.step}
-    path = setup.run_dir / ATTEMPTS_FILE
+    path = run_dir / ATTEMPTS_FILE
     path.parent.mkdir(exist_ok=True)
     last = _attempts(path)[-MAX_IDLE_ATTEMPTS:]
     if len(last) == MAX_IDLE_ATTEMPTS and all(entry == here for entry in last):

@@ -57,11 +57,13 @@ class Profile:
         """Value of a parameter; one for SLURM only wins over the general one."""
         return self.parameters.get(f"slurm_{name}", self.parameters.get(name, default))
 
-    def shape(self, grid: Grid) -> JobShape:
+    def shape(self, grid: Grid, *, workers: int = 1) -> JobShape:
         """Return how many nodes a grid takes.
 
         Args:
             grid: The processes.
+            workers: Processes that each of them starts itself, on its own node; each takes what the
+                profile gives a rank.
 
         Returns:
             Full nodes, or a part of a single one.
@@ -83,8 +85,8 @@ class Profile:
         return JobShape(
             nodes=world_size // tasks,
             tasks_per_node=tasks,
-            gpus_per_node=min(gpus, tasks) if tasks < per_node else gpus,
-            cpus_per_task=self.get("cpus_per_task", 1),
+            gpus_per_node=min(gpus, tasks * workers) if tasks < per_node or workers > 1 else gpus,
+            cpus_per_task=self.get("cpus_per_task", 1) * workers,
         )
 
     @staticmethod

@@ -102,7 +102,7 @@ def _check_fits(profile: Profile, shape: JobShape, partition: str, kinds: list[N
         raise ConfigError(
             f"cpus_per_task: expected tasks_per_node x cpus_per_task of at most the {most_cores} "
             f"cores that a node {where} has, got {shape.tasks_per_node} x {shape.cpus_per_task} in "
-            f"{profile.source}. Lower one of them."
+            f"{profile.source}. Lower one of them, or federation.num_replicas."
         )
     fitting = [k for k in kinds if k.gpus >= shape.gpus_per_node and k.cores >= cores]
     num_nodes = sum(kind.num_nodes for kind in fitting)

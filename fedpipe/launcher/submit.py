@@ -1,4 +1,4 @@
-"""``fedpipe submit``: a run as a job of submitit, on SLURM, on this machine, or in this process."""
+"""A run as a job of submitit: on SLURM, on this machine, or in this process."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import submitit
 
-from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CheckpointError, ConfigError, TopologyError
 from fedpipe.launcher.external import RunRequest
-from fedpipe.launcher.follow import follow
-from fedpipe.launcher.jobs import RankJob
+from fedpipe.launcher.follow import Closing, Shows, follow
+from fedpipe.launcher.jobs import job_of
 from fedpipe.launcher.profile import SIGNAL_DELAY_S, JobShape, Profile, load_profile
 from fedpipe.launcher.slurm import cells_in_queue, check_site
-from fedpipe.workflows.run_dir import is_done, reserve, resolve_config
-from fedpipe.workflows.throughput.report import single_replica
+from fedpipe.metrics.console import RunConsole
 
 Cluster = Literal["slurm", "local", "debug"]
 """submitit's executors."""
@@ -35,18 +33,40 @@ _FOR_EVER = 1_000_000
 """Time limits that submitit lets pass: ``fedpipe.launcher.jobs`` stops what gets nowhere."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A run that one job trains; it has been checked, and nothing is written yet."""
+
+    run_dir: Path
+    name: str
+    """Of the job, in the queue."""
+    grid: Grid
+    """The job's tasks."""
+    workers: int = 1
+    """Processes that each task starts itself."""
+    is_done: Callable[[], bool]
+    request: RunRequest
+    """What the job does."""
+    reserve: Callable[[], str]
+    """Writes the directory; returns the plan."""
+    console: Callable[[], tuple[RunConsole, Shows]]
+    """Where the run is shown, and what of it."""
+    closing: Closing
+    """What the finished run has to show."""
+
+
 def submit(
-    request: RunRequest,
+    run: Run,
     *,
     profile_path: str | None,
     cluster: Cluster,
     follows: bool,
     show: Callable[[str], None],
 ) -> int:
-    """Submit a run, and follow it if asked to: the whole of ``fedpipe submit TASK``.
+    """Submit a run, and follow it if asked to.
 
     Args:
-        request: What to run.
+        run: What to run.
         profile_path: YAML of submitit's parameters; None only where there is no scheduler.
         cluster: Where.
         follows: Show the progress and return the job's own exit code. A job of this run that is in
@@ -61,43 +81,26 @@ def submit(
         FedPipeError: What the user can mend, before anything is submitted where it can be known.
         LaunchError: The job failed.
     """
-    overrides: list[str] = []  # for the job
-
-    def ask_the_job(config: RunConfig) -> tuple[int, ...]:
-        overrides.append(f"pipeline.cut=auto:{config.pipeline.num_stages}")
-        return config.pipeline.cut
-
-    config, run_dir, _ = resolve_config(
-        request.config_path, request.overrides, request.run_dir, preset=request.preset,
-        choose_cut=ask_the_job,
-    )  # fmt: skip
-    grid = Grid.from_config(single_replica(config) if request.task == "throughput" else config)
-    profile, shape = plan_job(grid, profile_path=profile_path, cluster=cluster)
+    run_dir = run.run_dir
+    profile, shape = plan_job(
+        run.grid, workers=run.workers, profile_path=profile_path, cluster=cluster
+    )
     job_id = _job_in_queue(run_dir) if cluster == "slurm" else None
     if job_id is not None and not follows:
         raise CheckpointError(
             f"--run-dir: expected a run without a job in the queue, got {run_dir} of job {job_id}. "
             f"Add --follow to see it, or end it with: scancel {job_id}"
         )
-    if request.task == "pretrain" and is_done(run_dir, num_rounds=config.federation.num_rounds):
+    if run.is_done():
         show(f"{run_dir} is done: see {run_dir / 'report.html'}")
         return 0
     if job_id is not None:
-        job: Any = slurm_job(run_dir, job_id, num_tasks=grid.world_size)
+        job: Any = slurm_job(run_dir, job_id, num_tasks=run.grid.world_size)
         show(f"job     {job_id} is in the queue already")
     else:
-        plan = reserve(
-            request.config_path, request.overrides, request.run_dir, preset=request.preset
-        )[3]
-        show(plan)
+        show(run.reserve())
         (job,) = send(
-            [
-                replace(
-                    request, config_path=None, overrides=overrides, preset=None,
-                    run_dir=str(run_dir),
-                )
-            ],
-            folder=run_dir / "logs", name=config.name, profile=profile, shape=shape,
+            [run.request], folder=run_dir / "logs", name=run.name, profile=profile, shape=shape,
             cluster=cluster,
         )  # fmt: skip
         _write_job(run_dir, job)
@@ -105,15 +108,29 @@ def submit(
     show(f"logs    {log_paths(job)}")
     show(f"run     {run_dir}")
     if cluster == "debug":
-        with kept_environment():
-            return _result(job)
+        return result_here(job)
     if not follows:
         return 0
-    return follow(job, run_dir=run_dir, config=config, grid=grid, show=show, task=request.task)
+    console, shows = run.console()
+    return follow(
+        job, run_dir=run_dir, grid=run.grid, console=console, shows=shows, show=show,
+        closing=run.closing,
+    )  # fmt: skip
 
 
-def plan_job(grid: Grid, *, profile_path: str | None, cluster: Cluster) -> tuple[Profile, JobShape]:
+def plan_job(
+    grid: Grid, *, workers: int = 1, profile_path: str | None, cluster: Cluster
+) -> tuple[Profile, JobShape]:
     """Find the nodes that a grid takes, and refuse what the site cannot give.
+
+    Args:
+        grid: The job's tasks.
+        workers: Processes that each of them starts itself.
+        profile_path: YAML of submitit's parameters; None only where there is no scheduler.
+        cluster: Where.
+
+    Returns:
+        The profile, and the job's shape.
 
     Raises:
         FedPipeError: The profile is wrong, or does not fit the grid or the site.
@@ -129,10 +146,10 @@ def plan_job(grid: Grid, *, profile_path: str | None, cluster: Cluster) -> tuple
         profile = Profile(source="")
     if cluster != "slurm":
         # one machine, whatever the profile says of nodes
-        gpus = grid.world_size if profile.get("gpus_per_node", 0) else 0
+        gpus = grid.world_size * workers if profile.get("gpus_per_node", 0) else 0
         shape = JobShape(
             nodes=1, tasks_per_node=grid.world_size, gpus_per_node=gpus,
-            cpus_per_task=profile.get("cpus_per_task", 1),
+            cpus_per_task=profile.get("cpus_per_task", 1) * workers,
         )  # fmt: skip
         if cluster == "debug" and grid.world_size > 1:
             raise TopologyError(
@@ -141,7 +158,7 @@ def plan_job(grid: Grid, *, profile_path: str | None, cluster: Cluster) -> tuple
                 "federation.data_parallel_degree=1, or --cluster local."
             )
         return profile, shape
-    shape = profile.shape(grid)
+    shape = profile.shape(grid, workers=workers)
     check_site(profile, shape)
     return profile, shape
 
@@ -180,7 +197,7 @@ def send(
     )
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit shows what it raises as well
-            return list(executor.submit_array([RankJob(request) for request in requests]))
+            return list(executor.submit_array([job_of(request) for request in requests]))
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(
@@ -236,17 +253,25 @@ def slurm_job(run_dir: Path, job_id: str, *, num_tasks: int) -> Any:
     return submitit.SlurmJob(run_dir / "logs", job_id, tasks=range(num_tasks))
 
 
-def _result(job: Any) -> int:
-    """Run a job in this process."""
-    os.environ.update(job.environ, SUBMITIT_FOLDER=str(job.paths.folder))
-    error = job.exception()
-    if error is not None:
-        raise error
-    return int(job.result())
+def result_here(job: Any) -> int:
+    """Run a job in this process, which keeps its environment.
+
+    Returns:
+        0 done, 75 interrupted.
+
+    Raises:
+        FedPipeError: It failed.
+    """
+    with _kept_environment():
+        os.environ.update(job.environ, SUBMITIT_FOLDER=str(job.paths.folder))
+        error = job.exception()
+        if error is not None:
+            raise error
+        return int(job.result())
 
 
 @contextlib.contextmanager
-def kept_environment() -> Iterator[None]:
+def _kept_environment() -> Iterator[None]:
     """Put the environment back that a job in this process changes."""
     before = dict(os.environ)
     try:

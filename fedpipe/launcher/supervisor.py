@@ -48,6 +48,8 @@ class Signals:
         """The ranks train: they can be asked to save and stop."""
         self.asked = False
         """They are to be, or have been, asked."""
+        self.number = 0
+        """The first signal that has come; 0 while there is none."""
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
@@ -60,6 +62,7 @@ class Signals:
                 signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
         if self.asked or not self.patient:
             raise Interrupted
         self.asked = True

@@ -8,8 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
-from fedpipe.errors import ConfigError, LaunchError
-from fedpipe.launcher.cells import CellRunner, save_when_the_parent_dies
+from fedpipe.errors import ConfigError
+from fedpipe.launcher.cells import (
+    CellRunner,
+    again,
+    check_all_done,
+    interrupted,
+    save_when_the_parent_dies,
+)
 from fedpipe.launcher.supervisor import Interrupted, Signals
 from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.format import count, number
@@ -59,37 +65,18 @@ def sweep(
                     console.close()
                     _runner(plan, pending, parallel=parallel, console=console).run(signals)
     except Interrupted:
-        console.text(_interrupted(plan, parallel))
+        command = again("sweep", plan.directory, parallel=parallel) if plan else ""
+        console.text(interrupted(plan, command))
         return EXIT_INTERRUPTED
     finally:
         console.close()
     console.text(gather(plan))
-    left = plan.pending()
-    if left:
-        names = ", ".join(cell.name for cell in left)
-        raise LaunchError(
-            f"sweep: expected {count(len(plan.cells), 'finished cell')}, got "
-            f"{len(plan.cells) - len(left)}: not done are {names}. Run them again with: "
-            f"{_same(plan, parallel)}"
-        )
+    command = again("sweep", plan.directory, parallel=parallel)
+    check_all_done("sweep", plan, way_out=f"Run them again with: {command}")
     nothing = "" if pending else "nothing to do: "
     console.text(f"{nothing}all {count(len(plan.cells), 'cell')} of {plan.directory} are done")
     console.text(f"report  {plan.directory / 'sweep.md'}")
     return 0
-
-
-def _interrupted(plan: Sweep | None, parallel: int) -> str:
-    if plan is None:
-        return "interrupted; nothing was started: give the same command again"
-    done = len(plan.cells) - len(plan.pending())
-    return f"interrupted after {done} of {count(len(plan.cells), 'cell')}; resume with: " + _same(
-        plan, parallel
-    )
-
-
-def _same(plan: Sweep, parallel: int) -> str:
-    several = f" --parallel {parallel}" if parallel > 1 else ""
-    return f"fedpipe sweep --run-dir {plan.directory}{several}"
 
 
 class _Process:

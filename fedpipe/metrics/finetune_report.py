@@ -100,6 +100,11 @@ def result_table(runs: Sequence[Path]) -> str:
     )
 
 
+def outcome_text(run_dir: Path) -> str:
+    """Say what a finished run has reached, in a few words."""
+    return _row(RunSummary.load(run_dir))[1]
+
+
 _COLUMNS = (
     "run", "score", "worst client", "clients", "trained", "of the model", "up per client, round",
     "sent in all", "s per round",

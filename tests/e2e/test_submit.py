@@ -10,9 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fedpipe.config.load import load_config
 from tests.helpers.cli import REPOSITORY, Command, fedpipe
+from tests.helpers.encoders import bert, easy_ner
 from tests.helpers.runs import TINY, num_rounds
+from tests.helpers.tuned import small_folder, small_task
 
 
 def test_a_local_job_that_is_warned_saves_requeues_itself_and_is_followed_to_its_end(
@@ -85,22 +89,86 @@ def test_the_launch_script_with_cluster_submits_and_says_what_is_wrong_before_it
     assert not list(tmp_path.iterdir())
 
 
-def test_a_sweep_on_this_machine_is_pointed_to_its_own_command_and_a_grid_to_the_sweep(
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("pretrain", "--grid", "seed=0,1"), "--grid: expected submit sweep or finetune, got "),
+        (("evaluate", "--grid", "seed=0,1"), "--grid: expected submit sweep or finetune, got "),
+        (("sweep", "--seeds", "0"), "--model, --tasks, --data, --seeds: expected submit evaluate"),
+        (("evaluate", "--tasks", "rtee"), "evaluation.tasks: expected one of bc2gm"),
+        (("evaluate", "--model", "nowhere"), "--model: "),
+        (("finetune", "method.name=lorra"), "method.name: expected one of full"),
+        (("finetune", "--grid", "method.name=lora,lorra"), "method.name: expected one of full"),
+    ],
+)
+def test_what_cannot_be_submitted_is_one_line_and_nothing_is_written(
+    tmp_path: Path, arguments: tuple[str, ...], error: str
+) -> None:
+    result = fedpipe("submit", *arguments, "--cluster", "local", folder=tmp_path)
+    assert result.code == 2, result.out + result.err
+    assert re.match(r"\w+Error: " + re.escape(error), result.error), result.error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_cells_without_a_scheduler_are_jobs_of_this_machine_and_end_in_one_table(
     tmp_path: Path,
 ) -> None:
-    result = fedpipe("submit", "sweep", "--cluster", "local", "--grid", "seed=0,1", folder=tmp_path)
-    assert result.code == 2
-    assert result.error == (
-        "ConfigError: --cluster: expected slurm for a sweep, got local. On this machine use: "
-        "fedpipe sweep --parallel N"
+    run_dir = tmp_path / "scores"
+    arguments = (
+        "submit", "evaluate", "--cluster", "local", "--run-dir", str(run_dir), "--parallel", "2",
+        "--model", str(bert(tmp_path / "small", hidden=16)), "--seeds", "0,1",
+        "--data", str(easy_ner(tmp_path / "data")), "evaluation.num_epochs=1",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    )  # fmt: skip
+    cells = [f"small_ncbi-disease_seed={seed}" for seed in (0, 1)]
+    done = fedpipe(*arguments, folder=tmp_path)
+    assert (done.code, done.err) == (0, ""), done.out + done.err
+    for name in cells:
+        assert re.search(rf"cell {name}: done, F1 [\d.]+", done.out), done.out
+    assert done.out.splitlines()[-1] == f"report  {run_dir / 'evaluation.html'}"
+    content = json.loads((run_dir / "evaluation.json").read_text("utf-8"))
+    assert [cell["done"] for cell in content["cells"]] == [True, True]
+
+    # a cell that fails is named, and the other one kept
+    result = run_dir / "cells" / cells[1] / "result.json"
+    before = result.stat().st_mtime_ns
+    cell = run_dir / "cells" / cells[0]
+    (cell / "result.json").unlink()
+    (cell / "predictions.jsonl.gz").unlink()
+    (cell / "predictions.jsonl.gz").mkdir()
+    failed = fedpipe(*arguments, folder=tmp_path)
+    assert failed.code == 1, failed.out + failed.err
+    assert failed.error == (
+        f"LaunchError: evaluate: expected 2 finished cells, got 1: not done are {cells[0]}. The "
+        "same command submits them again"
     )
-    result = fedpipe(
-        "submit", "pretrain", "--cluster", "local", "--grid", "seed=0,1", folder=tmp_path
+    assert re.search(rf"cell {cells[0]}: job \d+ failed on rank 0 .*: .*Full log: ", failed.out)
+    assert result.stat().st_mtime_ns == before
+
+
+def test_a_fine_tuning_and_a_grid_of_them_run_in_this_process_as_jobs(tmp_path: Path) -> None:
+    tiny = (
+        f"model.path={small_folder(tmp_path / 'model')}", "task.name=imdb", "task.max_length=12",
+        f"task.data={small_task(tmp_path / 'task')}", "federation.num_rounds=1",
+        "federation.num_replicas=2",
+    )  # fmt: skip
+    common = ("submit", "finetune", "--cluster", "debug", "--run-dir")
+    one = fedpipe(*common, str(tmp_path / "one"), *tiny, "method.name=full", folder=tmp_path)
+    assert one.code == 0, one.out + one.err
+    assert "on debug: 1 node x 1 rank x 2 cores\n" in one.out
+    assert (tmp_path / "one" / "export" / "config.json").is_file()
+    again = fedpipe(*common, str(tmp_path / "one"), folder=tmp_path)
+    assert (again.code, again.out) == (
+        0,
+        f"{tmp_path / 'one'} is done: see {tmp_path / 'one'}/report.html\n",
     )
-    assert result.code == 2
-    assert result.error == (
-        "ConfigError: --grid: expected submit sweep, got submit pretrain. Change the task."
-    )
+    grid = ("--grid", "method.name=lora")
+    several = fedpipe(*common, str(tmp_path / "grid"), *tiny, *grid, folder=tmp_path)
+    assert several.code == 0, several.out + several.err
+    assert re.search(r"cell lora: done, [\d.]+ accuracy", several.out), several.out
+    table = several.out.splitlines()[-3:]
+    assert [row.split()[0] for row in table] == ["run", "lora", "report"], several.out
+    assert (tmp_path / "grid" / "lora" / "adapter").is_dir()
 
 
 def test_a_measurement_is_a_job_as_well(tmp_path: Path) -> None:

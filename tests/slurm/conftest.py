@@ -54,10 +54,9 @@ def submit(cluster: Cluster, folder: Path) -> Iterator[Submit]:
     def start(
         run: str | Path, *arguments: str, profile: str = "1.yaml", task: str = "pretrain"
     ) -> Command:
-        options = (
-            "--profile", str(folder / profile), "--run-dir", str(folder / run),
-            f"data.cache_dir={folder / 'cache'}",
-        )  # fmt: skip
+        options = ["--profile", str(folder / profile), "--run-dir", str(folder / run)]
+        if task != "finetune":  # which keeps its data in its run directory
+            options.append(f"data.cache_dir={folder / 'cache'}")
         commands.append(
             Command(
                 "submit",

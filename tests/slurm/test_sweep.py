@@ -32,8 +32,8 @@ def test_a_sweep_is_a_job_array_that_ends_after_a_killed_cell_was_submitted_agai
     result = command.finish()
     assert result.code == 1, result.out + result.err
     assert result.error == (
-        "LaunchError: sweep: expected 6 finished cells, got 5: failed are lr=2e-3_seed=0. The same "
-        "command submits them again"
+        "LaunchError: sweep: expected 6 finished cells, got 5: not done are lr=2e-3_seed=0. The "
+        "same command submits them again"
     )
     log = directory / "logs" / f"{jobs['lr=2e-3_seed=0']}_0_log.err"
     assert re.search(

@@ -6,18 +6,17 @@ import io
 import json
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import submitit
 
-from fedpipe.checkpoint import Position
+from fedpipe.checkpoint import Checkpoint, Position
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CorpusError, LaunchError, TopologyError
 from fedpipe.launcher.external import RunRequest
 from fedpipe.launcher.follow import Progress, conclude, find_failure
-from fedpipe.launcher.jobs import STARTS, RankJob, note_attempt, own_gpu
+from fedpipe.launcher.jobs import STARTS, job_of, note_attempt, own_gpu
 from fedpipe.launcher.slurm import JobState
 from fedpipe.metrics.console import RunConsole
 
@@ -43,36 +42,38 @@ def _raises(job: Any, rank: int, error: str) -> None:
 
 def _conclude(job: Any, folder: Path, state: JobState = FAILED) -> tuple[int, list[str]]:
     lines: list[str] = []
-    code = conclude(job, state, run_dir=folder, grid=GRID, show=lines.append)
+    code = conclude(job, state, run_dir=folder, grid=GRID, show=lines.append, closing=list)
     return code, lines
 
 
 # -- attempts --------------------------------------------------------------------------------------
 
 
-def _setup(run_dir: Path, position: Position | None) -> Any:
-    checkpoint = SimpleNamespace(position=position) if position else None
-    return SimpleNamespace(run_dir=run_dir, checkpoint=checkpoint)
+def _at(*position: int) -> Checkpoint:
+    round_id, step = position
+    return Checkpoint(
+        path=Path(), position=Position(round_id=round_id, step=step), metrics_offset=0
+    )
 
 
 def test_a_job_may_start_three_times_from_one_place_and_as_often_as_it_gets_on(
     tmp_path: Path,
 ) -> None:
     for step in range(8):
-        note_attempt(_setup(tmp_path, Position(round_id=1, step=step)), job_id="4711")
+        note_attempt(tmp_path, _at(1, step), job_id="4711")
     for _ in range(3):
-        note_attempt(_setup(tmp_path, Position(round_id=2)), job_id="4711")
+        note_attempt(tmp_path, _at(2, 0), job_id="4711")
     with pytest.raises(LaunchError, match=r"^expected progress, got 3 starts in a row .*round 2"):
-        note_attempt(_setup(tmp_path, Position(round_id=2)), job_id="4711")
-    note_attempt(_setup(tmp_path, Position(round_id=2)), job_id="4712")  # submitted again
+        note_attempt(tmp_path, _at(2, 0), job_id="4711")
+    note_attempt(tmp_path, _at(2, 0), job_id="4712")  # submitted again
 
 
 def test_a_torn_line_of_an_attempt_stops_nobody(tmp_path: Path) -> None:
     for _ in range(2):
-        note_attempt(_setup(tmp_path, None), job_id="4711")
+        note_attempt(tmp_path, None, job_id="4711")
     with open(tmp_path / "logs" / "attempts.jsonl", "a") as file:
         file.write('{"job": "47\n')
-    note_attempt(_setup(tmp_path, None), job_id="4711")
+    note_attempt(tmp_path, None, job_id="4711")
 
 
 def test_a_rank_takes_one_of_the_gpus_that_are_the_jobs_own() -> None:
@@ -81,9 +82,11 @@ def test_a_rank_takes_one_of_the_gpus_that_are_the_jobs_own() -> None:
         assert own_gpu(visible, local_rank=1) == {}
 
 
-def test_a_job_is_requeued_as_it_was_submitted() -> None:
-    job = RankJob(RunRequest(run_dir="runs/x"))
+@pytest.mark.parametrize("task", ["pretrain", "evaluate", "finetune"])
+def test_a_job_is_requeued_as_it_was_submitted(task: str) -> None:
+    job = job_of(RunRequest(task=task, run_dir="runs/x"))
     again = pickle.loads(pickle.dumps(job)).checkpoint()
+    assert type(again.function) is type(job)
     assert again.function.request == job.request and again.args == () and again.kwargs == {}
 
 
@@ -163,7 +166,9 @@ def test_progress_shows_what_is_new_although_a_resumed_run_cuts_its_record(tmp_p
         return lines
 
     path.write_text(record(0))
-    progress = Progress(path, console)
+    progress = Progress(
+        path, {"step": console.step, "round": console.round, "eval": console.evaluation}
+    )
     assert shown() == []
     path.write_text(record(0) + record(1) + record(2)[:9])
     assert shown() == ["round 2/3"]

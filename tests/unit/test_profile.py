@@ -98,6 +98,17 @@ def test_a_grid_takes_full_nodes_or_a_part_of_one(
     )
 
 
+@pytest.mark.parametrize(("gpus", "given"), [(0, 0), (8, 5), (4, 4)])
+def test_workers_of_one_task_get_what_as_many_ranks_would_get_on_one_node(
+    tmp_path: Path, gpus: int, given: int
+) -> None:
+    text = "timeout_min: 60\ntasks_per_node: 4\ncpus_per_task: 3\n"
+    profile = _load(tmp_path, text + (f"gpus_per_node: {gpus}\n" if gpus else ""))
+    assert profile.shape(Grid(1, 1, 1), workers=5) == JobShape(
+        nodes=1, tasks_per_node=1, gpus_per_node=given, cpus_per_task=15
+    )
+
+
 @pytest.mark.parametrize(
     ("grid", "way_out"),
     [

@@ -85,7 +85,7 @@ def set_up_finetune(
         FedPipeError: Anything a user can get wrong.
     """
     started_at = time.monotonic()
-    config, directory, resumed = _resolve(config_path, overrides, run_dir, preset=preset)
+    config, directory, resumed = resolve_finetune(config_path, overrides, run_dir, preset=preset)
     check_federation(config)
     kind = kind_of(config)
     tokenizer = load_tuning_tokenizer(config)
@@ -117,9 +117,17 @@ def is_finetuned(run_dir: Path, *, num_rounds: int) -> bool:
     return trained.exists() and (run_dir / "report.html").exists()
 
 
-def _resolve(
+def resolve_finetune(
     config_path: str | None, overrides: Sequence[str], run_dir: str | None, *, preset: str | None
 ) -> tuple[FinetuneConfig, Path, bool]:
+    """Find configuration and directory of a run, and whether it has begun; writes nothing.
+
+    Arguments are those of ``set_up_finetune``.
+
+    Raises:
+        FedPipeError: The configuration is wrong or another one than that of the run in the
+            directory, or something else lies there.
+    """
     saved = os.path.join(run_dir, "config.yaml") if run_dir else ""
     base = saved if not (config_path or preset) and os.path.isfile(saved) else config_path
     config = load_finetune(base, overrides, preset=preset)
