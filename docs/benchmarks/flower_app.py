@@ -1,11 +1,12 @@
 """Flower's side of flower.py: the clients and the server of one run, in Flower's simulation.
 
-    python docs/benchmarks/flower_app.py RUN_DIR CORES RESULT.json
+    python docs/benchmarks/flower_app.py RUN_DIR CORES kept|built RESULT.json
 
 RUN_DIR is a directory of `fedpipe finetune`: its configuration, its tokenised examples and their
 owners are read. Model, adapter, first weights, batches, dropout and loss are fedpipe's own
-functions with the same seeds; what is sent, scheduled and averaged is Flower's. A worker builds the
-model once and keeps it, which is in Flower's favour: its tutorials build it at every message.
+functions with the same seeds; what is sent, scheduled and averaged is Flower's. With ``built`` a
+client builds its model at every message, as Flower's Hugging Face example does; with ``kept`` a
+process builds it once, which is as good as Flower's interface allows. Examples are always kept.
 """
 
 from __future__ import annotations
@@ -63,14 +64,21 @@ class Worker(NamedTuple):
 
 
 @functools.cache
-def worker(run_dir: str, threads: int) -> Worker:
-    """Build model and examples at a process' first message."""
-    torch.set_num_threads(threads)
+def prepared(run_dir: str) -> tuple[FinetuneConfig, TuningData]:
+    """Read a run's configuration and examples, once per process."""
     config = load_finetune(str(Path(run_dir) / "config.yaml"), [])
-    data = TuningData.load(Path(run_dir) / DATA)
+    return config, TuningData.load(Path(run_dir) / DATA)
+
+
+def build(run_dir: str) -> Worker:
+    """Build the model with its first values."""
+    config, data = prepared(run_dir)
     model = build_tuned(config, data.meaning)
     attach_seeded(model, config, data.meaning)
     return Worker(config, data, model, trainable(model))
+
+
+kept = functools.cache(build)
 
 
 client_app = ClientApp()
@@ -81,7 +89,8 @@ def train(message: Message, context: Context) -> Message:
     """One client's turn, as in ``fedpipe.workflows.finetune.tuner``."""
     settings = message.content["config"]
     client, round_id = int(context.node_config["partition-id"]), int(settings["server-round"]) - 1
-    mine = worker(str(settings["run-dir"]), 1)
+    torch.set_num_threads(1)
+    mine = (kept if settings["kept"] else build)(str(settings["run-dir"]))
     config, owned = mine.config, mine.data.train_sequences[client]
     mine.load(message.content["arrays"])
     chosen = config.optimizer
@@ -132,18 +141,18 @@ class Timed(FedAvg):
 
 def main() -> None:
     """Run the rounds, score the last model, write what was measured."""
-    run_dir, cores, result = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    run_dir, cores, result = sys.argv[1], int(sys.argv[2]), Path(sys.argv[4])
     server_app = ServerApp()
 
     @server_app.main()
     def serve(grid: Grid, context: Context) -> None:
-        mine = worker(run_dir, cores)
+        mine = build(run_dir)
         federation = mine.config.federation
         strategy = Timed(fraction_evaluate=0.0, min_train_nodes=federation.clients_per_round,
                          min_available_nodes=federation.num_clients)  # fmt: skip
         found = strategy.start(
             grid=grid, initial_arrays=mine.arrays(), num_rounds=federation.num_rounds,
-            train_config=ConfigRecord({"run-dir": run_dir}),
+            train_config=ConfigRecord({"run-dir": run_dir, "kept": sys.argv[3] == "kept"}),
         )  # fmt: skip
         mine.load(found.arrays)
         text = {"seconds": strategy.seconds, "losses": strategy.losses, "score": _accuracy(mine)}
