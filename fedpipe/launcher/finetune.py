@@ -89,6 +89,7 @@ def check_library() -> None:
     Raises:
         ConfigError: It is not there.
     """
+    # once imported it has no spec: its module replaces itself
     if "adapters" not in sys.modules and find_spec("adapters") is None:
         raise ConfigError(
             "finetune: expected the adapters library to be installed, got none. Install it: "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from fedpipe.config.finetune import finetune_presets, finetune_yaml, load_finetune
 from fedpipe.errors import CheckpointError, ConfigError
-from fedpipe.launcher.finetune import count_here, finetune
+from fedpipe.launcher.finetune import _check_library, count_here, finetune
 from fedpipe.workflows.finetune.grid import Cell, read_cells, write_cells
 
 WRONG = [
@@ -70,6 +71,7 @@ def test_a_grid_is_not_laid_over_another(tmp_path: Path) -> None:
 def test_without_the_adapters_library_the_way_to_get_it_is_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.delitem(sys.modules, "adapters", raising=False)
     monkeypatch.setattr("fedpipe.launcher.finetune.find_spec", lambda name: None)
     expected = r"adapters library to be installed, got none\. Install it: pip install"
     with pytest.raises(ConfigError, match=expected):
@@ -77,3 +79,8 @@ def test_without_the_adapters_library_the_way_to_get_it_is_said(
     with pytest.raises(ConfigError, match=expected):
         count_here()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_library_is_there_also_once_it_is_imported() -> None:
+    pytest.importorskip("adapters")
+    _check_library()
