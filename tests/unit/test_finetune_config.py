@@ -9,7 +9,7 @@ import pytest
 
 from fedpipe.config.finetune import finetune_presets, finetune_yaml, load_finetune
 from fedpipe.errors import CheckpointError, ConfigError
-from fedpipe.launcher.finetune import _check_library, count_here, finetune
+from fedpipe.launcher.finetune import check_library, count_here, finetune
 from fedpipe.workflows.finetune.grid import Cell, read_cells, write_cells
 
 WRONG = [
@@ -83,4 +83,4 @@ def test_without_the_adapters_library_the_way_to_get_it_is_said(
 
 def test_the_library_is_there_also_once_it_is_imported() -> None:
     pytest.importorskip("adapters")
-    _check_library()
+    check_library()
