@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedpipe.config.schema import RunConfig
+from fedpipe.config.schema import PipelineConfig, RunConfig
 from fedpipe.errors import ConfigError
 
 _USED = (
@@ -68,10 +68,23 @@ _NO_OFFLOAD = (
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """Return what every stage's engine is given in pre-training; see ``engine_config``."""
+    return engine_config(
+        config.deepspeed.config,
+        config.pipeline,
+        data_parallel_degree=config.federation.data_parallel_degree,
+    )
+
+
+def engine_config(
+    file: str, pipeline: PipelineConfig, *, data_parallel_degree: int = 1
+) -> dict[str, Any]:
     """Return what every stage's DeepSpeed engine is given.
 
     Args:
-        config: The run; ``deepspeed.config`` names the JSON, empty means plain fp32.
+        file: The JSON, ``deepspeed.config``; "" means plain fp32.
+        pipeline: Batch sizes.
+        data_parallel_degree: Ranks that share a client's batch.
 
     Returns:
         The file's content with batch sizes, ``gradient_clipping`` 0 and quiet logging filled in.
@@ -80,13 +93,12 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         ConfigError: The file is missing or invalid, or a key couples stages or clients, belongs to
             the YAML or is unknown.
     """
-    file = config.deepspeed.config
     given = _read(file) if file else {}
     _check_keys(given, file=file)
     _check_clipping(given, file=file)
     _check_zero(given, file=file)
     _check_precision(given, file=file)
-    batch = _batch_keys(config)
+    batch = _batch_keys(pipeline, data_parallel_degree)
     for key, value in batch.items():
         if key in given and given[key] != value:
             raise ConfigError(
@@ -114,11 +126,12 @@ def autocast_dtype(deepspeed: dict[str, Any]) -> str | None:
     return "bfloat16" if deepspeed.get("torch_autocast", {}).get("enabled") else None
 
 
-def _batch_keys(config: RunConfig) -> dict[str, int]:
+def _batch_keys(pipeline: PipelineConfig, data_parallel_degree: int) -> dict[str, int]:
+    size, num = pipeline.micro_batch_size, pipeline.num_micro_batches
     return {
-        "train_micro_batch_size_per_gpu": config.pipeline.micro_batch_size,
-        "gradient_accumulation_steps": config.pipeline.num_micro_batches,
-        "train_batch_size": config.blocks_per_step,
+        "train_micro_batch_size_per_gpu": size,
+        "gradient_accumulation_steps": num,
+        "train_batch_size": size * num * data_parallel_degree,
     }
 
 

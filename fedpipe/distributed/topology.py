@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 from fedpipe.errors import TopologyError
 
 if TYPE_CHECKING:
-    from fedpipe.config.schema import RunConfig
+    from fedpipe.config.federation import FederationConfig
+    from fedpipe.config.schema import PipelineConfig, RunConfig
 
 AXES = ("client", "data", "pipe")
 """Axis names, slowest first."""
@@ -48,12 +49,17 @@ class Grid:
     @classmethod
     def from_config(cls, config: RunConfig) -> Grid:
         """Return the grid that a configuration asks for."""
+        return cls.of(config.pipeline, config.federation)
+
+    @classmethod
+    def of(cls, pipeline: PipelineConfig, federation: FederationConfig) -> Grid:
+        """Return the grid of a pipeline's replicas."""
         return cls(
-            num_stages=config.pipeline.num_stages,
-            num_replicas=config.federation.num_replicas,
-            data_parallel_degree=config.federation.data_parallel_degree,
-            colocate=config.pipeline.colocate,
-            num_home_heads=config.pipeline.num_home_heads,
+            num_stages=pipeline.num_stages,
+            num_replicas=federation.num_replicas,
+            data_parallel_degree=federation.data_parallel_degree,
+            colocate=pipeline.colocate,
+            num_home_heads=pipeline.num_home_heads,
         )
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpipe.config.federation import FederationConfig
+from fedpipe.config.finetune import FinetuneConfig
 from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.comm import Comm
 from fedpipe.federation.aggregation import (
@@ -20,7 +21,7 @@ from fedpipe.federation.attack import falsify
 from fedpipe.federation.strategy import ServerOptimizer
 from fedpipe.models.families import stable_seed
 from fedpipe.models.split import StageRole, part_of
-from fedpipe.models.stage import Stage, trainable
+from fedpipe.models.stage import StageModule, trainable
 
 SHARED_LEDGER = "shared_gradients"
 """Entry of the traffic ledger."""
@@ -89,7 +90,9 @@ class Synchronizer:
             self._optimizer = ServerOptimizer(federation.server_optimizer, like=self._start_N)
 
     @classmethod
-    def of_stage(cls, stage: Stage, config: RunConfig, *, comm: Comm) -> Synchronizer:
+    def of_stage(
+        cls, stage: StageModule, config: RunConfig | FinetuneConfig, *, comm: Comm
+    ) -> Synchronizer:
         """Return the synchronizer of a stage of the pipeline.
 
         Args:
@@ -112,6 +115,11 @@ class Synchronizer:
     def keeps_parts(self) -> bool:
         """Some parameters stay with their client."""
         return bool(self._kept)
+
+    @property
+    def averaged_numel(self) -> int:
+        """Parameters that are averaged, and so sent to and by every client."""
+        return self._start_N.numel()
 
     @torch.no_grad()
     def begin_turn(self, kept: Mapping[str, Tensor] | None) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -19,12 +20,64 @@ from fedpipe.models.masked import gather_masked, run_masked
 from fedpipe.models.split import AUX_HEADS, StageSpec
 
 
-class Stage(nn.Module):
+class StageModule(nn.Module, ABC):
     """The modules of one pipeline stage, under the parameter names of the whole model.
 
-    ``forward`` is the stage's part of the encoder; ``loss`` is its own masked-LM loss. They are
-    apart because the activations leave the stage before the loss is computed.
+    ``forward`` is the stage's part of the encoder; ``loss`` is its own loss. They are apart because
+    the activations leave the stage before the loss is computed.
+
+    A micro-batch's targets are (P, B, M) int32. The first plane is what every stage may know, such
+    as masked positions or lengths; the others are labels, which may have to stay with the client.
     """
+
+    def __init__(self, spec: StageSpec, *, activation_checkpointing: bool) -> None:
+        """Hold nothing yet."""
+        super().__init__()
+        self.spec, self.activation_checkpointing = spec, activation_checkpointing
+
+    def through(
+        self, layers: Iterable[nn.Module], hidden_BTD: Tensor, visible: Tensor | None
+    ) -> Tensor:
+        """Run transformers layers one after the other.
+
+        Args:
+            layers: Of the stage.
+            hidden_BTD: Input of the first.
+            visible: Which positions are attended to, broadcast to (B, heads, T, T); None is all.
+        """
+        for layer in layers:
+            hidden_BTD = self._checkpointed(partial(_run, layer), hidden_BTD, visible)
+        return hidden_BTD
+
+    def _checkpointed(self, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        if self.activation_checkpointing and self.training:
+            return checkpoint(run, *inputs, use_reentrant=False)
+        return run(*inputs)
+
+    @abstractmethod
+    def forward(self, inputs: Tensor, known_BM: Tensor | None = None) -> Tensor:
+        """Run the stage's part of the encoder.
+
+        Args:
+            inputs: Tokens on the first stage, else what the stage before it returned.
+            known_BM: First plane of the targets.
+        """
+
+    @abstractmethod
+    def masked(self, hidden_BTD: Tensor, known_BM: Tensor) -> Tensor:
+        """Hidden states (B, M, D) that a head reads, of those that ``forward`` returned."""
+
+    @abstractmethod
+    def loss(self, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of the stage's head, a scalar, from what ``forward`` returned."""
+
+    @abstractmethod
+    def score(self, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
+        """Return what a scoring keeps of every target, (B, M) float32."""
+
+
+class Stage(StageModule):
+    """A stage with a masked-LM head."""
 
     def __init__(
         self,
@@ -35,18 +88,16 @@ class Stage(nn.Module):
         padded_after: int = 0,
     ) -> None:
         """Build the stage with uninitialised weights (see ``build_stage``)."""
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec, activation_checkpointing=activation_checkpointing)
         self.family: Family = FAMILIES[config.model_type]
-        self.activation_checkpointing = activation_checkpointing
         self.padded_after = padded_after
         self.hidden_size: int = config.hidden_size
         if spec.is_first:
             embeddings = self.family.embeddings_class(config)
-            _place(self, f"{self.family.prefix}.embeddings", embeddings)
+            place(self, f"{self.family.prefix}.embeddings", embeddings)
         for index in range(spec.first_layer, spec.end_layer):
             layer = self.family.layer_class(config)
-            _place(self, f"{self.family.prefix}.encoder.layer.{index}", layer)
+            place(self, f"{self.family.prefix}.encoder.layer.{index}", layer)
         # Lists, because a module set as an attribute would be registered under a second name.
         self._layers = [
             self.get_submodule(f"{self.family.prefix}.encoder.layer.{index}")
@@ -74,7 +125,7 @@ class Stage(nn.Module):
         if not spec.has_head:
             return
         path = family.head_path if spec.is_last else f"{AUX_HEADS}.{spec.scores}.head"
-        head = _place(self, path, family.head_class(config))
+        head = place(self, path, family.head_class(config))
         decoder = head.get_submodule("decoder")
         decoder.bias = head.get_parameter("bias")  # transformers 4.x does so, 5.x leaves it to us
         self._head.append(head)
@@ -82,16 +133,17 @@ class Stage(nn.Module):
             return
         if spec.head == "mlm+layer":
             path = f"{AUX_HEADS}.{spec.stage_id}.layer"
-            self._head_layer.append(_place(self, path, family.layer_class(config)))
+            self._head_layer.append(place(self, path, family.layer_class(config)))
         if spec.is_first:  # tied inside the stage, as in a whole BERT
             decoder.weight = self.get_parameter(family.word_embeddings)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, known_BM: Tensor | None = None) -> Tensor:
         """Run the stage's part of the encoder, up to where the next stage or ``masked`` goes on.
 
         Args:
             inputs: Token ids (B, T) int64 on the first stage, else hidden states (B, T, D). A head
                 at home gets those of the masked positions, (B, M, D), and hands them through.
+            known_BM: Not used: every block is full.
 
         Returns:
             Hidden states (B, T, D); before the model's last layer, which is ``masked``'s.
@@ -106,9 +158,7 @@ class Stage(nn.Module):
         if self.padded_after:
             visible = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
             visible = visible.view(1, 1, 1, -1) < self.padded_after
-        for layer in layers:
-            hidden_BTD = self._checkpointed(partial(_run, layer), hidden_BTD, visible)
-        return hidden_BTD
+        return self.through(layers, hidden_BTD, visible)
 
     def masked(self, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
         """Hidden states (B, M, D) that a head reads: after its own layer, if it has one.
@@ -127,11 +177,6 @@ class Stage(nn.Module):
             return self._checkpointed(partial(self._run_masked, layer), hidden_BTD, positions_BM)
         return gather_masked(hidden_BTD, positions_BM)
 
-    def _checkpointed(self, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-        if self.activation_checkpointing and self.training:
-            return checkpoint(run, *inputs, use_reentrant=False)
-        return run(*inputs)
-
     def loss(self, hidden_BTD: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """Masked-LM loss of the stage's head. Masked positions are gathered before the head.
 
@@ -149,6 +194,10 @@ class Stage(nn.Module):
         hidden_BMD = self.masked(hidden_BTD, targets[0])
         loss = self._score(self._head[0], hidden_BMD, labels_BM, reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(labels_BM)
+
+    def score(self, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
+        """Losses (B, M) of the masked tokens in nats."""
+        return self.loss(hidden_BTD, targets, reduction="none")
 
     def logits(self, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
         """Scores (B, M, V) of the stage's head at the given positions."""
@@ -210,11 +259,12 @@ def build_stage(
 
 
 def _run(layer: nn.Module, hidden_BTD: Tensor, visible: Tensor | None) -> Tensor:
-    output = layer(hidden_BTD, attention_mask=visible)
+    output = layer(hidden_BTD, visible)
     return output[0] if isinstance(output, tuple) else output  # transformers 4.x, 5.x
 
 
-def _place(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
+def place(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Register a module below another under a dotted path; return it."""
     *parents, leaf = path.split(".")
     for name in parents:
         if not hasattr(root, name):

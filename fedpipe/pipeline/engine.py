@@ -92,8 +92,8 @@ class SplitPipelineEngine:
             source: As in ``train``.
 
         Returns:
-            By stage, for those with a head: (num_micro_batches, B, M) float32 losses of the masked
-            tokens in nats, on the CPU.
+            By stage, for those with a head: (num_micro_batches, B, M) float32, what its ``score``
+            says, on the CPU.
 
         Collective: every process of the replica, with the same number.
         """

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from fedpipe.config.schema import PipelineConfig
-from fedpipe.models.stage import Stage
+from fedpipe.models.stage import StageModule, trainable
 from fedpipe.pipeline import schedule as ops
 from fedpipe.pipeline.optimizer import clip_
 from fedpipe.pipeline.p2p import Link
 
 MicroBatchSource = Callable[[int, int], tuple[Tensor, Tensor]]
-"""(step, micro_batch) -> token ids (B, T) int64 and targets (2, B, M) int32, on the CPU."""
+"""(step, micro_batch) -> inputs of the first stage and targets (P, B, M) int32, on the CPU."""
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ class StageEngine:
 
     def __init__(
         self,
-        stage: Stage,
+        stage: StageModule,
         optimizer: torch.optim.Optimizer,
         *,
         deepspeed_config: dict[str, Any],
@@ -102,7 +102,7 @@ class StageEngine:
 
         Args:
             stage: With its first weights, on the CPU.
-            optimizer: torch optimizer over the stage's parameters.
+            optimizer: torch optimizer over what is trained of the stage.
             deepspeed_config: What ``fedpipe.config.deepspeed`` made of the JSON.
             mpu: Answers DeepSpeed's questions about this stage's groups.
             pipeline: Schedule and micro-batches.
@@ -200,8 +200,8 @@ class StageEngine:
         """Losses since the last call.
 
         Returns:
-            (num_micro_batches,) float32 while training; (num_micro_batches, B, M) of the masked
-            tokens when scoring; in nats. None for a stage without a head.
+            (num_micro_batches,) float32 while training; when scoring (num_micro_batches, B, M),
+            what the stage's ``score`` says. None for a stage without a head.
         """
         losses = torch.stack(self._losses) if self._losses else None
         self._losses.clear()
@@ -220,7 +220,7 @@ class StageEngine:
         reduce-scatter and all-gather. DeepSpeed sends them, so they are computed, not counted.
         """
         ranks = self.engine.dp_world_size
-        numel = sum(p.numel() for p in self.stage.parameters())
+        numel = sum(p.numel() for p in trainable(self.stage).values())
         return int(self.engine.global_steps) * 2 * (ranks - 1) * numel * 4 // ranks
 
     def optimizer_state(self) -> dict[str, Any]:
@@ -277,9 +277,10 @@ class StageEngine:
 
     def _forward_pass(self, cmd: ops.ForwardPass) -> None:
         batch = self._batches[cmd.micro_batch]
-        batch.outputs = self.engine(batch.inputs)
+        assert batch.targets is not None
+        batch.outputs = self.engine(batch.inputs, batch.targets[0])
         if self.links.home_out is not None:
-            assert batch.outputs is not None and batch.targets is not None
+            assert batch.outputs is not None
             with self._precision():
                 batch.masked = self.stage.masked(batch.outputs, batch.targets[0])
 
@@ -364,7 +365,9 @@ class StageEngine:
     def _evaluate_loss(self, cmd: ops.EvaluateLoss) -> None:
         batch = self._batches.pop(cmd.micro_batch)
         if self.spec.has_head:
-            self._losses.append(self._loss(batch, reduction="none"))
+            assert batch.outputs is not None and batch.targets is not None
+            with self._precision():
+                self._losses.append(self.stage.score(batch.outputs, batch.targets))
 
     _INSTRUCTION_MAP: dict[type[ops.Instruction], Callable[..., None]] = {
         ops.LoadMicroBatch: _load_micro_batch,
@@ -383,9 +386,10 @@ class StageEngine:
 
     # ----------------------------------------------------------------------------------------
 
-    def _loss(self, batch: MicroBatch, *, reduction: str = "mean") -> Tensor:
+    def _loss(self, batch: MicroBatch) -> Tensor:
+        assert batch.outputs is not None and batch.targets is not None
         with self._precision():
-            return self.stage.loss(batch.outputs, batch.targets, reduction=reduction)
+            return self.stage.loss(batch.outputs, batch.targets)
 
     def _precision(self) -> Any:
         """The head's precision: DeepSpeed applies autocast around ``forward`` only."""

@@ -33,7 +33,8 @@ from fedpipe.metrics.writer import read_metrics
 from fedpipe.models.families import FAMILIES, hf_config
 from fedpipe.models.split import StageSpec, merge, part_of, stage_specs
 from fedpipe.models.stage import build_stage, masked_lm_class
-from fedpipe.workflows.replica import stage_file, validation_batch
+from fedpipe.workflows.hosting import stage_file
+from fedpipe.workflows.replica import validation_batch
 
 EXPORT = "export"
 NUM_EXAMPLES = 8

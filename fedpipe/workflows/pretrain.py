@@ -300,7 +300,8 @@ class Pretraining:
             seconds=time.monotonic() - self._round_started,
             sync=[g["sync"] for g in gathered],
         )
-        traffic = traffic_record(round_id, [g["sent"] for g in gathered], config=self.config)
+        sent = [g["sent"] for g in gathered]
+        traffic = traffic_record(round_id, sent, pipeline=self.config.pipeline)
         self._write([record, traffic])
         self._emit("round", record)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpipe.config.schema import RunConfig
+from fedpipe.config.schema import PipelineConfig
 from fedpipe.federation.cohort import Turn
 from fedpipe.models.split import pipeline_edges
 
@@ -72,7 +72,7 @@ def evaluation_record(
 
 
 def traffic_record(
-    round_id: int, sent: Sequence[Mapping[str, int]], *, config: RunConfig
+    round_id: int, sent: Sequence[Mapping[str, int]], *, pipeline: PipelineConfig
 ) -> dict[str, Any]:
     """Sum what all processes sent in a round: bytes per pipe edge and per collective."""
     total: Counter[str] = Counter()
@@ -87,7 +87,7 @@ def traffic_record(
             "messages_forward": total[f"forward/messages/{edge}"],
             "messages_backward": total[f"backward/messages/{edge}"],
         }
-        for edge, (source, target, _) in enumerate(pipeline_edges(config.pipeline))
+        for edge, (source, target, _) in enumerate(pipeline_edges(pipeline))
     ]
     collectives = {name: total[name] for name in ("fedavg", "shared_gradients", "gradients")}
     return {"kind": "traffic", "round": round_id, "edges": edges, "collectives": collectives}

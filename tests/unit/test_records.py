@@ -77,7 +77,7 @@ def test_traffic_sums_all_processes_by_edge_and_collective() -> None:
         {"forward/bytes/0": 50, "forward/messages/0": 1, "forward/bytes/1": 9,
          "forward/messages/1": 3, "gradients": 5, "fedavg": 1},
     ]  # fmt: skip
-    record = traffic_record(4, sent, config=config)
+    record = traffic_record(4, sent, pipeline=config.pipeline)
     assert record["edges"] == [
         {"from": 0, "to": 1, "bytes_forward": 150, "bytes_backward": 0, "messages_forward": 3,
          "messages_backward": 0},
