@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Literal, cast
@@ -11,12 +11,21 @@ from typing import Literal, cast
 from fedpipe.config.federation import FederationConfig
 from fedpipe.config.load import build, dump_config, lay_over
 from fedpipe.config.require import require
-from fedpipe.config.schema import CheckpointConfig, LogConfig, OptimizerConfig
+from fedpipe.config.schema import (
+    CheckpointConfig,
+    DeepSpeedConfig,
+    LogConfig,
+    OptimizerConfig,
+    PipelineConfig,
+)
 
 PACKAGED_CONFIG = "finetune.yaml"
 """What ``load_finetune`` reads when it is given neither preset nor file."""
 QUICKSTART = "quickstart"
 """Value of ``model.path``: the model of ``make pretrain``, or an untrained one of its kind."""
+
+CAUSAL_LM = "causal-lm"
+"""Value of ``task.name``: next-token prediction on texts without labels."""
 
 Method = Literal[
     "full", "houlsby", "pfeiffer", "parallel", "houlsby_inv", "pfeiffer_inv", "lora", "ia3",
@@ -124,6 +133,44 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CutConfig:
+    """How the model is cut into stages, for the engine of pre-training."""
+
+    cut: tuple[int, ...] = ()
+    """Index of the first encoder layer of every stage but the first; [] is no cut: every
+    process holds a whole model. Every stage has its layers' adapters and a task head of its own."""
+    objective: Literal["local_loss", "end_to_end"] = "local_loss"
+    """local_loss: nothing flows back. end_to_end: back-propagation over the cuts, the baseline."""
+    schedule: Literal["streaming", "1f1b", "sequential"] = "streaming"
+    """streaming goes with local_loss; 1f1b and sequential with end_to_end."""
+    num_client_stages: int = 1
+    """Leading stages that belong to the data owner."""
+    head_location: Literal["server", "client"] = "server"
+    """server: labels travel with the activations. client: they stay at home, where the heads of the
+    server's stages are; what a head reads comes there, and its gradients go back."""
+    num_micro_batches: int = 4
+    """Parts of a local step's batch that follow each other through the stages."""
+    in_flight: int = 2
+    """Messages a stage may have sent that the next stage has not yet received."""
+    wire: tuple[Literal["auto", "fp32", "bf16", "int8"], ...] = ("auto",)
+    """Format of hidden states and their gradients on the edges: one for all, or one per edge."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    colocate: bool = False
+    """Run all stages of a replica as threads of one process."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        self.for_batch(self.num_micro_batches)
+
+    def for_batch(self, batch_size: int) -> PipelineConfig:
+        """Return what the engine needs to know, for so many examples per local step."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        size = max(1, batch_size // max(1, self.num_micro_batches))
+        return PipelineConfig(**values, micro_batch_size=size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScenarioConfig:
     """What goes wrong in a round, drawn from the seed."""
 
@@ -175,12 +222,24 @@ class FinetuneConfig:
     model: BaseModelConfig = field(default_factory=BaseModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    pipeline: CutConfig = field(default_factory=CutConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     scenario: ScenarioConfig = field(default_factory=ScenarioConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+
+    @property
+    def is_cut(self) -> bool:
+        """Stages are trained, not whole models."""
+        return bool(self.pipeline.cut)
+
+    @property
+    def stages(self) -> PipelineConfig:
+        """The pipeline, as the engine sees it; one stage without a cut."""
+        return self.pipeline.for_batch(self.batch_size)
 
     def __post_init__(self) -> None:
         """Check the values that need several sections."""
@@ -189,25 +248,68 @@ class FinetuneConfig:
         self._check_federation()
         if self.method.lora_average == "product":
             self._check_product()
+        if self.is_cut:
+            self._check_cut()
+        else:
+            self._check_whole()
+
+    def _check_cut(self) -> None:
+        num = self.pipeline.num_micro_batches
+        require(
+            self.batch_size % num == 0,
+            "batch_size", f"a multiple of pipeline.num_micro_batches ({num})", self.batch_size,
+        )  # fmt: skip
+        require(
+            self.task.name != CAUSAL_LM,
+            "pipeline.cut", f"[] with task.name={CAUSAL_LM}", list(self.pipeline.cut),
+            "Decoders are not cut.",
+        )  # fmt: skip
+        require(
+            self.method.name != "prefix_tuning",
+            "method.name", "a method whose parameters lie in layers, with pipeline.cut",
+            self.method.name, "Use another method: all prefixes come out of one module.",
+        )  # fmt: skip
+        require(
+            self.method.lora_average == "factors",
+            "method.lora_average", "factors with pipeline.cut", self.method.lora_average,
+        )  # fmt: skip
+        frozen = self.method.name != "full" and self.pipeline.cut[0] == 0
+        require(
+            not (frozen and self.pipeline.objective == "end_to_end"),
+            "pipeline.cut", f"1 or more first, with {self.method.name} and end_to_end",
+            list(self.pipeline.cut), "A first stage without layers has nothing to train.",
+        )  # fmt: skip
+
+    def _check_whole(self) -> None:
+        require(
+            self.pipeline == CutConfig(),
+            "pipeline.cut", "a cut with other keys of pipeline", [],
+            "Set for example pipeline.cut=[2].",
+        )  # fmt: skip
+        require(
+            not self.deepspeed.config,
+            "deepspeed.config", "nothing without pipeline.cut", self.deepspeed.config,
+            "Only stages are run by DeepSpeed.",
+        )  # fmt: skip
+        for name in ("embeddings", "client_layers", "aux_head", "server_layers"):
+            require(
+                getattr(self.federation.average, name),
+                f"federation.average.{name}", "true without pipeline.cut", False,
+                "Only the final head can stay with its client.",
+            )  # fmt: skip
 
     def _check_federation(self) -> None:
-        federation, average = self.federation, self.federation.average
+        federation = self.federation
         require(
             federation.server == "replicated",
             "federation.server", "replicated in fine-tuning", federation.server,
-            "The model is not cut.",
+            "Set federation.server=replicated.",
         )  # fmt: skip
         require(
             federation.data_parallel_degree == 1,
             "federation.data_parallel_degree", "1 in fine-tuning", federation.data_parallel_degree,
             "Raise federation.num_replicas instead.",
         )  # fmt: skip
-        for name in ("embeddings", "client_layers", "aux_head", "server_layers"):
-            require(
-                getattr(average, name),
-                f"federation.average.{name}", "true in fine-tuning", False,
-                "Only the final head can stay with its client.",
-            )  # fmt: skip
         require(
             self.checkpoint.every_steps == 0,
             "checkpoint.every_steps", "0 in fine-tuning", self.checkpoint.every_steps,

@@ -130,7 +130,7 @@ def _one(
     if is_finetuned(setup.run_dir, num_rounds=federation.num_rounds):
         console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
         return setup.run_dir
-    grid = Grid(num_stages=1, num_replicas=federation.num_replicas, data_parallel_degree=1)
+    grid = Grid.of(setup.config.stages, federation)
     shows = round_lines(console, num_rounds=federation.num_rounds)
     with locked(setup.run_dir):
         supervise("finetune", setup, grid=grid, shows=shows, signals=signals)

@@ -302,7 +302,7 @@ def _finetuning_run(
         run_dir=directory,
         name=config.name,
         grid=_ONE_TASK,
-        workers=config.federation.num_replicas,
+        workers=Grid.of(config.stages, config.federation).world_size,
         is_done=partial(is_finetuned, directory, num_rounds=num_rounds),
         request=RunRequest(task="finetune", run_dir=str(directory)),
         reserve=write,

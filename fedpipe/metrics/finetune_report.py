@@ -55,7 +55,8 @@ def write_finetune_report(run_dir: Path) -> Path:
     """
     run = RunSummary.load(Path(run_dir))
     blocks: list[Block] = [
-        *_headline(run), *_scores(run), *_clients(run), *_rounds(run), *_repeat(run),
+        *_headline(run), *_scores(run), *_stages(run), *_clients(run), *_rounds(run),
+        *_repeat(run),
     ]  # fmt: skip
     return _write(run.run_dir, f"fedpipe finetune: {_name(run)}", blocks)
 
@@ -115,6 +116,7 @@ def _row(run: RunSummary) -> list[str]:
     last = (run.of_kind("eval") or [{}])[-1]
     traffic, rounds = run.of_kind("traffic"), run.of_kind("round")
     sent = sum(record["bytes_up"] + record["bytes_down"] for record in traffic)
+    sent += sum(sum(_both_ways(edge)) for record in traffic for edge in record.get("edges", ()))
     trained, share = _trained(run)
     return [
         run.run_dir.resolve().name,
@@ -228,6 +230,41 @@ def _scores(run: RunSummary) -> list[Block]:
     )
     svg = render(draw, run.run_dir / "scores.png")
     return [Heading(text="Scores"), Figure(file="scores.png", svg=svg, caption=caption)]
+
+
+def _both_ways(edge: dict[str, Any]) -> tuple[int, int]:
+    return edge["bytes_forward"], edge["bytes_backward"]
+
+
+def _stages(run: RunSummary) -> list[Block]:
+    """Show what passes over the edges of a model that is cut, and how its stages score alone."""
+    traffic = run.of_kind("traffic")
+    edges = traffic[0].get("edges", []) if traffic else []
+    if not edges:
+        return []
+    rows = []
+    for index, edge in enumerate(edges):
+        each = [_both_ways(record["edges"][index]) for record in traffic]
+        rows.append(
+            (
+                f"stage {edge['from']} to {edge['to']}",
+                *(bytes_text(median(way)) for way in zip(*each, strict=True)),
+                *(bytes_text(sum(way)) for way in zip(*each, strict=True)),
+            )
+        )
+    columns = ("edge", "forward, round", "backward, round", "forward, in all", "backward, in all")
+    blocks: list[Block] = [
+        Heading(text="Stages"),
+        Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(1, 5))),
+    ]
+    last = (run.of_kind("eval") or [{}])[-1]
+    heads = tuple(
+        (f"stage {stage}", _shown(last, score)) for stage, score in last.get("stages", {}).items()
+    )
+    if heads:
+        columns_of_heads = ("head of", _title(run))
+        blocks.append(Table(columns=columns_of_heads, rows=heads, numeric=frozenset({1})))
+    return blocks
 
 
 def _clients(run: RunSummary) -> list[Block]:

@@ -66,8 +66,13 @@ class Counts:
         return 100 * self.adapter / self.model
 
 
-def adapter_config(method: MethodConfig) -> Any:
-    """Return the library's configuration of a method other than full."""
+def adapter_config(method: MethodConfig, *, split: bool = False) -> Any:
+    """Return the library's configuration of a method other than full.
+
+    Args:
+        method: Which one.
+        split: Nothing is shared between layers: each of Compacter's has a rule of its own.
+    """
     if method.name == "lora":
         return adapters.LoRAConfig(
             r=method.rank, alpha=method.alpha, dropout=method.dropout,
@@ -77,13 +82,17 @@ def adapter_config(method: MethodConfig) -> Any:
         return adapters.PrefixTuningConfig(
             prefix_length=method.prefix_length, dropout=method.dropout
         )
-    kind = _CONFIGS[method.name]
-    if method.reduction_factor is None or method.name == "ia3":
-        return kind()
-    return kind(reduction_factor=method.reduction_factor)
+    values: dict[str, Any] = {}
+    if method.reduction_factor is not None and method.name != "ia3":
+        values["reduction_factor"] = method.reduction_factor
+    if method.name == "compacter" and split:
+        values["shared_phm_rule"] = False
+    return _CONFIGS[method.name](**values)
 
 
-def attach(model: PreTrainedModel, method: MethodConfig, *, causal: bool = False) -> Counts:
+def attach(
+    model: PreTrainedModel, method: MethodConfig, *, causal: bool = False, split: bool = False
+) -> Counts:
     """Add an adapter to a model and leave nothing else but the task's head to be trained.
 
     The adapter's first values come from torch's generator: seed it for equal ones everywhere.
@@ -92,6 +101,7 @@ def attach(model: PreTrainedModel, method: MethodConfig, *, causal: bool = False
         model: A plain transformers model with its head; changed in place.
         method: Which adapter.
         causal: A language model, whose pre-trained head is frozen with an adapter.
+        split: See ``adapter_config``.
 
     Returns:
         Parameters in all and trained.
@@ -109,7 +119,7 @@ def attach(model: PreTrainedModel, method: MethodConfig, *, causal: bool = False
         # On the model's own device: the library fills what it makes, and throws much of it away.
         with _quiet(), next(model.parameters()).device:
             _init(model)
-            model.add_adapter(ADAPTER, config=adapter_config(method))
+            model.add_adapter(ADAPTER, config=adapter_config(method, split=split))
             model.train_adapter(ADAPTER)
     except Exception as error:  # the library asserts, and raises what it stumbles over
         raise ConfigError(
@@ -244,7 +254,9 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     model.save_adapter(str(folder), ADAPTER)
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, method: MethodConfig) -> None:
+def load_adapter(
+    model: PreTrainedModel, folder: Path, method: MethodConfig, *, split: bool = False
+) -> None:
     """Fill an attached adapter and head from a folder that ``save_adapter`` wrote.
 
     Raises:
@@ -252,14 +264,14 @@ def load_adapter(model: PreTrainedModel, folder: Path, method: MethodConfig) -> 
     """
     try:
         content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        found = dict(content["config"])
-        _read_into(model, folder) if _same(found, adapter_config(method)) else None
+        found, wanted = dict(content["config"]), adapter_config(method, split=split)
+        _read_into(model, folder) if _same(found, wanted) else None
     except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"method.path: expected an adapter folder, got {folder}"
             f" ({' '.join(str(error).split())[:120]}). Name one that save_adapter wrote."
         ) from error
-    if not _same(found, adapter_config(method)):
+    if not _same(found, wanted):
         raise CheckpointError(
             f"method.path: expected an adapter of method.name={method.name} and its sizes, got"
             f" another in {folder}. Set method.* as when it was trained."

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 Part = Literal["embeddings", "client_layers", "aux_head", "server_layers", "final_head"]
 AUX_HEADS = "aux_heads"
+_EMBEDDINGS = re.compile(r"\.(embeddings|invertible_adapters)\.")
 _LAYER = re.compile(r"\.encoder\.layer\.(\d+)\.")
 
 
@@ -207,7 +208,7 @@ def owner(name: str, specs: Iterable[StageSpec]) -> int:
     if layer:
         index = int(layer.group(1))
         return next(s.stage_id for s in specs if s.first_layer <= index < s.end_layer)
-    return 0 if ".embeddings." in name else specs[-1].stage_id
+    return 0 if _EMBEDDINGS.search(name) else specs[-1].stage_id
 
 
 def split(state: Mapping[str, T], specs: Iterable[StageSpec]) -> tuple[dict[str, T], ...]:
@@ -242,4 +243,4 @@ def part_of(name: str, spec: StageSpec) -> Part:
         return "aux_head"
     if _LAYER.search(name):
         return "client_layers" if spec.role is StageRole.CLIENT else "server_layers"
-    return "embeddings" if ".embeddings." in name else "final_head"
+    return "embeddings" if _EMBEDDINGS.search(name) else "final_head"

@@ -56,7 +56,7 @@ def emulate_(
     layers_s = (spec.num_layers - spec.ends_encoder) * layer_forward_s
     masked_s = spec.ends_encoder * masked_layer_forward_s
 
-    def forward(inputs: Tensor, known_BM: Tensor) -> Tensor:
+    def forward(inputs: Tensor, known_BM: Tensor | None = None) -> Tensor:
         if spec.is_first:
             inputs = torch.zeros(*inputs.shape, hidden, device=inputs.device)
         return _Sleep.apply(inputs + anchor, layers_s, BACKWARD_PER_FORWARD * layers_s)

@@ -35,6 +35,15 @@ WRONG = [
     ("scoring.batch_size=0", "scoring.batch_size: expected 1 or more"),
     ("batch_size=0", "batch_size: expected 1 or more"),
     ("hang_timeout_s=-1", "hang_timeout_s: expected 0 or more"),
+    ("pipeline.colocate=true", "pipeline.cut: expected a cut with other keys of pipeline, got []"),
+    ("pipeline={cut: [2, 1]}", "pipeline.cut: expected increasing layer indices"),
+    ("pipeline={cut: [1], objective: end_to_end}", "pipeline.schedule: expected 1f1b or sequen"),
+    ("pipeline={cut: [1], num_client_stages: 3}", "pipeline.num_client_stages: expected 1..2"),
+    ("pipeline={cut: [1], num_micro_batches: 0}", "pipeline.num_micro_batches: expected 1 or"),
+    ("pipeline={cut: [1], num_micro_batches: 3}", "batch_size: expected a multiple of pipeline."),
+    ("pipeline={cut: [1], local_head: mlm}", "pipeline.local_head: unknown key"),
+    ("deepspeed.config=x.json", "deepspeed.config: expected nothing without pipeline.cut"),
+    ("federation.average.aux_head=false", "federation.average.aux_head: expected true without"),
     ("federation.clients_per_round=9", "federation.clients_per_round: expected 1..4"),
 ]
 
@@ -43,6 +52,28 @@ WRONG = [
 def test_a_wrong_value_is_refused_in_one_line(override: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_finetune(None, [override])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+WRONG_WITH_A_CUT = [
+    ("task.name=causal-lm", "pipeline.cut: expected [] with task.name=causal-lm"),
+    ("method.name=prefix_tuning", "method.name: expected a method whose parameters lie in layers"),
+    ("method.lora_average=product", "method.lora_average: expected factors with pipeline.cut"),
+    ("federation.server=sequential", "federation.server: expected replicated in fine-tuning"),
+    (
+        "pipeline={cut: [0], objective: end_to_end, schedule: 1f1b}",
+        "pipeline.cut: expected 1 or more first, with lora and end_to_end, got [0]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), WRONG_WITH_A_CUT)
+def test_what_a_cut_does_not_go_with_is_refused_in_one_line(override: str, expected: str) -> None:
+    cut = [] if override.startswith("pipeline") else ["pipeline.cut=[2]"]
+    alone = ["federation.num_replicas=1"]  # what a sequential server needs
+    with pytest.raises(ConfigError) as caught:
+        load_finetune(None, [*cut, *alone, override])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 

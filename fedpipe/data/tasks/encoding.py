@@ -128,15 +128,16 @@ def encode(task: Task, examples: Sequence[Example], tokenizer: Any, *, max_lengt
 
 
 def collate(
-    data: Encoded, sequences: NDArray[np.int64], *, pad_id: int, kind: str
+    data: Encoded, sequences: NDArray[np.int64], *, pad_id: int, kind: str, length: int = 0
 ) -> tuple[dict[str, NDArray[np.int64]], NDArray[Any]]:
-    """Pad sequences to the longest one.
+    """Pad sequences to the longest one, or to a length.
 
     Args:
         data: A split.
         sequences: Which of it.
         pad_id: Fills short sequences up.
         kind: Of the task; ``ner`` has labels per token, and so has ``causal-lm``: its tokens.
+        length: T, at least that of the longest sequence; 0 means just that.
 
     Returns:
         Inputs of a transformers model (B, T), and labels: (B, T) of tags or of next tokens, else
@@ -144,7 +145,7 @@ def collate(
     """
     starts = data.starts[sequences]
     lengths = data.starts[sequences + 1] - starts
-    steps = np.arange(int(lengths.max()))
+    steps = np.arange(length or int(lengths.max()))
     inside = steps[None, :] < lengths[:, None]
     where = np.where(inside, starts[:, None] + steps[None, :], 0)
     ids = np.where(inside, data.ids[where], pad_id).astype(np.int64)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpipe.config.finetune import FinetuneConfig
+from fedpipe.config.finetune import CAUSAL_LM, FinetuneConfig
 from fedpipe.data.clients import (
     ClientFacts,
     Labels,
@@ -28,7 +28,7 @@ from fedpipe.data.tasks.reading import Example, read_task
 from fedpipe.data.tasks.registry import Task, find_task, tag_names
 from fedpipe.errors import ConfigError, CorpusError
 from fedpipe.models.tuned import Kind
-from fedpipe.workflows.finetune.texts import CAUSAL_LM, SENTIMENT_TASKS, column_values, read_texts
+from fedpipe.workflows.finetune.texts import SENTIMENT_TASKS, column_values, read_texts
 
 DATA = "data"
 """Folder of a run with its tokenised examples."""
@@ -68,6 +68,11 @@ class TuningData:
     """By client."""
     facts: tuple[ClientFacts, ...]
     """By client."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(max(self.train.lengths().max(), self.test.lengths().max()))
 
     def train_lengths(self) -> list[NDArray[np.int64]]:
         """Return, by client, the tokens of each of its training sequences."""

@@ -14,6 +14,7 @@ from fedpipe.checkpoint import find_latest
 from fedpipe.config.finetune import load_finetune
 from fedpipe.errors import CheckpointError
 from fedpipe.models.peft import MERGEABLE, frozen_state, plain_state, save_adapter
+from fedpipe.models.split import merge
 from fedpipe.workflows.finetune.examples import DATA, Meaning, TuningData
 from fedpipe.workflows.finetune.setup import load_tuning_tokenizer
 from fedpipe.workflows.finetune.tuner import WEIGHTS_FILE, attach_seeded, build_tuned
@@ -48,7 +49,7 @@ def export_finetuned(run_dir: Path) -> list[Path]:
     model = build_tuned(config, meaning)
     attach_seeded(model, config, meaning)
     _label(model.config, meaning)
-    weights = load_file(checkpoint.path / WEIGHTS_FILE)
+    weights = learnt(checkpoint.path)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in weights.items():
@@ -66,6 +67,14 @@ def export_finetuned(run_dir: Path) -> list[Path]:
         state = plain_state(model, config.method)
         _replace(written[-1], lambda folder: _save(config, meaning, state, tokenizer, folder))
     return written
+
+
+def learnt(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Read what has been trained: of a whole model, or of stages without their local heads."""
+    whole = checkpoint / WEIGHTS_FILE
+    if whole.is_file():
+        return load_file(whole)
+    return merge(load_file(file) for file in sorted(checkpoint.glob("stage_*.safetensors")))
 
 
 def _label(model_config: Any, meaning: Meaning) -> None:

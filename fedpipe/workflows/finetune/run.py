@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,14 @@ from fedpipe.federation.turns import (
     plan_tuning_round,
 )
 from fedpipe.metrics.writer import MetricsWriter
+from fedpipe.models.split import pipeline_edges
 from fedpipe.pipeline.optimizer import learning_rate
-from fedpipe.workflows.finetune.examples import DATA, TuningData
+from fedpipe.workflows.finetune.examples import DATA, Meaning, TuningData
+from fedpipe.workflows.finetune.scores import Scores, StageLosses, from_statistics
 from fedpipe.workflows.finetune.setup import FinetuneSetup
-from fedpipe.workflows.finetune.tuner import Tuner, from_statistics
+from fedpipe.workflows.finetune.staged import StagedTuner
+from fedpipe.workflows.finetune.tuner import Tuner
+from fedpipe.workflows.records import traffic_record
 
 Emit = Callable[[str, Any], None]
 """Tells whoever watches: ("round" | "eval", record), ("training", bool)."""
@@ -55,9 +60,8 @@ def finetune(
     if watch is None:
         with Watch() as watch:
             return finetune(setup, env=env, emit=emit, watch=watch)
-    federation = setup.config.federation
-    grid = Grid(num_stages=1, num_replicas=federation.num_replicas, data_parallel_degree=1)
-    comm = Comm(grid, env, edges=())
+    federation, pipeline = setup.config.federation, setup.config.stages
+    comm = Comm(Grid.of(pipeline, federation), env, edges=pipeline_edges(pipeline))
     try:
         watch.join_run(comm)
         run = Finetuning(setup, comm=comm, emit=emit, watch=watch)
@@ -85,7 +89,11 @@ class Finetuning:
         self._lengths = self.data.train_lengths()
         sizes = {len(mine) for mine in self._lengths}
         self._steps_per_round = max(num_tuning_steps(self.config, size) for size in sizes)
-        self.tuner = Tuner(self.config, self.data, comm=comm, run_dir=setup.run_dir)
+        kind = StagedTuner if self.config.is_cut else Tuner
+        self.tuner: Tuner | StagedTuner = kind(
+            self.config, self.data, comm=comm, run_dir=setup.run_dir
+        )
+        self._sent_before: Counter[str] = Counter()
         self.position = Position()
         """Of the checkpoint that was read or written last."""
         self._checkpoints = CheckpointWriter(
@@ -108,6 +116,7 @@ class Finetuning:
     def train_round(self, round_id: int) -> None:
         """Train the clients of a round, average them, score the result, record and save."""
         started = time.monotonic()
+        self._sent_before = Counter(self.tuner.sent_over_edges())  # scoring does not count
         self._phase = f"round {round_id + 1}"
         plan = plan_tuning_round(self.config, round_id=round_id, lengths=self._lengths)
         turns = [self._take(turn, round_id) for turn in plan.turns if self._is_mine(turn)]
@@ -137,7 +146,7 @@ class Finetuning:
         started = time.monotonic()
         per_round = self._steps_per_round
         total = per_round * self.config.federation.num_rounds
-        result = self.tuner.train(
+        losses = self.tuner.train(
             turn,
             round_id=round_id,
             last_round=self._last.get(turn.client_id),
@@ -149,8 +158,8 @@ class Finetuning:
         return {
             "kind": "turn", "round": round_id, "client": turn.client_id,
             "replica": turn.replica_id, "steps": turn.num_steps, "examples": turn.num_examples,
-            "tokens": turn.num_tokens, "weight": turn.weight, "loss": result.loss,
-            "last_loss": result.last_loss, "seconds": time.monotonic() - started,
+            "tokens": turn.num_tokens, "weight": turn.weight, "losses": losses,
+            "seconds": time.monotonic() - started,
         }  # fmt: skip
 
     def _record(
@@ -162,12 +171,17 @@ class Finetuning:
         seconds: float,
         sync: tuple[float, int],
     ) -> None:
-        gathered = self._comm.gather({"turns": turns, "sync": sync, "memory": peak_memory_bytes()})
+        sent = Counter(self.tuner.sent_over_edges())
+        sent.subtract(self._sent_before)
+        gathered = self._comm.gather(
+            {
+                "turns": turns, "sync": sync, "memory": peak_memory_bytes(), "sent": dict(sent),
+                "numel": self.tuner.sent_numel if self._comm.replica == 0 else 0,
+            }
+        )  # fmt: skip
         if gathered is None:
             return
-        turns = sorted(
-            (turn for part in gathered for turn in part["turns"]), key=lambda turn: turn["client"]
-        )
+        turns = merge_turns(turn for part in gathered for turn in part["turns"])
         weights = [turn["weight"] for turn in turns]
         loss = float(np.average([t["loss"] for t in turns], weights=weights)) if turns else None
         record = {
@@ -179,20 +193,26 @@ class Finetuning:
             "sync_bytes": sum(part["sync"][1] for part in gathered),
             "memory_bytes": [part["memory"] for part in gathered],
         }  # fmt: skip
-        self._write([*turns, record, self._traffic(plan, round_id)])
+        self._write([*turns, record, self._traffic(plan, round_id, gathered)])
         self._emit("round", record)
 
-    def _traffic(self, plan: Round, round_id: int) -> dict[str, Any]:
+    def _traffic(
+        self, plan: Round, round_id: int, gathered: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         """What leaves and reaches the clients of a round: the parameters that are averaged.
 
-        Everyone who is drawn receives them; who is lost sends nothing.
+        Everyone who is drawn receives them; who is lost sends nothing. Of a model that is cut they
+        are those of the client's stages, and what passes over every edge comes with them.
         """
-        sent = self.tuner.sent_numel * _BYTES
+        sent = sum(part["numel"] for part in gathered) * _BYTES
         received = sent
         if self.tuner.products is not None and plan.turns:
             received += self.tuner.products.residual_numel(len(plan.turns)) * _BYTES
+        over_edges = traffic_record(
+            round_id, [part["sent"] for part in gathered], pipeline=self.config.stages
+        )
         return {
-            "kind": "traffic", "round": round_id,
+            "kind": "traffic", "round": round_id, "edges": over_edges["edges"],
             "client_bytes_up": sent, "client_bytes_down": received,
             "bytes_up": sent * len(plan.turns),
             "bytes_down": received * (len(plan.turns) + len(plan.dropped)),
@@ -204,7 +224,11 @@ class Finetuning:
         gathered = self._comm.gather(self.tuner.score(mine, last_rounds=self._last))
         if gathered is None:
             return
-        record = evaluation(round_id, {k: v for part in gathered for k, v in part.items()}, self)
+        found: Scores = {}
+        for part in gathered:
+            for stage_id, clients in part.items():
+                found.setdefault(stage_id, {}).update(clients)
+        record = evaluation(round_id, found, self.data.meaning)
         self._write([record])
         self._emit("eval", record)
 
@@ -230,22 +254,48 @@ class Finetuning:
         return Activity(doing=f"{self._phase or 'starting'}", client_id=client_id)
 
 
-def evaluation(
-    round_id: int, found: Mapping[int, np.ndarray[Any, Any]], run: Finetuning
-) -> dict[str, Any]:
-    """Make the record of a scoring: over all examples, by client, and the worst client."""
-    meaning = run.data.meaning
+def merge_turns(parts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Unite what the processes of a turn say of it, by client; the loss is the last stage's."""
+    turns: dict[int, dict[str, Any]] = {}
+    losses: dict[int, StageLosses] = defaultdict(dict)
+    for part in parts:
+        record = {key: value for key, value in part.items() if key != "losses"}
+        turn = turns.setdefault(part["client"], record)
+        turn["seconds"] = max(turn["seconds"], part["seconds"])
+        losses[part["client"]] |= part["losses"]
+    for client, turn in turns.items():
+        means = {stage: float(np.mean(steps)) for stage, steps in sorted(losses[client].items())}
+        last = max(means)
+        turn |= {"loss": means[last], "last_loss": losses[client][last][-1]}
+        if len(means) > 1:
+            turn["stages"] = {str(stage): mean for stage, mean in means.items()}
+    return [turns[client] for client in sorted(turns)]
+
+
+def evaluation(round_id: int, scores: Scores, meaning: Meaning) -> dict[str, Any]:
+    """Make the record of a scoring: over all examples, by client, and the worst client.
+
+    It is that of the last stage; of the others' heads the score over all examples.
+    """
+    found = scores[max(scores)]
     clients = {client: from_statistics(meaning, rows) for client, rows in sorted(found.items())}
     known = {client: score for client, score in clients.items() if np.isfinite(score)}
     choose = max if meaning.metric == "loss" else min
     worst = choose(known, key=known.__getitem__) if known else None
-    return {
+    record = {
         "kind": "eval", "round": round_id, "metric": meaning.metric,
-        "score": from_statistics(meaning, np.concatenate(list(found.values()))),
+        "score": _over_all(meaning, found),
         "mean": float(np.mean(list(known.values()))) if known else None,
         "worst": known.get(worst) if worst is not None else None, "worst_client": worst,
         "clients": {str(client): score for client, score in clients.items()},
     }  # fmt: skip
+    if len(scores) > 1:
+        record["stages"] = {str(s): _over_all(meaning, scores[s]) for s in sorted(scores)}
+    return record
+
+
+def _over_all(meaning: Meaning, clients: Mapping[int, np.ndarray[Any, Any]]) -> float:
+    return from_statistics(meaning, np.concatenate(list(clients.values())))
 
 
 def peak_memory_bytes() -> int:

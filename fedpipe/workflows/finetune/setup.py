@@ -10,22 +10,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedpipe import __version__
 from fedpipe.checkpoint import CHECKPOINTS, Checkpoint, Position
+from fedpipe.config.deepspeed import engine_config
 from fedpipe.config.finetune import (
     QUICKSTART,
     FinetuneConfig,
     finetune_yaml,
     load_finetune,
 )
-from fedpipe.data.clients import ClientFacts
 from fedpipe.data.tokenizer import SAMPLES
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError
-from fedpipe.metrics.format import bytes_text, count
 from fedpipe.metrics.writer import METRICS_FILE
-from fedpipe.models.peft import Counts, attach, load_adapter
+from fedpipe.models.peft import Counts, attach, load_adapter, trainable
 from fedpipe.models.tuned import build_model, check_family
+from fedpipe.models.tuned_stage import check_cut
 from fedpipe.workflows.finetune.examples import DATA, TuningData, kind_of, prepare_examples
+from fedpipe.workflows.finetune.plan import render_plan
 from fedpipe.workflows.run_dir import (
     check_new,
     check_writable,
@@ -40,8 +40,6 @@ UNTRAINED = "untrained"
 MAY_CHANGE = ("hang_timeout_s", "federation.num_replicas")
 """Keys that may have other values when a run is resumed: no result depends on them."""
 _QUICKSTART_EXPORT = Path("runs/quickstart/export")
-_BYTES = 4
-"""Of a float32 that travels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,13 +89,16 @@ def set_up_finetune(
     tokenizer = load_tuning_tokenizer(config)
     model_config = load_model_config(config, tokenizer)
     check_family(model_config.model_type, kind)
+    if config.is_cut:
+        check_cut(model_config, config.pipeline.cut[-1])
+        engine_config(config.deepspeed.config, config.stages)  # read, and refused if it is wrong
     check_writable(directory)
     with locked(directory):  # of a running command: its checkpoints come and go
         pass
     data = prepare_examples(config, tokenizer)
     check_lengths(config, data, model_config)
-    counts = count_parameters(config, model_config, data)
-    plan = render_plan(config, data, counts)
+    counts, trained = count_parameters(config, model_config, data)
+    plan = render_plan(config, data, counts, trained=trained, model_config=model_config)
     write_text(directory / "config.yaml", finetune_yaml(config))
     write_text(directory / "plan.txt", plan + "\n")
     write_text(directory / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
@@ -243,7 +244,7 @@ def check_lengths(config: FinetuneConfig, data: TuningData, model_config: Any) -
     positions = getattr(model_config, "max_position_embeddings", 0) or 0
     if model_config.model_type == "roberta":
         positions -= model_config.pad_token_id + 1
-    longest = int(max(data.train.lengths().max(), data.test.lengths().max()))
+    longest = data.longest
     if 0 < positions < longest:
         raise ConfigError(
             f"task.max_length: expected at most {positions} (the positions of {config.model.path}),"
@@ -257,83 +258,21 @@ def check_lengths(config: FinetuneConfig, data: TuningData, model_config: Any) -
         )
 
 
-def count_parameters(config: FinetuneConfig, model_config: Any, data: TuningData) -> Counts:
+def count_parameters(
+    config: FinetuneConfig, model_config: Any, data: TuningData
+) -> tuple[Counts, dict[str, int]]:
     """Count what is trained, on a model that allocates nothing.
+
+    Returns:
+        All in all; and the sizes of what is trained, by full name.
 
     Raises:
         ConfigError: The family does not have the method.
         CheckpointError: ``method.path`` is no adapter of this model.
     """
-    meaning = data.meaning
+    meaning, split = data.meaning, config.is_cut
     model = build_model(model_config, meaning.kind, num_labels=meaning.num_outputs, device="meta")
-    counts = attach(model, config.method, causal=meaning.kind == "causal-lm")
+    counts = attach(model, config.method, causal=meaning.kind == "causal-lm", split=split)
     if config.method.path:
-        load_adapter(model, Path(config.method.path), config.method)
-    return counts
-
-
-def sent_numel(config: FinetuneConfig, counts: Counts) -> int:
-    """Parameters that a client sends in a round, and receives."""
-    kept = 0 if config.federation.average.final_head else counts.head
-    return counts.trainable - kept
-
-
-def render_plan(config: FinetuneConfig, data: TuningData, counts: Counts) -> str:
-    """Say what will happen, for people."""
-    federation, scenario, meaning = config.federation, config.scenario, data.meaning
-    sent = sent_numel(config, counts) * _BYTES
-    share = 100 * counts.trainable / (counts.model + counts.head)
-    rows = [
-        f"fedpipe {__version__}  {config.name}  "
-        f"{count(federation.num_replicas, 'process', 'es')}, one model each",
-        f"  model    {config.model.path}  {counts.model / 1e6:,.2f} M parameters",
-        f"  method   {config.method.name}  {counts.trainable:,} trained ({share:.3f} %):"
-        f" {counts.adapter:,} of the {_what(config)}, {counts.head:,} of the head",
-        f"  task     {config.task.name}: {meaning.kind}, "
-        + (f"{len(meaning.labels)} labels, " if meaning.labels else "")
-        + f"{data.train.num_examples:,} training and {data.test.num_examples:,} held-out examples",
-        *_client_lines(config, data.facts),
-        f"  round    {federation.clients_per_round} of {federation.num_clients} clients, "
-        + _local_work(config)
-        + f", batches of {config.batch_size}; {federation.num_rounds} rounds",
-        f"  traffic  {bytes_text(sent)} up and down  per client and round, float32",
-    ]
-    if config.method.lora_average == "product":
-        rows[-1] += "; down also the residual of the products"
-    if scenario.straggler_share or scenario.dropout_share:
-        rows.append(
-            f"  scenario {100 * scenario.dropout_share:g} % of a cohort are lost,"
-            f" {100 * scenario.straggler_share:g} % make {100 * scenario.straggler_work:g} % of"
-            " their steps"
-        )
-    return "\n".join(rows)
-
-
-def _what(config: FinetuneConfig) -> str:
-    return "model" if config.method.name == "full" else "adapter"
-
-
-def _local_work(config: FinetuneConfig) -> str:
-    federation = config.federation
-    if federation.num_local_epochs:
-        plural = "" if federation.num_local_epochs == 1 else "s"
-        return f"{federation.num_local_epochs:g} local epoch{plural}"
-    return count(federation.num_local_steps, "local step")
-
-
-def _client_lines(config: FinetuneConfig, facts: Sequence[ClientFacts]) -> list[str]:
-    sizes = sorted(fact.num_examples for fact in facts)
-    entropies = sorted(fact.entropy_bits for fact in facts)
-    middle = len(facts) // 2
-    lines = [
-        f"  clients  {len(facts)}, {config.task.split}: {sizes[0]} / {sizes[middle]} / {sizes[-1]}"
-        f" examples, label entropy {entropies[0]:.2f} / {entropies[middle]:.2f} /"
-        f" {entropies[-1]:.2f} bits  (least / median / most)"
-    ]
-    lacking = [fact for fact in facts if fact.missing]
-    if lacking and len(lacking[0].missing) > 0:
-        lines.append(
-            f"           {count(len(lacking), 'client')} without examples of some labels, such as"
-            f" client {lacking[0].client_id}: {', '.join(lacking[0].missing[:4])}"
-        )
-    return lines
+        load_adapter(model, Path(config.method.path), config.method, split=split)
+    return counts, {name: p.numel() for name, p in trainable(model).items()}

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpipe.config.finetune import TaskConfig
+from fedpipe.config.finetune import CAUSAL_LM, TaskConfig
 from fedpipe.data.lines import json_rows
 from fedpipe.data.tasks.files import TaskFiles
 from fedpipe.data.tasks.reading import Example
 from fedpipe.data.tasks.registry import Defaults, Task
 from fedpipe.errors import CorpusError
-
-CAUSAL_LM = "causal-lm"
-"""Task without labels: every text predicts its own next tokens."""
 
 _SETTINGS = Defaults(learning_rate=2e-5, batch_size=32, num_epochs=3, max_length=128)
 

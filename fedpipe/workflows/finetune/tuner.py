@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,27 +21,17 @@ from fedpipe.distributed.comm import Comm
 from fedpipe.federation.lora import ProductAverage
 from fedpipe.federation.synchronizer import Synchronizer, restore
 from fedpipe.federation.turns import TuningTurn, batches
-from fedpipe.metrics.scoring import METRICS
 from fedpipe.models.families import stable_seed
 from fedpipe.models.peft import attach, load_adapter, lora_updates, trainable
 from fedpipe.models.tuned import build_model, head_names
 from fedpipe.pipeline.optimizer import make_optimizer
 from fedpipe.workflows.finetune.examples import Meaning, TuningData
+from fedpipe.workflows.finetune.scores import Scores, StageLosses, statistics
 from fedpipe.workflows.finetune.setup import UNTRAINED, load_model_config, load_tuning_tokenizer
 
 WEIGHTS_FILE = "weights.safetensors"
 SERVER_FILE = "server.pt"
 _KEPT_STAGE = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TurnResult:
-    """How a client's turn went."""
-
-    loss: float
-    """Mean over its steps."""
-    last_loss: float
-    """Of its last step."""
 
 
 class Tuner:
@@ -83,7 +72,7 @@ class Tuner:
         last_round: int | None,
         learning_rate: Callable[[int], float],
         writer: CheckpointWriter,
-    ) -> TurnResult:
+    ) -> StageLosses:
         """Become a client, train, and leave its update in the round.
 
         Args:
@@ -92,6 +81,9 @@ class Tuner:
             last_round: The round from which the client came back last; None at its first.
             learning_rate: Of a local step.
             writer: Takes what stays with the client.
+
+        Returns:
+            The loss of every step.
         """
         state = self._client_state(turn.client_id, last_round)
         self.synchronizer.begin_turn(state.get("kept"))
@@ -113,8 +105,7 @@ class Tuner:
         if self.products is not None:
             self.products.end_turn(weight=turn.weight)
         self._keep(turn.client_id, optimizer, round_id=round_id, writer=writer)
-        values = torch.stack(losses).tolist()
-        return TurnResult(loss=float(np.mean(values)), last_loss=values[-1])
+        return {0: torch.stack(losses).tolist()}
 
     def _step(self, sequences: NDArray[np.int64], optimizer: torch.optim.Optimizer) -> Tensor:
         logits, labels = self._forward(self.data.train, sequences)
@@ -173,9 +164,7 @@ class Tuner:
             sent += self.products.synchronize()
         return sent
 
-    def score(
-        self, client_ids: Sequence[int], *, last_rounds: Mapping[int, int]
-    ) -> dict[int, NDArray[np.float64]]:
+    def score(self, client_ids: Sequence[int], *, last_rounds: Mapping[int, int]) -> Scores:
         """Score the averaged model on held-out examples of some clients, with what they keep.
 
         Args:
@@ -183,7 +172,7 @@ class Tuner:
             last_rounds: By client, the round from which it came back last.
 
         Returns:
-            By client, what the task's metric needs to know of each of its examples, (E, K).
+            What the task's metric needs to know.
         """
         self.model.eval()
         found = {}
@@ -193,7 +182,7 @@ class Tuner:
                 state = self._client_state(client_id, last_rounds.get(client_id))
                 self.synchronizer.begin_turn(state.get("kept"))
             found[client_id] = self._score(self.data.test_sequences[client_id])
-        return found
+        return {0: found}
 
     @torch.inference_mode()
     def _score(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -207,6 +196,10 @@ class Tuner:
             for row, value in zip(rows, _predictions(logits, labels, meaning), strict=True):
                 outputs[int(row)] = value
         return statistics(meaning, test, sequences, outputs)
+
+    def sent_over_edges(self) -> dict[str, int]:
+        """Bytes that this process has sent over edges: there are none."""
+        return {}
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -260,9 +253,10 @@ def build_tuned(config: FinetuneConfig, meaning: Meaning) -> Any:
 def attach_seeded(model: Any, config: FinetuneConfig, meaning: Meaning) -> Any:
     """Attach the run's adapter with its first values."""
     torch.manual_seed(stable_seed(config.seed, "adapter"))
-    counts = attach(model, config.method, causal=meaning.kind == "causal-lm")
+    split, causal = config.is_cut, meaning.kind == "causal-lm"
+    counts = attach(model, config.method, causal=causal, split=split)
     if config.method.path:
-        load_adapter(model, Path(config.method.path), config.method)
+        load_adapter(model, Path(config.method.path), config.method, split=split)
     return counts
 
 
@@ -290,35 +284,3 @@ def _predictions(logits: Tensor, labels: Tensor, meaning: Meaning) -> list[Any]:
         logits[:, :-1].transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
     )
     return list(zip(losses.sum(1).tolist(), (targets != IGNORED).sum(1).tolist(), strict=True))
-
-
-def statistics(
-    meaning: Meaning, split: Any, sequences: NDArray[np.int64], outputs: Mapping[int, Any]
-) -> NDArray[np.float64]:
-    """Return what the metric needs of every example, (E, K), from predictions by sequence."""
-    if meaning.kind == "causal-lm":
-        return np.array([outputs[int(row)] for row in sequences], dtype=np.float64).reshape(-1, 2)
-    metric = METRICS[meaning.metric]
-    if meaning.kind != "ner":
-        gold = [float(label) for label in split.labels[sequences]]
-        predicted = [outputs[int(row)] for row in sequences]
-        return metric.statistics(gold, predicted, meaning.positive)
-    there: dict[int, list[str]] = {}
-    found: dict[int, list[str]] = {}
-    for row in sequences:
-        tags = split.labels[split.starts[row] : split.starts[row + 1]]
-        example = int(split.examples[row])
-        there.setdefault(example, []).extend(
-            meaning.labels[int(tag)] for tag in tags[tags != IGNORED]
-        )
-        found.setdefault(example, []).extend(meaning.labels[tag] for tag in outputs[int(row)])
-    return metric.statistics(list(there.values()), list(found.values()), meaning.positive)
-
-
-def from_statistics(meaning: Meaning, rows: NDArray[np.float64]) -> float:
-    """Return the score of some examples; of texts the mean loss per token."""
-    if meaning.kind == "causal-lm":
-        return float(rows[:, 0].sum() / max(1.0, rows[:, 1].sum()))
-    metric = METRICS[meaning.metric]
-    assert metric.from_sums is not None, meaning.metric
-    return float(metric.from_sums(rows.sum(axis=0)[None])[0])

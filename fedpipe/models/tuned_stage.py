@@ -1,0 +1,172 @@
+"""One stage of a model that is fine-tuned: layers with their adapters, and a task's head."""
+
+# B = sequences, T = tokens per sequence, M = targets per sequence (T of tags, else 1), C = outputs,
+# D = hidden size
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PretrainedConfig, PreTrainedModel
+
+from fedpipe.errors import ConfigError
+from fedpipe.models.families import FAMILIES
+from fedpipe.models.modeling import roberta
+from fedpipe.models.split import AUX_HEADS, StageSpec
+from fedpipe.models.stage import StageModule, place
+from fedpipe.models.tuned import Kind
+
+NUM_PLANES = 3
+"""Of the targets: lengths, labels, weights."""
+
+
+def check_cut(config: PretrainedConfig, last_cut: int) -> None:
+    """Refuse a model that cannot be cut.
+
+    Args:
+        config: Of the model.
+        last_cut: First layer of the last stage.
+
+    Raises:
+        ConfigError: The family cannot be cut, or the model has too few layers.
+    """
+    if config.model_type not in FAMILIES:
+        raise ConfigError(
+            f"pipeline.cut: expected a model of {' or '.join(FAMILIES)}, got {config.model_type}."
+            " Use another model.path, or pipeline.cut=[]."
+        )
+    if last_cut >= config.num_hidden_layers:
+        raise ConfigError(
+            f"pipeline.cut: expected layers below {config.num_hidden_layers}, got {last_cut}. Lower"
+            " it: the last stage needs a layer."
+        )
+    kind = getattr(config, "position_embedding_type", "absolute")
+    if kind != "absolute":
+        raise ConfigError(
+            f"pipeline.cut: expected a model with absolute positions, got {kind}. Use another"
+            " model.path, or pipeline.cut=[]."
+        )
+
+
+class TunedStage(StageModule):
+    """What one stage holds of a whole model, and the head of its own loss.
+
+    The targets are three planes (B, M) int32: tokens of the sequence, its label (or its tags; of a
+    number the bits of a float32), and the label's weight in the loss (bits of a float32). A weight
+    of 0 hides a position that has no label, or a sequence that fills up a short batch.
+    """
+
+    def __init__(
+        self,
+        spec: StageSpec,
+        model: PreTrainedModel,
+        kind: Kind,
+        *,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        """Take the stage's modules out of a model, which is of no use afterwards.
+
+        Where it is not the model's own, the stage's head starts from torch's generator.
+
+        Args:
+            spec: What it holds.
+            model: BERT or RoBERTa with the task's head, and adapters attached, if any.
+            kind: Of the task.
+            activation_checkpointing: Recompute layers in the backward pass.
+        """
+        super().__init__(spec, activation_checkpointing=activation_checkpointing)
+        self._kind = kind
+        prefix, base = model.base_model_prefix, model.base_model
+        self._embeddings: list[nn.Module] = []  # lists, or they would be registered a second time
+        if spec.is_first:
+            for name in ("embeddings", "invertible_adapters"):
+                if hasattr(base, name):
+                    place(self, f"{prefix}.{name}", getattr(base, name))
+            self._embeddings.append(base.embeddings)
+        self._layers = [
+            place(self, f"{prefix}.encoder.layer.{index}", base.encoder.layer[index])
+            for index in range(spec.first_layer, spec.end_layer)
+        ]
+        self._head: list[nn.Module] = []
+        if spec.is_last:
+            if base.pooler is not None:
+                self._head.append(place(self, f"{prefix}.pooler", base.pooler))
+            for name, child in model.named_children():
+                if name != prefix:
+                    self._head.append(place(self, name, child))
+        elif spec.has_head:
+            head = _local_head(model.config, kind)
+            self._head.append(place(self, f"{AUX_HEADS}.{spec.scores}.head", head))
+        base.encoder = base.pooler = None  # hooks of the embeddings refer to the model
+
+    def forward(self, inputs: Tensor, known_BM: Tensor | None = None) -> Tensor:
+        """Run the stage's part of the encoder.
+
+        Args:
+            inputs: Token ids and their types (2, B, T) int64 on the first stage, else hidden states
+                (B, T, D); on a head at home those that it reads, (B, M, D).
+            known_BM: Tokens of every sequence, the same in all columns.
+
+        Returns:
+            Hidden states (B, T, D); a head at home hands its inputs through.
+        """
+        hidden_BTD = inputs
+        for embed in self._embeddings:
+            hidden_BTD = embed(input_ids=inputs[0], token_type_ids=inputs[1])
+        if not self._layers:
+            return hidden_BTD
+        assert known_BM is not None
+        steps_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+        attended = (steps_T < known_BM[:, :1])[:, None, None, :]
+        return self.through(self._layers, hidden_BTD, attended)
+
+    def masked(self, hidden_BTD: Tensor, known_BM: Tensor) -> Tensor:
+        """Hidden states (B, M, D) that a head reads: all of a sequence's, or its first."""
+        return hidden_BTD if self._kind == "ner" else hidden_BTD[:, :1]
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Outputs (B, M, C) of the stage's head."""
+        outputs = self.masked(hidden_BTD, hidden_BTD)
+        for module in self._head:
+            outputs = module(outputs)
+        return outputs if self._kind == "ner" else outputs[:, None]
+
+    def loss(self, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
+        """Weighted sum over the labels: cross-entropy in nats, or squared errors of numbers."""
+        logits_BMC = self.logits(hidden_BTD).float()
+        weights_BM = targets[2].view(torch.float32)
+        if self._kind == "regression":
+            errors_BM = (logits_BMC[..., 0] - targets[1].view(torch.float32)).square()
+        else:
+            errors_BM = functional.cross_entropy(
+                logits_BMC.transpose(1, 2), targets[1].long(), reduction="none"
+            )
+        return (weights_BM * errors_BM).sum()
+
+    def score(self, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
+        """Predictions (B, M) float32: classes or tags, or numbers."""
+        logits_BMC = self.logits(hidden_BTD).float()
+        return logits_BMC[..., 0] if self._kind == "regression" else logits_BMC.argmax(-1).float()
+
+
+def _local_head(config: Any, kind: Kind) -> nn.Module:
+    """Head of a stage that is not the last: RoBERTa's, of whatever family the stage is."""
+    if kind != "ner":
+        head: nn.Module = roberta.RobertaClassificationHead(config)
+        linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    else:
+        linears = [nn.Linear(config.hidden_size, config.num_labels)]
+        head = nn.Sequential(nn.Dropout(config.hidden_dropout_prob), *linears)
+    for linear in linears:
+        nn.init.normal_(linear.weight, std=config.initializer_range)
+        nn.init.zeros_(linear.bias)
+    return head
+
+
+def local_head_numel(config: Any, kind: Kind) -> int:
+    """Parameters of the head of a stage that is not the last."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in _local_head(config, kind).parameters())
