@@ -127,3 +127,4 @@ def test_the_commands_of_the_guide_to_fine_tuning_run(tmp_path: Path) -> None:
         _run(words, tmp_path)
     assert (tmp_path / "runs/finetune/report.html").is_file()
     assert (tmp_path / "runs/lost/adapter/adapter_config.json").is_file()
+    assert "| stage 0 to 1 |" in (tmp_path / "runs/split/report.md").read_text(encoding="utf-8")
