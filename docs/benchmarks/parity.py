@@ -1,97 +1,263 @@
-"""Run local losses and back-propagation at equal tokens and draw their held-out losses.
+"""Train masked LMs with local losses and with back-propagation at equal tokens; compare them.
 
-    python docs/benchmarks/parity.py CORPUS_FOLDER [--seeds 0,1] [--out runs/parity] [key=value ...]
+    python docs/benchmarks/parity.py CORPUS_FOLDER --out runs/parity [--seeds 0,1,2]
 
-CORPUS_FOLDER holds bio_pmc_fulltext.{train,valid}.jsonl.gz. Runs that are done are not repeated.
+CORPUS_FOLDER holds bio_pmc_fulltext.{train,valid}.jsonl.gz. One process of one thread is one run,
+two at a time; runs that are done are kept, so the command may be stopped and given again. Writes
+table.md and parity.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import json
+import math
+import multiprocessing
 import statistics
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from fedpipe.metrics.writer import read_metrics
+from fedpipe.config.load import from_dict
+from fedpipe.config.schema import RunConfig
 
-VARIANTS = {
-    "end_to_end": ["pipeline.objective=end_to_end", "pipeline.schedule=1f1b"],
-    "local_loss mlm": ["pipeline.local_head=mlm"],
-    "local_loss mlm+layer": ["pipeline.local_head=mlm+layer"],
-}
+VOCAB_SIZE = 1024
+NUM_STEPS = 600
+SECTIONS: dict[str, dict[str, Any]] = {
+    "model": {
+        "num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4,
+        "intermediate_size": 512, "initializer_range": 0.05, "position_init": "sinusoidal",
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    },
+    "data": {"partition": "iid", "sequence_length": 64, "mask_probability": 0.3},
+    "pipeline": {"cut": [2], "micro_batch_size": 32, "num_micro_batches": 1},
+    "federation": {"num_clients": 1, "clients_per_round": 1, "num_replicas": 1},
+    "optimizer": {"lr": 2e-3, "warmup_ratio": 0.06},
+    "validation": {"max_blocks_per_client": 256},
+}  # fmt: skip
+CURVES = {
+    "end_to_end": "#444444", "mlm": "#0072b2", "mlm+layer": "#d55e00", "mlm, K=4": "#56b4e9",
+    "mlm+layer, K=4": "#e69f00", "1 token on both sides": "#bbbbbb",
+}  # fmt: skip
+Run = dict[str, Any]
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Student's t at 97.5 % for n - 1 degrees of freedom."""
+
+
+def methods() -> dict[str, Any]:
+    """Methods by name, the order of the queue; imports torch."""
+    import torch
+    from parity_methods import Layers, Linear, Method, Recall, Reconstruct
+
+    torch.set_num_threads(1)
+    whole = {"objective": "end_to_end", "schedule": "1f1b"}
+    layer = {"local_head": "mlm+layer"}
+
+    def layers(**options: Any) -> Any:
+        return partial(Layers, **options)
+
+    two = layers(num_layers=lambda index, later: min(2, later))
+    later = layers(num_layers=lambda index, later: min(2, later), copied=True)
+    return {
+        "end_to_end": Method(pipeline=whole),
+        "mlm": Method(),
+        "mlm+layer": Method(pipeline=layer),
+        "mlm+attention": Method(auxiliary=layers(attention_only=True)),
+        "mlm+2 layers": Method(auxiliary=two),
+        "tied": Method(tied_every=20),
+        "end_to_end, tied": Method(pipeline={**whole, "cut": ()}, tied_every=1),
+        "mlm+layer, tied": Method(pipeline=layer, tied_every=20),
+        "linear": Method(auxiliary=Linear),
+        "recall 0.1": Method(auxiliary=partial(Recall, weight=0.1)),
+        "mlm+2 layers, copied": Method(auxiliary=later),
+        "EMA of the next layer": Method(
+            auxiliary=layers(synced_every=10, momentum=0.9, learnt=False)
+        ),
+        "next layer, learnt, synced": Method(auxiliary=layers(synced_every=20)),
+        "reconstruct 0.1": Method(auxiliary=partial(Reconstruct, weight=0.1)),
+        "client frozen at 80 %": Method(horizon=0.8),
+        "client lr x 0.5": Method(lr_scale=(0.5, 1.0)),
+        "client lr x 2": Method(lr_scale=(2.0, 1.0)),
+        "server lr x 2": Method(lr_scale=(1.0, 2.0)),
+        "later warm-up 0.2": Method(warmup=0.2),
+        "calibrated (SAGE) 10": Method(auxiliary=layers(), calibrated_every=10),
+        "1 step in 4 end to end": Method(connected_every=4),
+        "1 step in 10 end to end": Method(connected_every=10),
+        "mlm, K=3": Method(pipeline={"cut": (1, 3)}),
+        "mlm+layer, K=3": Method(pipeline={**layer, "cut": (1, 3)}),
+        "mlm, K=4": Method(pipeline={"cut": (1, 2, 3)}),
+        "mlm+layer, K=4": Method(pipeline={**layer, "cut": (1, 2, 3)}),
+        "mlm, 1-3": Method(pipeline={"cut": (1,)}),
+        "mlm+layer, 1-3": Method(pipeline={**layer, "cut": (1,)}),
+        "mlm, 3-1": Method(pipeline={"cut": (3,)}),
+        "mlm+layer, 3-1": Method(pipeline={**layer, "cut": (3,)}),
+        "no context": Method(pipeline=whole, window=0),
+        "1 token on both sides": Method(pipeline=whole, window=1),
+    }
 
 
 def main() -> None:
-    """Run what is missing, then write table.md and parity.png."""
+    """Run what is missing, then write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", type=Path)
-    parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--out", type=Path, default=Path("runs/parity"))
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default="", help="names of methods, separated by ';'")
+    parser.add_argument("--lr", type=float, default=SECTIONS["optimizer"]["lr"])
+    parser.add_argument("--steps", type=int, default=NUM_STEPS)
+    parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    seeds = [int(s) for s in args.seeds.split(",")]
-    corpus = args.corpus / "bio_pmc_fulltext"
-    curves: dict[str, list[list[tuple[int, float]]]] = {v: [] for v in VARIANTS}
-    for seed in seeds:
-        for variant, overrides in VARIANTS.items():
-            run_dir = args.out / f"{variant.replace(' ', '_')}_seed{seed}"
-            if not (run_dir / "report.html").is_file():
-                command = [
-                    sys.executable, "-m", "fedpipe", "pretrain", "--run-dir", str(run_dir),
-                    "--config", "launch/configs/parity.yaml", f"seed={seed}",
-                    f"data.train=[{corpus}.train.jsonl.gz]",
-                    f"data.valid=[{corpus}.valid.jsonl.gz]", *overrides, *args.overrides,
-                ]  # fmt: skip
-                subprocess.run(command, check=True)
-            curves[variant].append(_curve(run_dir))
-    (args.out / "table.md").write_text(_table(curves), encoding="utf-8")
-    _plot(curves, args.out / "parity.png")
+    args.out.mkdir(parents=True, exist_ok=True)
+    _prepare(_config(args.corpus, args.out, seed=0, lr=args.lr))
+    names = args.only.split(";") if args.only else list(methods())
+    wanted = [(args, name, int(seed)) for name in names for seed in args.seeds.split(",")]
+    # Processes of their own, forked: torch and transformers are imported once.
+    with multiprocessing.get_context("fork").Pool(args.workers, maxtasksperchild=1) as pool:
+        pool.starmap(_run, wanted, chunksize=1)
+    _write(args.out)
 
 
-def _curve(run_dir: Path) -> list[tuple[int, float]]:
-    """(tokens, final head's held-out loss in nats) after each round."""
-    tokens, curve = 0, []
-    for record in read_metrics(run_dir / "metrics.jsonl"):
-        if record["kind"] == "round":
-            tokens += record["tokens"]
-        if record["kind"] == "eval":
-            curve.append((tokens, record["stages"][-1]["loss"]))
-    return curve
+def _run(args: argparse.Namespace, name: str, seed: int) -> None:
+    from parity_methods import run
+
+    from fedpipe.data.corpus import prepare
+
+    plain = "".join(c if c.isalnum() else "_" for c in name)
+    lr = "" if args.lr == SECTIONS["optimizer"]["lr"] else f"_lr{args.lr:g}"
+    file = Path(args.out, f"{plain}{lr}_{seed}.json")
+    if file.is_file():
+        return
+    # The prepared text is found by its settings, which the seed of the run is not to change.
+    data = prepare(_config(args.corpus, args.out, seed=0, lr=args.lr))
+    config = _config(args.corpus, args.out, seed=seed, lr=args.lr)
+    result = run(config, data, methods()[name], num_steps=args.steps)
+    result |= {"name": name, "seed": seed, "lr": args.lr, "backward": methods()[name].backward}
+    half = file.with_suffix(".half")
+    half.write_text(json.dumps(result), encoding="utf-8")
+    half.rename(file)
+    sys.stdout.write(f"{name}, seed {seed}, lr {args.lr:g}: {result['curve'][-1]}\n")
+    sys.stdout.flush()
 
 
-def _table(curves: dict[str, list[list[tuple[int, float]]]]) -> str:
-    tokens = [t for t, _ in curves["end_to_end"][0]]
-    lines = ["| tokens | " + " | ".join(curves) + " |", "|---" * (len(curves) + 1) + "|"]
-    for i, count in enumerate(tokens):
-        cells = []
-        for runs in curves.values():
-            values = [run[i][1] for run in runs]
-            cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})")
-        lines.append(f"| {count:,} | " + " | ".join(cells) + " |")
+def _config(corpus: Path, out: Path, *, seed: int, lr: float) -> RunConfig:
+    sections = {**SECTIONS, "optimizer": {**SECTIONS["optimizer"], "lr": lr}}
+    files = {s: [str(corpus / f"bio_pmc_fulltext.{s}.jsonl.gz")] for s in ("train", "valid")}
+    paths = {**files, "tokenizer": str(out / "tokenizer"), "cache_dir": str(out / "cache")}
+    sections["data"] = {**SECTIONS["data"], **paths}
+    return from_dict({**sections, "seed": seed})
+
+
+def _prepare(config: RunConfig) -> None:
+    """Train the vocabulary on every eighth article, then pack the text."""
+    from fedpipe.data.corpus import prepare
+    from fedpipe.data.samples.build import write_tokenizer
+
+    if not Path(config.data.tokenizer, "special_tokens_map.json").is_file():
+        with gzip.open(config.data.train[0], "rt", encoding="utf-8") as lines:
+            texts = [json.loads(line)["text"] for i, line in enumerate(lines) if i % 8 == 0]
+        write_tokenizer(texts, Path(config.data.tokenizer), vocab_size=VOCAB_SIZE)
+    prepare(config)
+
+
+def _write(out: Path) -> None:
+    """Write the table and the plot of every run that is done, at whatever learning rate."""
+    runs: dict[str, dict[int, Run]] = {}
+    for name in methods():
+        for file in sorted(out.glob("*.json")):
+            run = json.loads(file.read_text(encoding="utf-8"))
+            if run["name"] == name:
+                lr = "" if run["lr"] == SECTIONS["optimizer"]["lr"] else f", lr {run['lr']:g}"
+                runs.setdefault(name + lr, {})[run["seed"]] = run
+    reference = runs["end_to_end"]
+    text = _table(runs, reference)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+    _plot(runs, reference, out / "parity.png")
+
+
+def _table(runs: dict[str, dict[int, Run]], reference: dict[int, Run]) -> str:
+    lines = [
+        "| method | seeds | held-out loss, nats: mean, sd (min to max) | gap to end_to_end, 95 % |"
+        " client's head | FLOPs | client's FLOPs | backwards |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    whole = sum(next(iter(reference.values()))["flops"])
+    for name, seeds in runs.items():
+        losses = [_final(run) for run in seeds.values()]
+        run = next(iter(seeds.values()))
+        stages = [run["curve"][-1][1][0] for run in seeds.values()]
+        scored = len(run["flops"]) > 1 and run["backward"] != "gradients"
+        cells = (
+            name,
+            str(len(seeds)),
+            f"{statistics.mean(losses):.3f}, {_sd(losses):.3f} "
+            f"({min(losses):.3f} to {max(losses):.3f})",
+            "" if name == "end_to_end" else _gap(_gaps(seeds, reference)),
+            f"{statistics.mean(stages):.3f}" if scored else "",
+            f"{sum(run['flops']) / whole:.2f}",
+            f"{run['flops'][0] / whole:.2f}" if scored else "",
+            run["backward"],
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _plot(curves: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
+def _final(run: Run) -> float:
+    return float(run["curve"][-1][1][-1])
+
+
+def _gaps(seeds: dict[int, Run], reference: dict[int, Run]) -> list[float]:
+    return [_final(seeds[s]) - _final(reference[s]) for s in sorted(seeds) if s in reference]
+
+
+def _sd(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _half_width(values: list[float]) -> float:
+    """Half of the 95 % interval of a mean; 0 where one value gives none."""
+    return T_95[len(values)] * _sd(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def _gap(gaps: list[float]) -> str:
+    if not gaps:
+        return ""
+    around = f" +- {_half_width(gaps):.3f}" if len(gaps) > 1 else " (one seed)"
+    return f"{statistics.mean(gaps):+.3f}{around}"
+
+
+def _plot(runs: dict[str, dict[int, Run]], reference: dict[int, Run], path: Path) -> None:
+    """Left: curves of some methods. Right: every method's gap, seed by seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for (variant, runs), color in zip(
-        curves.items(), ("#444444", "#0072b2", "#d55e00"), strict=True
-    ):
-        for i, run in enumerate(runs):
-            x, y = zip(*run, strict=True)
-            axes.plot(
-                x, y, color=color, marker="o", markersize=3, alpha=0.8, label="" if i else variant
-            )
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("held-out masked-LM loss of the final head, nats")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(12, 0.24 * len(runs) + 1.6), layout="constrained", width_ratios=(1, 1.2)
+    )
+    for name, color in CURVES.items():
+        for i, run in enumerate(runs.get(name, {}).values()):
+            tokens, losses = zip(*((t / 1e6, by[-1]) for t, by in run["curve"]), strict=True)
+            left.plot(tokens, losses, color=color, alpha=0.8, label="" if i else name)
+    left.set_xlabel("million tokens")
+    left.set_ylabel("held-out loss of the final head, nats")
+    left.legend(frameon=False)
+    rows = [n for n, seeds in runs.items() if n != "end_to_end" and _gaps(seeds, reference)]
+    rows = [n for n in rows if runs[n] and not n.startswith(("no context", "1 token"))]
+    for y, name in enumerate(reversed(rows)):
+        gaps = _gaps(runs[name], reference)
+        right.errorbar(statistics.mean(gaps), y, xerr=_half_width(gaps), color="#444444", capsize=2)
+        right.plot(gaps, [y] * len(gaps), "o", color="#0072b2", markersize=4, alpha=0.7)
+    right.set_yticks(range(len(rows)), list(reversed(rows)))
+    right.axvspan(-0.02, 0.02, color="#009e73", alpha=0.15)
+    right.axvline(0.0, color="#888888", linewidth=0.8)
+    right.set_xlabel("gap to end_to_end, nats: seeds, mean, 95 % (green: the aim)")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

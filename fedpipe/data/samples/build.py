@@ -12,6 +12,7 @@ import json
 import math
 import random
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 SOURCE = "bio_pmc_fulltext.train.jsonl.gz"
@@ -110,7 +111,7 @@ def write_attribution(files: dict[str, list[Row]], path: Path) -> None:
     path.write_text(ATTRIBUTION + "".join(lines), encoding="utf-8")
 
 
-def write_tokenizer(texts: list[str], folder: Path) -> None:
+def write_tokenizer(texts: Iterable[str], folder: Path, *, vocab_size: int = VOCAB_SIZE) -> None:
     """Train a cased byte-level BPE in RoBERTa's form and save it as a Hugging Face folder."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
@@ -122,7 +123,7 @@ def write_tokenizer(texts: list[str], folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[*SPECIAL_TOKENS[:-1], mask_token],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
