@@ -338,7 +338,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, num_blocks: int) -> list[float]:
         """Mean held-out loss of every stage's loss that it trains on, the final head's last."""
-        size, source = 64, self._source("valid", HELD_OUT_SEED, size=64)
+        size, source = 256, self._source("valid", HELD_OUT_SEED, size=256)
         sums = [0.0] * len(self.stages)
         for index in range(num_blocks // size):
             hidden, targets = source(0, index)
@@ -411,7 +411,7 @@ def _windows(ids_BT: Tensor, targets: Tensor, reach: int) -> Batch:
 
 
 def run(
-    config: RunConfig, data: PreparedData, method: Method, *, num_steps: int, num_points: int = 6
+    config: RunConfig, data: PreparedData, method: Method, *, num_steps: int, num_points: int = 8
 ) -> dict[str, Any]:
     """Train and score one run.
 
