@@ -43,6 +43,8 @@ CURVES = {
     "mlm+layer, K=4": "#e69f00", "1 token on both sides": "#bbbbbb",
 }  # fmt: skip
 Run = dict[str, Any]
+Runs = dict[str, dict[int, Run]]
+"""By label and seed."""
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t at 97.5 % for n - 1 degrees of freedom."""
 
@@ -69,6 +71,7 @@ def methods() -> dict[str, Any]:
         "mlm+layer, K=4": Method(pipeline={**layer, "cut": (1, 2, 3)}),
         "tied": Method(tied_every=20),
         "end_to_end, tied": Method(pipeline={**whole, "cut": ()}, tied_every=1),
+        "end_to_end and local": Method(connected_every=1, supervised=True),
         "mlm+attention": Method(auxiliary=layers(attention_only=True)),
         "mlm+2 layers": Method(auxiliary=two),
         "recall 0.1": Method(auxiliary=partial(Recall, weight=0.1)),
@@ -126,21 +129,27 @@ def _run(args: argparse.Namespace, name: str, seed: int) -> None:
 
     from fedpipe.data.corpus import prepare
 
-    plain = "".join(c if c.isalnum() else "_" for c in name)
-    lr = "" if args.lr == SECTIONS["optimizer"]["lr"] else f"_lr{args.lr:g}"
-    file = Path(args.out, f"{plain}{lr}_{seed}.json")
+    label = name + _suffix(args.lr, args.steps)
+    file = Path(args.out, "".join(c if c.isalnum() else "_" for c in f"{label}_{seed}") + ".json")
     if file.is_file():
         return
     # The prepared text is found by its settings, which the seed of the run is not to change.
     data = prepare(_config(args.corpus, args.out, seed=0, lr=args.lr))
     config = _config(args.corpus, args.out, seed=seed, lr=args.lr)
     result = run(config, data, methods()[name], num_steps=args.steps)
-    result |= {"name": name, "seed": seed, "lr": args.lr, "backward": methods()[name].backward}
+    result |= {"name": name, "seed": seed, "lr": args.lr, "steps": args.steps}
+    result |= {"backward": methods()[name].backward}
     half = file.with_suffix(".half")
     half.write_text(json.dumps(result), encoding="utf-8")
     half.rename(file)
-    sys.stdout.write(f"{name}, seed {seed}, lr {args.lr:g}: {result['curve'][-1]}\n")
+    sys.stdout.write(f"{label}, seed {seed}: {result['curve'][-1]}\n")
     sys.stdout.flush()
+
+
+def _suffix(lr: float, steps: int) -> str:
+    """What a run's label says of settings that are not the study's."""
+    suffix = "" if lr == SECTIONS["optimizer"]["lr"] else f", lr {lr:g}"
+    return suffix if steps == NUM_STEPS else f"{suffix}, {steps} steps"
 
 
 def _config(corpus: Path, out: Path, *, seed: int, lr: float) -> RunConfig:
@@ -165,27 +174,24 @@ def _prepare(config: RunConfig) -> None:
 
 def _write(out: Path) -> None:
     """Write the table and the plot of every run that is done, at whatever learning rate."""
-    runs: dict[str, dict[int, Run]] = {}
-    for name in methods():
-        for file in sorted(out.glob("*.json")):
-            run = json.loads(file.read_text(encoding="utf-8"))
-            if run["name"] == name:
-                lr = "" if run["lr"] == SECTIONS["optimizer"]["lr"] else f", lr {run['lr']:g}"
-                runs.setdefault(name + lr, {})[run["seed"]] = run
-    reference = runs["end_to_end"]
-    text = _table(runs, reference)
+    runs: Runs = {}
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
+    order = list(methods())
+    for run in sorted(found, key=lambda run: (run["steps"], order.index(run["name"]), run["lr"])):
+        runs.setdefault(run["name"] + _suffix(run["lr"], run["steps"]), {})[run["seed"]] = run
+    text = _table(runs)
     (out / "table.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
-    _plot(runs, reference, out / "parity.png")
+    _plot(runs, out / "parity.png")
 
 
-def _table(runs: dict[str, dict[int, Run]], reference: dict[int, Run]) -> str:
+def _table(runs: Runs) -> str:
     lines = [
         "| method | seeds | held-out loss, nats: mean, sd (min to max) | gap to end_to_end, 95 % |"
         " client's head | FLOPs | client's FLOPs | backwards |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    whole = sum(next(iter(reference.values()))["flops"])
+    whole = sum(next(iter(runs["end_to_end"].values()))["flops"])
     for name, seeds in runs.items():
         losses = [_final(run) for run in seeds.values()]
         run = next(iter(seeds.values()))
@@ -196,7 +202,7 @@ def _table(runs: dict[str, dict[int, Run]], reference: dict[int, Run]) -> str:
             str(len(seeds)),
             f"{statistics.mean(losses):.3f}, {_sd(losses):.3f} "
             f"({min(losses):.3f} to {max(losses):.3f})",
-            "" if name == "end_to_end" else _gap(_gaps(seeds, reference)),
+            _gap(_gaps(seeds, runs)),
             f"{statistics.mean(stages):.3f}" if scored else "",
             f"{sum(run['flops']) / whole:.2f}",
             f"{run['flops'][0] / whole:.2f}" if scored else "",
@@ -210,7 +216,12 @@ def _final(run: Run) -> float:
     return float(run["curve"][-1][1][-1])
 
 
-def _gaps(seeds: dict[int, Run], reference: dict[int, Run]) -> list[float]:
+def _gaps(seeds: dict[int, Run], runs: Runs) -> list[float]:
+    """Differences to back-propagation of the same seed, tokens and, as the study's, lr."""
+    suffix = _suffix(SECTIONS["optimizer"]["lr"], next(iter(seeds.values()))["steps"])
+    reference = runs.get("end_to_end" + suffix, {})
+    if reference is seeds:
+        return []
     return [_final(seeds[s]) - _final(reference[s]) for s in sorted(seeds) if s in reference]
 
 
@@ -230,7 +241,7 @@ def _gap(gaps: list[float]) -> str:
     return f"{statistics.mean(gaps):+.3f}{around}"
 
 
-def _plot(runs: dict[str, dict[int, Run]], reference: dict[int, Run], path: Path) -> None:
+def _plot(runs: Runs, path: Path) -> None:
     """Left: curves of some methods. Right: every method's gap, seed by seed."""
     import matplotlib
 
@@ -247,10 +258,10 @@ def _plot(runs: dict[str, dict[int, Run]], reference: dict[int, Run], path: Path
     left.set_xlabel("million tokens")
     left.set_ylabel("held-out loss of the final head, nats")
     left.legend(frameon=False)
-    rows = [n for n, seeds in runs.items() if n != "end_to_end" and _gaps(seeds, reference)]
-    rows = [n for n in rows if runs[n] and not n.startswith(("no context", "1 token"))]
+    rows = [n for n, seeds in runs.items() if _gaps(seeds, runs)]
+    rows = [n for n in rows if not n.startswith(("no context", "1 token"))]
     for y, name in enumerate(reversed(rows)):
-        gaps = _gaps(runs[name], reference)
+        gaps = _gaps(runs[name], runs)
         right.errorbar(statistics.mean(gaps), y, xerr=_half_width(gaps), color="#444444", capsize=2)
         right.plot(gaps, [y] * len(gaps), "o", color="#0072b2", markersize=4, alpha=0.7)
     right.set_yticks(range(len(rows)), list(reversed(rows)))
