@@ -43,15 +43,17 @@ def _engine(env: ProcessEnv, config: RunConfig, data: PreparedData) -> list[list
     return losses
 
 
+@pytest.fixture(autouse=True)
+def _study(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs" / "benchmarks"))
+
+
 @pytest.mark.parametrize(
     "pipeline",
     [{}, {"cut": (1, 2, 3), "local_head": "mlm+layer"}, END_TO_END],
     ids=["mlm", "mlm+layer", "end_to_end"],
 )
-def test_the_study_trains_as_the_engine_does(
-    pipeline: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs" / "benchmarks"))
+def test_the_study_trains_as_the_engine_does(pipeline: dict[str, Any], tmp_path: Path) -> None:
     from parity_methods import Method, Trainer
 
     data = tiny_data(tmp_path)
@@ -65,3 +67,29 @@ def test_the_study_trains_as_the_engine_does(
         values = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None]
         np.testing.assert_allclose(*zip(*values, strict=True), atol=1e-5)
     assert found[-1][-1] < found[0][-1], "the steps lower the loss"
+
+
+def _client(data: PreparedData, method: Any, scale: float) -> dict[str, np.ndarray]:
+    """The first stage a step after the method's rarest one, the final loss times ``scale``."""
+    from parity_methods import Trainer
+
+    config = tiny_config(
+        federation={"num_replicas": 1, "clients_per_round": 1},
+        optimizer={"max_grad_norm": 0.0, "name": "sgd", "lr": 0.1},
+    )
+    trainer = Trainer(config, data, method)
+    final, plain = trainer.stages[-1], trainer.stages[-1].loss
+    final.loss = lambda *args, **options: plain(*args, **options) * scale
+    for _ in trainer.steps(method.period + 2):
+        pass
+    return {n: p.detach().numpy().copy() for n, p in trainer.stages[0].named_parameters()}
+
+
+def test_the_first_stage_hears_of_later_losses_where_a_method_says_so(tmp_path: Path) -> None:
+    from parity import methods
+
+    data = tiny_data(tmp_path)
+    for name, method in methods().items():
+        plain, scaled = _client(data, method, 1.0), _client(data, method, 10.0)
+        same = all(np.array_equal(plain[key], scaled[key]) for key in plain)
+        assert same == (method.backward == "nothing"), name
