@@ -26,6 +26,8 @@ from fedpipe.config.schema import RunConfig
 VOCAB_SIZE = 261
 """256 bytes and 5 special tokens: a small model learns to use the context of letters in minutes."""
 NUM_STEPS = 1600
+LONG = 4800
+"""Steps of the longer runs, which ``--steps`` asks for."""
 SECTIONS: dict[str, dict[str, Any]] = {
     "model": {
         "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4,
@@ -217,9 +219,9 @@ def _final(run: Run) -> float:
 
 
 def _gaps(seeds: dict[int, Run], runs: Runs) -> list[float]:
-    """Differences to back-propagation of the same seed, tokens and, as the study's, lr."""
-    suffix = _suffix(SECTIONS["optimizer"]["lr"], next(iter(seeds.values()))["steps"])
-    reference = runs.get("end_to_end" + suffix, {})
+    """Differences to back-propagation with the same seeds, learning rate and tokens."""
+    run = next(iter(seeds.values()))
+    reference = runs.get("end_to_end" + _suffix(run["lr"], run["steps"]), {})
     if reference is seeds:
         return []
     return [_final(seeds[s]) - _final(reference[s]) for s in sorted(seeds) if s in reference]
@@ -249,25 +251,38 @@ def _plot(runs: Runs, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(12, 0.24 * len(runs) + 1.6), layout="constrained", width_ratios=(1, 1.2)
+        1,
+        2,
+        figsize=(12, max(4.5, 0.24 * len(runs) + 1.2)),
+        layout="constrained",
+        width_ratios=(1, 1.2),
     )
     for name, color in CURVES.items():
-        for i, run in enumerate(runs.get(name, {}).values()):
-            tokens, losses = zip(*((t / 1e6, by[-1]) for t, by in run["curve"]), strict=True)
-            left.plot(tokens, losses, color=color, alpha=0.8, label="" if i else name)
+        for label, style in ((name, "-"), (f"{name}, {LONG} steps", "--")):
+            curves = [run["curve"] for run in runs.get(label, {}).values()]
+            if not curves:
+                continue
+            losses = [[by[-1] for _, by in curve] for curve in curves]
+            tokens = [count / 1e6 for count, _ in curves[0]]
+            means = [statistics.mean(point) for point in zip(*losses, strict=True)]
+            left.plot(tokens, means, style, color=color, label=label)
+            low, high = ([pick(p) for p in zip(*losses, strict=True)] for pick in (min, max))
+            left.fill_between(tokens, low, high, color=color, alpha=0.15, linewidth=0)
     left.set_xlabel("million tokens")
-    left.set_ylabel("held-out loss of the final head, nats")
+    left.set_ylabel("final head's held-out loss, nats: mean and range")
     left.legend(frameon=False)
     rows = [n for n, seeds in runs.items() if _gaps(seeds, runs)]
     rows = [n for n in rows if not n.startswith(("no context", "1 token"))]
     for y, name in enumerate(reversed(rows)):
         gaps = _gaps(runs[name], runs)
-        right.errorbar(statistics.mean(gaps), y, xerr=_half_width(gaps), color="#444444", capsize=2)
+        right.errorbar(
+            statistics.mean(gaps), y, xerr=_half_width(gaps), color="#444444", fmt="|", capsize=2
+        )
         right.plot(gaps, [y] * len(gaps), "o", color="#0072b2", markersize=4, alpha=0.7)
     right.set_yticks(range(len(rows)), list(reversed(rows)))
     right.axvspan(-0.02, 0.02, color="#009e73", alpha=0.15)
     right.axvline(0.0, color="#888888", linewidth=0.8)
-    right.set_xlabel("gap to end_to_end, nats: seeds, mean, 95 % (green: the aim)")
+    right.set_xlabel("gap to end_to_end, nats: seeds, mean, 95 % (band: the aim, 0.02)")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

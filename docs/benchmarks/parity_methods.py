@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import BlockReader, PreparedData, Shard
-from fedpipe.data.masking import mask_blocks, mask_rng, num_masked
+from fedpipe.data.masking import mask_blocks, mask_rng
 from fedpipe.models.families import hf_config, initialise, stable_seed
 from fedpipe.models.masked import gather_masked, run_masked
 from fedpipe.models.split import stage_specs
@@ -370,7 +370,7 @@ class Trainer:
             masked = mask_blocks(
                 reader.batch(position, count),
                 rng=mask_rng(seed, client_id=0, position=position, split=split),  # type: ignore[arg-type]
-                num_masked=num_masked(config.data.sequence_length, config.data.mask_probability),
+                num_masked=config.data.num_masked,
                 mask_id=data.mask_id,
                 special_ids=data.special_ids,
                 vocab_size=data.vocab_size,
