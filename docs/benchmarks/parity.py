@@ -190,8 +190,8 @@ def _write(out: Path) -> None:
 def _table(runs: Runs) -> str:
     lines = [
         "| method | seeds | held-out loss, nats: mean, sd (min to max) | gap to end_to_end, 95 % |"
-        " client's head | FLOPs | client's FLOPs | backwards |",
-        "|---|---|---|---|---|---|---|---|",
+        " gap to mlm | client's head | FLOPs | client's FLOPs | backwards |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     whole = sum(next(iter(runs["end_to_end"].values()))["flops"])
     for name, seeds in runs.items():
@@ -202,9 +202,9 @@ def _table(runs: Runs) -> str:
         cells = (
             name,
             str(len(seeds)),
-            f"{statistics.mean(losses):.3f}, {_sd(losses):.3f} "
-            f"({min(losses):.3f} to {max(losses):.3f})",
+            _spread(losses),
             _gap(_gaps(seeds, runs)),
+            _gap(_gaps(seeds, runs, to="mlm")),
             f"{statistics.mean(stages):.3f}" if scored else "",
             f"{sum(run['flops']) / whole:.2f}",
             f"{run['flops'][0] / whole:.2f}" if scored else "",
@@ -214,14 +214,22 @@ def _table(runs: Runs) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _spread(losses: list[float]) -> str:
+    if len(losses) == 1:
+        return f"{losses[0]:.3f}"
+    return (
+        f"{statistics.mean(losses):.3f}, {_sd(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
+    )
+
+
 def _final(run: Run) -> float:
     return float(run["curve"][-1][1][-1])
 
 
-def _gaps(seeds: dict[int, Run], runs: Runs) -> list[float]:
-    """Differences to back-propagation with the same seeds, learning rate and tokens."""
+def _gaps(seeds: dict[int, Run], runs: Runs, *, to: str = "end_to_end") -> list[float]:
+    """Differences to a method with the same seeds, learning rate and tokens."""
     run = next(iter(seeds.values()))
-    reference = runs.get("end_to_end" + _suffix(run["lr"], run["steps"]), {})
+    reference = runs.get(to + _suffix(run["lr"], run["steps"]), {})
     if reference is seeds:
         return []
     return [_final(seeds[s]) - _final(reference[s]) for s in sorted(seeds) if s in reference]
