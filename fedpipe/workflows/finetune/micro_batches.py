@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from fedpipe.data.tasks.encoding import IGNORED, Encoded, collate
 from fedpipe.models.split import StageSpec
 from fedpipe.models.tuned_stage import NUM_PLANES
 from fedpipe.pipeline.messages import EdgeMessages, MicroBatchShape, messages_of
-from fedpipe.pipeline.stage_engine import MicroBatchSource
 from fedpipe.workflows.finetune.examples import Meaning, TuningData
+
+if TYPE_CHECKING:  # a run is set up without deepspeed
+    from fedpipe.pipeline.stage_engine import MicroBatchSource
 
 
 def micro_batches(
