@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.guide import ROOT, commands_of, first_commands
+
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("slurm/*.md")])
 SHRINK = {
     "pretrain": [
@@ -22,13 +23,6 @@ SHRINK = {
     ],
     "evaluate": [
         "evaluation.num_epochs=1", "evaluation.max_train_examples=32",
-        "evaluation.max_test_examples=16",
-    ],
-    "reproduce": [
-        "model.num_hidden_layers=2", "model.hidden_size=32", "model.num_attention_heads=2",
-        "model.intermediate_size=64", "pipeline.micro_batch_size=2", "federation.num_rounds=1",
-        "federation.num_local_steps=2", "validation.max_blocks_per_client=2", "reproduce.cuts=[1]",
-        "evaluation.num_epochs=1", "evaluation.max_train_examples=16",
         "evaluation.max_test_examples=16",
     ],
     "finetune": [
@@ -45,15 +39,7 @@ def _commands() -> list[str]:
     Later ones use earlier ones' runs.
     """
     readme = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Use it\n")[1]
-    return _block(readme) + _block((ROOT / "docs/evaluation.md").read_text(encoding="utf-8"))
-
-
-def _block(text: str) -> list[str]:
-    """Take the first commands of a text."""
-    block = re.search(r"```sh\n(.*?)```", text, re.DOTALL)
-    assert block, "the section shows commands"
-    lines = [line.split(" #")[0].strip() for line in block.group(1).splitlines()]
-    return [line for line in lines if line]
+    return first_commands(readme) + commands_of("docs/evaluation.md")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
@@ -110,16 +96,8 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     assert (tmp_path / "runs/difference/comparison.html").is_file()
 
 
-def test_the_commands_of_the_guide_to_reproductions_run(tmp_path: Path) -> None:
-    commands = _block((ROOT / "docs/reproduce.md").read_text(encoding="utf-8"))
-    _run(shlex.split(commands[0]) + SHRINK["reproduce"], tmp_path)
-    for command in commands[1:]:
-        _run(shlex.split(command), tmp_path)
-    assert (tmp_path / "runs/reproduce/reproduce.html").is_file()
-
-
 def test_the_commands_of_the_guide_to_fine_tuning_run(tmp_path: Path) -> None:
-    commands = _block((ROOT / "docs/finetune.md").read_text(encoding="utf-8"))
+    commands = commands_of("docs/finetune.md")
     for command in (c for c in commands if "--count" not in c):  # which a unit test calls
         words = shlex.split(command)
         end = words.index("--grid") if "--grid" in words else len(words)

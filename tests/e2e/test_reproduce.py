@@ -1,9 +1,10 @@
-"""``fedpipe reproduce`` as a user runs it: killed, stopped, completed; its numbers add up."""
+"""``fedpipe reproduce``, by its guide's commands: killed, stopped, completed; it adds up."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from fedpipe.metrics.writer import read_metrics
 from tests.helpers.cli import Command, fedpipe
+from tests.helpers.guide import commands_of
 
 TOY = (
     "model.num_hidden_layers=2", "model.hidden_size=32", "model.num_attention_heads=2",
@@ -32,12 +34,10 @@ SHORT = [name for name in SYSTEMS[:4] if name != "fedbert-0-2"]
 def test_a_reproduction_survives_a_kill_and_a_signal_and_trains_nothing_twice(
     tmp_path: Path,
 ) -> None:
-    run_dir = tmp_path / "run"
-    arguments = (
-        "reproduce", "fedbiobert", "--scale", "tiny", "--run-dir", str(run_dir),
-        f"data.cache_dir={tmp_path / 'cache'}", *TOY,
-    )  # fmt: skip
-    again = ("reproduce", "fedbiobert", "--run-dir", str(run_dir))
+    guide = [shlex.split(command)[1:] for command in commands_of("docs/reproduce.md")]
+    again = guide[1]
+    run_dir = tmp_path / "runs/reproduce"
+    arguments = (*guide[0], f"data.cache_dir={tmp_path / 'cache'}", *TOY)
     records = [run_dir / "cells" / f"{name}_seed=0" / "metrics.jsonl" for name in SYSTEMS]
 
     command = Command(*arguments, folder=tmp_path)
@@ -63,6 +63,7 @@ def test_a_reproduction_survives_a_kill_and_a_signal_and_trains_nothing_twice(
     assert "run     " not in done.out
     content = json.loads((run_dir / "reproduce.json").read_text("utf-8"))
     _check_numbers(content, records)
+    assert (run_dir / "reproduce.html").is_file()
     for name in ("scores.png", "loss.png"):
         assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
     assert "base_performance.png" in (run_dir / "reproduce.md").read_text("utf-8")
