@@ -7,13 +7,14 @@ import ctypes
 import os
 import shlex
 import signal
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from fedpipe.errors import LaunchError
+from fedpipe.errors import FedPipeError, LaunchError
 from fedpipe.launcher.supervisor import Interrupted, Signals
 from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.format import count, duration
@@ -117,8 +118,7 @@ class _Running:
         assert code is not None, "it has ended"
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
-        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), f"exit code {code}")
+        return last_line(self.log) or f"exit code {code}"
 
 
 class CellRunner:
@@ -268,6 +268,32 @@ def divide(cores: list[int], num_slots: int) -> list[set[int]]:
     if len(cores) < num_slots:
         return [{cores[slot % len(cores)]} for slot in range(num_slots)]
     return [set(cores[slot::num_slots]) for slot in range(num_slots)]
+
+
+def last_line(log: Path) -> str | None:
+    """Return the last line of a log that says something, None if there is none."""
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), None)
+
+
+@contextlib.contextmanager
+def saying_to(log: str, *, anew: bool = False) -> Iterator[None]:
+    """Send what this process says to a log; a user's error ends it with 1, and its line there.
+
+    Args:
+        log: The file; written to its end, or with ``anew`` from its beginning.
+        anew: Forget what it holds.
+    """
+    how = os.O_TRUNC if anew else os.O_APPEND
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | how, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    try:
+        yield
+    except FedPipeError as error:
+        sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
+        sys.stderr.flush()
+        sys.exit(1)
 
 
 def save_when_the_parent_dies() -> None:

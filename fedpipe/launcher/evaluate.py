@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.distributed.watch import EXIT_INTERRUPTED, STOP_SIGNALS
-from fedpipe.errors import ConfigError, FedPipeError
+from fedpipe.errors import ConfigError
 from fedpipe.launcher.cells import (
     CellRunner,
     Slot,
@@ -21,6 +21,7 @@ from fedpipe.launcher.cells import (
     check_all_done,
     interrupted,
     save_when_the_parent_dies,
+    saying_to,
 )
 from fedpipe.launcher.fork_server import fork_server
 from fedpipe.launcher.supervisor import Interrupted, Signals
@@ -213,21 +214,14 @@ def _work(run_dir: str, log: str, device: str, cores: frozenset[int]) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     save_when_the_parent_dies()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    import torch
+    with saying_to(log):
+        import torch
 
-    from fedpipe.workflows.evaluate.cell import run_cell
+        from fedpipe.workflows.evaluate.cell import run_cell
 
-    os.sched_setaffinity(0, cores)
-    torch.set_num_threads(len(cores))
-    try:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(len(cores))
         run_cell(Path(run_dir), device=device)
-    except FedPipeError as error:
-        sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
-        sys.stderr.flush()
-        sys.exit(1)
 
 
 class _Progress:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
-from fedpipe.errors import FedPipeError, LaunchError
-from fedpipe.launcher.cells import save_when_the_parent_dies
+from fedpipe.errors import LaunchError
+from fedpipe.launcher.cells import last_line, save_when_the_parent_dies, saying_to
 from fedpipe.launcher.evaluate import PRELOAD, num_gpus, run_cells
 from fedpipe.launcher.fork_server import fork_server
 from fedpipe.launcher.local import train
@@ -188,25 +187,17 @@ def _export(plan: Reproduction, models: Sequence[tuple[TrainingRun, int]]) -> No
         process.kill()
         process.join()
     if process.exitcode != 0:
-        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-        reason = next((x.strip() for x in reversed(lines) if x.strip()), "it was killed")
+        reason = last_line(log) or "it was killed"
         raise LaunchError(f"writing the models failed: {reason.rstrip('.')}. Full log: {log}")
 
 
 def _work(missing: Sequence[tuple[Path, int, Path]], log: str) -> None:
     """Export models in this process, which ends with it; what it says goes to its log."""
     save_when_the_parent_dies()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    from fedpipe.workflows.reproduce.models import export_models
+    with saying_to(log, anew=True):
+        from fedpipe.workflows.reproduce.models import export_models
 
-    try:
         export_models(missing)
-    except FedPipeError as error:
-        sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
-        sys.stderr.flush()
-        sys.exit(1)
 
 
 def _write(plan: Reproduction, content: Content) -> None:

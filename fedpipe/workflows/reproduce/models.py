@@ -11,7 +11,7 @@ from fedpipe.workflows.export import export_checkpoint
 
 
 def export_models(wanted: Sequence[tuple[Path, int, Path]]) -> None:
-    """Write models that are not there yet.
+    """Write models.
 
     Args:
         wanted: Run directory, rounds that are done (0: none, the first weights) and folder of each.
@@ -20,7 +20,6 @@ def export_models(wanted: Sequence[tuple[Path, int, Path]]) -> None:
         CheckpointError: A checkpoint is not there, or damaged.
     """
     for run_dir, num_rounds, target in wanted:
-        if not (target / "config.json").is_file():
-            checkpoint = find_round(run_dir, num_rounds) if num_rounds else None
-            config = load_config(str(run_dir / "config.yaml"), [])
-            export_checkpoint(run_dir, config, checkpoint, target)
+        checkpoint = find_round(run_dir, num_rounds) if num_rounds else None
+        config = load_config(str(run_dir / "config.yaml"), [])
+        export_checkpoint(run_dir, config, checkpoint, target)
