@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ def initialise(
 
     The same parameter starts with the same value whatever the cut, the number of stages and the
     process it lives in. Matrices are N(0, std), biases 0, LayerNorm weights 1 (Devlin et al. 2019);
-    every decoder starts as a copy of the word embedding, as a tied one would. Position embeddings
+    every decoder starts as a copy of the word embedding, as a tied one would. Every head starts as
+    a copy of the final one: what earlier stages learn for theirs can then be read by later ones,
+    which otherwise spend the start on turning it into a frame of their own. Position embeddings
     may start as sinusoids, Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762,
     scaled to the same standard deviation.
     """
@@ -114,7 +117,9 @@ def initialise(
             elif "layernorm" in name.lower() or "layer_norm" in name:
                 parameter.fill_(1.0)
             else:
-                source = family.word_embeddings if name.endswith("decoder.weight") else name
+                source = _in_final_head(name, family=family)
+                if name.endswith("decoder.weight"):
+                    source = family.word_embeddings
                 generator = torch.Generator().manual_seed(stable_seed(seed, source))
                 parameter.normal_(0.0, std, generator=generator)
 
@@ -135,9 +140,9 @@ def stable_seed(*parts: object) -> int:
 def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str]:
     """Fill a stage from a Hugging Face folder, reading only the tensors that the stage holds.
 
-    A folder without a masked-LM head (a plain encoder) leaves the head's first values; a tied
-    decoder is read from the word embedding. Old folders' ``LayerNorm.gamma`` and ``.beta`` (the
-    original BERT's among them) are read as weight and bias.
+    Every head gets the folder's. A folder without a masked-LM head (a plain encoder) leaves the
+    heads' first values; a tied decoder is read from the word embedding. Old folders'
+    ``LayerNorm.gamma`` and ``.beta`` (the original BERT's among them) are read as weight and bias.
 
     Args:
         module: A stage; changed in place.
@@ -175,8 +180,14 @@ def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str
     return missing
 
 
+def _in_final_head(name: str, *, family: Family) -> str:
+    """Return what a parameter of any stage's head is called in the final one."""
+    return re.sub(rf"^{AUX_HEADS}\.\d+\.head\.", f"{family.head_path}.", name)
+
+
 def _candidates(name: str, *, family: Family) -> list[str]:
     """Names under which a folder may hold a parameter, best first."""
+    name = _in_final_head(name, family=family)
     if name.endswith("decoder.weight"):
         options = [name, family.word_embeddings]
     elif name.startswith(f"{AUX_HEADS}."):

@@ -77,6 +77,16 @@ def _random_model(family: str, *, tied: bool, bare: bool = False) -> PreTrainedM
     return model.eval()
 
 
+def _assert_heads_alike(stages: list[Stage]) -> None:
+    final = stages[-1].get_submodule(stages[-1].family.head_path).state_dict()
+    assert sum(tensor.dim() == 2 and bool(tensor.std() > 0) for tensor in final.values()) == 2
+    for stage in stages[:-1]:
+        head = stage.get_submodule(f"aux_heads.{stage.spec.stage_id}.head").state_dict()
+        assert head.keys() == final.keys()
+        tied = {"decoder.weight"} if stage.spec.is_first else set()
+        assert all(torch.equal(head[name], final[name]) for name in final.keys() - tied)
+
+
 def _logits(stages: list[Stage], ids: torch.Tensor) -> torch.Tensor:
     """The stages in sequence; the final head at every position."""
     hidden = ids
@@ -147,6 +157,11 @@ def test_first_weights_depend_on_the_seed_and_on_the_name(family: str) -> None:
     query = f"{family}.encoder.layer.{{}}.attention.self.query.weight"
     assert not torch.equal(first[query.format(0)], other[query.format(0)])
     assert not torch.equal(first[query.format(0)], first[query.format(1)])
+
+
+@FAMILY
+def test_every_head_starts_as_the_final_one(family: str) -> None:
+    _assert_heads_alike(_stages(_config(family), (1, 3)))
 
 
 @FAMILY
@@ -287,6 +302,7 @@ def test_a_masked_lm_folder_is_continued_exactly(
     config = _config(family)
     stages = _stages(config, (1, 3), path=str(tmp_path))
     _assert_equals(stages, model)
+    _assert_heads_alike(stages)
     with torch.no_grad():
         expected = model(input_ids=_ids()).logits
     torch.testing.assert_close(_logits(stages, _ids()), expected, atol=1e-5, rtol=1e-5)
