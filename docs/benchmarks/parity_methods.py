@@ -81,7 +81,7 @@ class Layers(Auxiliary):
     def __init__(
         self, stages: list[Stage], index: int, config: PretrainedConfig, *,
         num_layers: Callable[[int, int], int] = lambda first, later: 1,
-        attention_only: bool = False, copied: bool = False, synced_every: int = 0,
+        copied: bool = False, synced_every: int = 0,
         momentum: float = 0.0, learnt: bool = True,
     ) -> None:  # fmt: skip
         """Build them.
@@ -91,7 +91,6 @@ class Layers(Auxiliary):
             index: Whose.
             config: Of the whole model.
             num_layers: From the stage's index and the number of later layers.
-            attention_only: Without the feed-forward part.
             copied: They start as copies of later layers, chosen uniformly in depth.
             synced_every: Steps between copies of the next layers' weights to here; 0 means never.
             momentum: What such a copy keeps of the old weights.
@@ -106,9 +105,6 @@ class Layers(Auxiliary):
         ]
         depth = num_layers(index, config.num_hidden_layers - end)
         self.layers = nn.ModuleList(family.layer_class(config) for _ in range(depth))
-        if attention_only:
-            for layer in self.layers:
-                layer.intermediate, layer.output = nn.Identity(), _Second()
         self.initialise(self.layers)
         chosen = np.linspace(0, len(later) - 1, depth).round().astype(int) if copied else ()
         for layer, source in zip(self.layers, chosen, strict=False):
@@ -131,13 +127,6 @@ class Layers(Auxiliary):
                 for mine, theirs in zip(self.layers, self._later, strict=False):
                     for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
                         a.lerp_(b, 1.0 - (self._momentum if step else 0.0))
-
-
-class _Second(nn.Module):
-    """In place of a layer's feed-forward part: hand the attention's output through."""
-
-    def forward(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        return attended
 
 
 class Reconstruct(Auxiliary):
@@ -164,31 +153,6 @@ class Reconstruct(Auxiliary):
         return super().forward(inputs, hidden_BTD, targets) + self._weight * error
 
 
-class Recall(Auxiliary):
-    """The first stage's head also names as many unmasked tokens as masked ones."""
-
-    def __init__(
-        self, stages: list[Stage], index: int, config: PretrainedConfig, *, weight: float,
-        base: type[Auxiliary] = Auxiliary,
-    ) -> None:  # fmt: skip
-        """Add a term of a ``weight`` to the loss of ``base``."""
-        super().__init__(stages, index, config)
-        self.base = base(stages, index, config)
-        self._weight = weight
-        self._generator = torch.Generator().manual_seed(index)
-
-    def forward(self, inputs: Tensor, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
-        """See ``Auxiliary``."""
-        loss: Tensor = self.base(inputs, hidden_BTD, targets)
-        if self.index:
-            return loss
-        keys_BT = torch.rand(inputs.shape, generator=self._generator)
-        keys_BT.scatter_(1, targets[0].long(), 2.0)
-        positions_BM = keys_BT.argsort(1)[:, : targets.shape[2]]
-        seen = torch.stack([positions_BM, inputs.gather(1, positions_BM)])
-        return loss + self._weight * self.score(gather_masked(hidden_BTD, positions_BM), seen)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """What a run does differently from ``mlm``, the default."""
@@ -210,7 +174,9 @@ class Method:
     """Every so many steps the auxiliary net also learns the final loss' gradient at the cut."""
     tied_every: int = 0
     """Every so many steps the final decoder becomes the client's embedding; it learns nothing
-    itself. Of one stage: they are one tensor."""
+    itself."""
+    heads_apart: bool = False
+    """The final head has first values of its own instead of those of every other head."""
     window: int = -1
     """The model sees so many tokens on both sides of a masked one; -1 is all of the block."""
 
@@ -252,6 +218,8 @@ class Trainer:
         self.auxiliaries = [method.auxiliary(self.stages, i, hf) for i, _ in enumerate(heads)]
         if method.tied_every:
             self._tie()
+        if method.heads_apart:
+            self._part_heads()
         self.parts = [
             nn.ModuleList([stage, *self.auxiliaries[i : i + 1]])
             for i, stage in enumerate(self.stages)
@@ -263,10 +231,13 @@ class Trainer:
     def _tie(self) -> None:
         final, first = self.stages[-1]._head[0].decoder, self.stages[0]
         embedding = first.get_parameter(first.family.word_embeddings)
-        if final.weight.requires_grad and len(self.stages) == 1:
-            final.weight = embedding
-        elif len(self.stages) > 1:
-            final.weight.requires_grad_(False).copy_(embedding.detach())
+        final.weight.requires_grad_(False).copy_(embedding.detach())
+
+    def _part_heads(self) -> None:
+        dense = self.stages[-1]._head[0].dense.weight
+        generator = torch.Generator().manual_seed(stable_seed(self.config.seed, "apart"))
+        with torch.no_grad():
+            dense.normal_(0.0, dense.std().item(), generator=generator)
 
     def steps(self, total: int) -> Iterator[list[float | None]]:
         """Train; yield every step's losses by stage, None where a stage had none."""

@@ -26,8 +26,6 @@ class ComparisonConfig:
     """First layers of the server, one run of fedpipe each; labels stay at home."""
     published_length: int = 0
     """``data.padded_length`` of FedBERT as published."""
-    fedbert_lr: float = 0.0
-    """Peak learning rate of FedBERT; 0 takes optimizer.lr. Local losses bear higher ones."""
     timed_rounds: int = 0
     """Rounds for which the FedBERTs are trained that learn the weights of the first with our
     kernels: their clocks go on with the mean of these, their scores are its own. 0 means all."""
@@ -40,7 +38,6 @@ class ComparisonConfig:
             values = getattr(self, name)
             fits = bool(values) and len(set(values)) == len(values)
             require(fits, f"reproduce.{name}", "one or more, each once", list(values))
-        require(self.fedbert_lr >= 0, "reproduce.fedbert_lr", "0 or more", self.fedbert_lr)
         require(min(self.seeds) >= 0, "reproduce.seeds", "whole numbers, 0 or more", self.seeds)
         require(
             self.timed_rounds >= 0, "reproduce.timed_rounds", "0 or more",

@@ -103,7 +103,7 @@ def variants_table(content: Content) -> Table:
         whole = v["measured_rounds"] == content["num_rounds"]
         rows.append(
             (
-                v["title"], f"{v['lr']:g}", f"{v['measured_rounds']} of {content['num_rounds']}",
+                v["title"], f"{v['measured_rounds']} of {content['num_rounds']}",
                 f"{number(seconds, 1)} ({number(low, 1)} to {number(high, 1)})",
                 number(v["tokens_per_round"] / seconds, 0), number(first / seconds, 2),
                 number(ours / seconds, 2), number(v["losses"][-1] if whole else None, 3),
@@ -112,11 +112,11 @@ def variants_table(content: Content) -> Table:
             )
         )  # fmt: skip
     columns = (
-        "system", "lr", "rounds measured", "s per round (range)", "tokens/s",
+        "system", "rounds measured", "s per round (range)", "tokens/s",
         f"over {content['variants'][0]['title']}", "over FedBERT, our kernels",
         "training loss", "held-out loss", "losses differ by",
     )  # fmt: skip
-    return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(1, 10)))
+    return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(1, 9)))
 
 
 def times_table(content: Content, baseline: Content) -> Table:
@@ -215,7 +215,7 @@ def notes(content: Content) -> list[str]:
     found = [
         "Time is that of training: local steps and averaging, each system's own, without start-up, "
         "validation and checkpoints. Runs were made one at a time, on the same text, clients, "
-        "cohorts, masks and first weights, with the learning rates of the table.",
+        "cohorts, masks, first weights and learning rates.",
         "A speed-up is FedBERT's time to its best score over the time in which fedpipe reaches "
         "that score: on the line between two rounds, at the earliest after the first. Mean and "
         "peak are over the tasks on which it does (their number in brackets). never: not within "

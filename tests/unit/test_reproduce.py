@@ -59,13 +59,11 @@ def test_systems_differ_in_how_they_compute_and_in_nothing_that_they_learn_from(
     assert [s.config.pipeline.cut for s in systems[:4]] == 2 * [(0,), (layers // 2,)]
     assert [s.config.pipeline.cut[0] for s in systems[4:-1]] == list(cuts)
     whole = [s for s in systems if s.whole]
-    lr = config.reproduce.fedbert_lr or config.optimizer.lr
-    assert {s.config.optimizer.lr for s in systems if s.kind != "fedpipe"} == {lr}
     for system in whole:
         allowed = {
-            "name", "optimizer.lr", "data.padded_length", "pipeline.objective",
-            "pipeline.schedule", "pipeline.cut", "pipeline.head_location",
-            "pipeline.micro_batch_size", "pipeline.num_micro_batches", "pipeline.wire",
+            "name", "data.padded_length", "pipeline.objective", "pipeline.schedule", "pipeline.cut",
+            "pipeline.head_location", "pipeline.micro_batch_size", "pipeline.num_micro_batches",
+            "pipeline.wire",
         }  # fmt: skip
         assert set(diff(whole[0].config, system.config)) <= allowed
         assert system.config.blocks_per_step == whole[0].config.blocks_per_step
@@ -98,7 +96,6 @@ def test_the_first_rounds_have_the_learning_rates_of_the_whole() -> None:
         (["reproduce.cuts=[4]"], "reproduce.cuts: expected layers 1..3"),
         (["reproduce.cuts=[]"], "reproduce.cuts: expected one or more"),
         (["reproduce.published_length=8"], "reproduce.published_length: expected data.sequence_le"),
-        (["reproduce.fedbert_lr=-1"], "reproduce.fedbert_lr: expected 0 or more"),
         (["reproduce.timed_rounds=99"], "reproduce.timed_rounds: expected at most"),
         (["optimizer.decay=polynomial"], "reproduce.timed_rounds: expected 0 (all), or"),
         (["federation.average.embeddings=false"], "federation.average.embeddings: expected true"),

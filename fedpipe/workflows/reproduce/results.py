@@ -239,7 +239,6 @@ def _variant(
         "title": variant.title,
         "kind": variant.kind,
         "num_stages": variant.config.pipeline.num_stages,
-        "lr": variant.config.optimizer.lr,
         "measured_rounds": _rounds(variant),
         "scored_as": scored,
         "loss_difference": far,

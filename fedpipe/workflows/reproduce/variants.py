@@ -40,9 +40,8 @@ class Variant:
 def make_variants(config: ReproductionConfig) -> tuple[Variant, ...]:
     """Return FedBERT cut at 0 and n/2, as published and with our kernels, and fedpipe.
 
-    Text, clients, cohorts, masks, first weights and sequences per step are the same in all of them,
-    learning rates but for ``reproduce.fedbert_lr``. FedBERT has its sequences in one micro-batch,
-    for it has one in flight.
+    Text, clients, cohorts, masks, first weights, sequences per step and learning rates are the same
+    in all of them. FedBERT has its sequences in one micro-batch, for it has one in flight.
     """
     base = _plain(config)
     layers, cuts = config.num_layers, config.reproduce.cuts
@@ -108,8 +107,6 @@ def _fedbert(
         head_location="client", num_micro_batches=1,
         micro_batch_size=base.pipeline.micro_batch_size * base.pipeline.num_micro_batches,
     )  # fmt: skip
-    lr = config.reproduce.fedbert_lr or base.optimizer.lr
-    base = replace(base, optimizer=replace(base.optimizer, lr=lr))
     if not published and cut == 0:
         return replace(base, pipeline=own)
     base = _first_rounds(base, config.reproduce.timed_rounds)
