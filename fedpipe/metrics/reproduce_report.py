@@ -368,7 +368,7 @@ def draw_scores(content: Content) -> tuple[Draw, float]:
 
     def draw(figure: Canvas) -> None:
         panels = figure.subplots(rows, columns, squeeze=False).flat
-        for index, (axes, task) in enumerate(zip(panels, tasks, strict=False)):
+        for index, (task, axes) in enumerate(zip(tasks, panels, strict=False)):
             for variant, style in _styles(content):
                 scores = task["scores"][variant["scored_as"]]
                 xs = [0.0, *(second / unit for second in variant["clock"][: len(scores)])]
