@@ -35,7 +35,7 @@ pretrain: $(READY)
 	$(BIN)/fedpipe pretrain --run-dir $(RUN_DIR)
 
 test: slurm-packages lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Debian packages for the tests on SLURM, if this user may install them; their services stay off.
 slurm-packages:

@@ -23,7 +23,7 @@ from fedpipe.launcher.cells import (
     save_when_the_parent_dies,
     saying_to,
 )
-from fedpipe.launcher.fork_server import fork_server
+from fedpipe.launcher.fork_server import fork_server, num_threads
 from fedpipe.launcher.supervisor import Interrupted, Signals
 from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.evaluation_report import outcome_text, terminal_text
@@ -185,8 +185,11 @@ class _Process:
         """Start it."""
         device = f"cuda:{slot.index % gpus}" if gpus else "cpu"
         self._process = fork_server(PRELOAD).Process(
-            target=_work, args=(str(cell.run_dir), str(log.absolute()), device, slot.cores),
-            daemon=True,
+            target=_work, daemon=True,
+            args=(
+                str(cell.run_dir), str(log.absolute()), device, slot.cores,
+                num_threads(len(slot.cores)),
+            ),
         )  # fmt: skip
         self._process.start()
 
@@ -207,7 +210,7 @@ class _Process:
         return self.code is not None
 
 
-def _work(run_dir: str, log: str, device: str, cores: frozenset[int]) -> None:
+def _work(run_dir: str, log: str, device: str, cores: frozenset[int], threads: int) -> None:
     """Run a cell in this process, which ends with it; what it says goes to its log."""
     os.setsid()
     for number in STOP_SIGNALS:
@@ -220,7 +223,7 @@ def _work(run_dir: str, log: str, device: str, cores: frozenset[int]) -> None:
         from fedpipe.workflows.evaluate.cell import run_cell
 
         os.sched_setaffinity(0, cores)
-        torch.set_num_threads(len(cores))
+        torch.set_num_threads(threads)
         run_cell(Path(run_dir), device=device)
 
 

@@ -12,6 +12,14 @@ from typing import Any
 from fedpipe.distributed.watch import STOP_SIGNALS
 from fedpipe.launcher.worker import PRELOAD
 
+_USERS_THREADS = os.environ.get("OMP_NUM_THREADS", "")
+"""What the user asks for; the server gets a default that this process then has, too."""
+
+
+def num_threads(num_cores: int) -> int:
+    """Return the threads of a process that has so many cores: as many, or what the user says."""
+    return int(_USERS_THREADS) if _USERS_THREADS.isdigit() else num_cores
+
 
 def fork_server(preload: Sequence[str] = PRELOAD) -> Any:
     """Start importing torch, DeepSpeed and transformers, once, beside the supervisor's own work.
