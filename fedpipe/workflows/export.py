@@ -28,6 +28,7 @@ from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, token_counts
 from fedpipe.data.corpus import prepare
+from fedpipe.data.tokenizer import longest_input
 from fedpipe.errors import CheckpointError
 from fedpipe.metrics.writer import read_metrics
 from fedpipe.models.families import FAMILIES, hf_config
@@ -96,19 +97,33 @@ def export_checkpoint(
         parts = [_first_weights(spec, model_config, config) for spec in specs]
     else:
         parts = [load_file(checkpoint.path / stage_file(s.stage_id)) for s in specs]
+    tokenizer = load_tokenizer(data)
+    tokenizer.model_max_length = _trained_length(config, model_config)
     card = _model_card(run_dir, config, checkpoint.position.round_id if checkpoint else 0)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     if checkpoint is None or not _kept_in_model(config, specs, parts):
-        _save(merge(parts), model_config, aside, data, card)
+        _save(merge(parts), model_config, aside, tokenizer, card)
     else:
         for client_id, own in enumerate(_client_parts(run_dir, config, specs, checkpoint)):
             state = merge([part | kept for part, kept in zip(parts, own, strict=True)])
             folder = aside / f"client_{client_id:04d}"
-            _save(state, model_config, folder, data, card)
+            _save(state, model_config, folder, tokenizer, card)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
+
+
+def _trained_length(config: RunConfig, model_config: Any) -> int:
+    """Tokens up to which positions have been trained: by this run, or the model it continued."""
+    length = config.data.sequence_length
+    if not config.model.path:
+        return length
+    positions = int(model_config.max_position_embeddings)
+    if model_config.model_type == "roberta":
+        positions -= model_config.pad_token_id + 1
+    before = longest_input(Path(config.model.path).expanduser()) or positions
+    return max(length, min(before, positions))
 
 
 def _first_weights(spec: StageSpec, model_config: Any, config: RunConfig) -> dict[str, Tensor]:
@@ -161,7 +176,7 @@ def _save(
     state: dict[str, Tensor],
     model_config: Any,
     folder: Path,
-    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
     card: str,
 ) -> None:
     """Write one Hugging Face folder: weights, configuration, tokenizer, model card."""
@@ -170,7 +185,7 @@ def _save(
     # that holds both names is read alike by both.
     tensors = {n: t.clone() for n, t in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=tensors)
-    load_tokenizer(data).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -232,7 +247,8 @@ A {config.model.family} masked language model, pre-trained with fedpipe {__versi
 {config.pipeline.num_stages} pipeline stages.
 
 - Held-out masked-LM loss of the final head, all clients: {score}
-- Sequence length: {config.data.sequence_length} tokens; masked share {config.data.mask_probability}
+- Sequence length: {config.data.sequence_length} tokens, to which the tokenizer cuts
+- Masked share {config.data.mask_probability}
 - Decoder and word embedding are separate tensors (`tie_word_embeddings: false`)
 
 ```python

@@ -293,6 +293,22 @@ def test_the_positions_and_the_vocabulary_of_a_model_are_limits(home: Path, tmp_
         set_up(home, tmp_path / "b", models=[str(tmp_path / "small")])
 
 
+def test_sequences_are_as_long_as_the_model_was_trained_on_unless_it_is_asked_for(
+    home: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "short"
+    shutil.copytree(home / "models/one", model)
+    settings = json.loads((model / "tokenizer_config.json").read_text("utf-8"))
+    (model / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"model_max_length": 16}), encoding="utf-8"
+    )
+    lengths = [
+        set_up(home, tmp_path / str(wanted), models=[str(model)], max_length=wanted)
+        for wanted in (None, 64)
+    ]
+    assert [plan.cells[0].settings["max_length"] for plan in lengths] == [16, 64]
+
+
 def test_a_model_that_transformers_cannot_read_fails_its_cell_only(
     home: Path, tmp_path: Path
 ) -> None:

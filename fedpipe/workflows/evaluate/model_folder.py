@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.data.tasks.prepare import file_digest
+from fedpipe.data.tokenizer import longest_input
 from fedpipe.errors import CheckpointError, ConfigError
 
 DEFAULT = "runs/quickstart"
@@ -39,6 +40,8 @@ class ModelFolder:
     """Rows of the embedding."""
     num_positions: int
     """Tokens of the longest sequence it can read."""
+    usual_length: int
+    """Tokens to which its tokenizer cuts: later positions may never have been trained."""
 
 
 def check_models(paths: Sequence[str]) -> list[Path]:
@@ -91,7 +94,7 @@ def max_length_of(model: ModelFolder, *, wanted: int | None, usual: int) -> int:
         ConfigError: More are asked for than the model has positions.
     """
     if wanted is None:
-        return min(usual, model.num_positions)
+        return min(usual, model.usual_length)
     if wanted > model.num_positions:
         raise ConfigError(
             f"evaluation.max_length: expected at most {model.num_positions} (the positions of "
@@ -142,6 +145,7 @@ def _read(folder: Path, name: str, *, root: Path) -> ModelFolder:
         tokenizer_digest=file_digest(tokenizer, key="--model", root=root),
         vocab_size=int(config.get("vocab_size") or 0),
         num_positions=positions,
+        usual_length=min(longest_input(folder) or positions, positions),
     )
 
 
