@@ -53,6 +53,9 @@ class MethodConfig:
     library and the task's head."""
     path: str = ""
     """Adapter folder to start from, RUN_DIR/adapter of another run; empty starts anew."""
+    first_layer: int = 0
+    """First layer with an adapter. Every example runs through those below once, without dropout;
+    what they give is kept on disk for as long as the run lasts."""
     reduction_factor: float | None = None
     """Hidden size over bottleneck, of the bottleneck methods: 16, Parallel 2, Compacter 32."""
     rank: int = 8
@@ -71,6 +74,13 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
+        require(self.first_layer >= 0, "method.first_layer", "0 or more", self.first_layer)
+        from_first = self.name == "full" or self.name.endswith("_inv")
+        require(
+            not (self.first_layer and from_first),
+            "method.first_layer", f"0 with method.name={self.name}", self.first_layer,
+            "It trains what is below every layer.",
+        )  # fmt: skip
         require(self.rank >= 1, "method.rank", "1 or more", self.rank)
         require(self.alpha >= 1, "method.alpha", "1 or more", self.alpha)
         require(len(self.matrices) > 0, "method.matrices", "at least one", list(self.matrices))
@@ -272,6 +282,11 @@ class FinetuneConfig:
         require(
             self.method.lora_average == "factors",
             "method.lora_average", "factors with pipeline.cut", self.method.lora_average,
+        )  # fmt: skip
+        require(
+            self.method.first_layer == 0,
+            "method.first_layer", "0 with pipeline.cut", self.method.first_layer,
+            "Every stage trains an adapter.",
         )  # fmt: skip
         frozen = self.method.name != "full" and self.pipeline.cut[0] == 0
         require(

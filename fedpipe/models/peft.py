@@ -73,16 +73,16 @@ def adapter_config(method: MethodConfig, *, split: bool = False) -> Any:
         method: Which one.
         split: Nothing is shared between layers: each of Compacter's has a rule of its own.
     """
+    values: dict[str, Any] = {"leave_out": list(range(method.first_layer))}
     if method.name == "lora":
         return adapters.LoRAConfig(
             r=method.rank, alpha=method.alpha, dropout=method.dropout,
-            attn_matrices=list(method.matrices),
+            attn_matrices=list(method.matrices), **values,
         )  # fmt: skip
     if method.name == "prefix_tuning":
         return adapters.PrefixTuningConfig(
-            prefix_length=method.prefix_length, dropout=method.dropout
+            prefix_length=method.prefix_length, dropout=method.dropout, **values
         )
-    values: dict[str, Any] = {}
     if method.reduction_factor is not None and method.name != "ia3":
         values["reduction_factor"] = method.reduction_factor
     if method.name == "compacter" and split:

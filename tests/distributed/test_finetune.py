@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from fedpipe.errors import CheckpointError, ConfigError, CorpusError
 from fedpipe.federation.turns import TuningTurn
 from fedpipe.metrics.finetune_report import result_table, write_finetune_report
 from fedpipe.metrics.writer import read_metrics
+from fedpipe.models.lower import LowerLayers
 from fedpipe.models.peft import lora_updates
 from fedpipe.workflows.finetune.examples import DATA, TuningData
 from fedpipe.workflows.finetune.finish import export_finetuned
@@ -226,6 +228,34 @@ def test_two_workers_train_the_same_model_as_one(tmp_path: Path, base: list[str]
         assert (a["clients"], a["dropped"]) == (b["clients"], b["dropped"])
 
 
+def test_every_example_runs_through_the_lower_layers_once(
+    tmp_path: Path, base: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[int] = []
+    run_lower = LowerLayers.run
+
+    def counted(lower: LowerLayers, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        runs.append(len(inputs["input_ids"]))
+        return run_lower(lower, inputs)
+
+    monkeypatch.setattr(LowerLayers, "run", counted)
+    setup = set_up(tmp_path / "spared", base, "method.first_layer=1")
+    run(setup)
+    assert 96 < sum(runs) <= 96 + 48  # who is never drawn is scored only
+    assert "embeddings and 1 layer run once per example" in (setup.run_dir / "plan.txt").read_text()
+    spared = records(tmp_path / "spared", "round", "eval")
+
+    monkeypatch.setattr(Tuner, "_lower_layers", lambda *_: nullcontext())
+    run(set_up(tmp_path / "whole", base, "method.first_layer=1"))
+    whole = records(tmp_path / "whole", "round", "eval")
+    assert [r["loss"] for r in spared if "loss" in r] == pytest.approx(
+        [r["loss"] for r in whole if "loss" in r], abs=1e-5
+    )
+    assert [r["score"] for r in spared if "score" in r] == pytest.approx(
+        [r["score"] for r in whole if "score" in r]
+    )
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -233,6 +263,7 @@ def test_two_workers_train_the_same_model_as_one(tmp_path: Path, base: list[str]
          "scenario.dropout_share=0.3"),
         ("federation.server_optimizer.name=fedadam", "federation.server_optimizer.lr=0.1"),
         ("method.lora_average=product", "federation.clients_per_round=2"),
+        ("method.first_layer=1",),
     ],
 )  # fmt: skip
 def test_a_run_that_was_killed_resumes_as_if_it_had_not_been(
@@ -318,6 +349,7 @@ def test_a_round_whose_clients_are_all_lost_changes_nothing(
         (("federation.data_parallel_degree=2",), ConfigError, r"^federation.data_parallel_degree"),
         (("federation.average.embeddings=false",), ConfigError, r"^federation.average.embeddings"),
         (("checkpoint.every_steps=3",), ConfigError, r"^checkpoint.every_steps: expected 0 in"),
+        (("method.first_layer=2",), ConfigError, r"^method.first_layer: expected a layer below 2"),
         (("method.lora_average=product", "method.name=ia3"), ConfigError,
          r"^method.lora_average: expected factors without method.name=lora"),
         (("method.lora_average=product", "federation.server_optimizer.name=fedadam"), ConfigError,
@@ -339,6 +371,24 @@ def test_an_unknown_label_is_refused_with_its_place(tmp_path: Path, base: list[s
         file.write('{"text": "good", "label": "meh"}\n')
     with pytest.raises(CorpusError, match=r"^task.data: expected one of negative, positive as lab"):
         set_up(tmp_path / "run", base, f"task.data={task}")
+
+
+def test_sequences_beyond_what_the_model_was_trained_on_are_named(
+    tmp_path: Path, base: list[str]
+) -> None:
+    folder = small_folder(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = 8
+    tokenizer.save_pretrained(folder)
+    overrides = [o for o in base if not o.startswith("model.path=")]
+    lines: list[str] = []
+    for length in (12, 8):
+        set_up_finetune(
+            None, [*overrides, f"model.path={folder}", f"task.max_length={length}"],
+            str(tmp_path / str(length)), notify=lines.append,
+        )  # fmt: skip
+    named = [line for line in lines if "task.max_length=8 may score better" in line]
+    assert len(named) == 1
 
 
 def test_a_directory_with_another_run_is_refused(tmp_path: Path, base: list[str]) -> None:

@@ -24,6 +24,9 @@ WRONG = [
     ("method.prefix_length=0", "method.prefix_length: expected 1 or more"),
     ("method.reduction_factor=-1", "method.reduction_factor: expected a value above 0"),
     ("method={name: full, path: x}", "method.path: expected empty with method.name=full"),
+    ("method.first_layer=-1", "method.first_layer: expected 0 or more"),
+    ("method={name: full, first_layer: 1}", "method.first_layer: expected 0 with method.name=full"),
+    ("method={name: pfeiffer_inv, first_layer: 1}", "method.first_layer: expected 0 with method"),
     ("task.max_length=4", "task.max_length: expected 8 or more"),
     ("task.max_train_examples=-1", "task.max_train_examples: expected 0 or more"),
     ("task.dirichlet_alpha=0", "task.dirichlet_alpha: expected a value above 0"),
@@ -60,6 +63,7 @@ WRONG_WITH_A_CUT = [
     ("task.name=causal-lm", "pipeline.cut: expected [] with task.name=causal-lm"),
     ("method.name=prefix_tuning", "method.name: expected a method whose parameters lie in layers"),
     ("method.lora_average=product", "method.lora_average: expected factors with pipeline.cut"),
+    ("method.first_layer=1", "method.first_layer: expected 0 with pipeline.cut"),
     ("federation.server=sequential", "federation.server: expected replicated in fine-tuning"),
     (
         "pipeline={cut: [0], objective: end_to_end, schedule: 1f1b}",

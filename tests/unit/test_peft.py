@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fedpipe.config.finetune import MethodConfig
 from fedpipe.errors import CheckpointError, ConfigError
+from fedpipe.models.lower import WITHOUT, LowerLayers, check_first_layer
 from fedpipe.models.peft import (
     ADAPTER,
     MERGEABLE,
@@ -115,6 +116,41 @@ def test_the_adapter_is_read_by_the_library_alone(family: str, name: str, tmp_pa
     again = tuned(family, name)
     load_adapter(again, tmp_path, method(name))
     torch.testing.assert_close(logits(again, batch), logits(model, batch), atol=1e-6, rtol=0)
+
+
+STACKS = [family for family in FAMILIES if family not in WITHOUT]
+IN_LAYERS = [name for name in METHODS if name != "full" and not name.endswith("_inv")]
+
+
+@pytest.mark.parametrize("name", IN_LAYERS)
+@pytest.mark.parametrize("family", STACKS)
+def test_lower_layers_are_left_out_and_change_nothing(family: str, name: str) -> None:
+    model, batch = tuned(family, name, first_layer=1), small_batch()
+    lower, runs = LowerLayers(model, 1), [0]
+    inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
+    first = next(layer for _, layer in model.iter_layers())
+    hidden = lower.run(inputs)
+    next(first.children()).register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
+    with lower.given(hidden):
+        train(model, batch)
+    assert runs == [0]
+    torch.testing.assert_close(lower.run(inputs), hidden, atol=0, rtol=0)
+    with lower.given(hidden):
+        spared = logits(model, batch)
+    assert runs == [1]
+    torch.testing.assert_close(spared, logits(model, batch), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "first_layer", "match"),
+    [("albert", 1, "expected 0 with albert, got 1: all"), ("bart", 1, "expected 0 with bart, got"),
+     ("gpt2", 2, "expected a layer below 2, got 2")],
+)  # fmt: skip
+def test_lower_layers_that_a_model_has_not_are_refused(
+    family: str, first_layer: int, match: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^method.first_layer: {match}"):
+        check_first_layer(small_config(family), first_layer)
 
 
 @pytest.mark.parametrize("name", MERGEABLE)

@@ -51,6 +51,7 @@ def render_plan(
         f"  model    {config.model.path}  {counts.model / 1e6:,.2f} M parameters",
         f"  method   {config.method.name}  {counts.trainable:,} trained ({share:.3f} %):"
         f" {counts.adapter:,} of the {_what(config)}, {counts.head:,} of the head",
+        *_lower_lines(config, data, model_config),
         *(_stage_line(spec, held) for spec, held in stages),
         f"  task     {config.task.name}: {meaning.kind}, "
         + (f"{len(meaning.labels)} labels, " if meaning.labels else "")
@@ -73,6 +74,17 @@ def render_plan(
             " their steps"
         )
     return "\n".join(rows)
+
+
+def _lower_lines(config: FinetuneConfig, data: TuningData, model_config: Any) -> list[str]:
+    first = config.method.first_layer
+    if not first:
+        return []
+    num_tokens = int(data.train.starts[-1] + data.test.starts[-1])
+    return [
+        f"  lower    embeddings and {count(first, 'layer')} run once per example; on disk up to"
+        f" {bytes_text(num_tokens * model_config.hidden_size * _BYTES)} per process"
+    ]
 
 
 def _what(config: FinetuneConfig) -> str:

@@ -18,9 +18,10 @@ from fedpipe.config.finetune import (
     finetune_yaml,
     load_finetune,
 )
-from fedpipe.data.tokenizer import SAMPLES
+from fedpipe.data.tokenizer import SAMPLES, longest_input
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError
 from fedpipe.metrics.writer import METRICS_FILE
+from fedpipe.models.lower import check_first_layer
 from fedpipe.models.peft import Counts, attach, load_adapter, trainable
 from fedpipe.models.tuned import build_model, check_family
 from fedpipe.models.tuned_stage import check_cut
@@ -89,6 +90,7 @@ def set_up_finetune(
     tokenizer = load_tuning_tokenizer(config)
     model_config = load_model_config(config, tokenizer)
     check_family(model_config.model_type, kind)
+    check_first_layer(model_config, config.method.first_layer)
     if config.is_cut:
         check_cut(model_config, config.pipeline.cut[-1])
         engine_config(config.deepspeed.config, config.stages)  # read, and refused if it is wrong
@@ -105,6 +107,13 @@ def set_up_finetune(
     data.save(directory / DATA)
     checkpoint = resume_from(directory, notify=notify) if resumed else None
     notify(plan)
+    trained_length = longest_input(Path(config.model.path))
+    if trained_length and data.longest > trained_length:
+        notify(
+            f"sequences of up to {data.longest} tokens: {config.model.path} has been trained on up"
+            f" to {trained_length}, says its tokenizer; task.max_length={trained_length} may score"
+            " better"
+        )
     if config.model.path == UNTRAINED and not checkpoint:
         notify(f"no {_QUICKSTART_EXPORT}: random weights; `make pretrain` leaves a model there")
     return FinetuneSetup(

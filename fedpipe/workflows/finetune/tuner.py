@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,18 @@ from torch.nn import functional
 
 from fedpipe.checkpoint import CLIENTS, Checkpoint, CheckpointWriter, client_file
 from fedpipe.config.finetune import FinetuneConfig
-from fedpipe.data.tasks.encoding import IGNORED, collate
+from fedpipe.data.tasks.encoding import IGNORED, Encoded, collate
 from fedpipe.distributed.comm import Comm
 from fedpipe.federation.lora import ProductAverage
 from fedpipe.federation.synchronizer import Synchronizer, restore
 from fedpipe.federation.turns import TuningTurn, batches
 from fedpipe.models.families import stable_seed
+from fedpipe.models.lower import LowerLayers
 from fedpipe.models.peft import attach, load_adapter, lora_updates, trainable
 from fedpipe.models.tuned import build_model, head_names
 from fedpipe.pipeline.optimizer import make_optimizer
 from fedpipe.workflows.finetune.examples import Meaning, TuningData
+from fedpipe.workflows.finetune.recall import Recall
 from fedpipe.workflows.finetune.scores import Scores, StageLosses, statistics
 from fedpipe.workflows.finetune.setup import UNTRAINED, load_model_config, load_tuning_tokenizer
 
@@ -60,6 +63,11 @@ class Tuner:
         self.products: ProductAverage | None = None
         if config.method.lora_average == "product":
             self.products = ProductAverage(lora_updates(self.model), comm=comm)
+        self._lower: LowerLayers | None = None
+        if config.method.first_layer:
+            self._lower = LowerLayers(self.model, config.method.first_layer)
+            self._recall_train = Recall(self._lower, data.train, run_dir)
+            self._recall_test = Recall(self._lower, data.test, run_dir)
         self.sent_numel = sum(p.numel() for n, p in self.parameters.items() if n not in kept)
 
     # -- a turn ------------------------------------------------------------------------------
@@ -119,13 +127,23 @@ class Tuner:
         optimizer.step()
         return loss.detach()
 
-    def _forward(self, split: Any, sequences: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def _forward(self, split: Encoded, sequences: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         meaning = self.data.meaning
         inputs, labels = collate(split, sequences, pad_id=meaning.pad_id, kind=meaning.kind)
         device = self._comm.device
         tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-        logits: Tensor = self.model(**tensors).logits
+        with self._lower_layers(split, sequences, tensors):
+            logits: Tensor = self.model(**tensors).logits
         return logits.float(), torch.from_numpy(labels).to(device)
+
+    def _lower_layers(
+        self, split: Encoded, sequences: NDArray[np.int64], inputs: dict[str, Tensor]
+    ) -> AbstractContextManager[None]:
+        """Spare the model's forward pass what is known of its frozen layers."""
+        if self._lower is None:
+            return nullcontext()
+        recall = self._recall_train if split is self.data.train else self._recall_test
+        return self._lower.given(recall.hidden(sequences, inputs))
 
     @property
     def _keeps_state(self) -> bool:

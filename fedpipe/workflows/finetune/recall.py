@@ -1,0 +1,66 @@
+"""What the frozen lower layers give for every example of a split, on disk once it is known."""
+
+# B = sequences of a batch, T = tokens of its longest one, D = hidden size
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedpipe.data.tasks.encoding import Encoded
+from fedpipe.models.lower import LowerLayers
+
+
+class Recall:
+    """Hidden states of a split's sequences, computed when they are first asked for.
+
+    Each is computed alone, so that no bit of it depends on who is in its batch.
+
+    They lie in a file without a name, which goes with the process: float32, as long as the tokens,
+    and on disk only as far as it is filled. Every process has its own, for it trains its own
+    clients.
+    """
+
+    def __init__(self, lower: LowerLayers, split: Encoded, folder: Path) -> None:
+        """Make the file.
+
+        Args:
+            lower: Computes them.
+            split: Whose sequences.
+            folder: Where there is room.
+        """
+        self._lower, self._starts = lower, split.starts
+        self._known = np.zeros(split.num_sequences, dtype=bool)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - kept open
+        weakref.finalize(self, self._file.close)
+
+    def hidden(self, sequences: NDArray[np.int64], inputs: dict[str, Tensor]) -> Tensor:
+        """Return the hidden states (B, T, D) of sequences; padding has zeros.
+
+        Args:
+            sequences: Which.
+            inputs: Of the model for them, (B, T) each, padded at the end.
+        """
+        for row in np.flatnonzero(~self._known[sequences]):
+            num_tokens = self._seek(sequences[row])
+            alone = {name: t[row : row + 1, :num_tokens] for name, t in inputs.items()}
+            found_TD = self._lower.run(alone)[0].float().cpu().numpy()
+            self._file.write(memoryview(found_TD).cast("B"))
+            self._known[sequences[row]] = True
+        ids = inputs["input_ids"]
+        hidden_BTD = np.zeros((*ids.shape, self._lower.hidden_size), dtype=np.float32)
+        for states_TD, row in zip(hidden_BTD, sequences, strict=True):
+            self._file.readinto(memoryview(states_TD[: self._seek(row)]).cast("B"))
+        return torch.from_numpy(hidden_BTD).to(ids.device)
+
+    def _seek(self, sequence: int) -> int:
+        """Go to where a sequence lies; return its tokens."""
+        first, end = map(int, self._starts[sequence : sequence + 2])
+        self._file.seek(first * self._lower.hidden_size * np.dtype(np.float32).itemsize)
+        return end - first
