@@ -27,8 +27,8 @@ class ComparisonConfig:
     published_length: int = 0
     """``data.padded_length`` of FedBERT as published."""
     timed_rounds: int = 0
-    """Rounds for which the FedBERTs are trained that learn the weights of the first with our
-    kernels: their clocks go on with the mean of these, their scores are its own. 0 means all."""
+    """Rounds for which systems are trained that learn the weights of another: their clocks go on
+    with the mean of these, their scores are the other's. 0 means all."""
     seeds: tuple[int, ...] = (0,)
     """Every variant is pre-trained once with each."""
 

@@ -155,8 +155,9 @@ def _race(race: Content) -> str:
 
 def differences_table(content: Content) -> Table:
     """Lay out fedpipe's scores minus FedBERT's after the same tokens."""
-    own = [v for v in content["variants"] if v["kind"] == "fedpipe"]
     found = {(d["variant"], d["task"]): d for d in content["differences"]}
+    compared = {variant for variant, _ in found}
+    own = [v for v in content["variants"] if v["name"] in compared]
     rows = []
     for task in content["tasks"]:
         cells = [found[v["name"], task["name"]] for v in own]
@@ -210,8 +211,11 @@ def notes(content: Content) -> list[str]:
     """Say what has to be known to read the tables, one sentence each."""
     variants = content["variants"]
     short = [v for v in variants if v["measured_rounds"] < content["num_rounds"]]
-    shared = [v["title"] for v in variants if v["scored_as"] != v["name"]]
-    reference = next(v for v in variants if v["kind"] == "fedbert")
+    titles = {v["name"]: v["title"] for v in variants}
+    shared: dict[str, list[str]] = {}
+    for v in variants:
+        if v["scored_as"] != v["name"]:
+            shared.setdefault(titles[v["scored_as"]], []).append(v["title"])
     found = [
         "Time is that of training: local steps and averaging, each system's own, without start-up, "
         "validation and checkpoints. Runs were made one at a time, on the same text, clients, "
@@ -223,11 +227,12 @@ def notes(content: Content) -> list[str]:
         "model's by a 95 % interval of their difference.",
     ]
     if shared:
+        who = "; ".join(f"{', '.join(names)}: {title}" for title, names in shared.items())
         found.append(
-            f"{', '.join(shared)}: back-propagation does not see the cut, and padding is hidden "
-            f"from it, so these train the weights of {reference['title']} and share its scores. "
-            "The table holds the largest relative difference of a round's training or held-out "
-            "loss from it; above 1e-3 a system would be scored by itself."
+            f"Some train the weights of another, and share its scores ({who}): back-propagation "
+            "does not see the cut, no head sees where it is, and padding is hidden. The table "
+            "holds the largest relative difference of a round's training or held-out loss from "
+            "the other's; above 1e-3 a system would be scored by itself."
         )
     if short:
         names = ", ".join(v["title"] for v in short)

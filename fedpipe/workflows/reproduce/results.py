@@ -85,24 +85,18 @@ def read_curves(plan: Reproduction) -> Curves:
 
 
 def agreement(plan: Reproduction, curves: Curves) -> dict[str, float]:
-    """Return by variant of FedBERT how far its losses are from those of the first with our kernels.
-
-    True back-propagation does not see the cut, and padding is hidden from it: all of them train the
-    same weights up to rounding.
-    """
-    baselines = [v.name for v in plan.variants if v.kind != "fedpipe"]
-    first = next(v.name for v in plan.variants if v.kind == "fedbert")
-    return {name: max(map(loss_difference, curves[name], curves[first])) for name in baselines}
+    """Return by variant that has a twin how far its losses are from the twin's."""
+    return {
+        v.name: max(map(loss_difference, curves[v.name], curves[v.twin]))
+        for v in plan.variants
+        if v.twin
+    }
 
 
 def scored_as(plan: Reproduction, curves: Curves) -> dict[str, str]:
     """Return by variant the one whose models are scored for it, itself where they differ."""
-    first = next(v.name for v in plan.variants if v.kind == "fedbert")
     far = agreement(plan, curves)
-    return {
-        v.name: first if v.name in far and far[v.name] <= AGREEMENT else v.name
-        for v in plan.variants
-    }
+    return {v.name: v.twin if far.get(v.name, 1.0) <= AGREEMENT else v.name for v in plan.variants}
 
 
 def wanted_models(plan: Reproduction, curves: Curves) -> list[tuple[TrainingRun, int]]:
@@ -232,7 +226,7 @@ def _variant(
     scored: str,
     far: float | None,
 ) -> Content:
-    clocks = [curve.clock(variant.num_rounds) for curve in curves]
+    clocks = [curve.clock(plan.config.federation.num_rounds) for curve in curves]
     seconds = [second for curve in curves for second in curve.seconds]
     return {
         "name": variant.name,
@@ -296,12 +290,11 @@ def _timed(variant: Content, scores: Sequence[float]) -> tuple[list[float], Sequ
 
 
 def _loss_race(own: Content, baseline: Content, variants: Sequence[Content]) -> Content:
-    source = next(v for v in variants if v["name"] == baseline["scored_as"])
-    lost = race(
-        HELD_OUT, learnt=True,
-        baseline=_timed(baseline, [-loss for loss in source["held_out"]]),
-        own=_timed(own, [-loss for loss in own["held_out"]]),
-    )  # fmt: skip
+    by_name = {v["name"]: v for v in variants}
+    timed = [
+        _timed(v, [-loss for loss in by_name[v["scored_as"]]["held_out"]]) for v in (baseline, own)
+    ]
+    lost = race(HELD_OUT, learnt=True, baseline=timed[0], own=timed[1])
     return {
         "loss": -lost.target, "baseline_s": lost.baseline_s, "own_s": lost.own_s,
         "ratio": lost.ratio,
@@ -317,7 +310,8 @@ def _differences(
     rounds = range(1, plan.config.federation.num_rounds + 1)
     theirs = {r: scores.statistics(reference, r) for r in rounds}
     found = []
-    for variant in (v for v in plan.variants if v.kind == "fedpipe"):
+    own = [v for v in plan.variants if v.kind == "fedpipe" and source[v.name] == v.name]
+    for variant in own:
         drawn = [
             paired_differences(
                 metric, scores.statistics(variant, r), theirs[r], num_draws=num_draws,

@@ -24,13 +24,9 @@ class Variant:
     """published: FedBERT as its code computes; fedbert: the same with our kernels."""
     config: RunConfig
     """Of its run, with the first seed."""
-    num_rounds: int
-    """Rounds of the whole run; ``config`` may have fewer."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether every round is trained."""
-        return self.config.federation.num_rounds == self.num_rounds
+    twin: str = ""
+    """Name of the variant that trains the same weights, up to rounding: of this one the first
+    rounds may do. "" where there is none."""
 
     def with_seed(self, seed: int) -> RunConfig:
         """Return the run of another seed."""
@@ -41,7 +37,8 @@ def make_variants(config: ReproductionConfig) -> tuple[Variant, ...]:
     """Return FedBERT cut at 0 and n/2, as published and with our kernels, and fedpipe.
 
     Text, clients, cohorts, masks, first weights, sequences per step and learning rates are the same
-    in all of them. FedBERT has its sequences in one micro-batch, for it has one in flight.
+    in all of them. FedBERT has its sequences in one micro-batch, for it has one in flight. Neither
+    back-propagation nor a local loss sees on whose device a head is, and padding is hidden.
     """
     base = _plain(config)
     layers, cuts = config.num_layers, config.reproduce.cuts
@@ -50,28 +47,35 @@ def make_variants(config: ReproductionConfig) -> tuple[Variant, ...]:
         for cut in (0, layers // 2):
             split = f"{cut}-{layers - cut}"
             published = kind == "published"
+            own = _fedbert(
+                base, cut, published_length=published * config.reproduce.published_length
+            )
             found.append(
                 Variant(
                     name=f"fedbert-{split}{'-published' if published else ''}",
                     title=f"FedBERT {split}{', as published' if published else ''}",
                     kind="published" if published else "fedbert",
-                    config=_fedbert(base, config, cut, published=published),
-                    num_rounds=config.federation.num_rounds,
+                    config=own,
+                    twin=f"fedbert-0-{layers}" if published or cut else "",
                 )
             )
     middle = min(cuts, key=lambda cut: abs(cut - layers / 2))
-    for cut, head in [*((cut, "client") for cut in cuts), (middle, "server")]:
+    for cut, at_home in [*((cut, True) for cut in cuts), (middle, False)]:
         split = f"{cut}-{layers - cut}"
         found.append(
             Variant(
-                name=f"fedpipe-{split}{'' if head == 'client' else '-server'}",
-                title=f"fedpipe {split}{'' if head == 'client' else ', head on the server'}",
+                name=f"fedpipe-{split}{'' if at_home else '-server'}",
+                title=f"fedpipe {split}{'' if at_home else ', head on the server'}",
                 kind="fedpipe",
-                config=replace(base, pipeline=_split(base.pipeline, cut, head)),
-                num_rounds=config.federation.num_rounds,
+                config=replace(base, pipeline=_split(base.pipeline, cut, at_home=at_home)),
+                twin="" if at_home else f"fedpipe-{split}",
             )
         )
-    return tuple(replace(v, config=replace(v.config, name=v.name)) for v in found)
+    timed = config.reproduce.timed_rounds
+    return tuple(
+        replace(v, config=replace(_first_rounds(v.config, timed if v.twin else 0), name=v.name))
+        for v in found
+    )
 
 
 def _plain(config: ReproductionConfig) -> RunConfig:
@@ -92,29 +96,24 @@ def _plain(config: ReproductionConfig) -> RunConfig:
     )
 
 
-def _split(pipeline: PipelineConfig, cut: int, head: str) -> PipelineConfig:
-    at_home: Literal["client", "server"] = "client" if head == "client" else "server"
+def _split(pipeline: PipelineConfig, cut: int, *, at_home: bool) -> PipelineConfig:
     return replace(
-        pipeline, objective="local_loss", schedule="streaming", cut=(cut,), head_location=at_home
-    )
+        pipeline, objective="local_loss", schedule="streaming", cut=(cut,),
+        head_location="client" if at_home else "server",
+    )  # fmt: skip
 
 
-def _fedbert(
-    base: RunConfig, config: ReproductionConfig, cut: int, *, published: bool
-) -> RunConfig:
+def _fedbert(base: RunConfig, cut: int, *, published_length: int) -> RunConfig:
     own = replace(
         base.pipeline, objective="end_to_end", schedule="sequential", cut=(cut,),
         head_location="client", num_micro_batches=1,
         micro_batch_size=base.pipeline.micro_batch_size * base.pipeline.num_micro_batches,
     )  # fmt: skip
-    if not published and cut == 0:
-        return replace(base, pipeline=own)
-    base = _first_rounds(base, config.reproduce.timed_rounds)
-    if not published:
+    if not published_length:
         return replace(base, pipeline=own)
     return replace(
         base,
-        data=replace(base.data, padded_length=config.reproduce.published_length),
+        data=replace(base.data, padded_length=published_length),
         pipeline=replace(own, wire=("fp32",)),
     )
 
