@@ -168,8 +168,6 @@ class Method:
     """Warm-up of the later stages, as a share of the steps; 0 is the configured one."""
     connected_every: int = 0
     """Every so many steps the gradient of the final loss crosses the cuts, and it alone trains."""
-    supervised: bool = False
-    """In such a step the earlier stages' own losses train beside it."""
     calibrated_every: int = 0
     """Every so many steps the auxiliary net also learns the final loss' gradient at the cut."""
     tied_every: int = 0
@@ -188,7 +186,7 @@ class Method:
     @property
     def backward(self) -> str:
         """What travels from later stages to earlier ones."""
-        if self.pipeline.get("objective") == "end_to_end" or self.connected_every == 1:
+        if self.pipeline.get("objective") == "end_to_end":
             return "gradients"
         if self.period > 1:
             return f"gradients, 1 step in {self.period}"
@@ -266,15 +264,12 @@ class Trainer:
         connected = self.end_to_end or _due(method.connected_every, step)
         calibrates = _due(method.calibrated_every, step)
         cuts: list[Tensor] = []
-        beside: list[Tensor] = []
         for index, stage in enumerate(self.stages):
             with self._counted(index, step):
                 inputs, hidden = hidden, stage(hidden)
                 if stage.spec.is_last:
-                    loss = torch.stack([stage.loss(hidden, targets), *beside]).sum()
+                    loss = stage.loss(hidden, targets)
                 elif connected:
-                    if method.supervised:
-                        beside.append(self.auxiliaries[index](inputs, hidden, targets))
                     continue
                 else:
                     loss = self.auxiliaries[index](inputs, hidden, targets)
