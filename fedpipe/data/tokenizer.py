@@ -23,9 +23,6 @@ FILES = (
 )
 """The files of a Hugging Face tokenizer folder that an exported model takes along."""
 
-_NO_LIMIT = 1_000_000
-"""transformers writes 1e30 where there is none."""
-
 # Names in use where a folder does not say which token plays a part: RoBERTa's, then BERT's.
 _USUAL_NAMES = {
     "cls_token": ("<s>", "[CLS]"),
@@ -104,16 +101,6 @@ def tokenizer_info(config: RunConfig) -> TokenizerInfo:
         pad_id=parts["pad_token"],
         special_ids=tuple(sorted(special)),
     )
-
-
-def longest_input(folder: Path) -> int | None:
-    """Return the tokens to which a folder's tokenizer cuts texts; None where it cuts nothing.
-
-    This is ``model_max_length``, by which a model says up to where its positions have been trained.
-    """
-    path = folder / "tokenizer_config.json"
-    value = _read_json(path).get("model_max_length") if path.is_file() else None
-    return value if isinstance(value, int) and 0 < value < _NO_LIMIT else None
 
 
 def _model_vocab(content: dict[str, Any]) -> dict[str, int]:

@@ -28,10 +28,10 @@ from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, token_counts
 from fedpipe.data.corpus import prepare
-from fedpipe.data.tokenizer import longest_input
 from fedpipe.errors import CheckpointError
 from fedpipe.metrics.writer import read_metrics
 from fedpipe.models.families import FAMILIES, hf_config
+from fedpipe.models.lengths import longest_input, num_positions
 from fedpipe.models.split import StageSpec, merge, part_of, stage_specs
 from fedpipe.models.stage import build_stage, masked_lm_class
 from fedpipe.workflows.hosting import stage_file
@@ -119,10 +119,8 @@ def _trained_length(config: RunConfig, model_config: Any) -> int:
     length = config.data.sequence_length
     if not config.model.path:
         return length
-    positions = int(model_config.max_position_embeddings)
-    if model_config.model_type == "roberta":
-        positions -= model_config.pad_token_id + 1
-    before = longest_input(Path(config.model.path).expanduser()) or positions
+    positions = num_positions(model_config.to_dict())
+    before = longest_input(Path(config.model.path).expanduser(), key="model.path") or positions
     return max(length, min(before, positions))
 
 

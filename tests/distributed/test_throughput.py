@@ -59,7 +59,7 @@ def test_report_has_every_schedule_with_finite_positive_numbers(tmp_path: Path) 
         assert 0 <= schedule["bubble_pct"] < 100
         assert len(schedule["stage_busy_pct"]) == len(schedule["peak_memory_bytes"]) == 2
         for shares in schedule["stage_time_pct"]:
-            assert abs(sum(shares.values()) - 100) < 1
+            assert sum(shares.values()) == pytest.approx(100)
     for ratio in report["ratios"].values():
         assert 0 < ratio["p10"] <= ratio["median"] <= ratio["p90"]
     folder = tmp_path / "throughput"

@@ -309,6 +309,16 @@ def test_sequences_are_as_long_as_the_model_was_trained_on_unless_it_is_asked_fo
     assert [plan.cells[0].settings["max_length"] for plan in lengths] == [16, 64]
 
 
+def test_a_tokenizer_that_does_not_say_how_far_it_goes_is_the_models_fault(
+    home: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "torn"
+    shutil.copytree(home / "models/one", model)
+    (model / "tokenizer_config.json").write_text('{"model_max_length": 1', encoding="utf-8")
+    with pytest.raises(CheckpointError, match="^--model: expected a JSON object in .*tokenizer_c"):
+        set_up(home, tmp_path / "run", models=[str(model)])
+
+
 def test_a_model_that_transformers_cannot_read_fails_its_cell_only(
     home: Path, tmp_path: Path
 ) -> None:

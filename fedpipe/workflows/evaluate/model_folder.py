@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.data.tasks.prepare import file_digest
-from fedpipe.data.tokenizer import longest_input
 from fedpipe.errors import CheckpointError, ConfigError
+from fedpipe.models.lengths import longest_input, num_positions
 
 DEFAULT = "runs/quickstart"
 """Where ``make pretrain`` leaves a model."""
@@ -20,8 +20,8 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
 _FAST = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 """One of these, and transformers can make a tokenizer."""
-_OFFSET_FAMILIES = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer")
-"""Their positions begin after that of the padding."""
+_USUAL_POSITIONS = 512
+"""Of a model whose configuration does not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,9 +135,7 @@ def _read(folder: Path, name: str, *, root: Path) -> ModelFolder:
     config = _config(folder)
     tokenizer = _listed(folder, _TOKENIZER)
     files = [str(folder / "config.json"), *_listed(folder, _WEIGHTS), *tokenizer]
-    positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 512)
-    if config["model_type"] in _OFFSET_FAMILIES:
-        positions -= int(config.get("pad_token_id") or 0) + 1
+    positions = num_positions(config) or _USUAL_POSITIONS
     return ModelFolder(
         name=name,
         path=str(folder),
@@ -145,7 +143,7 @@ def _read(folder: Path, name: str, *, root: Path) -> ModelFolder:
         tokenizer_digest=file_digest(tokenizer, key="--model", root=root),
         vocab_size=int(config.get("vocab_size") or 0),
         num_positions=positions,
-        usual_length=min(longest_input(folder) or positions, positions),
+        usual_length=min(longest_input(folder, key="--model") or positions, positions),
     )
 
 

@@ -18,9 +18,10 @@ from fedpipe.config.finetune import (
     finetune_yaml,
     load_finetune,
 )
-from fedpipe.data.tokenizer import SAMPLES, longest_input
+from fedpipe.data.tokenizer import SAMPLES
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError
 from fedpipe.metrics.writer import METRICS_FILE
+from fedpipe.models.lengths import longest_input, num_positions
 from fedpipe.models.lower import check_first_layer
 from fedpipe.models.peft import Counts, attach, load_adapter, trainable
 from fedpipe.models.tuned import build_model, check_family
@@ -107,7 +108,7 @@ def set_up_finetune(
     data.save(directory / DATA)
     checkpoint = resume_from(directory, notify=notify) if resumed else None
     notify(plan)
-    trained_length = longest_input(Path(config.model.path))
+    trained_length = longest_input(Path(config.model.path), key="model.path")
     if trained_length and data.longest > trained_length:
         notify(
             f"sequences of up to {data.longest} tokens: {config.model.path} has been trained on up"
@@ -250,9 +251,7 @@ def check_lengths(config: FinetuneConfig, data: TuningData, model_config: Any) -
         ConfigError: There are such sequences.
         CorpusError: There are such tokens.
     """
-    positions = getattr(model_config, "max_position_embeddings", 0) or 0
-    if model_config.model_type == "roberta":
-        positions -= model_config.pad_token_id + 1
+    positions = num_positions(model_config.to_dict())
     longest = data.longest
     if 0 < positions < longest:
         raise ConfigError(

@@ -243,8 +243,11 @@ def _shares(windows: Sequence[StageWindow]) -> dict[str, float]:
     duration = sum(window.steady_s for window in windows)
     shares: dict[str, float] = {}
     for window in windows:
-        for name, _, _, start, end in window.steady_events():
-            shares[name] = shares.get(name, 0.0) + 100.0 * (end - start) / duration
+        first, last = window.ends[0], window.ends[-2]
+        for name, _, _, start, end in window.events:
+            # A step is complete within its optimizer's instruction, which thus lies in two steps.
+            inside = max(0.0, min(end, last) - max(start, first))
+            shares[name] = shares.get(name, 0.0) + 100.0 * inside / duration
     shares["other"] = max(0.0, 100.0 - sum(shares.values()))
     return shares
 
