@@ -191,6 +191,11 @@ class CheckpointWriter:
                 path.unlink()
 
 
+def stage_file(stage_id: int) -> str:
+    """Name of a stage's global weights."""
+    return f"stage_{stage_id:02d}.safetensors"
+
+
 def client_file(client_id: int, stage_id: int, data: int, *, round_id: int) -> str:
     """Name, below ``clients``, of what a client keeps of a stage after a round."""
     return f"client_{client_id:04d}/stage_{stage_id:02d}_data_{data:02d}.round_{round_id:06d}.pt"

@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
 PRELOAD = ("fedpipe.workflows.pretrain", "fedpipe.workflows.export", "fedpipe.metrics.report")
 """Modules that a rank needs and that take seconds to import."""
-FINETUNE_PRELOAD = ("fedpipe.workflows.finetune.run", "fedpipe.workflows.finetune.finish")
+FINETUNE_PRELOAD = (
+    "fedpipe.models.modeling",  # first: see there
+    "fedpipe.workflows.finetune.run",
+    "fedpipe.workflows.finetune.finish",
+)
 """The same of a fine-tuning."""
 
 

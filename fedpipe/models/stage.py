@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -274,7 +275,7 @@ def place(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
     return module
 
 
-def masked_lm_class(config: PretrainedConfig) -> type:
+def masked_lm_class(config: PretrainedConfig) -> Any:
     """The transformers class that the exported folder is read with."""
     from transformers import BertForMaskedLM, RobertaForMaskedLM
 

@@ -7,35 +7,38 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fedpipe import __version__
-from fedpipe.checkpoint import CLIENTS, Checkpoint, client_file, client_files, find_latest
+from fedpipe.checkpoint import (
+    CLIENTS,
+    Checkpoint,
+    client_file,
+    client_files,
+    find_latest,
+    stage_file,
+)
 from fedpipe.config.load import load_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, token_counts
 from fedpipe.data.corpus import prepare
+from fedpipe.data.validation import validation_batch
 from fedpipe.errors import CheckpointError
 from fedpipe.metrics.writer import read_metrics
 from fedpipe.models.families import FAMILIES, hf_config
 from fedpipe.models.lengths import longest_input, num_positions
 from fedpipe.models.split import StageSpec, merge, part_of, stage_specs
 from fedpipe.models.stage import build_stage, masked_lm_class
-from fedpipe.workflows.hosting import stage_file
-from fedpipe.workflows.replica import validation_batch
+
+if TYPE_CHECKING:  # its module imports scipy if it is not fedpipe.models.modeling that imports it
+    from transformers import PreTrainedModel
 
 EXPORT = "export"
 NUM_EXAMPLES = 8
@@ -191,11 +194,18 @@ def load_tokenizer(data: PreparedData) -> PreTrainedTokenizerBase:
     """Read the run's tokenizer; a folder with nothing but a tokenizer.json is enough."""
     folder = Path(data.tokenizer_dir)
     if (folder / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(folder)
+        return _auto_tokenizer(folder)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     ids = {"cls": data.cls_id, "sep": data.sep_id, "mask": data.mask_id, "pad": data.pad_id}
     names = {f"{part}_token": tokenizer.convert_ids_to_tokens(i) for part, i in ids.items()}
     tokenizer.add_special_tokens(names)
+    return tokenizer
+
+
+def _auto_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer  # after fedpipe.models.modeling, so without scikit-learn
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     return tokenizer
 
 
@@ -269,8 +279,8 @@ def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[
     folder = run_dir / EXPORT
     if not (folder / "config.json").is_file():  # one folder per client: show the first
         folder = next(iter(sorted(folder.glob("client_*"))))
-    model = AutoModelForMaskedLM.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = masked_lm_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder).eval()
+    tokenizer = _auto_tokenizer(folder)
     counts = token_counts(data).astype(np.float64)
     counts[list(data.special_ids)] = 0
     unigram = (counts + 1) / (counts + 1).sum()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedpipe.checkpoint import CLIENTS, Checkpoint, CheckpointWriter, client_file
+from fedpipe.checkpoint import CLIENTS, Checkpoint, CheckpointWriter, client_file, stage_file
 from fedpipe.config.finetune import FinetuneConfig
 from fedpipe.config.schema import PipelineConfig, RunConfig
 from fedpipe.distributed.comm import Comm
@@ -287,11 +287,6 @@ def _set_rng_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
-def stage_file(stage_id: int) -> str:
-    """File of a stage's global weights in a checkpoint."""
-    return f"stage_{stage_id:02d}.safetensors"
 
 
 def server_file(stage_id: int, data: int) -> str:

@@ -13,8 +13,9 @@ from torch import Tensor
 from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
-from fedpipe.data.blocks import BlockReader, PreparedData, Shard
+from fedpipe.data.blocks import BlockReader, PreparedData
 from fedpipe.data.masking import MaskedBatch, mask_blocks, mask_rng, pad
+from fedpipe.data.validation import validation_batch
 from fedpipe.distributed.comm import Comm
 from fedpipe.models.families import hf_config
 from fedpipe.models.split import StageSpec, stage_specs
@@ -164,41 +165,3 @@ class Replica(HostedStages):
             )
 
         return source
-
-
-def validation_batch(
-    data: PreparedData, config: RunConfig, client_id: int, *, first: int, count: int
-) -> MaskedBatch:
-    """Held-out blocks of a client with their fixed masks.
-
-    Each block is masked from its own seed, so the masks depend neither on the batch size nor on the
-    round. Blocks beyond the last one repeat earlier ones; they fill the batch and are not scored.
-
-    Args:
-        data: Prepared text.
-        config: Seed and mask settings.
-        client_id: Whose.
-        first: Index of the first block.
-        count: Blocks.
-
-    Returns:
-        The masked blocks.
-    """
-    shard: Shard = data.valid[client_id]
-    blocks = BlockReader(shard, seed=config.seed).batch(first, count)
-    rows = [
-        mask_blocks(
-            blocks[i : i + 1],
-            rng=mask_rng(config.seed, client_id=client_id, position=first + i, split="valid"),
-            num_masked=config.data.num_masked,
-            mask_id=data.mask_id,
-            special_ids=data.special_ids,
-            vocab_size=data.vocab_size,
-        )
-        for i in range(count)
-    ]
-    return MaskedBatch(
-        input_ids=np.concatenate([row.input_ids for row in rows]),
-        positions=np.concatenate([row.positions for row in rows]),
-        labels=np.concatenate([row.labels for row in rows]),
-    )

@@ -171,8 +171,10 @@ def test_compiled_stages_in_threads_compute_what_others_do(tmp_path: Path) -> No
     data = tiny_data(tmp_path)
     results = []
     for compiled in (False, True):
-        pipeline = {"cut": [2], "compile": compiled, "colocate": True}
-        config = tiny_config(pipeline=pipeline, federation=ONE_REPLICA)
+        pipeline = {"cut": [1], "compile": compiled, "colocate": True}
+        config = tiny_config(
+            model={"num_hidden_layers": 2}, pipeline=pipeline, federation=ONE_REPLICA
+        )
         results.append(_united(run_distributed(_train, 1, config, data, timeout_s=300.0)))
     _assert_equal(*results, atol=1e-5)
 

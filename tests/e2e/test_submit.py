@@ -25,7 +25,7 @@ def test_a_local_job_that_is_warned_saves_requeues_itself_and_is_followed_to_its
     run_dir = tmp_path / "run"
     command = Command(
         "submit", "pretrain", "--cluster", "local", "--run-dir", str(run_dir), "--follow", *TINY,
-        "federation.num_rounds=10", f"data.cache_dir={tmp_path / 'cache'}", folder=tmp_path,
+        "federation.num_rounds=4", f"data.cache_dir={tmp_path / 'cache'}", folder=tmp_path,
     )  # fmt: skip
     command.wait_for(lambda: num_rounds(run_dir) >= 1, "a round")
     for pid in command.descendants():

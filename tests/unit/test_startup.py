@@ -5,16 +5,32 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from fedpipe.launcher.worker import PRELOAD
+import pytest
+
+from fedpipe.launcher.worker import FINETUNE_PRELOAD, PRELOAD
+
+OTHERS = {"sklearn", "scipy", "seqeval", "pandas", "datasets", "adapters"}
+"""Packages that only other commands need."""
 
 
-def test_pretraining_imports_no_package_that_only_other_commands_need() -> None:
+@pytest.mark.parametrize(
+    ("modules", "unwanted"),
+    [
+        (PRELOAD, OTHERS),
+        (FINETUNE_PRELOAD, OTHERS - {"adapters"}),
+        (("fedpipe.workflows.export",), OTHERS | {"deepspeed"}),
+    ],
+    ids=["pretrain", "finetune", "export"],
+)
+def test_a_command_imports_no_package_that_only_other_commands_need(
+    modules: tuple[str, ...], unwanted: set[str]
+) -> None:
     code = (
         "import importlib, sys\n"
-        f"for name in {PRELOAD!r}: importlib.import_module(name)\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
         "found = {name.partition('.')[0] for name in sys.modules}\n"
         "print()\n"
-        "print(*found & {'sklearn', 'scipy', 'seqeval', 'pandas', 'datasets', 'adapters'})\n"
+        f"print(*found & {unwanted!r})\n"
     )
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,47 @@
+"""Held-out blocks of a client, masked the same way in every round."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import BlockReader, PreparedData, Shard
+from fedpipe.data.masking import MaskedBatch, mask_blocks, mask_rng
+
+
+def validation_batch(
+    data: PreparedData, config: RunConfig, client_id: int, *, first: int, count: int
+) -> MaskedBatch:
+    """Held-out blocks of a client with their fixed masks.
+
+    Each block is masked from its own seed, so the masks depend neither on the batch size nor on the
+    round. Blocks beyond the last one repeat earlier ones; they fill the batch and are not scored.
+
+    Args:
+        data: Prepared text.
+        config: Seed and mask settings.
+        client_id: Whose.
+        first: Index of the first block.
+        count: Blocks.
+
+    Returns:
+        The masked blocks.
+    """
+    shard: Shard = data.valid[client_id]
+    blocks = BlockReader(shard, seed=config.seed).batch(first, count)
+    rows = [
+        mask_blocks(
+            blocks[i : i + 1],
+            rng=mask_rng(config.seed, client_id=client_id, position=first + i, split="valid"),
+            num_masked=config.data.num_masked,
+            mask_id=data.mask_id,
+            special_ids=data.special_ids,
+            vocab_size=data.vocab_size,
+        )
+        for i in range(count)
+    ]
+    return MaskedBatch(
+        input_ids=np.concatenate([row.input_ids for row in rows]),
+        positions=np.concatenate([row.positions for row in rows]),
+        labels=np.concatenate([row.labels for row in rows]),
+    )
