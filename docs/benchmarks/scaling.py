@@ -23,7 +23,6 @@ from fedpipe.config.load import load_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
-from fedpipe.data.masking import num_masked
 from fedpipe.data.tokenizer import tokenizer_info
 from fedpipe.distributed.comm import Comm
 from fedpipe.federation.cohort import plan_round
@@ -119,7 +118,7 @@ def _flops(config: RunConfig) -> float:
     """FLOPs per token of all stages and their heads."""
     length, vocab_size = config.data.sequence_length, tokenizer_info(config).vocab_size
     shape = resolve(config.model, vocab_size=vocab_size, sequence_length=length)
-    masked = num_masked(length, config.data.mask_probability)
+    masked = config.data.num_masked
     total = 0.0
     for spec in stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers):
         cost = stage_flops(spec, config, shape, num_masked=masked)

@@ -27,7 +27,7 @@ from torch.nn import functional
 from fedpipe.config.load import load_config
 from fedpipe.data.blocks import BlockReader, PreparedData
 from fedpipe.data.corpus import prepare
-from fedpipe.data.masking import mask_blocks, mask_rng, num_masked
+from fedpipe.data.masking import mask_blocks, mask_rng
 
 VOCABULARY, WIDTH, LAYERS, LENGTH, BLOCKS = 8192, 128, 4, 64, 32
 MASKED = 0.3
@@ -53,12 +53,13 @@ def main() -> None:
         command = ["pretrain", "--run-dir", str(args.out / "pretrain_bert"), *overrides]
         subprocess.run([sys.executable, "-m", "fedpipe", *command], check=True)
         (args.out / "pretrain_bert" / "export").rename(args.out / "bert")
-    data = prepare(load_config(None, overrides))
+    config = load_config(None, overrides)
+    data = prepare(config)
     for name, make in (("distilbert", _distilbert), ("albert", _albert)):
         if not (args.out / name).is_dir():
             torch.manual_seed(0)
             model, loss = make(args.out / "bert")
-            _train(model, loss, data, name=name, steps=args.steps)
+            _train(model, loss, data, name=name, steps=args.steps, masked=config.data.num_masked)
             model.save_pretrained(args.out / name)
             tokenizer.save_pretrained(args.out / name)
 
@@ -209,7 +210,9 @@ def _cross_entropy(logits_BMV: Tensor, labels_BM: Tensor) -> Tensor:
     return functional.cross_entropy(logits_BMV.flatten(0, 1), labels_BM.flatten())
 
 
-def _train(model: Any, loss: Loss, data: PreparedData, *, name: str, steps: int) -> None:
+def _train(
+    model: Any, loss: Loss, data: PreparedData, *, name: str, steps: int, masked: int
+) -> None:
     """AdamW with linear warm-up and decay over the blocks and masks that BERT had."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     rise = max(1, int(WARMUP * steps))
@@ -224,7 +227,7 @@ def _train(model: Any, loss: Loss, data: PreparedData, *, name: str, steps: int)
         batch = mask_blocks(
             reader.batch(first, BLOCKS),
             rng=mask_rng(0, client_id=0, position=first, split="train"),
-            num_masked=num_masked(data.sequence_length, MASKED), mask_id=data.mask_id,
+            num_masked=masked, mask_id=data.mask_id,
             special_ids=data.special_ids, vocab_size=data.vocab_size,
         )  # fmt: skip
         value = loss(*map(torch.from_numpy, (batch.input_ids, batch.positions, batch.labels)))
