@@ -50,7 +50,7 @@ slurm-down:
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy fedpipe
+	$(BIN)/mypy fedpipe docs/benchmarks launch slurm
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -183,8 +183,10 @@ def _memory_kib(mark: bytes) -> int:
 
 def _line(method: str, name: str, runs: Sequence[Run]) -> str:
     cells = [
-        _spread([run[i] * factor for run in runs], digits)
-        for i, factor, digits in ((0, 1, 2), (1, 1, 1), (2, 1, 0), (3, 100, 2))
+        _spread([run.rounds_per_min for run in runs], 2),
+        _spread([run.wall_s for run in runs], 1),
+        _spread([run.memory_mib for run in runs], 0),
+        _spread([100 * run.score for run in runs], 2),
     ]
     return f"| {method} | {name} | " + " | ".join(cells) + " |"
 

@@ -122,7 +122,8 @@ def _plot(found: Found, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    recipes, tasks = ([*dict.fromkeys(key[i] for key in found)] for i in (0, 1))
+    recipes = list(dict.fromkeys(recipe for recipe, *_ in found))
+    tasks = list(dict.fromkeys(task for _, task, *_ in found))
     figure, grid = pyplot.subplots(
         len(tasks), len(recipes), figsize=(3.4 * len(recipes), 2.8 * len(tasks)), sharex=True,
         sharey="row", squeeze=False, layout="constrained",

@@ -118,10 +118,9 @@ def _flops(config: RunConfig) -> float:
     """FLOPs per token of all stages and their heads."""
     length, vocab_size = config.data.sequence_length, tokenizer_info(config).vocab_size
     shape = resolve(config.model, vocab_size=vocab_size, sequence_length=length)
-    masked = config.data.num_masked
     total = 0.0
     for spec in stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers):
-        cost = stage_flops(spec, config, shape, num_masked=masked)
+        cost = stage_flops(spec, config, shape)
         total += cost.forward_s + cost.backward_s + cost.head_s
     return total / (config.pipeline.micro_batch_size * length)
 

@@ -26,7 +26,6 @@ from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.distributed.comm import Comm
 from fedpipe.models.masked import gather_masked
-from fedpipe.models.stage import _run
 from fedpipe.pipeline.p2p import DistLink
 from fedpipe.pipeline.stage_engine import StageEngine
 from fedpipe.workflows.replica import Replica
@@ -70,24 +69,22 @@ def last_layer_at_every_position(engine: StageEngine) -> None:
     stage = engine.stage
 
     def masked(hidden: Tensor, positions: Tensor) -> Tensor:
-        for layer in stage._head_layer:
-            hidden = _run(layer, hidden)
+        hidden = stage.through(stage._head_layer, hidden, None)
         return gather_masked(hidden, positions)
 
-    stage.masked = masked  # type: ignore[method-assign]
+    stage.masked = masked
 
 
 def head_at_every_position(engine: StageEngine) -> None:
     """The whole last layer, and logits of all tokens, of which the masked ones are scored."""
     stage = engine.stage
 
-    def loss(hidden: Tensor, targets: Tensor, *, reduction: str) -> Tensor:
-        for layer in stage._head_layer:
-            hidden = _run(layer, hidden)
+    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        hidden = stage.through(stage._head_layer, hidden, None)
         logits = gather_masked(stage._head[0](hidden), targets[0])
         return functional.cross_entropy(logits.flatten(0, 1), targets[1].long().flatten())
 
-    stage.loss = loss  # type: ignore[method-assign,assignment]
+    stage.loss = loss
 
 
 def optimizer(*, foreach: bool) -> Callable[[StageEngine], None]:

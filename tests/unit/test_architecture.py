@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -108,16 +107,3 @@ def test_no_module_is_longer_than_450_lines_and_all_are_ascii(file: Path) -> Non
     text = file.read_text(encoding="utf-8")
     assert text.count("\n") <= 450
     assert text.isascii()
-
-
-SCRIPTS = sorted(
-    f for name in ("docs", "launch", "slurm") for f in (REPOSITORY / name).rglob("*.py")
-)
-
-
-@pytest.mark.parametrize("file", SCRIPTS, ids=relative)
-def test_scripts_import_what_is_there(file: Path) -> None:
-    for line, name in imports(ast.walk(tree(file))):
-        module, _, attribute = name.rpartition(".")
-        if package(name) and name.startswith("fedpipe."):
-            assert hasattr(importlib.import_module(module), attribute), f"line {line}: {name}"
