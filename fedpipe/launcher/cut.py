@@ -10,7 +10,7 @@ from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.env import threads_per_process
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import LaunchError
-from fedpipe.launcher.fork_server import fork_server
+from fedpipe.launcher.fork_server import fork_server, num_threads
 
 if TYPE_CHECKING:
     from fedpipe.workflows.costs.layers import LayerCosts
@@ -41,20 +41,19 @@ def choose_cut(
     return cut
 
 
-def measure_here(config: RunConfig, *, local_world_size: int | None = None) -> LayerCosts:
+def measure_here(config: RunConfig, *, threads: int | None = None) -> LayerCosts:
     """Measure in this process, with the threads that a process of the run has.
 
     Args:
         config: The run.
-        local_world_size: Processes of the run on this node; None means all of them.
+        threads: Those; None means of ``fedpipe pretrain`` on this machine.
     """
     import torch
 
     from fedpipe.workflows.costs.measure import measure_layer_costs
 
     before = torch.get_num_threads()
-    num_processes = local_world_size or Grid.from_config(config).world_size
-    torch.set_num_threads(threads_per_process(num_processes))
+    torch.set_num_threads(threads or _threads(config))
     try:
         return measure_layer_costs(config)
     finally:
@@ -69,7 +68,8 @@ def measure_in_a_process(config: RunConfig) -> LayerCosts:
     """
     context = fork_server()
     reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(config, writer), daemon=True)
+    arguments = (config, writer, _threads(config))
+    process = context.Process(target=_measure, args=arguments, daemon=True)
     process.start()
     writer.close()
     try:
@@ -83,5 +83,9 @@ def measure_in_a_process(config: RunConfig) -> LayerCosts:
         process.join()
 
 
-def _measure(config: RunConfig, writer: Connection) -> None:
-    writer.send(measure_here(config))
+def _threads(config: RunConfig) -> int:
+    return num_threads(threads_per_process(Grid.from_config(config).world_size))
+
+
+def _measure(config: RunConfig, writer: Connection, threads: int) -> None:
+    writer.send(measure_here(config, threads=threads))

@@ -135,7 +135,7 @@ def run_rank(
     bind(env)
     log.setup(rank=env.rank)
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
-    measure = partial(measure_here, local_world_size=env.local_world_size)
+    measure = partial(measure_here, threads=threads_per_process(env.local_world_size))
     with contextlib.ExitStack() as stack:
 
         def prepare() -> tuple[RunSetup, str]:

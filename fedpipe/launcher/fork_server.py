@@ -18,7 +18,8 @@ _USERS_THREADS = os.environ.get("OMP_NUM_THREADS", "")
 
 def num_threads(num_cores: int) -> int:
     """Return the threads of a process that has so many cores: as many, or what the user says."""
-    return int(_USERS_THREADS) if _USERS_THREADS.isdigit() else num_cores
+    asked = int(_USERS_THREADS) if _USERS_THREADS.isdigit() else 0
+    return asked or num_cores
 
 
 def fork_server(preload: Sequence[str] = PRELOAD) -> Any:

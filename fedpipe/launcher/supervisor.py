@@ -12,11 +12,11 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any
 
-from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.env import ProcessEnv, threads_per_process
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import STOP_SIGNALS
 from fedpipe.launcher.cut import choose_cut, measure_in_a_process
-from fedpipe.launcher.fork_server import fork_server
+from fedpipe.launcher.fork_server import fork_server, num_threads
 from fedpipe.launcher.ranks import Ranks, Setup
 from fedpipe.launcher.worker import run_rank
 from fedpipe.metrics.console import RunConsole
@@ -121,6 +121,7 @@ def supervise(
     """
     context = fork_server()
     ranks = Ranks(task, setup, grid=grid)
+    threads = num_threads(threads_per_process(grid.world_size))
     pipes: dict[Connection, int] = {}
     with tempfile.TemporaryDirectory(prefix="fedpipe-") as scratch:
         try:
@@ -131,7 +132,7 @@ def supervise(
                 )  # fmt: skip
                 reader, writer = context.Pipe(duplex=False)
                 process = context.Process(
-                    target=run_rank, args=(task, setup, env, writer, *args), daemon=True
+                    target=run_rank, args=(task, setup, env, writer, threads, *args), daemon=True
                 )
                 process.start()
                 writer.close()

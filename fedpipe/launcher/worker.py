@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fedpipe import log
 from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.binding import bind
-from fedpipe.distributed.env import ProcessEnv, threads_per_process
+from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.watch import StopSignals, Watch
 from fedpipe.errors import FedPipeError
 from fedpipe.launcher.ranks import Setup
@@ -43,7 +43,9 @@ Emit = Callable[[str, Any], None]
 """Sends (kind, value) to the supervisor."""
 
 
-def run_rank(task: str, setup: Setup, env: ProcessEnv, pipe: Connection, *args: Any) -> None:
+def run_rank(
+    task: str, setup: Setup, env: ProcessEnv, pipe: Connection, threads: int, *args: Any
+) -> None:
     """Run one rank's task; what it emits, and at worst ("error", text), goes to the supervisor.
 
     Args:
@@ -51,6 +53,7 @@ def run_rank(task: str, setup: Setup, env: ProcessEnv, pipe: Connection, *args: 
         setup: The run.
         env: This process' place in it.
         pipe: To the supervisor.
+        threads: That torch computes with.
         *args: For the task.
     """
     import torch
@@ -59,8 +62,7 @@ def run_rank(task: str, setup: Setup, env: ProcessEnv, pipe: Connection, *args: 
     _redirect_output(setup, env)
     random.seed(env.rank)
     bind(env)
-    # the fork server has imported torch already, with one thread
-    torch.set_num_threads(threads_per_process(env.local_world_size))
+    torch.set_num_threads(threads)  # the fork server has imported torch already, with one
     log.setup(rank=env.rank)
 
     sending = threading.Lock()

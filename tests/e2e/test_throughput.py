@@ -41,9 +41,12 @@ def test_a_grid_leaves_a_report_per_point_and_one_over_all_and_can_be_repeated(
         assert command[-1:] == point["overrides"]
     assert "[2,3]" in (folder / "report.md").read_text()
     # The same directory again, now with one point: the first one's configuration was left there.
-    again = fedpipe("throughput", "--run-dir", str(run_dir), *SHORT, folder=tmp_path)
+    again = fedpipe("throughput", "--run-dir", str(run_dir), *SHORT, folder=tmp_path,
+                    environment={"OMP_NUM_THREADS": "3"})  # fmt: skip
     assert (again.code, again.err) == (0, "")
-    assert set(json.loads((folder / "report.json").read_text())) >= {"schedules", "ratios"}
+    report = json.loads((folder / "report.json").read_text())
+    assert set(report) >= {"schedules", "ratios"}
+    assert report["environment"]["threads_per_process"] == 3, "what the user asks for"
 
 
 @pytest.mark.parametrize(
