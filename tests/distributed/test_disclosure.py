@@ -181,9 +181,10 @@ def _sniffed(env: ProcessEnv, setup: RunSetup) -> dict[str, Any]:
 
 def _overhear(batches: list[MaskedBatch], secrets: Secrets) -> None:
     """Note every batch that this process masks, and what of it nobody else may see."""
+    from fedpipe.data import masking, validation
     from fedpipe.workflows import replica
 
-    mask_blocks = replica.mask_blocks
+    mask_blocks = masking.mask_blocks
 
     def overheard(blocks: np.ndarray, **keywords: Any) -> MaskedBatch:
         batch = mask_blocks(blocks, **keywords)
@@ -193,7 +194,7 @@ def _overhear(batches: list[MaskedBatch], secrets: Secrets) -> None:
         secrets.add("input ids", batch.input_ids)
         return batch
 
-    replica.mask_blocks = overheard
+    replica.mask_blocks = validation.mask_blocks = overheard
 
 
 def _clients(sections: Sections, folder: Path) -> list[dict[str, Any]]:
