@@ -47,14 +47,26 @@ def longest_input(folder: Path, *, key: str) -> int | None:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return None
+    value = json_object(path, key=key).get("model_max_length")
+    return value if isinstance(value, int) and 0 < value < _NO_LIMIT else None
+
+
+def json_object(path: Path, *, key: str) -> dict[str, Any]:
+    """Read a JSON file of a Hugging Face folder.
+
+    Args:
+        path: The file.
+        key: That named the folder, for the error.
+
+    Raises:
+        CheckpointError: It holds no JSON object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"{key}: expected a JSON object in {path}, got something else. Save the tokenizer"
-            " again."
+            f"{key}: expected a JSON object in {path}, got something else. Save the folder again."
         )
-    value = content.get("model_max_length")
-    return value if isinstance(value, int) and 0 < value < _NO_LIMIT else None
+    return content

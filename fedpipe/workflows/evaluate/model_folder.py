@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedpipe.data.tasks.prepare import file_digest
 from fedpipe.errors import CheckpointError, ConfigError
-from fedpipe.models.lengths import longest_input, num_positions
+from fedpipe.models.lengths import json_object, longest_input, num_positions
 
 DEFAULT = "runs/quickstart"
 """Where ``make pretrain`` leaves a model."""
@@ -122,7 +120,7 @@ def _check(path: str) -> Path:
             f"--model: expected a tokenizer (tokenizer.json) in {folder}, got none. Save it there "
             "with AutoTokenizer.from_pretrained(NAME).save_pretrained(DIR)."
         )
-    config = _config(folder)
+    config = json_object(folder / "config.json", key="--model")
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(
             f"--model: expected a model_type in {folder / 'config.json'}, got none. It must be the "
@@ -132,7 +130,7 @@ def _check(path: str) -> Path:
 
 
 def _read(folder: Path, name: str, *, root: Path) -> ModelFolder:
-    config = _config(folder)
+    config = json_object(folder / "config.json", key="--model")
     tokenizer = _listed(folder, _TOKENIZER)
     files = [str(folder / "config.json"), *_listed(folder, _WEIGHTS), *tokenizer]
     positions = num_positions(config) or _USUAL_POSITIONS
@@ -145,19 +143,6 @@ def _read(folder: Path, name: str, *, root: Path) -> ModelFolder:
         num_positions=positions,
         usual_length=min(longest_input(folder, key="--model") or positions, positions),
     )
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"--model: expected a JSON object in {folder / 'config.json'}, got something else. "
-            "Save the model again."
-        )
-    return content
 
 
 def _listed(folder: Path, patterns: Sequence[str]) -> list[str]:
