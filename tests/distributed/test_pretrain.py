@@ -232,10 +232,7 @@ class _StopAfter:
 @pytest.mark.parametrize(
     ("killed_after", "keep", "head_location"),
     [
-        (2, "reset", "server"),
-        (5, "reset", "server"),
-        (5, "keep", "server"),
-        (9, "keep", "server"),
+        *((after, keep, "server") for after in (2, 5, 9) for keep in ("reset", "keep")),
         (5, "keep", "client"),
         (9, "reset", "client"),
     ],
