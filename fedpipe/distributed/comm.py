@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fedpipe.distributed.device import identity, own_device
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid, check_devices
 
@@ -31,6 +32,10 @@ def tcp_store(env: ProcessEnv, *, is_master: bool = False) -> dist.Store:
     host, port = env.address
     timeout = timedelta(seconds=TIMEOUT_S)
     return dist.TCPStore(host, port, is_master=is_master, timeout=timeout)
+
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""The first is the second's name since torch 2.13."""
 
 
 class Channel:
@@ -85,7 +90,7 @@ class Comm:
         self.grid, self.env = grid, env
         self.rank = env.rank
         self.stages, self.replica, self.data = grid.coordinates(env.rank)
-        self.device = self._device()
+        self.device = own_device(env.local_rank)
         self.sent_bytes: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._init_process_group()
@@ -95,16 +100,11 @@ class Comm:
         self._replica_groups: dict[int, Any] = {}
         self._data_groups: dict[int, Any] = {}
         self._make_groups(edges)
-
-    def _device(self) -> torch.device:
-        if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu":
-            torch.cuda.set_device(self.env.local_rank % torch.cuda.device_count())
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
+        self._connect()
 
     def _check_devices(self) -> None:
         devices = [""] * self.env.world_size
-        dist.all_gather_object(devices, str(torch.cuda.get_device_properties(self.device).uuid))
+        dist.all_gather_object(devices, identity(self.device))
         check_devices(devices)
 
     def _init_process_group(self) -> None:
@@ -175,6 +175,18 @@ class Comm:
         group = dist.new_group(ranks) if len(ranks) > 1 else None
         if self.rank in ranks:
             groups[stage] = group
+
+    def _connect(self) -> None:
+        """Open every edge with a first message, on all ranks in one order.
+
+        NCCL connects two ranks when both have asked for it, and each waits until then. Ranks that
+        first receive, as each other's neighbours do where something comes back, would do so for
+        ever.
+        """
+        for (source, _), channel in self._channels.items():
+            message = torch.zeros(1, dtype=torch.uint8, device=self.device)
+            sends = source in self.stages
+            (channel.isend(message) if sends else channel.irecv(message)).wait()
 
     def channel(self, source: int, target: int) -> Channel:
         """Messages from a stage to another."""
@@ -250,9 +262,7 @@ class Comm:
         size = dist.get_world_size(group)
         self._count(label, (size - 1) * tensor.nbytes)
         result = tensor.new_empty((size, *tensor.shape))
-        work = dist.all_gather_single(
-            result.flatten(), tensor.flatten(), group=group, async_op=True
-        )
+        work = _all_gather(result.flatten(), tensor.flatten(), group=group, async_op=True)
         return Pending(result, work, source=tensor)
 
     def _count(self, label: str, sent: int) -> None:

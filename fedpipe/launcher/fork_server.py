@@ -34,6 +34,8 @@ def fork_server(preload: Sequence[str] = PRELOAD) -> Any:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if not os.path.exists("/dev/nvidiactl"):  # DeepSpeed probes for accelerators otherwise
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Whoever asks torch for a GPU in the server must not open the driver: no child survives that.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedpipe.config.schema import PipelineConfig
+from fedpipe.distributed.device import OwnStream
 from fedpipe.models.split import placement
 from fedpipe.pipeline import schedule as ops
 from fedpipe.pipeline.p2p import QueueLink
@@ -33,6 +34,7 @@ class SplitPipelineEngine:
         by_id = {stage.spec.stage_id: stage for stage in stages}
         held = placement([stage.spec for stage in stages])
         self._threads = [[by_id[spec.stage_id] for spec in specs] for specs in held]
+        self._streams = [OwnStream(threads[0].device) for threads in self._threads]
 
     def train(
         self,
@@ -145,16 +147,20 @@ class SplitPipelineEngine:
             return
         failures: list[BaseException] = []
 
-        def guarded(stages: list[StageEngine]) -> None:
+        def guarded(stages: list[StageEngine], stream: OwnStream) -> None:
             try:
-                action(stages)
+                with stream.current():
+                    action(stages)
             except BaseException as failure:
                 failures.append(failure)
                 for link in (link for s in self.stages for link in s.links.all()):
                     if isinstance(link, QueueLink):
                         link.close()
 
-        threads = [threading.Thread(target=guarded, args=(stages,)) for stages in self._threads]
+        threads = [
+            threading.Thread(target=guarded, args=held)
+            for held in zip(self._threads, self._streams, strict=True)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

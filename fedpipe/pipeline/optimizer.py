@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedpipe.config.schema import OptimizerConfig
 from fedpipe.models.stage import trainable
@@ -63,7 +63,7 @@ def learning_rate(config: OptimizerConfig, step: int, *, total_steps: int) -> fl
     return config.end_lr + (config.lr - config.end_lr) * (1.0 - progress) ** power
 
 
-def clip_(stage: nn.Module, *, max_norm: float) -> float:
+def clip_(stage: nn.Module, *, max_norm: float) -> Tensor:
     """Scale a stage's gradients down to a norm, in place; other stages are not looked at.
 
     Args:
@@ -71,8 +71,7 @@ def clip_(stage: nn.Module, *, max_norm: float) -> float:
         max_norm: 0 leaves the gradients as they are.
 
     Returns:
-        The L2 norm before clipping.
+        The L2 norm before clipping, a scalar on the stage's device.
     """
     limit = max_norm if max_norm > 0 else math.inf
-    norm = nn.utils.clip_grad_norm_(trainable(stage).values(), limit, foreach=True)
-    return float(norm)
+    return nn.utils.clip_grad_norm_(trainable(stage).values(), limit, foreach=True)

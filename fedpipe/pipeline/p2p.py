@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedpipe.distributed.comm import Channel
+from fedpipe.distributed.device import Handover
 from fedpipe.distributed.wire import TensorSpec
 
 _POLL_S = 0.5
@@ -118,7 +119,7 @@ class QueueLink:
     def __init__(self, specs: tuple[TensorSpec, ...], *, window: int) -> None:
         """Make an empty link; both ends share this object."""
         self._specs = specs
-        self._queue: queue.Queue[tuple[Tensor, ...]] = queue.Queue(maxsize=window)
+        self._queue: queue.Queue[Handover] = queue.Queue(maxsize=window)
         self._closed = threading.Event()
         self.sent_bytes = self.sent_messages = 0
 
@@ -127,14 +128,14 @@ class QueueLink:
 
     def send(self, *tensors: Tensor) -> None:
         """Hand one message over, in the formats of the specs."""
-        message = tuple(s.encode(t) for t, s in zip(tensors, self._specs, strict=True))
+        message = Handover(tuple(s.encode(t) for t, s in zip(tensors, self._specs, strict=True)))
         self._until_closed(lambda: self._queue.put(message, timeout=_POLL_S))
         self.sent_bytes += sum(s.nbytes for s in self._specs)
         self.sent_messages += 1
 
     def recv(self) -> tuple[Tensor, ...]:
         """Wait for the next message."""
-        message = self._until_closed(lambda: self._queue.get(timeout=_POLL_S))
+        message = self._until_closed(lambda: self._queue.get(timeout=_POLL_S)).take()
         return tuple(s.decode(b) for b, s in zip(message, self._specs, strict=True))
 
     def _until_closed(self, action: Callable[[], Any]) -> Any:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedpipe.config.schema import PipelineConfig
+from fedpipe.distributed.device import Readout, finish, to_device
 from fedpipe.models.stage import StageModule, trainable
 from fedpipe.pipeline import schedule as ops
 from fedpipe.pipeline.optimizer import clip_
@@ -72,6 +73,16 @@ class StepResult:
     grad_norm: float
     lr: float
     seconds: float
+
+
+@dataclass(slots=True)
+class _Ended:
+    """A step whose numbers may still be on the device."""
+
+    step: int
+    lr: float
+    numbers: Readout
+    """Norm of the gradients, and the loss of a stage with a head."""
 
 
 @dataclass(slots=True)
@@ -139,7 +150,9 @@ class StageEngine:
         self._step = 0
         self._lr: Callable[[int], float] = float
         self._on_step: Callable[[int, StepResult], None] | None = None
-        self._grad_norm = 0.0
+        self.results_behind = 1 if device.type == "cuda" else 0
+        """Steps that may have been queued before the numbers of one are waited for."""
+        self._ended: deque[_Ended] = deque()
         self._started_at = 0.0
         self._until: Callable[[int], int] = int
         self._announced = 0
@@ -182,15 +195,16 @@ class StageEngine:
             return
         step, started = self._step, time.monotonic()
         self._INSTRUCTION_MAP[type(instruction)](self, instruction)
-        if self.device.type == "cuda":  # kernels run on after their launch
-            torch.cuda.synchronize(self.device)
+        finish(self.device)
         micro_batch = getattr(instruction, "micro_batch", 0)
         self.trace.events.append(
             (instruction.trace_name, micro_batch, step, started, time.monotonic())
         )
 
     def drain(self) -> None:
-        """Wait until everything sent has been received."""
+        """Report every step, and wait until everything sent has been received."""
+        if self._ended:
+            self._report(behind=0)
         self.doing = None
         for link in self.links.all():
             link.drain()
@@ -259,8 +273,8 @@ class StageEngine:
         assert self._source is not None, "the first stage needs a source"
         inputs, targets = self._source(self._step, cmd.micro_batch)
         batch = MicroBatch(
-            inputs=inputs.to(self.device, non_blocking=True),
-            targets=targets.to(self.device, non_blocking=True),
+            inputs=to_device(inputs, self.device),
+            targets=to_device(targets, self.device),
         )
         self._batches[cmd.micro_batch] = batch
         for labels in self.links.labels_out:
@@ -343,24 +357,31 @@ class StageEngine:
             group["lr"] = lr
         if self._before_step is not None:
             self._before_step()
-        if not self._zero:
-            self._grad_norm = clip_(self.stage, max_norm=self._max_grad_norm)
-        self.engine.step()
         if self._zero:
-            self._grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+            self.engine.step()
+            norm = torch.as_tensor(self.engine.get_global_grad_norm() or 0.0, device=self.device)
+        else:
+            norm = clip_(self.stage, max_norm=self._max_grad_norm)
+            self.engine.step()
         losses = self.take_losses()
-        now = time.monotonic()
-        result = StepResult(
-            self._step,
-            None if losses is None else losses.mean().item(),
-            self._grad_norm,
-            lr,
-            now - self._started_at,
-        )
-        self._started_at, self._step = now, self._step + 1
-        assert self._on_step is not None
-        self._on_step(self.spec.stage_id, result)
+        numbers = (norm,) if losses is None else (norm, losses.mean())
+        self._ended.append(_Ended(self._step, lr, Readout(*numbers)))
+        self._step += 1
+        self._report(behind=self.results_behind)
         self._announce_steps()
+
+    def _report(self, *, behind: int) -> None:
+        """Hand on what the steps were, but for the latest ``behind``."""
+        assert self._on_step is not None
+        while len(self._ended) > behind:
+            ended = self._ended.popleft()
+            norm, *loss = ended.numbers.read()
+            now = time.monotonic()
+            seconds, self._started_at = now - self._started_at, now
+            self._on_step(
+                self.spec.stage_id,
+                StepResult(ended.step, loss[0] if loss else None, norm, ended.lr, seconds),
+            )
 
     def _evaluate_loss(self, cmd: ops.EvaluateLoss) -> None:
         batch = self._batches.pop(cmd.micro_batch)

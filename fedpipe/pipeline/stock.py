@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from fedpipe.config.schema import RunConfig
+from fedpipe.distributed.device import finish
 from fedpipe.models.split import StageSpec
 from fedpipe.models.stage import Stage, build_stage
 from fedpipe.pipeline.optimizer import build_optimizer
@@ -178,8 +179,7 @@ class StockPipeline:
             MethodType(method, engine)(**kwargs)
             if self._step not in self.trace.steps:
                 return
-            if self.device.type == "cuda":  # kernels run on after their launch
-                torch.cuda.synchronize(self.device)
+            finish(self.device)
             micro_batch = self._counts[name]
             self._counts[name] += 1
             self.trace.events.append((name, micro_batch, self._step, started, time.monotonic()))

@@ -113,7 +113,15 @@ def _over_edge(
         (outward, messages.forward, f"forward/{index}"),
         (back, messages.backward, f"backward/{index}"),
     )
-    training = [
+    opening = [
+        Transfer(
+            direction=direction, what="a zero that opens the edge", peer=peer, form="(1,) uint8",
+            nbytes=1, when="start",
+        )
+        for direction, tensors, _ in ways
+        if tensors
+    ]  # fmt: skip
+    training = opening + [
         Transfer(
             direction=direction,
             what=tensor.name,

@@ -16,6 +16,7 @@ from fedpipe.checkpoint import CLIENTS, Checkpoint, CheckpointWriter, client_fil
 from fedpipe.config.finetune import FinetuneConfig
 from fedpipe.config.schema import PipelineConfig, RunConfig
 from fedpipe.distributed.comm import Comm
+from fedpipe.distributed.device import rng_state, set_rng_state
 from fedpipe.distributed.wire import TensorSpec
 from fedpipe.federation.cohort import Turn
 from fedpipe.federation.synchronizer import Synchronizer, restore
@@ -218,7 +219,7 @@ class HostedStages:
         residuals = {s: dict(sync.residuals) for s, sync in self.synchronizers.items()}
         own: dict[str, Any] = {"residuals": residuals}
         if sent is not None:
-            own |= {"sent": dict(sent), "rng": _rng_state(self.comm.device)}
+            own |= {"sent": dict(sent), "rng": rng_state(self.comm.device)}
             own["stages"] = {
                 engine.spec.stage_id: {
                     "parameters": dict(engine.stage.named_parameters()),
@@ -271,22 +272,8 @@ class HostedStages:
             engine.weights_changed()
             engine.load_optimizer_state(state["optimizer"])
             restore(self.synchronizers[stage_id].partial, state["partial"])
-        _set_rng_state(own["rng"], self.comm.device)
+        set_rng_state(own["rng"], self.comm.device)
         return dict(own["sent"])
-
-
-def _rng_state(device: torch.device) -> dict[str, Tensor]:
-    """State of torch's generators, which dropout draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_rng_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def server_file(stage_id: int, data: int) -> str:

@@ -117,6 +117,85 @@ def test_stages_in_processes_equal_stages_in_one_process(
     assert final[-1] < final[0], "five steps lower the loss"
 
 
+def _train_behind(env: ProcessEnv, config: RunConfig, data: PreparedData, behind: int) -> Any:
+    """Train; return (step, loss, norm) by stage, and how far each stage was when it said so."""
+    replica = _replica(env, config, data)
+    engines = {engine.spec.stage_id: engine for engine in replica.stages}
+    said: dict[int, list[tuple[int, float | None, float]]] = {s: [] for s in engines}
+    ahead: dict[int, list[int]] = {s: [] for s in engines}
+    for engine in replica.stages:
+        engine.results_behind = behind
+
+    def on_step(stage: int, result: Any) -> None:
+        said[stage].append((result.step, result.loss, result.grad_norm))
+        ahead[stage].append(engines[stage]._step - 1 - result.step)
+
+    replica.engine.train(
+        range(STEPS), source=replica.training_source(0, start=0), lr=lambda step: 1e-3,
+        on_step=on_step,
+    )  # fmt: skip
+    replica.comm.close()
+    return said, ahead
+
+
+def test_numbers_that_are_read_a_step_later_are_the_same_and_none_is_lost(tmp_path: Path) -> None:
+    config = tiny_config(pipeline={"cut": [2], "colocate": True}, federation=ONE_REPLICA)
+    data = tiny_data(tmp_path)
+    ((at_once, no_step),) = run_distributed(_train_behind, 1, config, data, 0)
+    ((later, one_step),) = run_distributed(_train_behind, 1, config, data, 1)
+    assert later == at_once
+    assert [step for step, *_ in later[0]] == list(range(STEPS))
+    for stage in later:
+        assert no_step[stage] == [0] * STEPS
+        assert one_step[stage] == [1] * (STEPS - 1) + [0], "the last one at the end"
+
+
+def _train_over_late_connections(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
+    """Train where the first message of an edge waits for its other end, as NCCL's does."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    from fedpipe.distributed.comm import Channel
+
+    store = dist.FileStore(f"{env.rendezvous.removeprefix('file://')}_edges", env.world_size)
+    met = set()
+
+    def late(method: Any, *, end: str, other: str) -> Any:
+        def first_waits(channel: Any, tensor: Any) -> Any:
+            edge = f"{channel._source}-{channel._target}"
+            if edge not in met:
+                met.add(edge)
+                store.set(f"{edge}/{end}", "there")
+                store.wait([f"{edge}/{other}"], timedelta(seconds=20))
+            return method(channel, tensor)
+
+        return first_waits
+
+    Channel.isend = late(Channel.isend, end="source", other="target")
+    Channel.irecv = late(Channel.irecv, end="target", other="source")
+    losses, _, _ = _train(env, config, data)
+    return losses
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        {"cut": [1, 2]},
+        {**HOME, "cut": [1, 2]},
+        {"cut": [1, 3], "objective": "end_to_end", "schedule": "1f1b"},
+    ],
+    ids=str,
+)
+def test_no_stage_waits_for_a_connection_that_its_neighbour_cannot_make(
+    pipeline: dict[str, Any], tmp_path: Path
+) -> None:
+    config = tiny_config(pipeline=pipeline, federation=ONE_REPLICA)
+    data = tiny_data(tmp_path)
+    losses = run_distributed(_train_over_late_connections, config.world_size, config, data)
+    assert all(len(results) == STEPS for rank in losses for results in rank.values())
+
+
 @pytest.mark.parametrize(
     ("family", "pipeline"),
     [

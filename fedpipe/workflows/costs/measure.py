@@ -17,6 +17,7 @@ from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.tokenizer import tokenizer_info
+from fedpipe.distributed.device import finish, own_device
 from fedpipe.models.families import hf_config
 from fedpipe.models.split import StageSpec, stage_specs
 from fedpipe.models.stage import Stage, build_stage
@@ -93,7 +94,7 @@ class _TimedStage:
     """A stage that repeats one micro-batch, with a clock."""
 
     def __init__(self, spec: StageSpec, config: RunConfig, model: PretrainedConfig) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = own_device()
         self._stage: Stage = build_stage(
             spec, model, seed=0,
             activation_checkpointing=config.pipeline.activation_checkpointing,
@@ -150,6 +151,5 @@ class _TimedStage:
         )
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        finish(self._device)
         return time.monotonic()

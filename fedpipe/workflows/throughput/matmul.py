@@ -8,6 +8,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from fedpipe.distributed.device import finish
 from fedpipe.workflows.throughput.utilisation import Product
 
 MEASURE_S = 0.2
@@ -45,14 +46,9 @@ def matmul_flops_per_s(matrices: tuple[Tensor, Tensor]) -> float:
 
 
 def _seconds(left: Tensor, right: Tensor, result: Tensor, *, times: int) -> float:
-    _finish(left.device)
+    finish(left.device)
     started = time.perf_counter()
     for _ in range(times):
         torch.mm(left, right, out=result)
-    _finish(left.device)
+    finish(left.device)
     return time.perf_counter() - started
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":  # kernels run on after their launch
-        torch.cuda.synchronize(device)

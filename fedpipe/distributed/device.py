@@ -1,0 +1,142 @@
+"""The device of a process, and what it does apart from the host. Everything of CUDA is here.
+
+A GPU works through queues (streams) that the host fills; whoever waits for a number on it leaves it
+idle meanwhile. On a CPU all of this is done when the call returns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def own_device(local_rank: int = 0) -> torch.device:
+    """Return the device of a process, made torch's current one.
+
+    Args:
+        local_rank: Of the process on its node; each takes its own GPU.
+
+    Returns:
+        The CPU where there is no GPU, or where ``DS_ACCELERATOR`` says so.
+    """
+    # A receive waits in a queue of the GPU for another GPU. With the driver's 8 queues other
+    # streams come to stand behind it, the one that it waits for among them; 32 is the most.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu":
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def identity(device: torch.device) -> str:
+    """Name the GPU, the same for every process that uses it; "" on a CPU."""
+    if device.type != "cuda":
+        return ""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def finish(device: torch.device) -> None:
+    """Wait until all that this thread has queued is done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to the device, without waiting for what is queued there."""
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)  # from other memory the host waits
+
+
+def autocast(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> torch.autocast:
+    """Return the context of a model's forward pass.
+
+    Args:
+        device: Where it computes.
+        precision: auto is bf16 on a GPU, fp32 on a CPU. Weights are float32 with each.
+    """
+    half = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
+
+
+class Readout:
+    """Scalars on their way from the device; what is queued after them is not waited for."""
+
+    def __init__(self, *scalars: Tensor) -> None:
+        """Start to copy them.
+
+        Args:
+            *scalars: 0-dimensional, on one device.
+        """
+        numbers = torch.stack([scalar.detach().double() for scalar in scalars])
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._copied = _mark(numbers)
+
+    def read(self) -> list[float]:
+        """Return them once they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._numbers.tolist()
+
+
+class Handover:
+    """Tensors that one thread has written on its stream, for another thread to read on its own."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        """Take them from the thread that wrote them, on one device."""
+        self._tensors = tensors
+        self._written = _mark(tensors[0])
+
+    def take(self) -> tuple[Tensor, ...]:
+        """Return them; what this thread queues from now on sees them written."""
+        if self._written is not None:
+            stream = torch.cuda.current_stream(self._tensors[0].device)
+            stream.wait_event(self._written)
+            for tensor in self._tensors:  # their memory is not to be used anew before
+                tensor.record_stream(stream)
+        return self._tensors
+
+
+class OwnStream:
+    """A stream for a thread, so that the threads of a process fill one GPU together."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Make one; it keeps the memory that its tensors have had."""
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Queue this thread's work on it: after what was queued before, before what comes after."""
+        if self._stream is None:
+            yield
+            return
+        outer = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(outer)
+        with torch.cuda.stream(self._stream):
+            yield
+        outer.wait_stream(self._stream)
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """State of torch's generators, which dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Go on drawing where ``rng_state`` was taken."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def _mark(tensor: Tensor) -> torch.cuda.Event | None:
+    """Mark the point in this thread's stream up to which a tensor is written."""
+    return torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
