@@ -42,6 +42,9 @@ class BaseModelConfig:
     where that is not there a small RoBERTa with random weights."""
     random_weights: bool = False
     """Take only sizes and tokenizer from the folder: a baseline without pre-training."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 autocast on a GPU, fp32 on a CPU; weights and optimizer are always fp32. With
+    pipeline.cut, what deepspeed.config says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,6 +290,11 @@ class FinetuneConfig:
             self.method.first_layer == 0,
             "method.first_layer", "0 with pipeline.cut", self.method.first_layer,
             "Every stage trains an adapter.",
+        )  # fmt: skip
+        require(
+            self.model.precision == "auto",
+            "model.precision", "auto with pipeline.cut", self.model.precision,
+            "deepspeed.config says it: ds_configs/bf16.json, or none for fp32.",
         )  # fmt: skip
         frozen = self.method.name != "full" and self.pipeline.cut[0] == 0
         require(

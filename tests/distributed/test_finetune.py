@@ -213,6 +213,19 @@ def test_a_run_goes_on_from_an_adapter(tmp_path: Path, base: list[str]) -> None:
         set_up(tmp_path / "fourth", base, adapter, f"model.path={other}")
 
 
+def test_bf16_is_what_the_model_computes_in_and_not_what_it_keeps(
+    tmp_path: Path, base: list[str]
+) -> None:
+    last = {}
+    for precision in ("auto", "fp32", "bf16"):
+        run_dir = tmp_path / precision
+        run(set_up(run_dir, base, f"model.precision={precision}"))
+        assert {t.dtype for t in weights(run_dir, 4).values()} == {torch.float32}
+        last[precision] = records(run_dir, "round")[-1]["loss"]
+    assert last["auto"] == last["fp32"] != last["bf16"], "auto is fp32 on a CPU"
+    assert last["bf16"] == pytest.approx(last["fp32"], rel=0.05)
+
+
 def test_two_workers_train_the_same_model_as_one(tmp_path: Path, base: list[str]) -> None:
     scenario = ("scenario.dropout_share=0.3", "scenario.straggler_share=0.3",
                 "federation.num_rounds=2", "federation.clients_per_round=5")  # fmt: skip

@@ -64,6 +64,7 @@ WRONG_WITH_A_CUT = [
     ("method.name=prefix_tuning", "method.name: expected a method whose parameters lie in layers"),
     ("method.lora_average=product", "method.lora_average: expected factors with pipeline.cut"),
     ("method.first_layer=1", "method.first_layer: expected 0 with pipeline.cut"),
+    ("model.precision=bf16", "model.precision: expected auto with pipeline.cut"),
     ("federation.server=sequential", "federation.server: expected replicated in fine-tuning"),
     (
         "pipeline={cut: [0], objective: end_to_end, schedule: 1f1b}",

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from fedpipe.data.tasks.encoding import IGNORED, Encoded, collate
+from fedpipe.distributed.device import autocast, to_device
 from fedpipe.errors import CheckpointError
 
 # N = sequences of a split, B = sequences of a batch, T = tokens of its longest one, C = classes
@@ -183,11 +184,9 @@ def predict(
             )
             logits = _logits(model, inputs, settings)
             values = logits[..., 0] if kind == "regression" else logits.argmax(-1)
-            for row, index in enumerate(part):
-                value = values[row]
-                if kind == "ner":
-                    value = value[labels[row] != IGNORED]
-                found[index] = value.cpu().numpy()
+            rows = zip(part, values.cpu().numpy(), labels.cpu().numpy(), strict=True)
+            for index, value, label in rows:
+                found[index] = value[label != IGNORED] if kind == "ner" else value
     return found
 
 
@@ -254,10 +253,7 @@ def _loss(
 
 def _logits(model: torch.nn.Module, inputs: dict[str, Tensor], settings: dict[str, Any]) -> Tensor:
     """Return (B, C), or (B, T, C) of a NER task, in float32."""
-    on_gpu = inputs["input_ids"].is_cuda
-    half = settings["precision"] == "bf16" or (settings["precision"] == "auto" and on_gpu)
-    device = inputs["input_ids"].device.type
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
+    with autocast(inputs["input_ids"].device, settings["precision"]):
         logits: Tensor = model(**inputs).logits
     return logits.float()
 
@@ -272,8 +268,8 @@ def _batch(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Pad sequences to the longest one: ids, types, mask (B, T); labels (B, T) or (B,)."""
     inputs, labels = collate(data, sequences, pad_id=pad_id, kind=kind)
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-    return tensors, torch.from_numpy(labels).to(device)
+    tensors = {name: to_device(torch.from_numpy(array), device) for name, array in inputs.items()}
+    return tensors, to_device(torch.from_numpy(labels), device)
 
 
 def _device(model: torch.nn.Module) -> torch.device:

@@ -19,6 +19,7 @@ from fedpipe.checkpoint import CLIENTS, Checkpoint, CheckpointWriter, client_fil
 from fedpipe.config.finetune import FinetuneConfig
 from fedpipe.data.tasks.encoding import IGNORED, Encoded, collate
 from fedpipe.distributed.comm import Comm
+from fedpipe.distributed.device import autocast, to_device
 from fedpipe.federation.lora import ProductAverage
 from fedpipe.federation.synchronizer import Synchronizer, restore
 from fedpipe.federation.turns import TuningTurn, batches
@@ -131,10 +132,13 @@ class Tuner:
         meaning = self.data.meaning
         inputs, labels = collate(split, sequences, pad_id=meaning.pad_id, kind=meaning.kind)
         device = self._comm.device
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-        with self._lower_layers(split, sequences, tensors):
+        tensors = {n: to_device(torch.from_numpy(array), device) for n, array in inputs.items()}
+        with (
+            autocast(device, self.config.model.precision),
+            self._lower_layers(split, sequences, tensors),
+        ):
             logits: Tensor = self.model(**tensors).logits
-        return logits.float(), torch.from_numpy(labels).to(device)
+        return logits.float(), to_device(torch.from_numpy(labels), device)
 
     def _lower_layers(
         self, split: Encoded, sequences: NDArray[np.int64], inputs: dict[str, Tensor]
@@ -295,7 +299,7 @@ def _predictions(logits: Tensor, labels: Tensor, meaning: Meaning) -> list[Any]:
     if meaning.kind == "classification":
         return list(logits.argmax(-1).tolist())
     if meaning.kind == "ner":
-        tags = logits.argmax(-1)
+        tags, labels = logits.argmax(-1).cpu(), labels.cpu()
         return [row[known != IGNORED].tolist() for row, known in zip(tags, labels, strict=True)]
     targets = labels[:, 1:]
     losses = functional.cross_entropy(
