@@ -12,7 +12,8 @@ RUN_DIR ?= runs/quickstart
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make pretrain  train the quick start into $(RUN_DIR); again: resume, or say that it is done"
+	@echo "make pretrain  train the quick start into $(RUN_DIR); again: resume, or say that it is done;"
+	@echo "               on the CPU, or with DS_ACCELERATOR=cuda on 4 GPUs"
 	@echo "make test      lint, format, types and all tests; as root installs SLURM for them"
 	@echo "make lint      ruff and mypy only"
 	@echo "make format    rewrite the code as ruff formats it"
@@ -32,7 +33,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 pretrain: $(READY)
-	$(BIN)/fedpipe pretrain --run-dir $(RUN_DIR)
+	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/fedpipe pretrain --run-dir $(RUN_DIR)
 
 test: slurm-packages lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder

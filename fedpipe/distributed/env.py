@@ -9,6 +9,8 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 
 from fedpipe.errors import TopologyError
 
@@ -133,6 +135,20 @@ def threads_per_process(local_world_size: int, *, cores: int | None = None) -> i
         return max(1, cores // max(1, local_world_size))
     shared = cores_from_slurm() or len(launcher_cores())
     return min(len(os.sched_getaffinity(0)), threads_per_process(local_world_size, cores=shared))
+
+
+def num_gpus(environ: Mapping[str, str] = os.environ) -> int:
+    """Count the GPUs that processes of this host may use, without asking torch.
+
+    Returns:
+        0 where ``DS_ACCELERATOR`` says cpu, or where torch is the build for CPUs.
+    """
+    if environ.get("DS_ACCELERATOR") == "cpu" or version("torch").endswith("+cpu"):
+        return 0
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
 
 
 def cores_from_slurm(environ: Mapping[str, str] = os.environ) -> int:

@@ -161,6 +161,29 @@ class Grid:
         )
 
 
+_ONE_GPU_EACH = (
+    "Start at most as many processes on a host as it has GPUs (federation.num_replicas), put all"
+    " stages of a replica into one with pipeline.colocate=true, or set DS_ACCELERATOR=cpu."
+)
+
+
+def check_gpus(num_processes: int, num_gpus: int) -> None:
+    """Refuse more processes on a host than it has GPUs, before any of them starts.
+
+    Args:
+        num_processes: Of the run on this host.
+        num_gpus: That they may use; 0 leaves them the CPU.
+
+    Raises:
+        TopologyError: There are too many.
+    """
+    if 0 < num_gpus < num_processes:
+        raise TopologyError(
+            f"GPUs: expected one for each process, found {num_gpus} for {num_processes}."
+            f" {_ONE_GPU_EACH}"
+        )
+
+
 def check_devices(devices: Sequence[str]) -> None:
     """Refuse a GPU that several processes share: NCCL does.
 
@@ -177,7 +200,6 @@ def check_devices(devices: Sequence[str]) -> None:
         first = devices.index(device)
         if first != rank:
             raise TopologyError(
-                f"GPUs: expected one for each process, got ranks {first} and {rank} on the same "
-                "one. Start at most as many processes on a host as it has GPUs, put all stages of "
-                "a replica into one with pipeline.colocate=true, or set DS_ACCELERATOR=cpu."
+                f"GPUs: expected one for each process, got ranks {first} and {rank} on the same"
+                f" one. {_ONE_GPU_EACH}"
             )

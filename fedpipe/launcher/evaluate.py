@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedpipe.distributed.env import num_gpus
 from fedpipe.distributed.watch import EXIT_INTERRUPTED, STOP_SIGNALS
 from fedpipe.errors import ConfigError
 from fedpipe.launcher.cells import (
@@ -168,14 +169,6 @@ def run_one(run_dir: str) -> int:
     result = run_cell(Path(run_dir), device="cuda:0" if num_gpus() else "cpu")
     sys.stdout.write(f"{outcome_text(result)}\n")
     return 0
-
-
-def num_gpus() -> int:
-    """Count the GPUs that processes may use, without asking torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
-    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
 
 
 class _Process:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpipe import log
 from fedpipe.distributed.binding import bind
-from fedpipe.distributed.env import ProcessEnv, detect, threads_per_process
+from fedpipe.distributed.env import ProcessEnv, detect, num_gpus, threads_per_process
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import EXIT_INTERRUPTED, StopSignals, Watch
 from fedpipe.errors import FedPipeError, LaunchError, TopologyError
@@ -129,7 +129,7 @@ def run_rank(
 
     Collective: every process of the run.
     """
-    if not os.path.exists("/dev/nvidiactl"):  # DeepSpeed probes for accelerators otherwise
+    if not num_gpus():  # DeepSpeed probes for accelerators otherwise
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     bind(env)

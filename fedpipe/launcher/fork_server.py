@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
+from fedpipe.distributed.env import num_gpus
 from fedpipe.distributed.watch import STOP_SIGNALS
 from fedpipe.launcher.worker import PRELOAD
 
@@ -32,7 +33,7 @@ def fork_server(preload: Sequence[str] = PRELOAD) -> Any:
         The context that forks ranks from the server; called again, the same one.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if not os.path.exists("/dev/nvidiactl"):  # DeepSpeed probes for accelerators otherwise
+    if not num_gpus():  # DeepSpeed probes for accelerators otherwise
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Whoever asks torch for a GPU in the server must not open the driver: no child survives that.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")

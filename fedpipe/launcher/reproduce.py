@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fedpipe.distributed.env import num_gpus
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
 from fedpipe.errors import LaunchError
 from fedpipe.launcher.cells import last_line, save_when_the_parent_dies, saying_to
-from fedpipe.launcher.evaluate import PRELOAD, num_gpus, run_cells
+from fedpipe.launcher.evaluate import PRELOAD, run_cells
 from fedpipe.launcher.fork_server import fork_server
 from fedpipe.launcher.local import train
 from fedpipe.launcher.supervisor import Interrupted, Signals, set_up_here

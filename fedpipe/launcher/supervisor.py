@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any
 
-from fedpipe.distributed.env import ProcessEnv, threads_per_process
-from fedpipe.distributed.topology import Grid
+from fedpipe.distributed.env import ProcessEnv, num_gpus, threads_per_process
+from fedpipe.distributed.topology import Grid, check_gpus
 from fedpipe.distributed.watch import STOP_SIGNALS
 from fedpipe.launcher.cut import choose_cut, measure_in_a_process
 from fedpipe.launcher.fork_server import fork_server, num_threads
@@ -115,10 +115,12 @@ def supervise(
         signals: Caught by the caller.
 
     Raises:
+        TopologyError: There are more processes than GPUs.
         LaunchError: A rank failed or hangs; all have been stopped.
         Interrupted: The ranks have stopped because a signal asked them to, or (from the handler) a
             signal stops all at once.
     """
+    check_gpus(grid.world_size, num_gpus())
     context = fork_server()
     ranks = Ranks(task, setup, grid=grid)
     threads = num_threads(threads_per_process(grid.world_size))

@@ -11,7 +11,7 @@ from fedpipe.metrics.writer import read_metrics
 from tests.helpers.cli import fedpipe
 from tests.helpers.runs import ONE_PROCESS, TINY
 
-CPU = {"DS_ACCELERATOR": "cpu"}
+CPU, GPU = ({"DS_ACCELERATOR": name} for name in ("cpu", "cuda"))
 EXACT = ("model.hidden_dropout_prob=0", "federation.num_local_steps=3")
 """Dropout draws from another generator on a GPU."""
 MODES = (
@@ -21,7 +21,7 @@ MODES = (
 )
 
 
-def _losses(folder: Path, name: str, *arguments: str, environment: Any = None) -> list[Any]:
+def _losses(folder: Path, name: str, *arguments: str, environment: Any) -> list[Any]:
     """Train; return round, step, stage and loss of every step."""
     run_dir = folder / name
     overrides = [*TINY, f"data.cache_dir={folder / 'cache'}"]
@@ -50,7 +50,8 @@ def test_stages_that_share_a_gpu_learn_what_they_learn_on_a_cpu(
     mode: tuple[str, ...], tmp_path: Path
 ) -> None:
     expected = _losses(tmp_path, "cpu", *EXACT, *mode, *ONE_PROCESS, environment=CPU)
-    _assert_close(_losses(tmp_path, "gpu", *EXACT, *mode, *ONE_PROCESS), expected)
+    found = _losses(tmp_path, "gpu", *EXACT, *mode, *ONE_PROCESS, environment=GPU)
+    _assert_close(found, expected)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -60,4 +61,4 @@ def test_stages_on_a_gpu_each_learn_what_they_learn_on_a_cpu(
     if len(list(Path("/dev").glob("nvidia[0-9]*"))) < 2:
         pytest.skip("there is one GPU")
     expected = _losses(tmp_path, "cpu", *EXACT, *mode, environment=CPU)
-    _assert_close(_losses(tmp_path, "gpu", *EXACT, *mode), expected)
+    _assert_close(_losses(tmp_path, "gpu", *EXACT, *mode, environment=GPU), expected)

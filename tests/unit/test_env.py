@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from fedpipe.distributed import env
 from fedpipe.distributed.env import (
     ProcessEnv,
     cores_from_slurm,
@@ -166,6 +167,24 @@ def test_slurms_cores_count_before_the_launchers_and_never_more_than_a_process_m
         job = {"SLURM_CPUS_PER_TASK": str(per_task)}
         call = "threads_per_process(1)"
         assert launched(THREADS, call, launcher=cores, own=cores, **job) == expected
+
+
+@pytest.mark.parametrize(
+    ("build", "variables", "expected"),
+    [
+        ("2.13.0", {"CUDA_VISIBLE_DEVICES": ""}, 0),
+        ("2.13.0", {"CUDA_VISIBLE_DEVICES": "-1"}, 0),
+        ("2.13.0", {"CUDA_VISIBLE_DEVICES": "0,1"}, 2),
+        ("2.13.0", {"CUDA_VISIBLE_DEVICES": "0,1", "DS_ACCELERATOR": "cuda"}, 2),
+        ("2.13.0", {"CUDA_VISIBLE_DEVICES": "0,1", "DS_ACCELERATOR": "cpu"}, 0),
+        ("2.13.0+cpu", {"CUDA_VISIBLE_DEVICES": "0,1"}, 0),
+    ],
+)
+def test_gpus_are_counted_as_torch_may_use_them(
+    build: str, variables: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(env, "version", lambda name: build)
+    assert env.num_gpus(variables) == expected
 
 
 def test_the_launcher_is_the_parent() -> None:

@@ -406,14 +406,6 @@ def test_the_page_says_how_tasks_are_scored(whole: Evaluation) -> None:
         assert sentence in found
 
 
-@pytest.mark.parametrize(("visible", "expected"), [("", 0), ("-1", 0), ("0,1", 2)])
-def test_gpus_are_counted_as_they_are_visible(
-    visible: str, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert launcher.num_gpus() == expected
-
-
 def test_an_epoch_has_every_sequence_once_and_batches_of_like_length() -> None:
     lengths = np.random.default_rng(0).integers(5, 200, 1000)
     epochs = [

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from fedpipe.config.schema import FederationConfig, PipelineConfig, RunConfig
-from fedpipe.distributed.topology import AXES, Grid, check_devices
+from fedpipe.distributed.topology import AXES, Grid, check_devices, check_gpus
 from fedpipe.errors import TopologyError
 
 GRIDS = [Grid(s, r, d) for s, r, d in itertools.product((1, 2, 3), (1, 2, 4), (1, 2))]
@@ -181,3 +181,10 @@ def test_a_world_that_no_number_of_replicas_fits_has_one_way_out() -> None:
         Grid(2, 4, 1).check_world_size(5)
     with pytest.raises(TopologyError, match=r"1 process \(colocated stages\).*= 4 processes"):
         Grid(2, 4, 1, colocate=True).check_world_size(0)
+
+
+def test_more_processes_than_gpus_are_refused_and_no_gpu_means_the_cpu() -> None:
+    for num_processes, num_gpus in ((4, 0), (4, 4), (1, 8)):
+        check_gpus(num_processes, num_gpus)
+    with pytest.raises(TopologyError, match=r"found 1 for 4\..*DS_ACCELERATOR=cpu"):
+        check_gpus(4, 1)
