@@ -24,8 +24,8 @@ from transformers import PretrainedConfig
 
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
-from fedpipe.data.blocks import BlockReader, PreparedData, Shard
-from fedpipe.data.masking import mask_blocks, mask_rng
+from fedpipe.data.blocks import PreparedData
+from fedpipe.data.masking import MaskedReader, Split
 from fedpipe.models.families import hf_config, initialise, stable_seed
 from fedpipe.models.masked import gather_masked, run_masked
 from fedpipe.models.split import stage_specs
@@ -322,25 +322,16 @@ class Trainer:
         return [value / (num_blocks // size) for value in sums]
 
     def _source(
-        self, split: str, seed: int, size: int | None = None
+        self, split: Split, seed: int, size: int | None = None
     ) -> Callable[[int, int], Batch]:
         """Masked micro-batches as a replica reads them."""
         config, data = self.config, self.data
-        shard: Shard = (data.train if split == "train" else data.valid)[0]
         count = size or config.pipeline.micro_batch_size
-        reader = BlockReader(shard, seed=seed)
+        reader = MaskedReader(data, 0, split=split, seed=seed, num_masked=config.data.num_masked)
 
         def source(step: int, micro_batch: int) -> Batch:
             index = step * config.pipeline.num_micro_batches + micro_batch
-            position = index * count
-            masked = mask_blocks(
-                reader.batch(position, count),
-                rng=mask_rng(seed, client_id=0, position=position, split=split),  # type: ignore[arg-type]
-                num_masked=config.data.num_masked,
-                mask_id=data.mask_id,
-                special_ids=data.special_ids,
-                vocab_size=data.vocab_size,
-            )
+            masked = reader.batch(index * count, count)
             targets = np.stack([masked.positions, masked.labels]).astype(np.int32)
             ids, targets = torch.from_numpy(masked.input_ids), torch.from_numpy(targets)
             return _windows(ids, targets, self.method.window)

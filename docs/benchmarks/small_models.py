@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedpipe.config.load import load_config
-from fedpipe.data.blocks import BlockReader, PreparedData
+from fedpipe.data.blocks import PreparedData
 from fedpipe.data.corpus import prepare
-from fedpipe.data.masking import mask_blocks, mask_rng
+from fedpipe.data.masking import MaskedReader
 
 VOCABULARY, WIDTH, LAYERS, LENGTH, BLOCKS = 8192, 128, 4, 64, 32
 MASKED = 0.3
@@ -219,17 +219,11 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
     )
-    reader = BlockReader(data.train[0], seed=0)
+    reader = MaskedReader(data, 0, split="train", seed=0, num_masked=masked)
     model.train()
     total = 0.0
     for step in range(steps):
-        first = step * BLOCKS
-        batch = mask_blocks(
-            reader.batch(first, BLOCKS),
-            rng=mask_rng(0, client_id=0, position=first, split="train"),
-            num_masked=masked, mask_id=data.mask_id,
-            special_ids=data.special_ids, vocab_size=data.vocab_size,
-        )  # fmt: skip
+        batch = reader.batch(step * BLOCKS, BLOCKS)
         value = loss(*map(torch.from_numpy, (batch.input_ids, batch.positions, batch.labels)))
         optimizer.zero_grad()
         value.backward()

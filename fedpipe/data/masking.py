@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpipe.data.blocks import BlockReader, PreparedData
 from fedpipe.errors import CorpusError
 
 MASKED_SHARE = 0.8
@@ -24,6 +26,9 @@ IGNORED = -100
 _STREAM = 0x6D61736B
 _SPLITS = {"train": 0, "valid": 1}
 
+Split = Literal["train", "valid"]
+"""Text that is trained on, and text that is held out."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskedBatch:
@@ -37,9 +42,50 @@ class MaskedBatch:
     """(B, M), the tokens that were there."""
 
 
-def mask_rng(
-    seed: int, *, client_id: int, position: int, split: Literal["train", "valid"]
-) -> np.random.Generator:
+class MaskedReader:
+    """A client's endless stream of blocks, masked as it is read."""
+
+    def __init__(
+        self,
+        data: PreparedData,
+        client_id: int,
+        *,
+        split: Split,
+        seed: int,
+        num_masked: int,
+    ) -> None:
+        """Open a shard.
+
+        Args:
+            data: Prepared text.
+            client_id: Whose.
+            split: Training or held-out text.
+            seed: The run's; of the order of the blocks and of the masks.
+            num_masked: M.
+        """
+        shard = {"train": data.train, "valid": data.valid}[split][client_id]
+        self._reader = BlockReader(shard, seed=seed)
+        self._data, self._num_masked = data, num_masked
+        self._rng = partial(mask_rng, seed, client_id=client_id, split=split)
+
+    def batch(self, position: int, count: int) -> MaskedBatch:
+        """Return ``count`` blocks from a position of the stream on; the same whenever asked.
+
+        Raises:
+            CorpusError: See ``mask_blocks``.
+        """
+        data = self._data
+        return mask_blocks(
+            self._reader.batch(position, count),
+            rng=self._rng(position=position),
+            num_masked=self._num_masked,
+            mask_id=data.mask_id,
+            special_ids=data.special_ids,
+            vocab_size=data.vocab_size,
+        )
+
+
+def mask_rng(seed: int, *, client_id: int, position: int, split: Split) -> np.random.Generator:
     """Make the generator for the batch that starts at a position of a client's stream.
 
     Nothing is carried from batch to batch, so a resumed run draws the masks it would have drawn.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from fedpipe.config.schema import RunConfig
-from fedpipe.data.blocks import BlockReader, PreparedData, Shard
-from fedpipe.data.masking import MaskedBatch, mask_blocks, mask_rng
+from fedpipe.data.blocks import PreparedData
+from fedpipe.data.masking import MaskedBatch, MaskedReader
 
 
 def validation_batch(
@@ -27,19 +27,10 @@ def validation_batch(
     Returns:
         The masked blocks.
     """
-    shard: Shard = data.valid[client_id]
-    blocks = BlockReader(shard, seed=config.seed).batch(first, count)
-    rows = [
-        mask_blocks(
-            blocks[i : i + 1],
-            rng=mask_rng(config.seed, client_id=client_id, position=first + i, split="valid"),
-            num_masked=config.data.num_masked,
-            mask_id=data.mask_id,
-            special_ids=data.special_ids,
-            vocab_size=data.vocab_size,
-        )
-        for i in range(count)
-    ]
+    reader = MaskedReader(
+        data, client_id, split="valid", seed=config.seed, num_masked=config.data.num_masked
+    )
+    rows = [reader.batch(first + i, 1) for i in range(count)]
     return MaskedBatch(
         input_ids=np.concatenate([row.input_ids for row in rows]),
         positions=np.concatenate([row.positions for row in rows]),

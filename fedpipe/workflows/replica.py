@@ -13,8 +13,8 @@ from torch import Tensor
 from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
-from fedpipe.data.blocks import BlockReader, PreparedData
-from fedpipe.data.masking import MaskedBatch, mask_blocks, mask_rng, pad
+from fedpipe.data.blocks import PreparedData
+from fedpipe.data.masking import MaskedBatch, MaskedReader, pad
 from fedpipe.data.validation import validation_batch
 from fedpipe.distributed.comm import Comm
 from fedpipe.models.families import hf_config
@@ -87,26 +87,17 @@ class Replica(HostedStages):
             return None
         config = self.config
         size = config.pipeline.micro_batch_size
-        reader = BlockReader(self.data.train[client_id], seed=config.seed)
+        reader = MaskedReader(
+            self.data, client_id, split="train", seed=config.seed, num_masked=config.data.num_masked
+        )
 
         def source(step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
             index = step * config.pipeline.num_micro_batches + micro_batch
             ranks = config.federation.data_parallel_degree
             position = start + (index * ranks + self.comm.data) * size
-            rng = mask_rng(config.seed, client_id=client_id, position=position, split="train")
-            return self._feed(self._mask(reader.batch(position, size), rng))
+            return self._feed(reader.batch(position, size))
 
         return source
-
-    def _mask(self, blocks: np.ndarray, rng: np.random.Generator) -> MaskedBatch:
-        return mask_blocks(
-            blocks,
-            rng=rng,
-            num_masked=self.config.data.num_masked,
-            mask_id=self.data.mask_id,
-            special_ids=self.data.special_ids,
-            vocab_size=self.data.vocab_size,
-        )
 
     def _feed(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """What a ``MicroBatchSource`` returns."""

@@ -181,8 +181,7 @@ def _sniffed(env: ProcessEnv, setup: RunSetup) -> dict[str, Any]:
 
 def _overhear(batches: list[MaskedBatch], secrets: Secrets) -> None:
     """Note every batch that this process masks, and what of it nobody else may see."""
-    from fedpipe.data import masking, validation
-    from fedpipe.workflows import replica
+    from fedpipe.data import masking
 
     mask_blocks = masking.mask_blocks
 
@@ -194,7 +193,7 @@ def _overhear(batches: list[MaskedBatch], secrets: Secrets) -> None:
         secrets.add("input ids", batch.input_ids)
         return batch
 
-    replica.mask_blocks = validation.mask_blocks = overheard
+    masking.mask_blocks = overheard
 
 
 def _clients(sections: Sections, folder: Path) -> list[dict[str, Any]]:
