@@ -146,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
             options.add_measurement(command)
         if name == "submit":
             options.add_job(command)
+            options.add_scale(command)
         if name == "finetune":
             text = "count what every method trains on every family's base model; start nothing"
             command.add_argument("--count", action="store_true", help=text)
@@ -229,7 +230,7 @@ def _submit(args: argparse.Namespace) -> int:
             ),
         ),
         axes=args.grid,
-        chosen=_chosen(args),
+        chosen=_chosen(args) | ({"scale": args.scale} if args.scale else {}),
         profile_path=args.profile,
         cluster=args.cluster,
         parallel=args.parallel,
@@ -364,7 +365,7 @@ def _existing_run(args: argparse.Namespace) -> Path:
 
 
 _DEFAULT_DIRS = {"evaluate": "runs/NAME-evaluation", "reproduce": "runs/EXPERIMENT-SCALE"}
-_JOBS = ("pretrain", "throughput", "sweep", "evaluate", "finetune")
+_JOBS = ("pretrain", "throughput", "sweep", "evaluate", "finetune", "reproduce")
 
 _GRIDS = {
     "throughput": "measure every combination of the values, one after the other, and compare them:"

@@ -96,9 +96,7 @@ def add_reproduction(command: argparse.ArgumentParser) -> None:
         "experiment", metavar="EXPERIMENT", choices=EXPERIMENTS,
         help=f"what to reproduce: {', '.join(EXPERIMENTS)}",
     )  # fmt: skip
-    command.add_argument(
-        "--scale", choices=SCALES, help="how large; default: that of DIR, else tiny"
-    )
+    add_scale(command)
     command.add_argument(
         "--data",
         metavar="DIR",
@@ -106,4 +104,11 @@ def add_reproduction(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--seeds", metavar="N,N", help="pre-train every system once per seed; default: 0"
+    )
+
+
+def add_scale(command: argparse.ArgumentParser) -> None:
+    """How large a reproduction is."""
+    command.add_argument(
+        "--scale", choices=SCALES, help="of a reproduction; default: that of DIR, else tiny"
     )

@@ -19,6 +19,7 @@ from typing import Any
 import submitit
 
 from fedpipe.checkpoint import Checkpoint, Position, find_latest
+from fedpipe.config.reproduce import EXPERIMENTS
 from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv, detect
 from fedpipe.distributed.watch import EXIT_INTERRUPTED, StopSignals
@@ -91,24 +92,27 @@ class RankJob(_Job):
             env=detect(),
             signals=StopSignals(),
             on_set_up=lambda setup: note_attempt(
-                setup.run_dir, setup.checkpoint, job_id=job.job_id
+                setup.run_dir, _position(setup.checkpoint), job_id=job.job_id
             ),
         )
 
 
 class CommandJob(_Job):
-    """A command in the only task of the job: an evaluation's cell, a fine-tuning, its workers."""
+    """A command in the only task of the job, which starts processes of its own."""
 
     def _run(self, job: Any) -> Ended:
         from fedpipe.launcher.evaluate import run_one
         from fedpipe.launcher.finetune import finetune
+        from fedpipe.launcher.reproduce import reproduce
 
         run_dir = str(self.request.run_dir)
-        note_attempt(Path(run_dir), find_latest(Path(run_dir))[0], job_id=job.job_id)
+        note_attempt(Path(run_dir), _position_below(Path(run_dir)), job_id=job.job_id)
         signals = Signals()
         try:
             if self.request.task == "finetune":
                 code = finetune(None, [], run_dir, signals=signals)
+            elif self.request.task == "reproduce":
+                code = reproduce(EXPERIMENTS[0], [], run_dir, signals=signals)
             else:
                 bind(_ALONE)
                 with signals.caught():
@@ -120,7 +124,8 @@ class CommandJob(_Job):
 
 def job_of(request: RunRequest) -> _Job:
     """Return what a job does for a request: as many ranks as it has tasks, or a command."""
-    return (CommandJob if request.task in ("evaluate", "finetune") else RankJob)(request)
+    commands = ("evaluate", "finetune", "reproduce")
+    return (CommandJob if request.task in commands else RankJob)(request)
 
 
 def _set_up_environment(job: Any) -> None:
@@ -147,18 +152,31 @@ def own_gpu(environ: Mapping[str, str], *, local_rank: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": visible[local_rank]}
 
 
-def note_attempt(run_dir: Path, checkpoint: Checkpoint | None, *, job_id: str) -> None:
+def _position(checkpoint: Checkpoint | None) -> Position:
+    return checkpoint.position if checkpoint else Position()
+
+
+def _position_below(run_dir: Path) -> Position:
+    """Where a command stands: rounds and steps of all runs below, and cells that are scored."""
+    runs = [run_dir, *run_dir.glob("cells/*")]
+    positions = [_position(find_latest(run)[0]) for run in runs]
+    scored = len(list(run_dir.glob("evaluation/cells/*/result.json")))
+    return Position(
+        round_id=scored + sum(p.round_id for p in positions), step=sum(p.step for p in positions)
+    )
+
+
+def note_attempt(run_dir: Path, position: Position, *, job_id: str) -> None:
     """Write down where a job starts, and refuse to go on for ever without getting anywhere.
 
     Args:
         run_dir: Directory of the run, before it trains.
-        checkpoint: Where it goes on; None from the start.
+        position: Where it goes on.
         job_id: The same for every attempt of a requeued job.
 
     Raises:
         LaunchError: Its last ``MAX_IDLE_ATTEMPTS`` starts were all from where it stands now.
     """
-    position = checkpoint.position if checkpoint else Position()
     here = {"job": job_id, "round": position.round_id, "step": position.step}
     path = run_dir / ATTEMPTS_FILE
     path.parent.mkdir(exist_ok=True)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fedpipe.config.reproduce import EXPERIMENTS
 from fedpipe.distributed.env import num_gpus
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
 from fedpipe.errors import LaunchError
@@ -33,11 +34,12 @@ from fedpipe.workflows.reproduce.setup import (
     EVALUATION,
     Reproduction,
     TrainingRun,
-    set_up_reproduction,
+    plan_reproduction,
 )
 from fedpipe.workflows.run_dir import locked, write_text
 from fedpipe.workflows.sweep import prepare_texts
 
+RESULT_FILE = "reproduce.json"
 _PRELOAD = (*TRAINING_PRELOAD, *PRELOAD)
 _EXPORT_LOG = "logs/models.log"
 _CAPTIONS = {
@@ -56,6 +58,7 @@ def reproduce(
     scale: str | None = None,
     data: str | None = None,
     seeds: tuple[int, ...] | None = None,
+    signals: Signals | None = None,
 ) -> int:
     """Run what is not done of an experiment; the whole of ``fedpipe reproduce``.
 
@@ -66,6 +69,7 @@ def reproduce(
         scale: How large, or None.
         data: Folder with the tasks' files, or None.
         seeds: Of pre-training, or None.
+        signals: Caught meanwhile; for whoever wants to know which one has come.
 
     Returns:
         0 when all is done, 75 when it was interrupted and can be resumed.
@@ -75,27 +79,44 @@ def reproduce(
         LaunchError: A run failed; the others are done.
     """
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
-    signals = Signals()
+    signals = signals or Signals()
     plan: Reproduction | None = None
     try:
         with signals.caught():
-            plan = set_up_reproduction(
+            plan = plan_reproduction(
                 experiment, scale, overrides, run_dir, data=data, seeds=seeds
             )  # fmt: skip
+            plan.write()
             with locked(plan.directory):
-                content = _run(plan, signals, console)
+                _run(plan, signals, console)
     except Interrupted:
         console.text(_interrupted(plan))
         return EXIT_INTERRUPTED
     finally:
         console.close()
-    console.text(terminal_text(content))
-    console.text(f"report  {plan.directory / 'reproduce.html'}")
+    console.text("\n".join(reproduced_lines(plan.directory)))
     return 0
 
 
-def _run(plan: Reproduction, signals: Signals, console: RunConsole) -> Content:
-    """Bring everything to its end; return what was found."""
+def is_reproduced(plan: Reproduction) -> bool:
+    """Whether all of it is done, as its directory says."""
+    if plan.pending() or not (plan.directory / RESULT_FILE).is_file():
+        return False
+    return bool(_content(plan.directory)["environment"]["repeat"] == _repeat(plan))
+
+
+def reproduced_lines(directory: Path) -> list[str]:
+    """Return what a finished reproduction has to show."""
+    return [terminal_text(_content(directory)), f"report  {directory / 'reproduce.html'}"]
+
+
+def _content(directory: Path) -> Content:
+    content: Content = json.loads((directory / RESULT_FILE).read_text(encoding="utf-8"))
+    return content
+
+
+def _run(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
+    """Bring everything to its end, and write what was found."""
     pending = plan.pending()
     if pending:
         fork_server(_PRELOAD)
@@ -118,9 +139,7 @@ def _run(plan: Reproduction, signals: Signals, console: RunConsole) -> Content:
     left = [cell.name for cell in evaluation.pending()]
     if left:
         raise _unfinished(plan, "scored model", len(evaluation.cells), left)
-    content = summarise(plan, evaluation, curves)
-    _write(plan, content)
-    return content
+    _write(plan, summarise(plan, evaluation, curves))
 
 
 def _pretrain(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
@@ -203,10 +222,7 @@ def _work(missing: Sequence[tuple[Path, int, Path]], log: str) -> None:
 
 def _write(plan: Reproduction, content: Content) -> None:
     """Write reproduce.json, .md, .html and the figures."""
-    content["environment"]["repeat"] = shlex.join(
-        ["fedpipe", "reproduce", content["experiment"], "--scale", content["scale"],
-         "--run-dir", f"{plan.directory}-again", *_chosen(plan)]
-    )  # fmt: skip
+    content["environment"]["repeat"] = _repeat(plan)
     scores, height = draw_scores(content)
     svgs = {
         "scores.png": render(scores, plan.directory / "scores.png", height=height),
@@ -216,11 +232,19 @@ def _write(plan: Reproduction, content: Content) -> None:
     page = blocks(content, figures)
     title = f"{content['experiment']}, {content['scale']}: fedpipe beside FedBERT"
     for name, text in (
-        ("reproduce.json", json.dumps(content, indent=1) + "\n"),
+        (RESULT_FILE, json.dumps(content, indent=1) + "\n"),
         ("reproduce.md", to_markdown(title, page)),
         ("reproduce.html", to_html(title, page)),
     ):
         write_text(plan.directory / name, text)
+
+
+def _repeat(plan: Reproduction) -> str:
+    """What repeats it, from nothing."""
+    return shlex.join(
+        ["fedpipe", "reproduce", EXPERIMENTS[0], "--scale", plan.config.reproduce.scale,
+         "--run-dir", f"{plan.directory}-again", *_chosen(plan)]
+    )  # fmt: skip
 
 
 def _chosen(plan: Reproduction) -> list[str]:
@@ -247,4 +271,4 @@ def _interrupted(plan: Reproduction | None) -> str:
 
 
 def _again(plan: Reproduction) -> str:
-    return shlex.join(["fedpipe", "reproduce", "fedbiobert", "--run-dir", str(plan.directory)])
+    return shlex.join(["fedpipe", "reproduce", EXPERIMENTS[0], "--run-dir", str(plan.directory)])

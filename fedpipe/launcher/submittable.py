@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.config.finetune import load_finetune
+from fedpipe.config.reproduce import EXPERIMENTS
 from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import ConfigError
@@ -26,20 +27,27 @@ from fedpipe.launcher.finetune import (
     round_lines,
 )
 from fedpipe.launcher.follow import Shows
+from fedpipe.launcher.reproduce import is_reproduced, reproduced_lines
 from fedpipe.launcher.submit import Cluster, Run, submit
 from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.evaluation_report import outcome_text, terminal_text
 from fedpipe.metrics.finetune_report import outcome_text as outcome_of_finetuning
-from fedpipe.metrics.format import number
+from fedpipe.metrics.format import count, number
 from fedpipe.metrics.samples import samples_text
 from fedpipe.metrics.sweep_report import read_result
 from fedpipe.workflows.evaluate import gather as evaluations
 from fedpipe.workflows.evaluate.setup import read_evaluation, set_up_evaluation
+from fedpipe.workflows.reproduce.setup import plan_reproduction
 from fedpipe.workflows.run_dir import is_done, reserve, resolve_config
 from fedpipe.workflows.sweep import gather, prepare_texts, set_up_sweep
 from fedpipe.workflows.throughput import page
 from fedpipe.workflows.throughput.report import single_replica
 
+_OPTIONS = {
+    "evaluate": ("models", "tasks", "data", "seeds"),
+    "reproduce": ("scale", "data", "seeds"),
+}
+"""Fields that options set, by the task that has them."""
 _ONE_TASK = Grid(num_stages=1, num_replicas=1, data_parallel_degree=1)
 
 Show = Callable[[str], None]
@@ -62,7 +70,7 @@ def submit_request(
     Args:
         request: The task and its configuration.
         axes: A grid; empty for none, or for that of the directory.
-        chosen: Fields of ``EvaluationConfig`` that options set.
+        chosen: What options of some tasks set, by their field.
         profile_path: YAML of submitit's parameters; None only where there is no scheduler.
         cluster: Where.
         parallel: Cells of an array that may run at once; None sets no limit.
@@ -81,11 +89,7 @@ def submit_request(
             f"--grid: expected submit sweep or finetune, got submit {request.task}. Change the "
             "task."
         )
-    if chosen and request.task != "evaluate":
-        raise ConfigError(
-            "--model, --tasks, --data, --seeds: expected submit evaluate, got submit "
-            f"{request.task}. Change the task."
-        )
+    _check_options(request, chosen)
     what: Run | Array
     if request.task == "sweep":
         what = sweep_array(request, axes)
@@ -93,6 +97,8 @@ def submit_request(
         what = evaluation_array(request, chosen, show=show)
     elif request.task == "finetune":
         what = finetuning(request, axes)
+    elif request.task == "reproduce":
+        what = reproduction(request, chosen)
     else:
         what = pipeline_run(request)
     if isinstance(what, Run):
@@ -101,6 +107,17 @@ def submit_request(
         what, profile_path=profile_path, cluster=cluster, parallel=parallel, follows=follows,
         show=show,
     )  # fmt: skip
+
+
+def _check_options(request: RunRequest, chosen: Mapping[str, Any]) -> None:
+    """Refuse options of another task."""
+    for field in chosen:
+        tasks = [task for task, fields in _OPTIONS.items() if field in fields]
+        if request.task not in tasks:
+            raise ConfigError(
+                f"--{field.removesuffix('s') if field == 'models' else field}: expected submit "
+                f"{' or '.join(tasks)}, got submit {request.task}. Change the task."
+            )
 
 
 def pipeline_run(request: RunRequest) -> Run:
@@ -308,4 +325,45 @@ def _finetuning_run(
         reserve=write,
         console=console,
         closing=partial(finished_lines, directory),
+    )
+
+
+def reproduction(request: RunRequest, chosen: Mapping[str, Any]) -> Run:
+    """Check a reproduction: a job of one task, which does everything one thing after another.
+
+    Args:
+        request: Its overrides.
+        chosen: Scale, folder of the tasks and seeds, where options set them.
+
+    Raises:
+        FedPipeError: What the user can mend.
+    """
+    for name, value in (("config", request.config_path), ("preset", request.preset)):
+        if value:
+            raise ConfigError(
+                f"--{name}: expected none with submit reproduce, got {value}. Its settings are "
+                "those of --scale: write what differs as section.key=value."
+            )
+    plan = plan_reproduction(
+        EXPERIMENTS[0], chosen.get("scale"), request.overrides, request.run_dir,
+        data=chosen.get("data"), seeds=chosen.get("seeds"),
+    )  # fmt: skip
+    grids = [Grid.from_config(run.cell.config) for run in plan.runs]
+    name = f"{EXPERIMENTS[0]}-{plan.config.reproduce.scale}"
+
+    def write() -> str:
+        plan.write()
+        runs, tasks = count(len(plan.runs), "pre-training run"), plan.config.evaluation.tasks
+        return f"{name}  {runs}, scored on {', '.join(tasks)}"
+
+    return Run(
+        run_dir=plan.directory,
+        name=name,
+        grid=_ONE_TASK,
+        workers=max(grid.world_size for grid in grids),
+        is_done=lambda: is_reproduced(plan),
+        request=RunRequest(task="reproduce", run_dir=str(plan.directory)),
+        reserve=write,
+        console=lambda: (plain_console(), {}),
+        closing=partial(reproduced_lines, plan.directory),
     )

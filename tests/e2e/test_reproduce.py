@@ -1,4 +1,4 @@
-"""``fedpipe reproduce``, by its guide's commands: killed, stopped, completed; it adds up."""
+"""``fedpipe reproduce``, by its guide's commands: killed, stopped, ended as a job; it adds up."""
 
 from __future__ import annotations
 
@@ -61,9 +61,15 @@ def test_a_reproduction_survives_a_kill_and_a_signal_and_trains_nothing_twice(
     command.assert_nothing_left()
     assert records[0].read_bytes() == first
 
-    done = fedpipe(*again, folder=tmp_path)
+    trained = [record.read_bytes() for record in records]
+    job = ("submit", *again[:1], *again[2:], "--cluster", "local", "--follow")
+    done = fedpipe(*job, folder=tmp_path)
     assert (done.code, done.err) == (0, ""), done.out + done.err
-    assert "run     " not in done.out
+    assert "fedbiobert-tiny  6 pre-training runs, scored on ncbi-disease\n" in done.out
+    assert done.out.splitlines()[-1] == "report  runs/reproduce/reproduce.html"
+    assert [record.read_bytes() for record in records] == trained
+    nothing = fedpipe(*job, folder=tmp_path)
+    assert (nothing.code, "is done" in nothing.out) == (0, True)
     content = json.loads((run_dir / "reproduce.json").read_text("utf-8"))
     _check_numbers(content, records)
     assert (run_dir / "reproduce.html").is_file()

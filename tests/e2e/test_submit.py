@@ -94,7 +94,10 @@ def test_the_launch_script_with_cluster_submits_and_says_what_is_wrong_before_it
     [
         (("pretrain", "--grid", "seed=0,1"), "--grid: expected submit sweep or finetune, got "),
         (("evaluate", "--grid", "seed=0,1"), "--grid: expected submit sweep or finetune, got "),
-        (("sweep", "--seeds", "0"), "--model, --tasks, --data, --seeds: expected submit evaluate"),
+        (("sweep", "--seeds", "0"), "--seeds: expected submit evaluate or reproduce, got submit"),
+        (("evaluate", "--scale", "tiny"), "--scale: expected submit reproduce, got submit"),
+        (("reproduce", "--model", "x"), "--model: expected submit evaluate, got submit reproduce"),
+        (("reproduce", "--preset", "fedbert"), "--preset: expected none with submit reproduce"),
         (("evaluate", "--tasks", "rtee"), "evaluation.tasks: expected one of bc2gm"),
         (("evaluate", "--model", "nowhere"), "--model: "),
         (("finetune", "method.name=lorra"), "method.name: expected one of full"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import submitit
 
-from fedpipe.checkpoint import Checkpoint, Position
+from fedpipe.checkpoint import Position
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CorpusError, LaunchError, TopologyError
 from fedpipe.launcher.external import RunRequest
@@ -49,11 +49,8 @@ def _conclude(job: Any, folder: Path, state: JobState = FAILED) -> tuple[int, li
 # -- attempts --------------------------------------------------------------------------------------
 
 
-def _at(*position: int) -> Checkpoint:
-    round_id, step = position
-    return Checkpoint(
-        path=Path(), position=Position(round_id=round_id, step=step), metrics_offset=0
-    )
+def _at(round_id: int, step: int) -> Position:
+    return Position(round_id=round_id, step=step)
 
 
 def test_a_job_may_start_three_times_from_one_place_and_as_often_as_it_gets_on(
@@ -70,10 +67,10 @@ def test_a_job_may_start_three_times_from_one_place_and_as_often_as_it_gets_on(
 
 def test_a_torn_line_of_an_attempt_stops_nobody(tmp_path: Path) -> None:
     for _ in range(2):
-        note_attempt(tmp_path, None, job_id="4711")
+        note_attempt(tmp_path, Position(), job_id="4711")
     with open(tmp_path / "logs" / "attempts.jsonl", "a") as file:
         file.write('{"job": "47\n')
-    note_attempt(tmp_path, None, job_id="4711")
+    note_attempt(tmp_path, Position(), job_id="4711")
 
 
 def test_a_rank_takes_one_of_the_gpus_that_are_the_jobs_own() -> None:

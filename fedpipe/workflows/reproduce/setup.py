@@ -77,8 +77,18 @@ class Reproduction:
         """Return the folder of a model."""
         return self.directory / MODELS / run.model_name(round_id)
 
+    def write(self) -> None:
+        """Write reproduce.yaml and each run's config.yaml.
 
-def set_up_reproduction(
+        Raises:
+            FedPipeError: The directory cannot be written to.
+        """
+        check_writable(self.directory)
+        write_text(self.directory / SETTINGS_FILE, load.dump_config(self.config))
+        write_configs([run.cell for run in self.runs])
+
+
+def plan_reproduction(
     experiment: str,
     scale: str | None,
     overrides: Sequence[str],
@@ -87,7 +97,7 @@ def set_up_reproduction(
     data: str | None,
     seeds: tuple[int, ...] | None,
 ) -> Reproduction:
-    """Resolve and check every run, then write reproduce.yaml and each run's config.yaml.
+    """Resolve and check every run; write nothing.
 
     Args:
         experiment: One of ``EXPERIMENTS``.
@@ -98,7 +108,7 @@ def set_up_reproduction(
         seeds: Of pre-training, or None likewise.
 
     Returns:
-        The reproduction; nothing has been started.
+        The reproduction.
 
     Raises:
         FedPipeError: Anything a user can get wrong.
@@ -126,9 +136,6 @@ def set_up_reproduction(
         for seed in config.reproduce.seeds
         for variant in variants
     )
-    check_writable(directory)
-    write_text(path, load.dump_config(config))
-    write_configs([run.cell for run in runs])
     return Reproduction(directory=directory, config=config, variants=variants, runs=runs)
 
 
