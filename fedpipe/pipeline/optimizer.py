@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,32 +14,27 @@ from fedpipe.models.stage import trainable
 
 def build_optimizer(stage: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Return the optimizer of a stage; see ``make_optimizer``."""
-    return make_optimizer(trainable(stage), config)
+    return make_optimizer(trainable(stage).values(), config)
 
 
 def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """Adam, AdamW or SGD, fused; no decay on biases and LayerNorms (Devlin et al. 2019).
+    """Adam, AdamW or SGD, fused; no decay on biases and norms (Devlin et al. 2019).
 
     torch's own: DeepSpeed's Adam is compiled at first use, which takes minutes and a compiler.
 
     Args:
-        parameters: By full name.
+        parameters: What is trained. Vectors are biases or of a norm, in every family.
         config: Which one.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in parameters.items():
-        lowered = name.lower()
-        exempt = name.endswith("bias") or "layernorm" in lowered or "layer_norm" in lowered
-        (plain if exempt else decayed).append(parameter)
+    trained = list(parameters)
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     betas = (config.betas[0], config.betas[1])
-    fused = all(p.dtype == torch.float32 for p in parameters.values())
+    fused = all(p.dtype == torch.float32 for p in trained)
     groups = [g for g in groups if g["params"]]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, fused=fused)

@@ -11,7 +11,7 @@ from fedpipe.config.schema import OptimizerConfig, PipelineConfig
 from fedpipe.models.families import hf_config
 from fedpipe.models.split import stage_specs
 from fedpipe.models.stage import Stage, build_stage
-from fedpipe.pipeline.optimizer import build_optimizer, clip_, learning_rate
+from fedpipe.pipeline.optimizer import build_optimizer, clip_, learning_rate, make_optimizer
 
 TOTAL = 100
 
@@ -84,6 +84,18 @@ def test_biases_and_layer_norms_do_not_decay(name: str, family: str) -> None:
     for parameter_name, parameter in parameters.items():
         plain = parameter.dim() == 1
         assert decay[id(parameter)] == (0.0 if plain else 0.3), parameter_name
+
+
+def test_norms_that_are_not_called_so_do_not_decay() -> None:
+    from transformers import GPT2Config, GPT2Model
+
+    model = GPT2Model(GPT2Config(vocab_size=31, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    decayed, plain = make_optimizer(model.parameters(), OptimizerConfig()).param_groups
+    assert plain["weight_decay"] == 0.0 < decayed["weight_decay"]
+    found = {id(p) for p in plain["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in found}
+    assert {"h.0.ln_1.weight", "ln_f.weight", "h.0.mlp.c_fc.bias"} <= names
+    assert not any(name.endswith(("wte.weight", "c_fc.weight")) for name in names)
 
 
 def test_adamw_and_adam_differ_in_how_they_decay() -> None:

@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from fedpipe.config.schema import OptimizerConfig
 from fedpipe.data.tasks.encoding import IGNORED, Encoded, collate
 from fedpipe.distributed.device import autocast, to_device
 from fedpipe.errors import CheckpointError
+from fedpipe.pipeline.optimizer import make_optimizer
 
 # N = sequences of a split, B = sequences of a batch, T = tokens of its longest one, C = classes
 
@@ -115,7 +117,13 @@ def train(
     lengths = data.lengths()[chosen]
     num_epochs, batch_size = int(settings["num_epochs"]), int(settings["batch_size"])
     num_steps = num_epochs * math.ceil(len(chosen) / batch_size)
-    optimizer = _optimizer(model, settings)
+    optimizer = make_optimizer(
+        [p for p in model.parameters() if p.requires_grad],
+        OptimizerConfig(
+            lr=settings["learning_rate"], weight_decay=settings["weight_decay"],
+            betas=(0.9, 0.999), eps=1e-8,
+        ),
+    )  # fmt: skip
     warmup = max(1, round(settings["warmup_ratio"] * num_steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (num_steps - step) / num_steps)
@@ -222,16 +230,6 @@ def batches(
         found += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
     for index in rng.permutation(len(found)):
         yield found[index]
-
-
-def _optimizer(model: torch.nn.Module, settings: dict[str, Any]) -> torch.optim.AdamW:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    # Biases and the weights of LayerNorms are vectors.
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings["weight_decay"]},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings["learning_rate"], betas=(0.9, 0.999), eps=1e-8)
 
 
 def _loss(

@@ -96,7 +96,7 @@ class Tuner:
         """
         state = self._client_state(turn.client_id, last_round)
         self.synchronizer.begin_turn(state.get("kept"))
-        optimizer = make_optimizer(self.parameters, self.config.optimizer)
+        optimizer = make_optimizer(self.parameters.values(), self.config.optimizer)
         if "optimizer" in state:
             optimizer.load_state_dict(state["optimizer"])
         torch.manual_seed(stable_seed(self.config.seed, "turn", round_id, turn.client_id))
