@@ -64,6 +64,8 @@ def _run(
     run_dir: Path, cell: dict[str, Any], writer: MetricsWriter, *, device: str
 ) -> dict[str, Any]:
     started = time.monotonic()
+    if device != "cpu":
+        torch.cuda.set_device(device)
     task, settings = TASKS[cell["task"]], cell["settings"]
     labels = class_names(task, typed=settings["typed_entities"])
     splits = {path.stem: Encoded.load(path) for path in Path(cell["data_dir"]).glob("*.npz")}
