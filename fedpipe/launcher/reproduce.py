@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedpipe.config.reproduce import EXPERIMENTS
 from fedpipe.distributed.env import num_gpus
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
 from fedpipe.errors import LaunchError
@@ -242,7 +241,7 @@ def _write(plan: Reproduction, content: Content) -> None:
 def _repeat(plan: Reproduction) -> str:
     """What repeats it, from nothing."""
     return shlex.join(
-        ["fedpipe", "reproduce", EXPERIMENTS[0], "--scale", plan.config.reproduce.scale,
+        ["fedpipe", "reproduce", plan.experiment, "--scale", plan.config.reproduce.scale,
          "--run-dir", f"{plan.directory}-again", *_chosen(plan)]
     )  # fmt: skip
 
@@ -271,4 +270,4 @@ def _interrupted(plan: Reproduction | None) -> str:
 
 
 def _again(plan: Reproduction) -> str:
-    return shlex.join(["fedpipe", "reproduce", EXPERIMENTS[0], "--run-dir", str(plan.directory)])
+    return shlex.join(["fedpipe", "reproduce", plan.experiment, "--run-dir", str(plan.directory)])

@@ -44,10 +44,13 @@ from fedpipe.workflows.throughput import page
 from fedpipe.workflows.throughput.report import single_replica
 
 _OPTIONS = {
-    "evaluate": ("models", "tasks", "data", "seeds"),
-    "reproduce": ("scale", "data", "seeds"),
+    "models": ("--model", ("evaluate",)),
+    "tasks": ("--tasks", ("evaluate",)),
+    "data": ("--data", ("evaluate", "reproduce")),
+    "seeds": ("--seeds", ("evaluate", "reproduce")),
+    "scale": ("--scale", ("reproduce",)),
 }
-"""Fields that options set, by the task that has them."""
+"""Options by the field that they set, and the tasks that have them."""
 _ONE_TASK = Grid(num_stages=1, num_replicas=1, data_parallel_degree=1)
 
 Show = Callable[[str], None]
@@ -112,11 +115,11 @@ def submit_request(
 def _check_options(request: RunRequest, chosen: Mapping[str, Any]) -> None:
     """Refuse options of another task."""
     for field in chosen:
-        tasks = [task for task, fields in _OPTIONS.items() if field in fields]
+        option, tasks = _OPTIONS[field]
         if request.task not in tasks:
             raise ConfigError(
-                f"--{field.removesuffix('s') if field == 'models' else field}: expected submit "
-                f"{' or '.join(tasks)}, got submit {request.task}. Change the task."
+                f"{option}: expected submit {' or '.join(tasks)}, got submit {request.task}."
+                " Change the task."
             )
 
 
@@ -349,7 +352,7 @@ def reproduction(request: RunRequest, chosen: Mapping[str, Any]) -> Run:
         data=chosen.get("data"), seeds=chosen.get("seeds"),
     )  # fmt: skip
     grids = [Grid.from_config(run.cell.config) for run in plan.runs]
-    name = f"{EXPERIMENTS[0]}-{plan.config.reproduce.scale}"
+    name = f"{plan.experiment}-{plan.config.reproduce.scale}"
 
     def write() -> str:
         plan.write()

@@ -181,7 +181,7 @@ def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Con
         differences += _differences(scores, plan, source, num_draws=_num_draws(plan))
     environment = describe_environment()
     return {
-        "experiment": "fedbiobert",
+        "experiment": plan.experiment,
         "scale": plan.config.reproduce.scale,
         "seeds": list(plan.config.reproduce.seeds),
         "evaluation_seeds": list(plan.config.evaluation.seeds),

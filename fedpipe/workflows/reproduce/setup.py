@@ -54,6 +54,7 @@ class TrainingRun:
 class Reproduction:
     """All runs of a reproduction; every one has been checked."""
 
+    experiment: str
     directory: Path
     config: ReproductionConfig
     variants: tuple[Variant, ...]
@@ -136,7 +137,9 @@ def plan_reproduction(
         for seed in config.reproduce.seeds
         for variant in variants
     )
-    return Reproduction(directory=directory, config=config, variants=variants, runs=runs)
+    return Reproduction(
+        experiment=experiment, directory=directory, config=config, variants=variants, runs=runs
+    )
 
 
 def check_tasks(config: RunConfig) -> None:
