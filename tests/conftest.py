@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-HAS_GPU = Path("/dev/nvidiactl").exists()
+from fedpipe.distributed.env import num_gpus
+
+HAS_GPU = num_gpus({**os.environ, "DS_ACCELERATOR": "cuda"}) > 0
 if HAS_GPU:  # only tests/gpu is for it, and says so
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 TESTS = Path(__file__).parent
@@ -34,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = {
         # As root they can be installed, so that there the cluster's own error shows.
         "slurm": "" if shutil.which("sbatch") or os.geteuid() == 0 else NO_SLURM,
-        "gpu": "" if HAS_GPU else "there is no NVIDIA GPU",
+        "gpu": "" if HAS_GPU else "there is no NVIDIA GPU that torch may use",
     }
     for item in items:
         if not item.path.is_relative_to(TESTS):

@@ -91,8 +91,8 @@ def test_a_local_step_costs_what_the_plan_says_and_every_step_the_same(
             # layer's queries, keys and values.
             expected -= sequences * length * 3 * 2 * shape.hidden_size**2
         assert [flops for flops, *_ in steps] == [n * expected for n in range(1, STEPS + 1)]
-        # The last step posts no receives for another one.
         assert not any("_local_scalar_dense" in name for name in steps[-1][1]), "nobody waits"
+        # The last step posts no receives for another one.
         second, third, fourth = (Counter(operations) for _, operations, *_ in steps[1:4])
         assert third - second == fourth - third
         sent = 0 if spec.is_last else micro_batches

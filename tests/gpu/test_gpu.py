@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedpipe.distributed.env import num_gpus
 from fedpipe.metrics.writer import read_metrics
 from tests.helpers.cli import fedpipe
 from tests.helpers.runs import ONE_PROCESS, TINY
@@ -58,7 +60,7 @@ def test_stages_that_share_a_gpu_learn_what_they_learn_on_a_cpu(
 def test_stages_on_a_gpu_each_learn_what_they_learn_on_a_cpu(
     mode: tuple[str, ...], tmp_path: Path
 ) -> None:
-    if len(list(Path("/dev").glob("nvidia[0-9]*"))) < 2:
+    if num_gpus({**os.environ, **GPU}) < 2:
         pytest.skip("there is one GPU")
     expected = _losses(tmp_path, "cpu", *EXACT, *mode, environment=CPU)
     _assert_close(_losses(tmp_path, "gpu", *EXACT, *mode, environment=GPU), expected)

@@ -103,7 +103,9 @@ def test_a_narrow_wire_shrinks_activations_gradients_and_weights(wire: str, shar
         AT_HOME, f"pipeline.wire=[{wire}]", f"federation.wire={wire}"
     )  # fmt: skip
     for before, after in zip(wide.transfers, narrow.transfers, strict=True):
-        if before.nbytes and "float32" in before.form:
+        if before.when == "start":
+            continue
+        if before.nbytes and "positions" != before.what.split()[-1] and "int32" not in before.form:
             assert after.nbytes == pytest.approx(share * before.nbytes, rel=0.035), before.what
 
 
