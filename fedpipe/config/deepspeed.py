@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fedpipe.config.evaluation import Precision
 from fedpipe.config.schema import PipelineConfig, RunConfig
 from fedpipe.errors import ConfigError
 
@@ -124,6 +125,11 @@ def autocast_dtype(deepspeed: dict[str, Any]) -> str | None:
         ``"bfloat16"``, or None where everything is float32.
     """
     return "bfloat16" if deepspeed.get("torch_autocast", {}).get("enabled") else None
+
+
+def stage_precision(deepspeed: dict[str, Any]) -> Precision:
+    """Return the same as ``fedpipe.distributed.device.autocast`` takes it."""
+    return "bf16" if autocast_dtype(deepspeed) else "fp32"
 
 
 def _batch_keys(pipeline: PipelineConfig, data_parallel_degree: int) -> dict[str, int]:

@@ -7,6 +7,9 @@ from typing import Literal
 
 from fedpipe.config.require import require
 
+Precision = Literal["auto", "fp32", "bf16"]
+"""What a model computes in; its weights are always float32."""
+
 PACKAGED_TASKS = "packaged"
 """Value of ``evaluation.data``: the slice of NCBI-disease that fedpipe ships."""
 
@@ -44,7 +47,7 @@ class EvaluationConfig:
     """Dev and test examples each, drawn likewise; 0 means all."""
     typed_entities: bool = False
     """Keep the entity types of JNLPBA; by default they are mapped to one, as BioBERT does."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """auto is bf16 autocast on a GPU, fp32 on a CPU; weights and optimizer are always fp32."""
     num_draws: int = 1000
     """Bootstrap samples of the test set behind every 95 % interval."""

@@ -8,6 +8,7 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Literal, cast
 
+from fedpipe.config.evaluation import Precision
 from fedpipe.config.federation import FederationConfig
 from fedpipe.config.load import build, dump_config, lay_over
 from fedpipe.config.require import require
@@ -42,7 +43,7 @@ class BaseModelConfig:
     where that is not there a small RoBERTa with random weights."""
     random_weights: bool = False
     """Take only sizes and tokenizer from the folder: a baseline without pre-training."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """auto is bf16 autocast on a GPU, fp32 on a CPU; weights and optimizer are always fp32. With
     pipeline.cut, what deepspeed.config says."""
 

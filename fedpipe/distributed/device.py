@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor
+
+from fedpipe.config.evaluation import Precision
 
 
 def own_device(local_rank: int = 0) -> torch.device:
@@ -34,9 +35,7 @@ def own_device(local_rank: int = 0) -> torch.device:
 
 
 def identity(device: torch.device) -> str:
-    """Name the GPU, the same for every process that uses it; "" on a CPU."""
-    if device.type != "cuda":
-        return ""
+    """Name a GPU, the same for every process that uses it."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
@@ -53,8 +52,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)  # from other memory the host waits
 
 
-def autocast(device: torch.device, precision: Literal["auto", "fp32", "bf16"]) -> torch.autocast:
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Return the context of a model's forward pass.
+
+    DeepSpeed opens one around its own forward pass alone; a stage's head comes after that.
 
     Args:
         device: Where it computes.

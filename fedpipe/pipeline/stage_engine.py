@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +16,9 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from fedpipe.config.deepspeed import stage_precision
 from fedpipe.config.schema import PipelineConfig
-from fedpipe.distributed.device import Readout, finish, to_device
+from fedpipe.distributed.device import Readout, autocast, finish, to_device
 from fedpipe.models.stage import StageModule, trainable
 from fedpipe.pipeline import schedule as ops
 from fedpipe.pipeline.optimizer import clip_
@@ -142,7 +142,7 @@ class StageEngine:
             dist_init_required=False,
         )
         self.engine.enable_backward_allreduce = mpu.get_data_parallel_world_size() > 1 or self._zero
-        self._autocast = deepspeed_config.get("torch_autocast", {})
+        self._precision = stage_precision(deepspeed_config)
         self._before_step = before_step
         self._batches: dict[int, MicroBatch] = {}
         self._losses: list[Tensor] = []
@@ -295,7 +295,7 @@ class StageEngine:
         batch.outputs = self.engine(batch.inputs, batch.targets[0])
         if self.links.home_out is not None:
             assert batch.outputs is not None
-            with self._precision():
+            with autocast(self.device, self._precision):
                 batch.masked = self.stage.masked(batch.outputs, batch.targets[0])
 
     def _send_activation(self, cmd: ops.SendActivation) -> None:
@@ -387,7 +387,7 @@ class StageEngine:
         batch = self._batches.pop(cmd.micro_batch)
         if self.spec.has_head:
             assert batch.outputs is not None and batch.targets is not None
-            with self._precision():
+            with autocast(self.device, self._precision):
                 self._losses.append(self.stage.score(batch.outputs, batch.targets))
 
     _INSTRUCTION_MAP: dict[type[ops.Instruction], Callable[..., None]] = {
@@ -409,15 +409,8 @@ class StageEngine:
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         assert batch.outputs is not None and batch.targets is not None
-        with self._precision():
+        with autocast(self.device, self._precision):
             return self.stage.loss(batch.outputs, batch.targets)
-
-    def _precision(self) -> Any:
-        """The head's precision: DeepSpeed applies autocast around ``forward`` only."""
-        if not self._autocast.get("enabled"):
-            return nullcontext()
-        dtype = getattr(torch, self._autocast.get("dtype", "bfloat16"))
-        return torch.autocast(self.device.type, dtype=dtype)
 
     def _set_boundary(self, micro_batch: int) -> None:
         last = micro_batch == self._pipeline.num_micro_batches - 1

@@ -21,8 +21,9 @@ from deepspeed.runtime.pipe import schedule as stock_ops
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from fedpipe.config.deepspeed import stage_precision
 from fedpipe.config.schema import RunConfig
-from fedpipe.distributed.device import finish
+from fedpipe.distributed.device import autocast, finish
 from fedpipe.models.split import StageSpec
 from fedpipe.models.stage import Stage, build_stage
 from fedpipe.pipeline.optimizer import build_optimizer
@@ -91,7 +92,7 @@ class StockPipeline:
         self.spec, self.device, self.trace = specs[stage_id], device, Trace()
         self.num_micro_batches = config.pipeline.num_micro_batches
         self.sent_forward_bytes = self.sent_backward_bytes = 0
-        self._autocast = deepspeed_config.get("torch_autocast", {})
+        self._precision = stage_precision(deepspeed_config)
         module = PipelineModule(
             [LayerSpec(StockStage, spec, hf_config, config) for spec in specs],
             num_stages=len(specs),
@@ -156,10 +157,7 @@ class StockPipeline:
                     yield None, targets[(step - steps.start) * size + micro_batch]
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        # As in StageEngine: DeepSpeed applies autocast around ``forward`` only.
-        enabled = bool(self._autocast.get("enabled"))
-        dtype = getattr(torch, self._autocast.get("dtype", "bfloat16").removeprefix("torch."))
-        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+        with autocast(self.device, self._precision):
             return self.stage.loss(outputs, targets)
 
     # -- observation -------------------------------------------------------------------------

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
+from fedpipe.config.deepspeed import deepspeed_config, stage_precision
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.tokenizer import tokenizer_info
-from fedpipe.distributed.device import finish, own_device
+from fedpipe.distributed.device import autocast, finish, own_device
 from fedpipe.models.families import hf_config
 from fedpipe.models.split import StageSpec, stage_specs
 from fedpipe.models.stage import Stage, build_stage
@@ -101,8 +101,7 @@ class _TimedStage:
             compiled=config.pipeline.compile, padded_after=config.data.padded_after,
         )[0].to(self._device).train()  # fmt: skip
         self._optimizer = build_optimizer(self._stage, config.optimizer)
-        autocast = autocast_dtype(deepspeed_config(config))
-        self._dtype = getattr(torch, autocast) if autocast else None
+        self._precision = stage_precision(deepspeed_config(config))
         batch, length = config.pipeline.micro_batch_size, config.data.num_positions
         scored = config.data.num_scored
         generator = torch.Generator().manual_seed(0)
@@ -123,10 +122,10 @@ class _TimedStage:
         spec = self._stage.spec
         inputs = self._inputs.clone().requires_grad_(spec.sends_grad)
         times = [self._now()]
-        with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None):
+        with autocast(self._device, self._precision):
             outputs: Tensor = self._stage(inputs)
         times.append(self._now())
-        with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None):
+        with autocast(self._device, self._precision):
             if spec.has_head:
                 result = self._stage.loss(outputs, self._targets)
             elif spec.home_head is not None:
