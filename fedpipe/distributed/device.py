@@ -6,14 +6,20 @@ idle meanwhile. On a CPU all of this is done when the call returns.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
 
 from fedpipe.config.evaluation import Precision
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt (malloc.h)."""
+_LARGEST_MMAP_THRESHOLD = 32 << 20
+"""The most that glibc takes: DEFAULT_MMAP_THRESHOLD_MAX."""
 
 
 def own_device(local_rank: int = 0) -> torch.device:
@@ -31,7 +37,23 @@ def own_device(local_rank: int = 0) -> torch.device:
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu":
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device())
+    _keep_freed_memory()
     return torch.device("cpu")
+
+
+def _keep_freed_memory() -> None:
+    """Let a step reuse the memory of the last one, unless ``MALLOC_*`` says how malloc is to work.
+
+    A step frees all its activations. glibc returns them to the kernel, which clears every page
+    again that the next step touches: up to a tenth of a small model's time, and most of its page
+    faults. A process keeps what it needed at its peak, as on a GPU.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_TRIM_THRESHOLD, -1)
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
 
 
 def identity(device: torch.device) -> str:

@@ -143,7 +143,7 @@ def run_cells(
         pending,
         parallel=min(parallel, gpus) if gpus else parallel,
         logs=plan.directory / "logs",
-        start=lambda name, slot, log: _Process(cells[name], slot, log, gpus=gpus),
+        start=lambda name, slot, log: _Process(cells[name], slot, log),
         gather=gather,
         outcome=lambda name: outcome_text(cells[name].result() or {}),
         console=console,
@@ -166,7 +166,7 @@ def run_one(run_dir: str) -> int:
     """
     from fedpipe.workflows.evaluate.cell import run_cell
 
-    result = run_cell(Path(run_dir), device="cuda:0" if num_gpus() else "cpu")
+    result = run_cell(Path(run_dir))
     sys.stdout.write(f"{outcome_text(result)}\n")
     return 0
 
@@ -174,13 +174,12 @@ def run_one(run_dir: str) -> int:
 class _Process:
     """A cell, forked from the server that has imported torch and transformers."""
 
-    def __init__(self, cell: Cell, slot: Slot, log: Path, *, gpus: int) -> None:
+    def __init__(self, cell: Cell, slot: Slot, log: Path) -> None:
         """Start it."""
-        device = f"cuda:{slot.index % gpus}" if gpus else "cpu"
         self._process = fork_server(PRELOAD).Process(
             target=_work, daemon=True,
             args=(
-                str(cell.run_dir), str(log.absolute()), device, slot.cores,
+                str(cell.run_dir), str(log.absolute()), slot.index, slot.cores,
                 num_threads(len(slot.cores)),
             ),
         )  # fmt: skip
@@ -203,7 +202,7 @@ class _Process:
         return self.code is not None
 
 
-def _work(run_dir: str, log: str, device: str, cores: frozenset[int], threads: int) -> None:
+def _work(run_dir: str, log: str, index: int, cores: frozenset[int], threads: int) -> None:
     """Run a cell in this process, which ends with it; what it says goes to its log."""
     os.setsid()
     for number in STOP_SIGNALS:
@@ -217,7 +216,7 @@ def _work(run_dir: str, log: str, device: str, cores: frozenset[int], threads: i
 
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(threads)
-        run_cell(Path(run_dir), device=device)
+        run_cell(Path(run_dir), local_rank=index)
 
 
 class _Progress:

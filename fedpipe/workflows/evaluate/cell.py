@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fedpipe.checkpoint import write_atomically
 from fedpipe.data.tasks.encoding import IGNORED, Encoded, load_tokenizer
 from fedpipe.data.tasks.registry import TASKS, Task, tag_names
+from fedpipe.distributed.device import own_device
 from fedpipe.metrics.scoring import METRICS
 from fedpipe.metrics.writer import METRICS_FILE, MetricsWriter, finite
 from fedpipe.workflows.evaluate.setup import CELL_FILE, RESULT_FILE
@@ -33,7 +34,7 @@ _ALSO = {"ner": ("entity_precision", "entity_recall")}
 """Metrics that are written down but not shown in the table."""
 
 
-def run_cell(run_dir: Path, *, device: str = "cpu") -> dict[str, Any]:
+def run_cell(run_dir: Path, *, local_rank: int = 0) -> dict[str, Any]:
     """Fine-tune and score one model on one task with one seed.
 
     Writes metrics.jsonl as it goes, then predictions.jsonl.gz, statistics.npz and, last of all,
@@ -41,7 +42,7 @@ def run_cell(run_dir: Path, *, device: str = "cpu") -> dict[str, Any]:
 
     Args:
         run_dir: Folder of the cell, with its cell.json.
-        device: Where to compute.
+        local_rank: Of this process on its node; each takes its own GPU, if there are any.
 
     Returns:
         The content of result.json.
@@ -55,25 +56,21 @@ def run_cell(run_dir: Path, *, device: str = "cpu") -> dict[str, Any]:
             (run_dir / name).unlink(missing_ok=True)
         writer = MetricsWriter(run_dir, tensorboard=False)
         try:
-            return _run(run_dir, cell, writer, device=device)
+            return _run(run_dir, cell, writer, device=own_device(local_rank))
         finally:
             writer.close()
 
 
 def _run(
-    run_dir: Path, cell: dict[str, Any], writer: MetricsWriter, *, device: str
+    run_dir: Path, cell: dict[str, Any], writer: MetricsWriter, *, device: torch.device
 ) -> dict[str, Any]:
     started = time.monotonic()
-    if device != "cpu":
-        torch.cuda.set_device(device)
     task, settings = TASKS[cell["task"]], cell["settings"]
     labels = class_names(task, typed=settings["typed_entities"])
     splits = {path.stem: Encoded.load(path) for path in Path(cell["data_dir"]).glob("*.npz")}
     pad_id = int(load_tokenizer(cell["model_path"]).pad_token_id)
     torch.manual_seed(cell["seed"])
-    model = load_model(
-        cell["model_path"], kind=task.kind, labels=labels, device=torch.device(device)
-    )
+    model = load_model(cell["model_path"], kind=task.kind, labels=labels, device=device)
 
     def judge(split: Encoded) -> tuple[list[Any], list[Any], NDArray[np.int32]]:
         sequences = drawn(split, settings["max_test_examples"])
@@ -112,11 +109,15 @@ def _run(
         "num_train": train_examples, "num_test": sizes, "settings": settings,
         "gold_digest": gold_digest(rows),
         "seconds": time.monotonic() - started, "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device != "cpu" else platform.machine(),
+        "device": _name(device),
         "host": socket.gethostname(),
     }  # fmt: skip
     _write(run_dir, result, statistics, rows)
     return result
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def class_names(task: Task, *, typed: bool) -> tuple[str, ...]:
