@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import io
 import json
-import platform
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from fedpipe.checkpoint import write_atomically
 from fedpipe.data.tasks.encoding import IGNORED, Encoded, load_tokenizer
 from fedpipe.data.tasks.registry import TASKS, Task, tag_names
-from fedpipe.distributed.device import own_device
+from fedpipe.distributed.device import device_name, own_device
 from fedpipe.metrics.scoring import METRICS
 from fedpipe.metrics.writer import METRICS_FILE, MetricsWriter, finite
 from fedpipe.workflows.evaluate.setup import CELL_FILE, RESULT_FILE
@@ -109,15 +108,10 @@ def _run(
         "num_train": train_examples, "num_test": sizes, "settings": settings,
         "gold_digest": gold_digest(rows),
         "seconds": time.monotonic() - started, "threads": torch.get_num_threads(),
-        "device": _name(device),
-        "host": socket.gethostname(),
+        "device": device_name(device), "host": socket.gethostname(),
     }  # fmt: skip
     _write(run_dir, result, statistics, rows)
     return result
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def class_names(task: Task, *, typed: bool) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.distributed.comm import Comm
+from fedpipe.distributed.device import device_name
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.models.split import Edge, pipeline_edges
@@ -279,7 +280,7 @@ def _measure(
         peak_memory_bytes={name: [part[2][name] for part in gathered] for name in names},
         matmul_flops_per_s=[part[3] for part in gathered if part[3]],
         vocab_size=vocab_size,
-        device=_device_name(comm.device),
+        device=device_name(comm.device),
         threads_per_process=torch.get_num_threads(),
     )
 
@@ -329,7 +330,3 @@ def _by_stage(
         ]
         for name in parts[0]
     }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
