@@ -23,7 +23,7 @@ _LARGEST_MMAP_THRESHOLD = 32 << 20
 
 
 def own_device(local_rank: int = 0) -> torch.device:
-    """Return the device of a process, made torch's current one.
+    """Return the device of a process, made torch's current one; on a CPU it keeps freed memory.
 
     Args:
         local_rank: Of the process on its node; each takes its own GPU.
