@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import BertConfig, PretrainedConfig, RobertaConfig
+from transformers import PretrainedConfig
 
 from fedpipe.config.model_shape import ModelShape
 from fedpipe.errors import ConfigError
@@ -53,11 +53,11 @@ class Family:
 
 FAMILIES = {
     "roberta": Family(
-        "roberta", "lm_head", RobertaConfig,
+        "roberta", "lm_head", roberta.RobertaConfig,
         roberta.RobertaEmbeddings, roberta.RobertaLayer, roberta.RobertaLMHead,
     ),
     "bert": Family(
-        "bert", "cls.predictions", BertConfig,
+        "bert", "cls.predictions", bert.BertConfig,
         bert.BertEmbeddings, bert.BertLayer, bert.BertLMPredictionHead,
     ),
 }  # fmt: skip
