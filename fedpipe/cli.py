@@ -120,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name == "reproduce":
             options.add_reproduction(command)
+        elif name == "evaluate":
+            command.add_argument("--config", metavar="FILE", help="YAML with a section evaluation")
         else:
             studies = tuning if name == "finetune" else presets
             command.add_argument("--preset", metavar="NAME", help=studies)
@@ -270,7 +272,6 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.config,
         args.overrides,
         args.run_dir,
-        preset=args.preset,
         chosen=_chosen(args),
         parallel=args.parallel,
     )

@@ -57,7 +57,6 @@ def evaluate(
     overrides: Sequence[str],
     run_dir: str | None,
     *,
-    preset: str | None = None,
     chosen: Mapping[str, Any] | None = None,
     parallel: int = 1,
 ) -> int:
@@ -67,7 +66,6 @@ def evaluate(
         config_path: YAML, or None.
         overrides: ``section.key=value``.
         run_dir: Directory of the evaluation, or None.
-        preset: What the YAML is laid over, or None.
         chosen: Fields of ``EvaluationConfig`` that options set.
         parallel: Cells at a time; they share the cores, on a GPU each has one.
 
@@ -83,9 +81,7 @@ def evaluate(
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
     signals = Signals()
     plan: Evaluation | None = None
-    config, directory = read_evaluation(
-        config_path, overrides, run_dir, preset=preset, chosen=dict(chosen or {})
-    )
+    config, directory = read_evaluation(config_path, overrides, run_dir, chosen=dict(chosen or {}))
     command = again("evaluate", directory, parallel=parallel)
     try:
         with signals.caught():

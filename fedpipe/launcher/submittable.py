@@ -231,10 +231,14 @@ def evaluation_array(request: RunRequest, chosen: Mapping[str, Any], *, show: Sh
     Raises:
         FedPipeError: What the user can mend.
     """
+    if request.preset:
+        raise ConfigError(
+            f"--preset: expected none with submit evaluate, got {request.preset}. A preset says how"
+            " to pre-train; --model names what is evaluated."
+        )
     config, directory = read_evaluation(
-        request.config_path, request.overrides, request.run_dir, preset=request.preset,
-        chosen=dict(chosen),
-    )  # fmt: skip
+        request.config_path, request.overrides, request.run_dir, chosen=dict(chosen)
+    )
     plan = set_up_evaluation(config, directory, notify=show)
     cells = {cell.name: cell for cell in plan.cells}
 

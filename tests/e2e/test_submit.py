@@ -98,6 +98,7 @@ def test_the_launch_script_with_cluster_submits_and_says_what_is_wrong_before_it
         (("evaluate", "--scale", "tiny"), "--scale: expected submit reproduce, got submit"),
         (("reproduce", "--model", "x"), "--model: expected submit evaluate, got submit reproduce"),
         (("reproduce", "--preset", "fedbert"), "--preset: expected none with submit reproduce"),
+        (("evaluate", "--preset", "fedbert"), "--preset: expected none with submit evaluate"),
         (("evaluate", "--tasks", "rtee"), "evaluation.tasks: expected one of bc2gm"),
         (("evaluate", "--model", "nowhere"), "--model: "),
         (("finetune", "method.name=lorra"), "method.name: expected one of full"),

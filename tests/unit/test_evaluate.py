@@ -339,6 +339,7 @@ BAD_LINES = [
     (["--seeds", "0,x"], "--seeds: expected whole numbers, got '0,x'"),
     (["--seeds", "1,1"], "evaluation.seeds: expected every value once"),
     (["--parallel", "0"], "--parallel: expected 1 or more, got 0"),
+    (["--preset", "fedbert"], "command line: unknown argument '--preset'"),
     (["evaluation.learning_rates=1"], "Did you mean evaluation.learning_rate?"),
     (["--compare", "a", "b"], "--compare: expected the directory of an evaluation, got 'a'"),
 ]

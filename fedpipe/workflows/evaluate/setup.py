@@ -99,7 +99,6 @@ def read_evaluation(
     overrides: Sequence[str],
     run_dir: str | None,
     *,
-    preset: str | None = None,
     chosen: dict[str, Any] | None = None,
 ) -> tuple[RunConfig, Path]:
     """Find the configuration and the directory; writes nothing.
@@ -108,15 +107,14 @@ def read_evaluation(
         config_path: YAML, or None for that of the evaluation in the directory.
         overrides: ``section.key=value``.
         run_dir: Directory, or None for ``runs/NAME-evaluation``.
-        preset: What the YAML is laid over, or None.
         chosen: Fields of ``EvaluationConfig`` that options set.
 
     Raises:
         FedPipeError: The configuration is wrong, or something else lies in the directory.
     """
     saved = os.path.join(run_dir, EVALUATION_FILE) if run_dir else ""
-    base = saved if not (config_path or preset) and os.path.isfile(saved) else config_path
-    config = load.load_config(base, overrides, preset=preset)
+    base = saved if not config_path and os.path.isfile(saved) else config_path
+    config = load.load_config(base, overrides)
     if chosen:
         config = replace(config, evaluation=replace(config.evaluation, **chosen))
     directory = Path(run_dir or f"runs/{config.name}-evaluation")
