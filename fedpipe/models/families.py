@@ -51,6 +51,8 @@ class Family:
         return f"{self.head_path}.decoder.weight"
 
 
+# The configurations are those that the modeling modules have imported: asked of transformers
+# itself, 5.x would import scikit-learn with them.
 FAMILIES = {
     "roberta": Family(
         "roberta", "lm_head", roberta.RobertaConfig,
