@@ -33,7 +33,7 @@ from fedpipe.models.lower import LowerLayers
 from fedpipe.models.peft import METHODS, attach, trainable
 from fedpipe.models.tuned import base_config, build_model
 from fedpipe.workflows.finetune.recall import Recall
-from fedpipe.workflows.finetune.tuner import task_loss
+from fedpipe.workflows.labelled import task_loss
 
 PUBLISHED = {
     "full": 1693.0, "houlsby": 464.1, "pfeiffer": 445.0, "parallel": 560.875,

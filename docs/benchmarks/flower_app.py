@@ -34,7 +34,8 @@ from fedpipe.federation.turns import batches, num_tuning_steps
 from fedpipe.models.families import stable_seed
 from fedpipe.models.peft import trainable
 from fedpipe.workflows.finetune.examples import DATA, TuningData
-from fedpipe.workflows.finetune.tuner import attach_seeded, build_tuned, task_loss
+from fedpipe.workflows.finetune.tuner import attach_seeded, build_tuned
+from fedpipe.workflows.labelled import task_loss
 
 
 class Worker(NamedTuple):

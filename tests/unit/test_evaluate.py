@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedpipe.cli import main
 from fedpipe.config.load import from_dict
@@ -317,6 +318,20 @@ def test_a_tokenizer_that_does_not_say_how_far_it_goes_is_the_models_fault(
     (model / "tokenizer_config.json").write_text('{"model_max_length": 1', encoding="utf-8")
     with pytest.raises(CheckpointError, match="^--model: expected a JSON object in .*tokenizer_c"):
         set_up(home, tmp_path / "run", models=[str(model)])
+
+
+def test_a_decoder_whose_configuration_names_no_pad_token_is_scored_on_sentences(
+    home: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(home / "models/one", tmp_path / "gpt2")  # for its tokenizer
+    words = json.loads((home / "models/one/config.json").read_text())["vocab_size"]
+    config = GPT2Config(vocab_size=words, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    evaluation = set_up(
+        home, tmp_path / "run", models=[str(tmp_path / "gpt2")], tasks=["rte"], num_epochs=1
+    )
+    content = run(evaluation)
+    assert table(content).rows[0][3] == "1", table(content)
 
 
 def test_a_model_that_transformers_cannot_read_fails_its_cell_only(

@@ -69,7 +69,9 @@ def _run(
     splits = {path.stem: Encoded.load(path) for path in Path(cell["data_dir"]).glob("*.npz")}
     pad_id = int(load_tokenizer(cell["model_path"]).pad_token_id)
     torch.manual_seed(cell["seed"])
-    model = load_model(cell["model_path"], kind=task.kind, labels=labels, device=device)
+    model = load_model(
+        cell["model_path"], kind=task.kind, labels=labels, pad_id=pad_id, device=device
+    )
 
     def judge(split: Encoded) -> tuple[list[Any], list[Any], NDArray[np.int32]]:
         sequences = drawn(split, settings["max_test_examples"])

@@ -20,10 +20,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from fedpipe.config.schema import OptimizerConfig
-from fedpipe.data.tasks.encoding import IGNORED, Encoded, collate
-from fedpipe.distributed.device import autocast, to_device
+from fedpipe.data.tasks.encoding import IGNORED, Encoded
+from fedpipe.distributed.device import autocast
 from fedpipe.errors import CheckpointError
 from fedpipe.pipeline.optimizer import make_optimizer
+from fedpipe.workflows.labelled import labelled_batch, task_loss
 
 # N = sequences of a split, B = sequences of a batch, T = tokens of its longest one, C = classes
 
@@ -50,7 +51,7 @@ Note = Callable[[dict[str, Any]], None]
 
 
 def load_model(
-    folder: str, *, kind: str, labels: Sequence[str], device: torch.device
+    folder: str, *, kind: str, labels: Sequence[str], pad_id: int, device: torch.device
 ) -> torch.nn.Module:
     """Read an encoder and put a new head on it, drawn from torch's generator.
 
@@ -58,6 +59,7 @@ def load_model(
         folder: Hugging Face folder.
         kind: Of the task.
         labels: Names of the classes or tags; empty for a regression.
+        pad_id: Of its tokenizer, for a model that does not know one (decoders).
         device: Where it is to be.
 
     Returns:
@@ -81,6 +83,8 @@ def load_model(
             f"--model: expected an encoder that transformers reads with a head for {kind}, got "
             f"{' '.join(str(error).split())[:200]} from {folder}. Use a BERT-like model."
         ) from error
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_id
     result: torch.nn.Module = model.to(device)
     return result
 
@@ -128,13 +132,16 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (num_steps - step) / num_steps)
     )
-    every = max(1, num_steps // 50)
+    device, every = _device(model), max(1, num_steps // 50)
     step, scores, best = 0, [], (-math.inf, 0)
     kept: dict[str, Tensor] = {}
     for epoch in range(1, num_epochs + 1):
         model.train()
         for batch in batches(lengths, batch_size=batch_size, rng=rng):
-            loss = _loss(model, data, chosen[batch], kind=kind, pad_id=pad_id, settings=settings)
+            inputs, labels = labelled_batch(
+                data, chosen[batch], kind=kind, pad_id=pad_id, device=device
+            )
+            loss = task_loss(_logits(model, inputs, settings), labels, kind=kind)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             limit = settings["max_grad_norm"] or math.inf
@@ -184,11 +191,12 @@ def predict(
     model.eval()
     order = np.argsort(data.lengths()[sequences], kind="stable")
     found: list[NDArray[Any]] = [np.empty(0)] * len(sequences)
+    device = _device(model)
     with torch.inference_mode():
         for start in range(0, len(order), _EVAL_BATCH):
             part = order[start : start + _EVAL_BATCH]
-            inputs, labels = _batch(
-                data, sequences[part], kind=kind, pad_id=pad_id, device=_device(model)
+            inputs, labels = labelled_batch(
+                data, sequences[part], kind=kind, pad_id=pad_id, device=device
             )
             logits = _logits(model, inputs, settings)
             values = logits[..., 0] if kind == "regression" else logits.argmax(-1)
@@ -232,42 +240,11 @@ def batches(
         yield found[index]
 
 
-def _loss(
-    model: torch.nn.Module,
-    data: Encoded,
-    sequences: NDArray[np.int64],
-    *,
-    kind: str,
-    pad_id: int,
-    settings: dict[str, Any],
-) -> Tensor:
-    inputs, labels = _batch(data, sequences, kind=kind, pad_id=pad_id, device=_device(model))
-    logits = _logits(model, inputs, settings)
-    if kind == "regression":
-        return torch.nn.functional.mse_loss(logits[:, 0], labels.float())
-    flat = logits.reshape(-1, logits.shape[-1])
-    return torch.nn.functional.cross_entropy(flat, labels.reshape(-1).long(), ignore_index=IGNORED)
-
-
 def _logits(model: torch.nn.Module, inputs: dict[str, Tensor], settings: dict[str, Any]) -> Tensor:
     """Return (B, C), or (B, T, C) of a NER task, in float32."""
     with autocast(inputs["input_ids"].device, settings["precision"]):
         logits: Tensor = model(**inputs).logits
     return logits.float()
-
-
-def _batch(
-    data: Encoded,
-    sequences: NDArray[np.int64],
-    *,
-    kind: str,
-    pad_id: int,
-    device: torch.device,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Pad sequences to the longest one: ids, types, mask (B, T); labels (B, T) or (B,)."""
-    inputs, labels = collate(data, sequences, pad_id=pad_id, kind=kind)
-    tensors = {name: to_device(torch.from_numpy(array), device) for name, array in inputs.items()}
-    return tensors, to_device(torch.from_numpy(labels), device)
 
 
 def _device(model: torch.nn.Module) -> torch.device:

@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from fedpipe.checkpoint import CLIENTS, Checkpoint, CheckpointWriter, client_file
 from fedpipe.config.finetune import FinetuneConfig
-from fedpipe.data.tasks.encoding import IGNORED, Encoded, collate
+from fedpipe.data.tasks.encoding import IGNORED, Encoded
 from fedpipe.distributed.comm import Comm
-from fedpipe.distributed.device import autocast, to_device
+from fedpipe.distributed.device import autocast
 from fedpipe.federation.lora import ProductAverage
 from fedpipe.federation.synchronizer import Synchronizer, restore
 from fedpipe.federation.turns import TuningTurn, batches
@@ -32,6 +32,7 @@ from fedpipe.workflows.finetune.examples import Meaning, TuningData
 from fedpipe.workflows.finetune.recall import Recall
 from fedpipe.workflows.finetune.scores import Scores, StageLosses, statistics
 from fedpipe.workflows.finetune.setup import UNTRAINED, load_model_config, load_tuning_tokenizer
+from fedpipe.workflows.labelled import labelled_batch, task_loss
 
 WEIGHTS_FILE = "weights.safetensors"
 SERVER_FILE = "server.pt"
@@ -130,15 +131,16 @@ class Tuner:
 
     def _forward(self, split: Encoded, sequences: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         meaning = self.data.meaning
-        inputs, labels = collate(split, sequences, pad_id=meaning.pad_id, kind=meaning.kind)
         device = self._comm.device
-        tensors = {n: to_device(torch.from_numpy(array), device) for n, array in inputs.items()}
+        inputs, labels = labelled_batch(
+            split, sequences, kind=meaning.kind, pad_id=meaning.pad_id, device=device
+        )
         with (
             autocast(device, self.config.model.precision),
-            self._lower_layers(split, sequences, tensors),
+            self._lower_layers(split, sequences, inputs),
         ):
-            logits: Tensor = self.model(**tensors).logits
-        return logits.float(), to_device(torch.from_numpy(labels), device)
+            logits: Tensor = self.model(**inputs).logits
+        return logits.float(), labels
 
     def _lower_layers(
         self, split: Encoded, sequences: NDArray[np.int64], inputs: dict[str, Tensor]
@@ -280,16 +282,6 @@ def attach_seeded(model: Any, config: FinetuneConfig, meaning: Meaning) -> Any:
     if config.method.path:
         load_adapter(model, Path(config.method.path), config.method, split=split)
     return counts
-
-
-def task_loss(logits: Tensor, labels: Tensor, *, kind: str) -> Tensor:
-    """Mean loss: squared error of numbers, else cross-entropy in nats, of texts of next tokens."""
-    if kind == "regression":
-        return functional.mse_loss(logits[:, 0], labels.float())
-    if kind == "causal-lm":
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    flat = logits.reshape(-1, logits.shape[-1])
-    return functional.cross_entropy(flat, labels.reshape(-1).long(), ignore_index=IGNORED)
 
 
 def _predictions(logits: Tensor, labels: Tensor, meaning: Meaning) -> list[Any]:
