@@ -290,9 +290,9 @@ class OptimizerConfig:
             list(self.betas),
         )
         require(
-            0 <= self.warmup_ratio < 1,
+            0 <= self.warmup_ratio <= 1,
             "optimizer.warmup_ratio",
-            "a value in [0, 1)",
+            "a value in [0, 1]",
             self.warmup_ratio,
         )
         for name in ("eps", "weight_decay", "end_lr", "max_grad_norm"):

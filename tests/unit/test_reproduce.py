@@ -70,10 +70,12 @@ def test_systems_differ_in_how_they_compute_and_in_nothing_that_they_learn_from(
         assert system.config.blocks_per_step == systems[0].config.blocks_per_step
 
 
-def test_the_first_rounds_have_the_learning_rates_of_the_whole() -> None:
+@pytest.mark.parametrize("warmup", [0.0, 0.06, 0.25, 0.5, 0.75, 1.0])
+def test_the_first_rounds_have_the_learning_rates_of_the_whole(warmup: float) -> None:
     from fedpipe.pipeline.optimizer import learning_rate
 
-    config = load_reproduction(None, ["reproduce.timed_rounds=2"])
+    overrides = ["reproduce.timed_rounds=2", f"optimizer.warmup_ratio={warmup}"]
+    config = load_reproduction(None, overrides)
     systems = {s.name: s for s in make_variants(config)}
     short, whole = systems["fedbert-0-4-published"], systems["fedbert-0-4"]
     rounds = config.federation.num_rounds

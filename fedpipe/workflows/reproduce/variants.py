@@ -7,7 +7,7 @@ from typing import Literal
 
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.reproduce import ReproductionConfig
-from fedpipe.config.schema import PipelineConfig, RunConfig
+from fedpipe.config.schema import OptimizerConfig, PipelineConfig, RunConfig
 
 Kind = Literal["published", "fedbert", "fedpipe"]
 
@@ -126,16 +126,21 @@ def _first_rounds(base: RunConfig, num_rounds: int) -> RunConfig:
     all_rounds = base.federation.num_rounds
     if num_rounds in (0, all_rounds):
         return base
-    share, optimizer = num_rounds / all_rounds, base.optimizer
+    return replace(
+        base,
+        federation=replace(base.federation, num_rounds=num_rounds),
+        optimizer=_first_part(base.optimizer, num_rounds / all_rounds),
+    )
+
+
+def _first_part(optimizer: OptimizerConfig, share: float) -> OptimizerConfig:
+    if share <= optimizer.warmup_ratio:
+        reached = optimizer.lr * share / optimizer.warmup_ratio
+        return replace(optimizer, lr=reached, warmup_ratio=1.0)
     done = (share - optimizer.warmup_ratio) / (1 - optimizer.warmup_ratio)
     linear = optimizer.decay == "linear"
     reached = optimizer.lr + done * (optimizer.end_lr - optimizer.lr)
     return replace(
-        base,
-        federation=replace(base.federation, num_rounds=num_rounds),
-        optimizer=replace(
-            optimizer,
-            warmup_ratio=optimizer.warmup_ratio / share,
-            end_lr=reached if linear else optimizer.end_lr,
-        ),
-    )
+        optimizer, warmup_ratio=optimizer.warmup_ratio / share,
+        end_lr=reached if linear else optimizer.end_lr,
+    )  # fmt: skip
