@@ -316,6 +316,15 @@ def _check_federation(config: RunConfig) -> None:
         federation.fedprox_mu,
         way_out,
     )
+    pipeline = config.pipeline
+    shares = pipeline.objective == "end_to_end" and pipeline.head_location == "client"
+    require(
+        not zero or not shares or config.model.tie_word_embeddings is False,
+        "model.tie_word_embeddings",
+        "false with ZeRO, pipeline.objective=end_to_end and pipeline.head_location=client",
+        True,
+        way_out,
+    )
 
 
 def _check_shared(config: RunConfig) -> None:

@@ -57,6 +57,7 @@ class ModelShape:
     attention_probs_dropout_prob: float
     initializer_range: float
     layer_norm_eps: float
+    tie_word_embeddings: bool
 
     def embedding_parameters(self) -> int:
         """Return the parameters of word, position and type embeddings and their LayerNorm."""
@@ -149,6 +150,7 @@ def _preset(model: ModelConfig, *, vocab_size: int, sequence_length: int) -> dic
         "attention_probs_dropout_prob": 0.1,
         "initializer_range": 0.02,
         "layer_norm_eps": _LAYER_NORM_EPS[model.family],
+        "tie_word_embeddings": True,
     }
 
 
@@ -194,6 +196,8 @@ def _check_folder(model: ModelConfig, sizes: dict[str, Any], *, vocab_size: int)
         # These do not belong to the weights: another value is a choice, not a contradiction.
         if name.endswith("_dropout_prob") or name == "initializer_range":
             sizes[name] = value if explicit is None else explicit
+        elif name == "tie_word_embeddings" and explicit is False:
+            sizes[name] = False  # one tensor may become two
         elif explicit is not None and explicit != value:
             raise ConfigError(
                 f"model.{name}: expected {value!r} (config.json in {model.path}), got"
@@ -217,6 +221,8 @@ def _check_values(shape: ModelShape) -> None:
             _expect(value > 0, key, "a value above 0", value)
         elif field.name == "hidden_act":
             _expect(value in _ACTIVATIONS, key, f"one of {', '.join(_ACTIVATIONS)}", value)
+        elif field.name == "tie_word_embeddings":
+            _expect(isinstance(value, bool), key, "true or false", value)
         elif field.name != "family":
             _expect(value >= 1, key, "1 or more", value)
     if shape.hidden_size % shape.num_attention_heads:

@@ -55,6 +55,10 @@ class ModelConfig:
     """Epsilon of every LayerNorm."""
     type_vocab_size: int | None = None
     """Token types; only type 0 occurs in pre-training."""
+    tie_word_embeddings: bool | None = None
+    """The final decoder is the word embedding, as in BERT and FedBERT, where one process holds both
+    and back-propagation reaches both: one stage, or end_to_end with pipeline.head_location client.
+    Elsewhere it is a tensor of its own that starts with the same values."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

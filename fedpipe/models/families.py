@@ -78,7 +78,7 @@ def hf_config(
         path: Folder to take every other field from, or "".
 
     Returns:
-        A configuration with untied embeddings: the stages do not share tensors.
+        A configuration with untied embeddings: most stages share no tensor with another.
     """
     config_class = FAMILIES[shape.family].config_class
     base: dict[str, Any] = {}

@@ -47,6 +47,8 @@ class StageSpec:
     """The stage whose hidden states its head reads: itself, but for a head at home."""
     next_stage: int | None = None
     """The stage that its activations go to; None after the last layer."""
+    tied: bool = False
+    """The decoder of its head is the word embedding, one tensor: both are on the first process."""
     home_head: int | None = None
     """The head at the client's that gets the masked positions' hidden states and returns their
     gradients (U-shape)."""
@@ -103,7 +105,9 @@ class StageSpec:
         return (("embeddings",) if self.is_first else ()) + layers + head
 
 
-def stage_specs(pipeline: PipelineConfig, *, num_hidden_layers: int) -> tuple[StageSpec, ...]:
+def stage_specs(
+    pipeline: PipelineConfig, *, num_hidden_layers: int, tied: bool = False
+) -> tuple[StageSpec, ...]:
     """Describe every stage of a pipeline.
 
     With ``head_location: client`` the server's stages know no labels: their heads are virtual
@@ -114,6 +118,7 @@ def stage_specs(pipeline: PipelineConfig, *, num_hidden_layers: int) -> tuple[St
     Args:
         pipeline: Cut, objective and heads.
         num_hidden_layers: Encoder layers of the whole model.
+        tied: ``tie_word_embeddings`` of the model.
 
     Returns:
         One description per virtual stage, in order.
@@ -140,6 +145,7 @@ def stage_specs(pipeline: PipelineConfig, *, num_hidden_layers: int) -> tuple[St
             end_layer=bounds[stage_id + 1],
             head=head,
             scores=stage_id,
+            tied=stage_id == 0 and bool(head) and (tied or not last),
             next_stage=None if last else stage_id + 1,
             home_head=num_encoders + stage_id - first_at_home if at_home else None,
             sends_labels=(
@@ -158,6 +164,7 @@ def stage_specs(pipeline: PipelineConfig, *, num_hidden_layers: int) -> tuple[St
             end_layer=num_hidden_layers,
             head="mlm",
             scores=stage_id - num_encoders + first_at_home,
+            tied=tied and end_to_end,
             sends_grad=True,
         )
 

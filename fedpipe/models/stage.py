@@ -87,6 +87,7 @@ class Stage(StageModule):
         *,
         activation_checkpointing: bool = False,
         padded_after: int = 0,
+        word_embedding: nn.Parameter | None = None,
     ) -> None:
         """Build the stage with uninitialised weights (see ``build_stage``)."""
         super().__init__(spec, activation_checkpointing=activation_checkpointing)
@@ -108,8 +109,13 @@ class Stage(StageModule):
         if spec.ends_encoder:
             self._head_layer.append(self._layers.pop())
         self._head: list[nn.Module] = []
-        self._build_head(config)
+        self._build_head(config, word_embedding)
         self._run_masked, self._score = run_masked, _score
+
+    @property
+    def word_embedding(self) -> nn.Parameter:
+        """(V, D); of the first stage."""
+        return self.get_parameter(self.family.word_embeddings)
 
     def compile_parts(self) -> None:
         """Have torch compile layers and head at their first call.
@@ -121,7 +127,7 @@ class Stage(StageModule):
             layer.compile()
         self._run_masked, self._score = torch.compile(run_masked), torch.compile(_score)
 
-    def _build_head(self, config: PretrainedConfig) -> None:
+    def _build_head(self, config: PretrainedConfig, word_embedding: nn.Parameter | None) -> None:
         spec, family = self.spec, self.family
         if not spec.has_head:
             return
@@ -130,13 +136,14 @@ class Stage(StageModule):
         decoder = head.get_submodule("decoder")
         decoder.bias = head.get_parameter("bias")  # transformers 4.x does so, 5.x leaves it to us
         self._head.append(head)
-        if spec.is_last:
-            return
-        if spec.head == "mlm+layer":
+        if spec.tied and spec.is_first:
+            decoder.weight = self.word_embedding
+        elif spec.tied:
+            assert word_embedding is not None, "the first stage is built before a head at home"
+            head.add_module("decoder", _SharedDecoder(word_embedding, decoder.bias))
+        if spec.head == "mlm+layer" and not spec.is_last:
             path = f"{AUX_HEADS}.{spec.stage_id}.layer"
             self._head_layer.append(place(self, path, family.layer_class(config)))
-        if spec.is_first:  # tied inside the stage, as in a whole BERT
-            decoder.weight = self.get_parameter(family.word_embeddings)
 
     def forward(self, inputs: Tensor, known_BM: Tensor | None = None) -> Tensor:
         """Run the stage's part of the encoder, up to where the next stage or ``masked`` goes on.
@@ -206,6 +213,18 @@ class Stage(StageModule):
         return self._head[0](self.masked(hidden_BTD, positions_BM))
 
 
+class _SharedDecoder(nn.Module):
+    """The decoder of a head whose matrix is another stage's: that stage trains and saves it."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter) -> None:
+        super().__init__()
+        self._weight = [weight]  # a list: as an attribute it would be registered here, too
+        self.bias = bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return functional.linear(hidden, self._weight[0], self.bias)
+
+
 def _score(head: nn.Module, hidden_BMD: Tensor, labels_BM: Tensor, *, reduction: str) -> Tensor:
     logits_BMV: Tensor = head(hidden_BMD)
     return functional.cross_entropy(
@@ -223,6 +242,7 @@ def build_stage(
     sinusoidal_positions: bool = False,
     compiled: bool = False,
     padded_after: int = 0,
+    word_embedding: nn.Parameter | None = None,
 ) -> tuple[Stage, list[str]]:
     """Build a stage with its first weights.
 
@@ -236,6 +256,7 @@ def build_stage(
         compiled: See ``Stage.compile_parts``.
         padded_after: Tokens of a sequence that padding follows: it is hidden from attention, and
             every position reaches the head. 0: no padding, only masked positions do.
+        word_embedding: The first stage's, (V, D), for a head at home that is tied to it.
 
     Returns:
         The stage, and the names of its parameters that ``path`` does not hold.
@@ -245,6 +266,7 @@ def build_stage(
         config,
         activation_checkpointing=activation_checkpointing,
         padded_after=padded_after,
+        word_embedding=word_embedding,
     )
     initialise(
         stage,

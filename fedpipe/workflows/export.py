@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ from fedpipe.metrics.writer import read_metrics
 from fedpipe.models.families import FAMILIES, hf_config
 from fedpipe.models.lengths import longest_input, num_positions
 from fedpipe.models.split import StageSpec, merge, part_of, stage_specs
-from fedpipe.models.stage import build_stage, masked_lm_class
+from fedpipe.models.stage import Stage, build_stage, masked_lm_class
 
 if TYPE_CHECKING:  # its module imports scipy if it is not fedpipe.models.modeling that imports it
     from transformers import PreTrainedModel
@@ -95,14 +96,19 @@ def export_checkpoint(
     model_config = hf_config(
         shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id, path=config.model.path
     )
-    specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
+    specs = stage_specs(
+        config.pipeline,
+        num_hidden_layers=shape.num_hidden_layers,
+        tied=shape.tie_word_embeddings,
+    )
     if checkpoint is None:
-        parts = [_first_weights(spec, model_config, config) for spec in specs]
+        parts = _first_weights(specs, model_config, config)
     else:
         parts = [load_file(checkpoint.path / stage_file(s.stage_id)) for s in specs]
     tokenizer = load_tokenizer(data)
     tokenizer.model_max_length = _trained_length(config, model_config)
-    card = _model_card(run_dir, config, checkpoint.position.round_id if checkpoint else 0)
+    num_rounds = checkpoint.position.round_id if checkpoint else 0
+    card = _model_card(run_dir, config, num_rounds, tied=specs[-1].tied)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
@@ -127,15 +133,21 @@ def _trained_length(config: RunConfig, model_config: Any) -> int:
     return max(length, min(before, positions))
 
 
-def _first_weights(spec: StageSpec, model_config: Any, config: RunConfig) -> dict[str, Tensor]:
-    stage, _ = build_stage(
-        spec,
-        model_config,
-        seed=config.seed,
-        path=config.model.path,
-        sinusoidal_positions=config.model.position_init == "sinusoidal",
-    )
-    return {name: tensor.detach() for name, tensor in stage.named_parameters()}
+def _first_weights(
+    specs: Sequence[StageSpec], model_config: Any, config: RunConfig
+) -> list[dict[str, Tensor]]:
+    stages: list[Stage] = []
+    for spec in specs:
+        stage, _ = build_stage(
+            spec,
+            model_config,
+            seed=config.seed,
+            path=config.model.path,
+            sinusoidal_positions=config.model.position_init == "sinusoidal",
+            word_embedding=stages[0].word_embedding if stages else None,
+        )
+        stages.append(stage)
+    return [{name: p.detach() for name, p in stage.named_parameters()} for stage in stages]
 
 
 def _kept_in_model(
@@ -185,6 +197,8 @@ def _save(
     # The decoder's bias is one tensor with the head's in transformers 4.x and two in 5.x: a folder
     # that holds both names is read alike by both.
     tensors = {n: t.clone() for n, t in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors[FAMILIES[model_config.model_type].decoder]
     model.save_pretrained(folder, state_dict=tensors)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -212,13 +226,18 @@ def _auto_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def build_model(state: dict[str, Tensor], model_config: Any) -> PreTrainedModel:
     """Put merged stage tensors into the transformers model they are named after.
 
+    Without a decoder among them it is the word embedding.
+
     Raises:
         CheckpointError: A tensor is missing or is not the model's.
     """
+    family = FAMILIES[model_config.model_type]
+    model_config = copy.deepcopy(model_config)
+    model_config.tie_word_embeddings = family.decoder not in state
     model = masked_lm_class(model_config)(model_config)
-    bias = f"{FAMILIES[model_config.model_type].head_path}.bias"
-    decoder_bias = bias.replace(".bias", ".decoder.bias")
-    state = state | {decoder_bias: state[bias]} if bias in state else state
+    bias = f"{family.head_path}.bias"
+    same = {family.decoder: family.word_embeddings, bias.replace(".bias", ".decoder.bias"): bias}
+    state = {n: state[other] for n, other in same.items() if other in state} | state
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if set(state) != set(parameters):
         difference = sorted(set(state) ^ set(parameters))
@@ -232,7 +251,7 @@ def build_model(state: dict[str, Tensor], model_config: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def _model_card(run_dir: Path, config: RunConfig, num_rounds: int) -> str:
+def _model_card(run_dir: Path, config: RunConfig, num_rounds: int, *, tied: bool) -> str:
     """Describe the model after so many rounds."""
     records = read_metrics(run_dir / "metrics.jsonl") if num_rounds else []
     evaluations = [
@@ -243,6 +262,7 @@ def _model_card(run_dir: Path, config: RunConfig, num_rounds: int) -> str:
         last = evaluations[-1]["stages"][-1]
         score = f"{last['loss']:.4f} nats, perplexity {last['perplexity']:.1f}"
     federation = config.federation
+    decoder = "one tensor" if tied else "separate tensors (`tie_word_embeddings: false`)"
     return f"""---
 library_name: transformers
 pipeline_tag: fill-mask
@@ -257,7 +277,7 @@ A {config.model.family} masked language model, pre-trained with fedpipe {__versi
 - Held-out masked-LM loss of the final head, all clients: {score}
 - Sequence length: {config.data.sequence_length} tokens, to which the tokenizer cuts
 - Masked share {config.data.mask_probability}
-- Decoder and word embedding are separate tensors (`tie_word_embeddings: false`)
+- Decoder and word embedding are {decoder}
 
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer

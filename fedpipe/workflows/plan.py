@@ -99,14 +99,18 @@ def build_plan(config: RunConfig) -> Plan:
     vocab_size = tokenizer_info(config).vocab_size
     shape = resolve(config.model, vocab_size=vocab_size, sequence_length=config.data.num_positions)
     autocast = autocast_dtype(deepspeed_config(config))
-    specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
+    specs = stage_specs(
+        config.pipeline,
+        num_hidden_layers=shape.num_hidden_layers,
+        tied=shape.tie_word_embeddings,
+    )
     edges = edge_messages(config, specs, hidden_size=shape.hidden_size)
     parts = [_parts(spec, shape) for spec in specs]
     return Plan(
         config=config,
         grid=Grid.from_config(config),
         shape=shape,
-        stages=_stages(config, shape, activation_size=2 if autocast else 4),
+        stages=_stages(specs, config, shape, activation_size=2 if autocast else 4),
         edges=edges,
         ideal={name: _ideal(name, config, shape) for name in SCHEDULES},
         transfers=client_transfers(config, specs=specs, edges=edges, parts=parts),
@@ -117,8 +121,9 @@ def build_plan(config: RunConfig) -> Plan:
 # ------------------------------------------------------------------------------------- the numbers
 
 
-def _stages(config: RunConfig, shape: ModelShape, *, activation_size: int) -> tuple[StagePlan, ...]:
-    specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
+def _stages(
+    specs: tuple[StageSpec, ...], config: RunConfig, shape: ModelShape, *, activation_size: int
+) -> tuple[StagePlan, ...]:
     costs = [stage_flops(spec, config, shape) for spec in specs]
     flops = [cost.forward_s + cost.backward_s + cost.head_s for cost in costs]
     replicas, data = config.federation.num_replicas, config.federation.data_parallel_degree
@@ -160,10 +165,9 @@ def _parts(spec: StageSpec, shape: ModelShape) -> dict[str, int]:
     if spec.is_first:
         parts["embeddings"] = shape.embedding_parameters()
     if spec.is_last:
-        parts["final_head"] = shape.head_parameters(tied=False)
+        parts["final_head"] = shape.head_parameters(tied=spec.tied)
     elif spec.has_head:
-        # Only the first stage has a word embedding that its auxiliary decoder can share.
-        parts["aux_head"] = shape.head_parameters(tied=spec.is_first)
+        parts["aux_head"] = shape.head_parameters(tied=spec.tied)
         if spec.head == "mlm+layer":
             parts["aux_head"] += shape.layer_parameters()
     return parts

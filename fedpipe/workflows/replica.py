@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.model_shape import resolve
@@ -52,7 +52,12 @@ class Replica(HostedStages):
             path=config.model.path,
         )  # fmt: skip
         self.missing: list[str] = []
-        specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
+        self._word_embedding: nn.Parameter | None = None
+        specs = stage_specs(
+            config.pipeline,
+            num_hidden_layers=shape.num_hidden_layers,
+            tied=shape.tie_word_embeddings,
+        )
         super().__init__(
             config,
             pipeline=config.pipeline,
@@ -75,8 +80,11 @@ class Replica(HostedStages):
             sinusoidal_positions=config.model.position_init == "sinusoidal",
             compiled=config.pipeline.compile,
             padded_after=config.data.padded_after,
+            word_embedding=self._word_embedding,
         )
         self.missing += missing
+        if spec.is_first:
+            self._word_embedding = stage.word_embedding
         return stage
 
     # -- training ----------------------------------------------------------------------------

@@ -297,7 +297,11 @@ def test_a_head_at_home_learns_what_a_head_on_the_server_does(
     """A server stage and its head are one back-propagated piece, wherever the head is."""
     data = tiny_data(tmp_path)
     pipeline = {"cut": cut, "objective": objective, "schedule": schedule}
-    sections = {"federation": ONE_REPLICA, "optimizer": {"max_grad_norm": 0.0}}
+    sections = {
+        "model": {"tie_word_embeddings": False},
+        "federation": ONE_REPLICA,
+        "optimizer": {"max_grad_norm": 0.0},
+    }
     server = tiny_config(pipeline=pipeline, **sections)
     home = tiny_config(pipeline={**pipeline, "head_location": "client"}, **sections)
     a = _united(run_distributed(_train, server.world_size, server, data))
@@ -325,6 +329,7 @@ def _plain_pytorch(env: ProcessEnv, config: RunConfig, data: PreparedData) -> An
     from fedpipe.pipeline.optimizer import build_optimizer
 
     replica = _replica(env, config, data)  # for its batches; one stage, not trained
+    replica.hf_config.tie_word_embeddings = replica.specs[0].tied
     model = masked_lm_class(replica.hf_config)(replica.hf_config)
     stage, _ = build_stage(replica.specs[0], replica.hf_config, seed=config.seed)
     head = model.get_submodule(stage.family.head_path)
@@ -353,22 +358,37 @@ def _plain_pytorch(env: ProcessEnv, config: RunConfig, data: PreparedData) -> An
 
 
 @pytest.mark.parametrize("family", ["roberta", "bert"])
-@pytest.mark.parametrize("schedule", ["1f1b", "sequential"])
+@pytest.mark.parametrize(
+    ("schedule", "head_location", "tied"),
+    [
+        ("1f1b", "server", False),
+        ("sequential", "server", False),
+        ("1f1b", "client", True),
+        ("sequential", "client", True),
+        ("sequential", "client", False),
+    ],
+)
 def test_end_to_end_over_the_cut_equals_plain_pytorch(
-    schedule: str, family: str, tmp_path: Path
+    schedule: str, head_location: str, tied: bool, family: str, tmp_path: Path
 ) -> None:
     data = tiny_data(tmp_path)
-    pipeline = {"objective": "end_to_end", "schedule": schedule, "cut": [1, 3]}
+    pipeline = {
+        "objective": "end_to_end",
+        "schedule": schedule,
+        "cut": [1, 3],
+        "head_location": head_location,
+    }
     sections = {
-        "model": {"family": family},
+        "model": {"family": family, "tie_word_embeddings": tied},
         "federation": ONE_REPLICA,
         "optimizer": {"max_grad_norm": 0.0},  # each stage would clip by its own norm
     }
     config = tiny_config(pipeline=pipeline, **sections)
-    whole = tiny_config(pipeline={**pipeline, "cut": []}, **sections)
+    whole = tiny_config(pipeline={**pipeline, "cut": [], "head_location": "server"}, **sections)
     split = _united(run_distributed(_train, 3, config, data))
     plain = _united(run_distributed(_plain_pytorch, 1, whole, data))
-    for (a, _), (b, _) in zip(split[0][2], plain[0][0], strict=True):
+    assert any(name.endswith("decoder.weight") for name in split[1]) is not tied
+    for (a, _), (b, _) in zip(split[0][max(split[0])], plain[0][0], strict=True):
         assert abs(a - b) <= ATOL
     for name, expected in plain[1].items():
         np.testing.assert_allclose(split[1][name], expected, atol=2e-5, err_msg=name)

@@ -194,6 +194,18 @@ def test_zero_hides_gradients_that_a_shared_server_and_fedprox_need(
     assert f"Remove zero_optimization from {file}" in text
 
 
+def test_zero_hides_gradients_that_a_head_at_home_adds_to_the_embedding(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}}), "utf-8")
+    overrides = [
+        "pipeline.objective=end_to_end", "pipeline.schedule=sequential",
+        "pipeline.head_location=client", f"deepspeed.config={file}",
+    ]  # fmt: skip
+    expected = "model.tie_word_embeddings: expected false with ZeRO, pipeline.objective=end_to_end"
+    assert expected in message(overrides)
+    load_config(None, [*overrides, "model.tie_word_embeddings=false"])
+
+
 @pytest.mark.parametrize(("override", "expected"), OVERRIDES, ids=[o for o, _ in OVERRIDES])
 def test_a_bad_override_is_refused(override: str, expected: str) -> None:
     assert expected in message([override])

@@ -20,7 +20,7 @@ from fedpipe.config.schema import (
     OptimizerConfig,
     RunConfig,
 )
-from fedpipe.errors import FedPipeError
+from fedpipe.errors import ConfigError, FedPipeError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -204,6 +204,23 @@ def test_a_hugging_face_folder_gives_every_size(family: str, tmp_path: Path) -> 
     model = from_dict({"model": {"family": family, "path": str(folder), "size": "base"}}).model
     shape = resolve(model, vocab_size=97, sequence_length=16)
     assert {name: getattr(shape, name) for name in SMALL} == SMALL
+
+
+def test_two_tensors_of_a_folder_are_not_made_one(tmp_path: Path) -> None:
+    tied, untied = (
+        ModelConfig(
+            path=str(
+                hf_folder(tmp_path / name, "roberta", **SMALL, tie_word_embeddings=name == "tied")
+            )
+        )
+        for name in ("tied", "untied")
+    )
+    sizes = {"vocab_size": 90, "sequence_length": 12}
+    assert resolve(tied, **sizes).tie_word_embeddings is True
+    assert resolve(replace(tied, tie_word_embeddings=False), **sizes).tie_word_embeddings is False
+    assert resolve(untied, **sizes).tie_word_embeddings is False
+    with pytest.raises(ConfigError, match=r"^model.tie_word_embeddings: expected False \(config"):
+        resolve(replace(untied, tie_word_embeddings=True), **sizes)
 
 
 def test_dropout_may_differ_from_the_folder(tmp_path: Path) -> None:

@@ -51,10 +51,21 @@ def _config(family: str, **keys: Any) -> PretrainedConfig:
 
 
 def _stages(
-    config: PretrainedConfig, cut: tuple[int, ...], *, path: str = "", seed: int = 0, **keys: Any
+    config: PretrainedConfig,
+    cut: tuple[int, ...],
+    *,
+    path: str = "",
+    seed: int = 0,
+    tied: bool = False,
+    **keys: Any,
 ) -> list[Stage]:
-    specs = stage_specs(PipelineConfig(cut=cut, **keys), num_hidden_layers=LAYERS)
-    return [build_stage(s, config, seed=seed, path=path)[0].eval() for s in specs]
+    specs = stage_specs(PipelineConfig(cut=cut, **keys), num_hidden_layers=LAYERS, tied=tied)
+    stages: list[Stage] = []
+    for spec in specs:
+        shared = stages[0].word_embedding if stages else None
+        stage, _ = build_stage(spec, config, seed=seed, path=path, word_embedding=shared)
+        stages.append(stage.eval())
+    return stages
 
 
 def _weights(stages: list[Stage]) -> dict[str, torch.Tensor]:
@@ -89,11 +100,13 @@ def _assert_heads_alike(stages: list[Stage]) -> None:
 
 def _logits(stages: list[Stage], ids: torch.Tensor) -> torch.Tensor:
     """The stages in sequence; the final head at every position."""
-    hidden = ids
+    hidden, everywhere = ids, torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
         for stage in stages:
             hidden = stage(hidden)
-        return stages[-1].logits(hidden, torch.arange(ids.shape[1]).expand_as(ids))
+            if stage.spec.home_head is not None:
+                hidden = stage.masked(hidden, everywhere)
+        return stages[-1].logits(hidden, everywhere)
 
 
 def _ids() -> torch.Tensor:
@@ -212,6 +225,37 @@ def test_export_has_the_logits_of_the_stages_in_sequence(
     with torch.no_grad():
         expected = model(input_ids=_ids()).logits
     torch.testing.assert_close(_logits(stages, _ids()), expected, atol=1e-6, rtol=1e-6)
+
+
+@FAMILY
+@pytest.mark.parametrize(
+    ("cut", "keys"),
+    [
+        ((), {}),
+        (
+            (0,),
+            {"objective": "end_to_end", "schedule": "sequential", "head_location": "client"},
+        ),
+    ],
+    ids=["whole", "head at home"],
+)
+def test_a_tied_decoder_is_exported_as_the_word_embedding(
+    family: str, cut: tuple[int, ...], keys: dict[str, Any], tmp_path: Path
+) -> None:
+    config = _config(family)
+    stages = _stages(config, cut, tied=True, **keys)
+    for stage in stages:
+        _randomise(stage)
+    state = _weights(stages)
+    assert FAMILIES[family].decoder not in state, "one tensor is trained and sent once"
+    build_model(state, config).save_pretrained(tmp_path)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    assert model.config.tie_word_embeddings is True and config.tie_word_embeddings is False
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    with torch.no_grad():
+        torch.testing.assert_close(
+            _logits(stages, _ids()), model(input_ids=_ids()).logits, atol=1e-6, rtol=1e-6
+        )
 
 
 def test_a_checkpoint_of_another_model_is_not_exported() -> None:
