@@ -297,34 +297,20 @@ def _check_federation(config: RunConfig) -> None:
     federation = config.federation
     if federation.server == "shared":
         _check_shared(config)
-    zero = deepspeed_config(config).get("zero_optimization", {}).get("stage", 0)
+    if not deepspeed_config(config).get("zero_optimization", {}).get("stage", 0):
+        return
     way_out = (
         f"Remove zero_optimization from {config.deepspeed.config}: it shards the gradients that"
         " this changes."
     )
-    require(
-        not zero or federation.server != "shared",
-        "federation.server",
-        "replicated or sequential with ZeRO",
-        federation.server,
-        way_out,
-    )
-    require(
-        not zero or federation.fedprox_mu == 0,
-        "federation.fedprox_mu",
-        "0 with ZeRO",
-        federation.fedprox_mu,
-        way_out,
-    )
-    pipeline = config.pipeline
-    shares = pipeline.objective == "end_to_end" and pipeline.head_location == "client"
-    require(
-        not zero or not shares or config.model.tie_word_embeddings is False,
-        "model.tie_word_embeddings",
-        "false with ZeRO, pipeline.objective=end_to_end and pipeline.head_location=client",
-        True,
-        way_out,
-    )
+    server, mu, pipeline = federation.server, federation.fedprox_mu, config.pipeline
+    at_home = pipeline.objective == "end_to_end" and pipeline.head_location == "client"
+    tied = at_home and config.model.tie_word_embeddings is not False
+    untied = "false with ZeRO, pipeline.objective=end_to_end and pipeline.head_location=client"
+    expected = "replicated or sequential with ZeRO"
+    require(server != "shared", "federation.server", expected, server, way_out)
+    require(mu == 0, "federation.fedprox_mu", "0 with ZeRO", mu, way_out)
+    require(not tied, "model.tie_word_embeddings", untied, True, way_out)
 
 
 def _check_shared(config: RunConfig) -> None:

@@ -56,9 +56,11 @@ class ModelConfig:
     type_vocab_size: int | None = None
     """Token types; only type 0 occurs in pre-training."""
     tie_word_embeddings: bool | None = None
-    """The final decoder is the word embedding, as in BERT and FedBERT, where one process holds both
-    and back-propagation reaches both: one stage, or end_to_end with pipeline.head_location client.
-    Elsewhere it is a tensor of its own that starts with the same values."""
+    """The final decoder is the word embedding, as in BERT: one tensor if one process holds both
+    and back-propagation reaches both (one stage, or end_to_end with pipeline.head_location client).
+    Under local_loss the final decoder begins every client's turn as the embedding, and what it
+    learns there is dropped at the end. Not under end_to_end with the head on the server, nor where
+    the embedding stays with its client and the head does not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

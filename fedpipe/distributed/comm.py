@@ -265,6 +265,24 @@ class Comm:
         work = _all_gather(result.flatten(), tensor.flatten(), group=group, async_op=True)
         return Pending(result, work, source=tensor)
 
+    def hand_down(self, tensor: Tensor, *, label: str) -> None:
+        """Hand a tensor of the first stage's process down the pipe, over the edges of activations.
+
+        Args:
+            tensor: Contiguous, same shape and dtype on every process; overwritten on all others.
+            label: Entry of the traffic ledger; each process but the last sends the tensor once.
+
+        Collective: every process of a replica with the same data index, with the stream drained.
+        """
+        if self.grid.colocate:
+            return
+        stage = self.stages[0]
+        if stage > 0:
+            self.channel(stage - 1, stage).irecv(tensor).wait()
+        if stage + 1 < self.grid.num_stages:
+            self.channel(stage, stage + 1).isend(tensor).wait()
+            self._count(label, tensor.nbytes)
+
     def _count(self, label: str, sent: int) -> None:
         with self._counting:  # the stages of a process may be threads
             self.sent_bytes[label] += sent

@@ -41,6 +41,8 @@ class Synchronizer:
     With ``federation.server`` sequential, or shared on a server stage, the rest is *handed on*:
     a turn starts where the one before it ended. A shared stage is one model on all replicas: their
     gradients are averaged in every step.
+
+    *Lent* ones are not its business: whoever begins a turn sets them.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Synchronizer:
         seed: int,
         comm: Comm,
         kept: Collection[str] = (),
+        lent: Collection[str] = (),
         stage_id: int = 0,
         role: StageRole = StageRole.CLIENT,
     ) -> None:
@@ -63,6 +66,7 @@ class Synchronizer:
             seed: Of attackers.
             comm: Its replica group holds the parameters once per replica.
             kept: Names of those that stay with their client.
+            lent: Names of those that neither travel nor stay.
             stage_id: The stage whose parameters they are.
             role: Of the stage.
         """
@@ -75,8 +79,9 @@ class Synchronizer:
         self.optimizer_goes_on = handed_on and is_server
         """The optimizer state is the stage's, not the client's: no turn resets or exchanges it."""
 
-        self._averaged = {n: p for n, p in self._parameters.items() if n not in kept}
-        self._kept = {n: p for n, p in self._parameters.items() if n in kept}
+        own = {n: p for n, p in parameters.items() if n not in lent}
+        self._averaged = {n: p for n, p in own.items() if n not in kept}
+        self._kept = {n: p for n, p in own.items() if n in kept}
         self._start_N = _flat(self._averaged.values())
         sizes = [p.numel() for p in self._averaged.values()]
         views = zip(self._averaged.items(), self._start_N.split(sizes), strict=True)
@@ -107,6 +112,7 @@ class Synchronizer:
             seed=config.seed,
             comm=comm,
             kept={n for n in parameters if not getattr(federation.average, part_of(n, spec))},
+            lent=stage.lent.keys(),
             stage_id=spec.stage_id,
             role=spec.role,
         )
@@ -129,8 +135,8 @@ class Synchronizer:
             kept: What ``kept_state`` returned at the end of the client's last turn; None at its
                 first, which starts from the run's first values.
         """
-        for name, parameter in self._parameters.items():
-            parameter.copy_((kept or {}).get(name, self._global[name]))
+        for name, start in self._global.items():
+            self._parameters[name].copy_((kept or {}).get(name, start))
 
     @torch.no_grad()
     def before_step(self) -> None:

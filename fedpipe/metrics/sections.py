@@ -13,6 +13,7 @@ _COLLECTIVES = {
     "fedavg": "stage weights to and from the average (FedAvg)",
     "shared_gradients": "gradients of the shared server stages between replicas",
     "gradients": "gradients between a client's own ranks",
+    "embedding": "word embedding, down the pipe to the final decoder",
     "control": "counters and agreements",
 }
 """What travels in the collectives of the ledger."""

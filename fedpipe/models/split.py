@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, NamedTuple, TypeVar
 
-from fedpipe.config.schema import PipelineConfig
+from fedpipe.config.model_shape import ModelShape
+from fedpipe.config.schema import PipelineConfig, RunConfig
 from fedpipe.errors import FederationError
 
 T = TypeVar("T")
@@ -47,8 +48,10 @@ class StageSpec:
     """The stage whose hidden states its head reads: itself, but for a head at home."""
     next_stage: int | None = None
     """The stage that its activations go to; None after the last layer."""
-    tied: bool = False
-    """The decoder of its head is the word embedding, one tensor: both are on the first process."""
+    decoder: Literal["own", "shared", "lent"] = "own"
+    """What its head reads words with. shared: the word embedding, one tensor, for both are on the
+    first process. lent: a copy of the word embedding at the start of every turn, which is trained
+    and, at the end of it, dropped."""
     home_head: int | None = None
     """The head at the client's that gets the masked positions' hidden states and returns their
     gradients (U-shape)."""
@@ -118,7 +121,7 @@ def stage_specs(
     Args:
         pipeline: Cut, objective and heads.
         num_hidden_layers: Encoder layers of the whole model.
-        tied: ``tie_word_embeddings`` of the model.
+        tied: The final decoder is the word embedding wherever it can be; see ``model_stages``.
 
     Returns:
         One description per virtual stage, in order.
@@ -133,10 +136,15 @@ def stage_specs(
         last = stage_id == num_encoders - 1
         at_home = num_stages > num_encoders and stage_id >= first_at_home
         head: Literal["", "mlm", "mlm+layer"] = pipeline.local_head
+        decoder: Literal["own", "shared", "lent"] = "own"
         if at_home or (end_to_end and not last):
             head = ""
         elif last:
             head = "mlm"
+            if tied and (stage_id == 0 or not end_to_end):
+                decoder = "lent" if stage_id else "shared"
+        elif stage_id == 0:
+            decoder = "shared"
         return StageSpec(
             stage_id=stage_id,
             num_stages=num_stages,
@@ -145,7 +153,7 @@ def stage_specs(
             end_layer=bounds[stage_id + 1],
             head=head,
             scores=stage_id,
-            tied=stage_id == 0 and bool(head) and (tied or not last),
+            decoder=decoder,
             next_stage=None if last else stage_id + 1,
             home_head=num_encoders + stage_id - first_at_home if at_home else None,
             sends_labels=(
@@ -156,6 +164,7 @@ def stage_specs(
         )
 
     def home_head(stage_id: int) -> StageSpec:
+        final = stage_id == num_stages - 1
         return StageSpec(
             stage_id=stage_id,
             num_stages=num_stages,
@@ -164,11 +173,24 @@ def stage_specs(
             end_layer=num_hidden_layers,
             head="mlm",
             scores=stage_id - num_encoders + first_at_home,
-            tied=tied and end_to_end,
+            decoder=("shared" if end_to_end else "lent") if tied and final else "own",
             sends_grad=True,
         )
 
     return tuple(encoder(s) if s < num_encoders else home_head(s) for s in range(num_stages))
+
+
+def model_stages(config: RunConfig, shape: ModelShape) -> tuple[StageSpec, ...]:
+    """Describe every stage of a pre-training; see ``stage_specs``.
+
+    With ``model.tie_word_embeddings`` the final decoder is the word embedding, or learns from there
+    in every turn, but where the one is the server's to know and the other stays with its client.
+    """
+    layers, tied = shape.num_hidden_layers, shape.tie_word_embeddings
+    specs = stage_specs(config.pipeline, num_hidden_layers=layers, tied=tied)
+    if specs[-1].role is StageRole.SERVER and not config.federation.average.embeddings:
+        return stage_specs(config.pipeline, num_hidden_layers=layers)
+    return specs
 
 
 class Edge(NamedTuple):

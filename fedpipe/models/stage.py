@@ -68,6 +68,11 @@ class StageModule(nn.Module, ABC):
     def masked(self, hidden_BTD: Tensor, known_BM: Tensor) -> Tensor:
         """Hidden states (B, M, D) that a head reads, of those that ``forward`` returned."""
 
+    @property
+    def lent(self) -> dict[str, nn.Parameter]:
+        """Parameters, by full name, that begin every turn as the word embedding."""
+        return {}
+
     @abstractmethod
     def loss(self, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of the stage's head, a scalar, from what ``forward`` returned."""
@@ -113,6 +118,12 @@ class Stage(StageModule):
         self._run_masked, self._score = run_masked, _score
 
     @property
+    def lent(self) -> dict[str, nn.Parameter]:
+        """The final decoder (V, D), where it begins every turn as the word embedding."""
+        name = self.family.decoder
+        return {name: self.get_parameter(name)} if self.spec.decoder == "lent" else {}
+
+    @property
     def word_embedding(self) -> nn.Parameter:
         """(V, D); of the first stage."""
         return self.get_parameter(self.family.word_embeddings)
@@ -136,9 +147,9 @@ class Stage(StageModule):
         decoder = head.get_submodule("decoder")
         decoder.bias = head.get_parameter("bias")  # transformers 4.x does so, 5.x leaves it to us
         self._head.append(head)
-        if spec.tied and spec.is_first:
+        if spec.decoder == "shared" and spec.is_first:
             decoder.weight = self.word_embedding
-        elif spec.tied:
+        elif spec.decoder == "shared":
             assert word_embedding is not None, "the first stage is built before a head at home"
             head.add_module("decoder", _SharedDecoder(word_embedding, decoder.bias))
         if spec.head == "mlm+layer" and not spec.is_last:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from fedpipe.config.model_shape import ModelShape
 from fedpipe.config.schema import RunConfig
 from fedpipe.federation.traffic import averaging_bytes
 from fedpipe.metrics.format import bytes_text
@@ -41,11 +42,13 @@ class Transfer:
     """Bytes each time; None for pickled records, whose length varies."""
     when: When
     entry: str = ""
-    """Its entry of the ledger: "forward/0", "backward/1" by edge, "fedavg"; "" if it has none."""
+    """Its entry of the ledger: "forward/0", "backward/1" by edge, "fedavg", "embedding"; "" if it
+    has none."""
 
 
 def client_transfers(
     config: RunConfig,
+    shape: ModelShape,
     *,
     specs: Sequence[StageSpec],
     edges: Sequence[EdgeMessages],
@@ -55,6 +58,7 @@ def client_transfers(
 
     Args:
         config: The run.
+        shape: Of its model.
         specs: Its stages.
         edges: What a micro-batch sends over every edge.
         parts: What every stage holds.
@@ -66,6 +70,8 @@ def client_transfers(
     for spec, held in zip(specs, parts, strict=True):
         if spec.role is StageRole.CLIENT:
             transfers += _weights(config, held)
+    if specs[-1].decoder == "lent" and specs[-1].role is StageRole.SERVER:
+        transfers += _embedding(config, shape, specs)
     often = get_args(When).index
     return tuple(sorted(transfers, key=lambda t: (t.direction != "leaves", often(t.when))))
 
@@ -180,6 +186,25 @@ def _weights(config: RunConfig, parts: Parts) -> list[Transfer]:
     ]
 
 
+def _embedding(config: RunConfig, shape: ModelShape, specs: Sequence[StageSpec]) -> list[Transfer]:
+    """The averaged word embedding, with which the server's decoder begins every turn."""
+    first = next(spec for spec in specs if spec.role is StageRole.SERVER)
+    moments: list[tuple[When, str]] = [("round", "embedding")]
+    moments += [("validation", "")] if config.data.valid else []
+    return [
+        Transfer(
+            direction="leaves",
+            what="averaged word embedding",
+            peer=f"server stage {first.stage_id}",
+            form=f"({shape.vocab_size}, {shape.hidden_size}) float32",
+            nbytes=4 * shape.vocab_size * shape.hidden_size,
+            when=when,
+            entry=entry,
+        )
+        for when, entry in moments
+    ]
+
+
 def _records(config: RunConfig) -> list[Transfer]:
     """Numbers for metrics.jsonl, which process 0 writes: the first replica's client itself."""
     records = [
@@ -211,8 +236,8 @@ def per_step(transfer: Transfer, config: RunConfig) -> int:
 
 
 def per_round(transfer: Transfer, config: RunConfig) -> int:
-    """Bytes per round, over a client's data-parallel ranks, of what is averaged."""
-    if transfer.entry != "fedavg":
+    """Bytes per round, over a client's data-parallel ranks, of weights."""
+    if transfer.entry not in ("fedavg", "embedding"):
         return 0
     return config.federation.data_parallel_degree * (transfer.nbytes or 0)
 
@@ -231,6 +256,9 @@ def client_rows(
             what = transfer.what
             much = f"{bytes_text(per_round(transfer, config))} per round"
             toward = "to and from" if transfer.nbytes else toward
+        elif transfer.entry == "embedding":
+            what = f"{transfer.what} {transfer.form}"
+            much = f"{bytes_text(per_round(transfer, config))} per round"
         else:
             continue
         rows.append((transfer.direction, what, f"{much}, {toward} {transfer.peer}"))

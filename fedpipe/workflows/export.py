@@ -35,7 +35,7 @@ from fedpipe.errors import CheckpointError
 from fedpipe.metrics.writer import read_metrics
 from fedpipe.models.families import FAMILIES, hf_config
 from fedpipe.models.lengths import longest_input, num_positions
-from fedpipe.models.split import StageSpec, merge, part_of, stage_specs
+from fedpipe.models.split import StageSpec, merge, model_stages, part_of
 from fedpipe.models.stage import Stage, build_stage, masked_lm_class
 
 if TYPE_CHECKING:  # its module imports scipy if it is not fedpipe.models.modeling that imports it
@@ -96,11 +96,7 @@ def export_checkpoint(
     model_config = hf_config(
         shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id, path=config.model.path
     )
-    specs = stage_specs(
-        config.pipeline,
-        num_hidden_layers=shape.num_hidden_layers,
-        tied=shape.tie_word_embeddings,
-    )
+    specs = model_stages(config, shape)
     if checkpoint is None:
         parts = _first_weights(specs, model_config, config)
     else:
@@ -108,7 +104,7 @@ def export_checkpoint(
     tokenizer = load_tokenizer(data)
     tokenizer.model_max_length = _trained_length(config, model_config)
     num_rounds = checkpoint.position.round_id if checkpoint else 0
-    card = _model_card(run_dir, config, num_rounds, tied=specs[-1].tied)
+    card = _model_card(run_dir, config, num_rounds, tied=specs[-1].decoder != "own")
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.part")
     shutil.rmtree(aside, ignore_errors=True)

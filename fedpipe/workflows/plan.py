@@ -16,7 +16,7 @@ from fedpipe.data.tokenizer import tokenizer_info
 from fedpipe.distributed.topology import Grid
 from fedpipe.federation.traffic import averaging_bytes, averaging_floats
 from fedpipe.metrics.format import bytes_text, count
-from fedpipe.models.split import StageRole, StageSpec, stage_specs
+from fedpipe.models.split import StageRole, StageSpec, model_stages, stage_specs
 from fedpipe.pipeline.messages import EdgeMessages, edge_messages
 from fedpipe.pipeline.schedule import SCHEDULES
 from fedpipe.pipeline.timeline import simulate
@@ -35,7 +35,7 @@ class StagePlan:
     num_parameters: int
     """A tied decoder counted once."""
     averaged_parameters: int
-    """Those that FedAvg averages; the rest stays with its client."""
+    """Those that FedAvg averages; the rest stays with its client, or is lent for a turn."""
     cost_share_pct: float
     """Its part of all stages' FLOPs."""
     state_bytes: int
@@ -99,11 +99,7 @@ def build_plan(config: RunConfig) -> Plan:
     vocab_size = tokenizer_info(config).vocab_size
     shape = resolve(config.model, vocab_size=vocab_size, sequence_length=config.data.num_positions)
     autocast = autocast_dtype(deepspeed_config(config))
-    specs = stage_specs(
-        config.pipeline,
-        num_hidden_layers=shape.num_hidden_layers,
-        tied=shape.tie_word_embeddings,
-    )
+    specs = model_stages(config, shape)
     edges = edge_messages(config, specs, hidden_size=shape.hidden_size)
     parts = [_parts(spec, shape) for spec in specs]
     return Plan(
@@ -113,7 +109,7 @@ def build_plan(config: RunConfig) -> Plan:
         stages=_stages(specs, config, shape, activation_size=2 if autocast else 4),
         edges=edges,
         ideal={name: _ideal(name, config, shape) for name in SCHEDULES},
-        transfers=client_transfers(config, specs=specs, edges=edges, parts=parts),
+        transfers=client_transfers(config, shape, specs=specs, edges=edges, parts=parts),
         stays=stays(config, specs=specs, parts=parts),
     )
 
@@ -131,7 +127,8 @@ def _stages(
     plans = []
     for spec, own_flops in zip(specs, flops, strict=True):
         parts = _parts(spec, shape)
-        parameters = sum(parts.values())
+        lent = shape.vocab_size * shape.hidden_size if spec.decoder == "lent" else 0
+        parameters = sum(parts.values()) + lent
         averaged = sum(n for part, n in parts.items() if _is_averaged(part, config))
         moments = ceil(2 * parameters / data) if sharded else 2 * parameters
         shared = config.federation.server == "shared" and spec.role is StageRole.SERVER
@@ -139,7 +136,7 @@ def _stages(
         travelling = 0 if handed_on else averaged
         # Weights, gradients and the round's global weights; what averaging needs beside them.
         averaging = averaging_floats(travelling, federation=config.federation)
-        state = _FLOAT32 * (3 * parameters + moments + averaging)
+        state = _FLOAT32 * (3 * parameters - lent + moments + averaging)
         plans.append(
             StagePlan(
                 spec=spec,
@@ -165,9 +162,9 @@ def _parts(spec: StageSpec, shape: ModelShape) -> dict[str, int]:
     if spec.is_first:
         parts["embeddings"] = shape.embedding_parameters()
     if spec.is_last:
-        parts["final_head"] = shape.head_parameters(tied=spec.tied)
+        parts["final_head"] = shape.head_parameters(tied=spec.decoder != "own")
     elif spec.has_head:
-        parts["aux_head"] = shape.head_parameters(tied=spec.tied)
+        parts["aux_head"] = shape.head_parameters(tied=spec.decoder != "own")
         if spec.head == "mlm+layer":
             parts["aux_head"] += shape.layer_parameters()
     return parts

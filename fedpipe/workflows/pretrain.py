@@ -367,7 +367,9 @@ class Pretraining:
         return client_history(self.config, before=round_id, blocks_per_client=self.blocks)
 
     def _sent_in_round(self) -> dict[str, int]:
-        return {name: total - self._sent_before[name] for name, total in self._sent().items()}
+        sent = Counter(self._sent())
+        names = sent.keys() | self._sent_before.keys()  # after a resumption some come no more
+        return {name: sent[name] - self._sent_before[name] for name in sorted(names)}
 
     def _sent(self) -> dict[str, int]:
         """What this process has sent since it started, by ledger entry."""

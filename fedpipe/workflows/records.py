@@ -89,7 +89,8 @@ def traffic_record(
         }
         for edge, (source, target, _) in enumerate(pipeline_edges(pipeline))
     ]
-    collectives = {name: total[name] for name in ("fedavg", "shared_gradients", "gradients")}
+    names = ("fedavg", "shared_gradients", "gradients", "embedding")
+    collectives = {name: total[name] for name in names}
     return {"kind": "traffic", "round": round_id, "edges": edges, "collectives": collectives}
 
 

@@ -17,12 +17,17 @@ from fedpipe.data.blocks import PreparedData
 from fedpipe.data.masking import MaskedBatch, MaskedReader, pad
 from fedpipe.data.validation import validation_batch
 from fedpipe.distributed.comm import Comm
+from fedpipe.federation.cohort import Turn
+from fedpipe.federation.turns import TuningTurn
 from fedpipe.models.families import hf_config
-from fedpipe.models.split import StageSpec, stage_specs
+from fedpipe.models.split import StageSpec, model_stages
 from fedpipe.models.stage import Stage, build_stage
 from fedpipe.pipeline.messages import edge_messages
 from fedpipe.pipeline.stage_engine import MicroBatchSource
 from fedpipe.workflows.hosting import HostedStages
+
+EMBEDDING_LEDGER = "embedding"
+"""Entry of the traffic ledger."""
 
 
 class Replica(HostedStages):
@@ -53,11 +58,7 @@ class Replica(HostedStages):
         )  # fmt: skip
         self.missing: list[str] = []
         self._word_embedding: nn.Parameter | None = None
-        specs = stage_specs(
-            config.pipeline,
-            num_hidden_layers=shape.num_hidden_layers,
-            tied=shape.tie_word_embeddings,
-        )
+        specs = model_stages(config, shape)
         super().__init__(
             config,
             pipeline=config.pipeline,
@@ -88,6 +89,33 @@ class Replica(HostedStages):
         return stage
 
     # -- training ----------------------------------------------------------------------------
+
+    def begin_turn(self, turn: Turn | TuningTurn, *, round_id: int, last_round: int | None) -> None:
+        """See ``HostedStages``. Collective: every process of the replica."""
+        super().begin_turn(turn, round_id=round_id, last_round=last_round)
+        self._lend_embedding()
+
+    @torch.no_grad()
+    def _lend_embedding(self) -> None:
+        """Let a final decoder that is lent begin as the word embedding.
+
+        Collective: every process of the replica, with the stream drained.
+        """
+        final = self.specs[-1]
+        if final.decoder != "lent":
+            return
+        engines = {engine.spec.stage_id: engine for engine in self.stages}
+        if 0 in engines:
+            embedding_VD = engines[0].stage.word_embedding.detach()
+        else:
+            size = (self.hf_config.vocab_size, self.hf_config.hidden_size)
+            embedding_VD = torch.empty(size, device=self.comm.device)
+        if not final.is_home_head:
+            self.comm.hand_down(embedding_VD, label=EMBEDDING_LEDGER)
+        if final.stage_id in engines:
+            for decoder_VD in engines[final.stage_id].stage.lent.values():
+                decoder_VD.copy_(embedding_VD)
+            engines[final.stage_id].weights_changed()
 
     def training_source(self, client_id: int, *, start: int) -> MicroBatchSource | None:
         """Masked micro-batches of a client from block ``start`` of its stream; first stage only."""
@@ -135,10 +163,12 @@ class Replica(HostedStages):
         scores: dict[int, dict[int, tuple[float, int]]] = {s.spec.stage_id: {} for s in self.stages}
         if self.comm.data > 0:
             return {}
-        for client_id in client_ids:
+        for index, client_id in enumerate(client_ids):
             for stage_id, synchronizer in self.synchronizers.items():
                 state = self._client_state(client_id, stage_id, last_rounds[client_id])
                 synchronizer.begin_turn(state.get("kept"))
+            if index == 0 or not self.config.federation.average.embeddings:
+                self._lend_embedding()
             num_blocks = self.num_valid_blocks(client_id)
             batches = math.ceil(num_blocks / self.config.pipeline.micro_batch_size)
             source = self._validation_source(client_id) if self.reads_text else None

@@ -55,6 +55,7 @@ def _by_hand(env: ProcessEnv, config: RunConfig, data: PreparedData) -> dict[str
                     optimizers.append(going_on.get(index, fresh))
                 source = replica.training_source(turn.client_id, start=seen[turn.client_id])
                 workers.append((stages, optimizers, source))
+            _lend([stages for stages, *_ in workers])
             for step in range(federation.num_local_steps):
                 _local_step(workers, weights, step, round_id=round_id, config=config)
             trained += [(turn.weight, stages) for turn, (stages, *_) in zip(group, workers)]  # noqa: B905
@@ -63,7 +64,20 @@ def _by_hand(env: ProcessEnv, config: RunConfig, data: PreparedData) -> dict[str
             if federation.server == "shared":
                 weights[1] = trained[0][1][1]
     comm.close()
-    return {n: p.detach().numpy() for stage in weights for n, p in stage.named_parameters()}
+    return {
+        n: p.detach().numpy()
+        for stage in weights
+        for n, p in stage.named_parameters()
+        if n not in stage.lent
+    }
+
+
+def _lend(workers: list[Any]) -> None:
+    """Let every final decoder begin as the word embedding."""
+    with torch.no_grad():
+        for first, last in workers:
+            for decoder in last.lent.values():
+                decoder.copy_(first.word_embedding)
 
 
 def _local_step(
@@ -90,8 +104,11 @@ def _local_step(
         total_steps=federation.num_rounds * federation.num_local_steps,
     )
     for stage, optimizer, start in stepped.values():
-        for parameter, origin in zip(stage.parameters(), start.parameters(), strict=True):
-            parameter.grad += federation.fedprox_mu * (parameter.detach() - origin.detach())
+        origins = dict(start.named_parameters())
+        for name, parameter in stage.named_parameters():
+            if name not in stage.lent:
+                away = parameter.detach() - origins[name].detach()
+                parameter.grad += federation.fedprox_mu * away
         torch.nn.utils.clip_grad_norm_(stage.parameters(), config.optimizer.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -149,9 +166,10 @@ def test_a_run_equals_its_clients_trained_by_hand(
     shared = federation.get("server") == "shared" and federation["num_replicas"] == 2
     numel = [sum(v.size for n, v in actual.items() if _is_server(n) == s) for s in (False, True)]
     steps = 2 * 2  # turns on a replica, local steps
+    trained = numel[1] + actual["roberta.embeddings.word_embeddings.weight"].size  # the decoder
     for collectives in traffic:
         # 2 replicas, each sends 2 (R - 1) / R = 1 times the tensor.
-        assert collectives["shared_gradients"] == (2 * 4 * numel[1] * steps if shared else 0)
+        assert collectives["shared_gradients"] == (2 * 4 * trained * steps if shared else 0)
         averaged = numel[0] if shared else sum(numel)
         assert collectives["fedavg"] == 2 * 4 * averaged * (federation["num_replicas"] - 1)
 

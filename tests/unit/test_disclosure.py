@@ -99,8 +99,9 @@ def test_server_weights_are_not_the_clients() -> None:
 
 @pytest.mark.parametrize(("wire", "share"), [("bf16", 0.5), ("int8", 0.25)])
 def test_a_narrow_wire_shrinks_activations_gradients_and_weights(wire: str, share: float) -> None:
-    wide, narrow = plan_of(AT_HOME), plan_of(
-        AT_HOME, f"pipeline.wire=[{wire}]", f"federation.wire={wire}"
+    base = (AT_HOME, "model.size=base")  # whole blocks travel: what is small is rounded up
+    wide, narrow = plan_of(*base), plan_of(
+        *base, f"pipeline.wire=[{wire}]", f"federation.wire={wire}"
     )  # fmt: skip
     for before, after in zip(wide.transfers, narrow.transfers, strict=True):
         if before.when == "start":

@@ -70,7 +70,11 @@ def test_parameters_are_those_of_the_real_stages(overrides: list[str]) -> None:
             stage = Stage(planned.spec, config)
         sizes = {name: p.numel() for name, p in trainable(stage).items()}
         assert planned.num_parameters == sum(sizes.values())
-        averaged = [n for name, n in sizes.items() if part_of(name, stage.spec) != "aux_head"]
+        averaged = [
+            n
+            for name, n in sizes.items()
+            if part_of(name, stage.spec) != "aux_head" and name not in stage.lent
+        ]
         assert planned.averaged_parameters == sum(averaged)
 
 
@@ -119,7 +123,7 @@ def test_no_process_is_busier_than_always(cut: str) -> None:
 def test_fedavg_bytes_are_those_of_a_ring_all_reduce() -> None:
     for replicas in (1, 2, 5):
         for stage in plan_of(f"federation.num_replicas={replicas}").stages:
-            payload = 4 * stage.num_parameters
+            payload = 4 * stage.averaged_parameters
             assert stage.fedavg_bytes == 2 * (replicas - 1) * payload // replicas
 
 

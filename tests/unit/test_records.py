@@ -84,7 +84,8 @@ def test_traffic_sums_all_processes_by_edge_and_collective() -> None:
         {"from": 1, "to": 2, "bytes_forward": 9, "bytes_backward": 0, "messages_forward": 3,
          "messages_backward": 0},
     ]  # fmt: skip
-    assert record["collectives"] == {"fedavg": 8, "shared_gradients": 0, "gradients": 5}
+    collectives = {"fedavg": 8, "shared_gradients": 0, "gradients": 5, "embedding": 0}
+    assert record["collectives"] == collectives
 
 
 def test_the_timeline_is_a_chrome_trace_from_zero_in_microseconds(tmp_path: Path) -> None:
