@@ -78,7 +78,8 @@ def hf_config(
         path: Folder to take every other field from, or "".
 
     Returns:
-        A configuration with untied embeddings: most stages share no tensor with another.
+        A configuration of a decoder of its own: stages are built one by one, and what is one
+        tensor is tied by whoever puts them together.
     """
     config_class = FAMILIES[shape.family].config_class
     base: dict[str, Any] = {}

@@ -79,6 +79,7 @@ def _everyone_reads_client_0() -> None:
     "pipeline",
     [
         {},
+        {"cut": [1, 3]},
         {"head_location": "client"},
         {
             "head_location": "client", "objective": "end_to_end", "schedule": "sequential",

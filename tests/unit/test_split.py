@@ -15,9 +15,20 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from fedpipe.config.load import load_config
+from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import PipelineConfig
 from fedpipe.errors import FederationError
-from fedpipe.models.split import StageRole, StageSpec, merge, owner, part_of, split, stage_specs
+from fedpipe.models.split import (
+    StageRole,
+    StageSpec,
+    merge,
+    model_stages,
+    owner,
+    part_of,
+    split,
+    stage_specs,
+)
 
 LAYERS = 4
 CUTS = [cut for n in range(LAYERS + 1) for cut in combinations(range(LAYERS), n)]
@@ -120,3 +131,37 @@ def test_end_to_end_has_one_head_at_the_end() -> None:
     specs = _specs((1, 3), objective="end_to_end", schedule="1f1b")
     assert [s.head for s in specs] == ["", "", "mlm"]
     assert [s.has_head for s in specs] == [False, False, True]
+
+
+END_TO_END = ("pipeline.objective=end_to_end", "pipeline.schedule=1f1b")
+HOME = "pipeline.head_location=client"
+KEPT = "federation.average.embeddings=false"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "decoder"),
+    [
+        (["pipeline.cut=[]"], "shared"),
+        ([HOME, *END_TO_END], "shared"),
+        ([], "lent"),
+        (["pipeline.cut=[1,2]"], "lent"),
+        ([HOME], "lent"),
+        ([HOME, KEPT], "lent"),
+        ([KEPT, "pipeline.num_client_stages=2"], "lent"),
+        ([KEPT], "own"),
+        ([*END_TO_END], "own"),
+        (["model.tie_word_embeddings=false"], "own"),
+        (["model.tie_word_embeddings=false", "pipeline.cut=[]"], "own"),
+        (["model.tie_word_embeddings=false", HOME, *END_TO_END], "own"),
+    ],
+    ids=str,
+)
+def test_the_final_decoder_is_the_embedding_where_it_may_know_it(
+    overrides: list[str], decoder: str
+) -> None:
+    config = load_config(None, overrides)
+    shape = resolve(config.model, vocab_size=23, sequence_length=8)
+    stages = model_stages(config, shape)
+    assert stages[-1].decoder == decoder
+    for stage in stages[:-1]:  # only the first stage has a word embedding to share
+        assert stage.decoder == ("shared" if stage.is_first and stage.has_head else "own")
