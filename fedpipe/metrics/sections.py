@@ -155,11 +155,14 @@ def _verdict(run: RunSummary) -> str:
     backward = run.bytes_sent("backward")
     rounds = count(len(run.of_kind("traffic")), "round")
     if backward == 0:
+        lent = ""
+        if run.collectives().get("embedding"):
+            lent = ", and the averaged word embedding, as which its decoder begins every turn"
         return (
             f"0 bytes travelled backward in {rounds}: every stage learned from its own local "
             "loss, and no gradient crossed a cut. Raw text stayed with its client. Activations of "
             "the cut layer went forward, with the positions and labels of the masked words, which "
-            f"the head on the server needs. {_averaging(run)}"
+            f"the head on the server needs{lent}. {_averaging(run)}"
         )
     at_home = run.head_location == "client"
     targets = "the positions" if at_home else "the positions and labels"

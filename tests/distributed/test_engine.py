@@ -329,7 +329,7 @@ def _plain_pytorch(env: ProcessEnv, config: RunConfig, data: PreparedData) -> An
     from fedpipe.pipeline.optimizer import build_optimizer
 
     replica = _replica(env, config, data)  # for its batches; one stage, not trained
-    replica.hf_config.tie_word_embeddings = replica.specs[0].tied
+    replica.hf_config.tie_word_embeddings = replica.specs[0].decoder == "shared"
     model = masked_lm_class(replica.hf_config)(replica.hf_config)
     stage, _ = build_stage(replica.specs[0], replica.hf_config, seed=config.seed)
     head = model.get_submodule(stage.family.head_path)
