@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import psutil
 
 PROGRAM = Path(__file__).parents[2] / "slurm" / "local_cluster.py"
 TIMEOUT_S = 60.0
@@ -155,3 +160,37 @@ def wait_until(
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {what()}"
         time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def held_until(processes: Sequence[int], number: signal.Signals) -> Iterator[None]:
+    """Stop processes and their children; let them go on once each process has been sent a signal.
+
+    What works on a run of seconds could otherwise end before the signal of SLURM is there.
+    """
+    held = []
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+        held += [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    try:
+        for pid in held:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+        wait_until(
+            lambda: all(_has_pending(pid, number) for pid in processes),
+            what=lambda: f"no {number.name} for {processes}",
+        )
+    finally:
+        for pid in held:
+            with contextlib.suppress(ProcessLookupError):  # woken by SLURM, saved, ended
+                os.kill(pid, signal.SIGCONT)
+
+
+def _has_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a stopped process has been sent a signal, or has been woken by it and has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    masks = re.findall(r"(?:Sig|Shd)Pnd:\s*(\w+)", status)
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedpipe.metrics.writer import read_metrics
 from tests.helpers.encoders import bert, easy_ner
 from tests.helpers.runs import job_id, lock_holder, num_rounds
-from tests.helpers.slurm import Cluster
+from tests.helpers.slurm import Cluster, held_until
 from tests.helpers.tuned import small_folder, small_task
 from tests.slurm.conftest import Submit
 
@@ -37,7 +37,8 @@ def test_an_evaluation_is_a_job_array_whose_warned_cell_runs_again_and_whose_kil
     command.wait_for(lambda: begun[0].is_file() and begun[0].stat().st_size > 0, "steps")
     jobs = json.loads((run_dir / "logs" / "jobs.json").read_text())
     assert len({job.partition("_")[0] for job in jobs.values()}) == 1 and len(jobs) == 2
-    cluster.run("scancel", "--signal=USR2", jobs[names[0]])
+    with held_until([lock_holder(warned)], signal.SIGUSR2):
+        cluster.run("scancel", "--signal=USR2", jobs[names[0]])
     command.wait_for(lambda: begun[1].is_file() and begun[1].stat().st_size > 0, "steps")
     os.kill(lock_holder(killed), signal.SIGKILL)
     result = command.finish()
@@ -73,7 +74,8 @@ def test_a_warned_fine_tuning_saves_its_round_and_goes_on_in_the_same_job_with_i
     )  # fmt: skip
     command = submit("tuned", *tiny, "--follow", task="finetune")
     command.wait_for(lambda: num_rounds(run_dir) >= 2, "round 2")
-    cluster.run("scancel", "--signal=USR2", job_id(run_dir))
+    with held_until([lock_holder(run_dir)], signal.SIGUSR2):
+        cluster.run("scancel", "--signal=USR2", job_id(run_dir))
     result = command.finish()
     assert (result.code, result.err) == (0, ""), result.out + result.err
     assert "on slurm: 1 node x 1 rank x 2 cores\n" in result.out

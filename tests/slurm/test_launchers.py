@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,16 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cli import REPOSITORY
-from tests.helpers.runs import TINY, TWO_REPLICAS, job_id, num_rounds, outcome, run_locally
-from tests.helpers.slurm import Cluster, wait_until
+from tests.helpers.runs import (
+    TINY,
+    TWO_REPLICAS,
+    job_id,
+    lock_holder,
+    num_rounds,
+    outcome,
+    run_locally,
+)
+from tests.helpers.slurm import Cluster, held_until, wait_until
 
 SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
 LATE = ("checkpoint.every_rounds=2",)
@@ -68,8 +77,9 @@ def test_a_warned_job_on_two_nodes_saves_runs_again_and_ends_as_one_machine_woul
     run_dir = folder / "pretrain"
     job = Job(cluster, "pretrain.sbatch", run_dir)
     job.wait_for_round(1)
-    # What SLURM does with --signal=B:USR2@300.
-    cluster.run("scancel", "--batch", "--signal=USR2", job.id)
+    with held_until([lock_holder(run_dir)], signal.SIGUSR2):
+        # What SLURM does with --signal=B:USR2@300.
+        cluster.run("scancel", "--batch", "--signal=USR2", job.id)
     assert job.end() == "COMPLETED", job.log()
     assert len(re.findall(r"^interrupted after .*round \d", job.log(), re.M)) == 1, job.log()
     assert len(re.findall(rf"^resuming {run_dir} from round_", job.log(), re.M)) == 1, job.log()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
 import signal
 from pathlib import Path
 
 from tests.helpers.runs import TINY, job_id, outcome, rank_process, run_locally
-from tests.helpers.slurm import Cluster, wait_until
+from tests.helpers.slurm import Cluster, held_until
 from tests.slurm.conftest import PROFILE, Submit
 
 
@@ -56,25 +53,5 @@ def test_preempted_timed_out_and_after_a_lost_node_a_job_ends_as_if_nothing_had_
 def _let_time_run_out(cluster: Cluster, run_dir: Path) -> None:
     """Shorten a job's limit, and hold its ranks until SLURM's warning is there: it looks rarely."""
     ranks = [rank_process(run_dir, rank) for rank in range(2)]
-    for pid in ranks:
-        os.kill(pid, signal.SIGSTOP)
-    try:
+    with held_until(ranks, signal.SIGUSR2):
         cluster.run("scontrol", "update", f"jobid={job_id(run_dir)}", "timelimit=3")
-        wait_until(
-            lambda: all(_has_pending(pid, signal.SIGUSR2) for pid in ranks),
-            what=lambda: "no warning of the time limit",
-        )
-    finally:
-        for pid in ranks:
-            with contextlib.suppress(ProcessLookupError):  # woken by SLURM, saved, ended
-                os.kill(pid, signal.SIGCONT)
-
-
-def _has_pending(pid: int, number: signal.Signals) -> bool:
-    """Whether a stopped process has been sent a signal, or has been woken by it and has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return True
-    masks = re.findall(r"(?:Sig|Shd)Pnd:\s*(\w+)", status)
-    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
