@@ -81,8 +81,12 @@ class ModelShape:
             Dense layer, LayerNorm, decoder bias and, unless tied, the decoder's matrix.
         """
         hidden = self.hidden_size
-        decoder = 0 if tied else self.vocab_size * hidden
+        decoder = 0 if tied else self.decoder_parameters()
         return hidden * hidden + hidden + 2 * hidden + self.vocab_size + decoder
+
+    def decoder_parameters(self) -> int:
+        """Return the parameters of the decoder's matrix, or of the word embedding: ``V D``."""
+        return self.vocab_size * self.hidden_size
 
     def layer_flops_per_token(self, sequence_length: int) -> int:
         """Return the forward FLOPs of one layer for one token; the backward pass takes twice that.

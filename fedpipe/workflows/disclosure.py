@@ -197,7 +197,7 @@ def _embedding(config: RunConfig, shape: ModelShape, specs: Sequence[StageSpec])
             what="averaged word embedding",
             peer=f"server stage {first.stage_id}",
             form=f"({shape.vocab_size}, {shape.hidden_size}) float32",
-            nbytes=4 * shape.vocab_size * shape.hidden_size,
+            nbytes=4 * shape.decoder_parameters(),
             when=when,
             entry=entry,
         )

@@ -127,7 +127,7 @@ def _stages(
     plans = []
     for spec, own_flops in zip(specs, flops, strict=True):
         parts = _parts(spec, shape)
-        lent = shape.vocab_size * shape.hidden_size if spec.decoder == "lent" else 0
+        lent = shape.decoder_parameters() if spec.decoder == "lent" else 0
         parameters = sum(parts.values()) + lent
         averaged = sum(n for part, n in parts.items() if _is_averaged(part, config))
         moments = ceil(2 * parameters / data) if sharded else 2 * parameters
