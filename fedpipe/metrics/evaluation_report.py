@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from fedpipe.metrics.document import (
@@ -27,6 +28,8 @@ Content = Mapping[str, Any]
 """What evaluation.json holds."""
 
 AVERAGE = "macro average"
+_LEGEND_WIDTH, _LEGEND_MARK = 105, 7
+"""Of the figure in characters, and what the mark beside a name takes of it."""
 
 
 def percent(value: Any, digits: int = 1) -> str:
@@ -263,6 +266,7 @@ def draw_scores(content: Content) -> tuple[Draw, float] | None:
         rows.append((AVERAGE, content["average"]))
     if not rows:
         return None
+    columns = max(1, min(4, _LEGEND_WIDTH // (max(map(len, names)) + _LEGEND_MARK)))
 
     def draw(figure: Canvas) -> None:
         axes = figure.add_subplot(xlabel="score times 100; line: 95 % interval, small dots: seeds")
@@ -282,11 +286,12 @@ def draw_scores(content: Content) -> tuple[Draw, float] | None:
         for index, name in enumerate(names):
             axes.plot([], [], "o", color=PALETTE[index % len(PALETTE)], label=name, markersize=5)
         if len(names) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, handlelength=1)
+            figure.legend(loc="outside upper left", ncols=columns, handlelength=1)
         else:
             axes.set_title(names[0], loc="left", fontsize=9.5)
 
-    return draw, 1.1 + len(rows) * max(0.34, 0.2 * len(names))
+    legend = 0.2 * (ceil(len(names) / columns) - 1)
+    return draw, 1.1 + legend + len(rows) * max(0.34, 0.2 * len(names))
 
 
 def _point(axes: Any, entry: Content | None, y: float, color: str) -> None:

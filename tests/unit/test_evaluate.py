@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from fedpipe.config.load import from_dict
 from fedpipe.data.tasks.encoding import Encoded
 from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.launcher import evaluate as launcher
-from fedpipe.metrics.evaluation_report import notes, outcome_text, table
+from fedpipe.metrics.drawing import render
+from fedpipe.metrics.evaluation_report import draw_scores, notes, outcome_text, table
 from fedpipe.metrics.scoring import METRICS
 from fedpipe.metrics.writer import read_metrics
 from fedpipe.workflows.evaluate.cell import run_cell
@@ -127,6 +129,23 @@ def test_table_page_and_figure_hold_means_spreads_and_intervals(whole: Evaluatio
         text = (whole.directory / name).read_text("utf-8")
         assert "macro average" in text and "Repeat this evaluation" in text
     assert (whole.directory / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_of_many_models_with_long_names_keeps_its_width(
+    whole: Evaluation, tmp_path: Path
+) -> None:
+    content = dict(gather(whole))
+    names = [f"{number}-of-many-models-with-a-long-name" for number in range(6)]
+    content["models"] = [{"name": name} for name in names]
+    for row in (*content["rows"], {"models": content["average"]}):
+        entry = next(iter(row["models"].values()))
+        row["models"].update(dict.fromkeys(names, entry))
+    drawn = draw_scores(content)
+    assert drawn is not None
+    draw, height = drawn
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a layout that collapses is only a warning
+        render(draw, tmp_path / "figure.png", height=height)
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_one_does_not(
