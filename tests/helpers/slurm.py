@@ -168,22 +168,23 @@ def held_until(processes: Sequence[int], number: signal.Signals) -> Iterator[Non
 
     What works on a run of seconds could otherwise end before the signal of SLURM is there.
     """
-    held = []
-    for pid in processes:
-        os.kill(pid, signal.SIGSTOP)
-        held += [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    held: list[psutil.Process] = []
     try:
-        for pid in held:
-            os.kill(pid, signal.SIGSTOP)
+        for process in map(psutil.Process, processes):
+            process.suspend()  # so that it starts no further ones
+            held.append(process)
+            for child in process.children(recursive=True):
+                child.suspend()
+                held.append(child)
         yield
         wait_until(
             lambda: all(_has_pending(pid, number) for pid in processes),
             what=lambda: f"no {number.name} for {processes}",
         )
     finally:
-        for pid in held:
-            with contextlib.suppress(ProcessLookupError):  # woken by SLURM, saved, ended
-                os.kill(pid, signal.SIGCONT)
+        for process in held:
+            with contextlib.suppress(psutil.NoSuchProcess):  # woken by SLURM, saved, ended
+                process.resume()
 
 
 def _has_pending(pid: int, number: signal.Signals) -> bool:
