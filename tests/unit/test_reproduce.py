@@ -100,7 +100,10 @@ def test_the_first_rounds_have_the_learning_rates_of_the_whole(warmup: float) ->
         (["reproduce.cuts=[]"], "reproduce.cuts: expected one or more"),
         (["reproduce.published_length=8"], "reproduce.published_length: expected data.sequence_le"),
         (["reproduce.timed_rounds=99"], "reproduce.timed_rounds: expected at most"),
-        (["optimizer.decay=polynomial"], "reproduce.timed_rounds: expected 0 (all), or"),
+        (
+            ["optimizer.decay=polynomial", "optimizer.warmup_ratio=0.1"],
+            "reproduce.timed_rounds: expected 0 (all), or",
+        ),
         (["federation.average.embeddings=false"], "federation.average.embeddings: expected true"),
         (["data.padded_length=80"], "data.padded_length: expected 0 in a reproduction"),
         (["data.valid=[]"], "data.valid: expected held-out text"),
