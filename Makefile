@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN_DIR ?= runs/quickstart
 
-.PHONY: help pretrain test slurm-packages slurm-up slurm-down lint format bench bench-gpu \
+.PHONY: help pretrain test test-all slurm-packages slurm-up slurm-down lint format bench bench-gpu \
 	bench-gpu-published clean .venv
 .DELETE_ON_ERROR:
 
@@ -15,6 +15,7 @@ help:
 	@echo "make pretrain  train the quick start into $(RUN_DIR); again: resume, or say that it is done;"
 	@echo "               on the CPU, or with DS_ACCELERATOR=cuda on 4 GPUs"
 	@echo "make test      lint, format, types and all tests; as root installs SLURM for them"
+	@echo "make test-all  the same with every case of the matrices of options, not a sample of them"
 	@echo "make lint      ruff and mypy only"
 	@echo "make format    rewrite the code as ruff formats it"
 	@echo "make slurm-up  a throw-away SLURM cluster on this machine; make slurm-down removes it"
@@ -37,6 +38,9 @@ pretrain: $(READY)
 
 test: slurm-packages lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-all: export FEDPIPE_MATRIX = all
+test-all: test
 
 # Debian packages for the tests on SLURM, if this user may install them; their services stay off.
 slurm-packages:

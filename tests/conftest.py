@@ -1,4 +1,4 @@
-"""Markers by folder, reasons for skips, and golden files."""
+"""Markers by folder, reasons for skips, samples of matrices, and golden files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedpipe.distributed.env import num_gpus
+from tests.helpers import matrix
 
 HAS_GPU = num_gpus({**os.environ, "DS_ACCELERATOR": "cuda"}) > 0
 if HAS_GPU:  # only tests/gpu is for it, and says so
@@ -30,9 +31,14 @@ NO_SLURM = "SLURM is not installed: run `make slurm-packages` as root"
 def pytest_configure(config: pytest.Config) -> None:
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning} (tests/{name})")
+    config.addinivalue_line("markers", matrix.MARKER)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_report_header() -> str:
+    return matrix.describe(os.environ)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     missing = {
         # As root they can be installed, so that there the cluster's own error shows.
         "slurm": "" if shutil.which("sbatch") or os.geteuid() == 0 else NO_SLURM,
@@ -46,6 +52,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(folder)
         if missing.get(folder):
             item.add_marker(pytest.mark.skip(reason=missing[folder]))
+    dropped = matrix.left_out(items, named=config.args, environment=os.environ)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture
