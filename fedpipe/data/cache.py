@@ -19,7 +19,7 @@ from fedpipe.data.sources import Source, data_files
 from fedpipe.data.tokenizer import FILES, TokenizerInfo
 from fedpipe.errors import CorpusError
 
-FORMAT = 1
+FORMAT = 2
 """Raised with every change of what prepared files look like or how text becomes blocks."""
 
 # A file changed twice within the resolution of its time stamp would keep its old digest.

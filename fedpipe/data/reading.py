@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpipe.data.lines import check_head, json_rows, one_line, shown, text_lines
 from fedpipe.data.sources import Columns, Source
+from fedpipe.data.values import name_of, text_of
 from fedpipe.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ Document = tuple[str, str]
 """A document's text, and its value of the partition column ("" without one)."""
 
 NO_VALUE = "(none)"
-"""Value of a document whose partition column is null."""
+"""Value of a document whose partition column holds nothing."""
 
 _ROWS = 256
 
@@ -50,7 +51,7 @@ def check(source: Source, *, columns: Columns) -> None:
 def read(
     source: Source, *, columns: Columns, tick: Callable[[int], None] | None = None
 ) -> Iterator[Document]:
-    """Read the documents of a source in order; empty ones are left out.
+    """Read the documents of a source in order; rows without text are left out.
 
     Args:
         source: What to read.
@@ -66,8 +67,8 @@ def read(
     if source.kind == "txt":
         columns.require([columns.text], where=f"{source.path}, which is plain text")
         for _, line in text_lines(source.path, key=source.key, tick=tick):
-            if line.strip():
-                yield line, ""
+            if (text := text_of(line)) is not None:
+                yield text, ""
     elif source.kind == "jsonl":
         yield from _read_jsonl(source, columns, tick)
     else:
@@ -125,7 +126,7 @@ def _read_rows(source: Source, columns: Columns) -> Iterator[Document]:
         for index, text in enumerate(texts):
             value = batch[columns.partition][index] if columns.partition else ""
             where = f"row {first_row + index} of {source.path}"
-            if document := _document(source, columns, text, value, where):
+            if document := _document(columns, text, value, where):
                 yield document
         first_row += len(texts)
 
@@ -133,29 +134,33 @@ def _read_rows(source: Source, columns: Columns) -> Iterator[Document]:
 def _read_jsonl(
     source: Source, columns: Columns, tick: Callable[[int], None] | None
 ) -> Iterator[Document]:
-    for where, line, row in json_rows(source.path, key=source.key, tick=tick):
+    for where, _, row in json_rows(source.path, key=source.key, tick=tick):
         if columns.text not in row or (columns.partition and columns.partition not in row):
             columns.require(row, where=where)
-        text = row[columns.text]
-        if isinstance(text, str) and "\\u" in line:
-            # JSON can spell half a surrogate pair, which no tokenizer can encode.
-            text = text.encode("utf-8", "replace").decode()
         value = row[columns.partition] if columns.partition else ""
-        if document := _document(source, columns, text, value, where):
+        if document := _document(columns, row[columns.text], value, where):
             yield document
 
 
-def _document(
-    source: Source, columns: Columns, text: object, value: object, where: str
-) -> Document | None:
-    if text is None or text == "":
-        return None
-    if not isinstance(text, str):
+def _document(columns: Columns, cell: object, owner: object, where: str) -> Document | None:
+    try:
+        text = text_of(cell)
+    except TypeError as error:
         raise CorpusError(
             f"data.text_column: expected text in column {columns.text!r} of {where}, "
-            f"got {shown(repr(text))}. Choose the column that holds the documents."
-        )
-    return text, NO_VALUE if value is None else str(value)
+            f"got {shown(repr(cell))}. Choose the column that holds the documents."
+        ) from error
+    if text is None:
+        return None
+    if not columns.partition:
+        return text, ""
+    try:
+        return text, name_of(owner) or NO_VALUE
+    except TypeError as error:
+        raise CorpusError(
+            f"data.partition_column: expected text or a number in column {columns.partition!r} of "
+            f"{where}, got {shown(repr(owner))}. Choose the column that names the owner."
+        ) from error
 
 
 def _parquet_columns(source: Source) -> list[str]:

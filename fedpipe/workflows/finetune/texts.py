@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.config.finetune import CAUSAL_LM, TaskConfig
-from fedpipe.data.lines import json_rows
+from fedpipe.data.lines import json_rows, shown
+from fedpipe.data.reading import NO_VALUE
 from fedpipe.data.tasks.files import TaskFiles
 from fedpipe.data.tasks.reading import Example
 from fedpipe.data.tasks.registry import Defaults, Task
+from fedpipe.data.values import name_of, text_of
 from fedpipe.errors import CorpusError
 
 _SETTINGS = Defaults(learning_rate=2e-5, batch_size=32, num_epochs=3, max_length=128)
@@ -59,9 +61,9 @@ def read_texts(
     splits, columns = [], []
     for names in (_TRAIN, _TEST):
         rows = _rows(_find(Path(task.data), names))
-        splits.append([Example((_cell(row, "text", where),), 0) for where, row in rows])
+        splits.append([Example((_text(row, where),), 0) for where, row in rows])
         if task.column:
-            columns.append([_cell(row, task.column, where) for where, row in rows])
+            columns.append([_owner(row, task.column, where) for where, row in rows])
     return splits, (columns[0], columns[1]) if columns else None
 
 
@@ -80,14 +82,38 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return [(where, row) for where, _, row in json_rows(str(path), key="task.data")]
 
 
-def _cell(row: dict[str, Any], column: str, where: str) -> str:
-    value = row.get(column)
-    if value is None or (column == "text" and not isinstance(value, str)):
+def _text(row: dict[str, Any], where: str) -> str:
+    value = _cell(row, "text", where)
+    try:
+        text = text_of(value)
+    except TypeError:
+        text = None
+    if text is None:
+        raise CorpusError(
+            f"task.data: expected text in column 'text' of {where}, got {shown(repr(value))}."
+            " Correct the row."
+        )
+    return text
+
+
+def _owner(row: dict[str, Any], column: str, where: str) -> str:
+    value = _cell(row, column, where)
+    try:
+        return name_of(value) or NO_VALUE
+    except TypeError as error:
+        raise CorpusError(
+            f"task.column: expected text or a number in column {column!r} of {where}, got"
+            f" {shown(repr(value))}. Choose the column that names the owner."
+        ) from error
+
+
+def _cell(row: dict[str, Any], column: str, where: str) -> Any:
+    if column not in row:
         raise CorpusError(
             f"task.data: expected a column {column!r} in {where}, got {', '.join(row) or 'none'}."
             " Rename the column."
         )
-    return str(value)
+    return row[column]
 
 
 def column_values(files: TaskFiles, split: str, column: str) -> list[str]:
@@ -106,4 +132,4 @@ def column_values(files: TaskFiles, split: str, column: str) -> list[str]:
             f"task.column: expected JSON lines, got {files.format_name} in {files.folder}. Use"
             " another task.split."
         )
-    return [_cell(row, column, where) for where, row in _rows(Path(files.splits[split]))]
+    return [_owner(row, column, where) for where, row in _rows(Path(files.splits[split]))]
