@@ -19,7 +19,7 @@ from fedpipe.data.packing import Packed, pack
 from fedpipe.data.partition import IGNORED, Documents
 from fedpipe.data.reading import Document, read
 from fedpipe.data.sources import Columns, Source
-from fedpipe.data.tokenizer import FILES, TokenizerInfo
+from fedpipe.data.tokenizer import TokenizerInfo, tokenizer_files
 from fedpipe.errors import CorpusError
 
 Progress = Callable[[str, int, int], None]
@@ -208,9 +208,8 @@ def _finish(
     info = job.tokenizer
     tokenizer_dir = directory / "tokenizer"
     tokenizer_dir.mkdir()
-    for name in FILES:
-        if Path(info.directory, name).is_file():
-            shutil.copyfile(Path(info.directory, name), tokenizer_dir / name)
+    for path in tokenizer_files(info):
+        shutil.copyfile(path, tokenizer_dir / path.name)
     prepared = PreparedData(
         directory=str(directory),
         train=train,

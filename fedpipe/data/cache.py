@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from fedpipe.config.schema import RunConfig
+from fedpipe.data.identity import digest, file_digest, file_digests, recall, remember
 from fedpipe.data.sources import Source, data_files
-from fedpipe.data.tokenizer import FILES, TokenizerInfo
+from fedpipe.data.tokenizer import TokenizerInfo, tokenizer_files
 from fedpipe.errors import CorpusError
 
 FORMAT = 2
 """Raised with every change of what prepared files look like or how text becomes blocks."""
 
-# A file changed twice within the resolution of its time stamp would keep its old digest.
-_SETTLED_S = 2.0
 _KEY_LENGTH = 24
 
 
@@ -56,7 +51,7 @@ def content_digests(
 
     Args:
         sources: What to digest.
-        root: The cache directory, which remembers digests by path, size and modification time.
+        root: The cache directory, which remembers the digests of files.
         progress: Called with the bytes done and in all.
 
     Returns:
@@ -67,18 +62,18 @@ def content_digests(
     done = 0
     digests = []
     for source, paths in files.items():
-        parts = [_recall_hub(source, root)] if source.kind == "hub" else []
+        parts = [_hub_digest(source, root)] if source.kind == "hub" else []
         for path in paths:
-            parts.append(_file_digest(source, path, root))
+            parts.append(file_digest(path, key=source.key, root=root))
             done += os.path.getsize(path)
             progress(done, total)
-        digests.append(_digest(parts))
+        digests.append(digest(parts))
     return digests
 
 
 def remember_hub(source: Source, fingerprint: str, root: Path) -> None:
     """Keep the fingerprint of a hub dataset, so that the next run finds its prepared text."""
-    _write_memo(_memo(f"hub:{source.path}", root), {"digest": fingerprint})
+    remember(f"hub:{source.path}", {"digest": fingerprint}, root)
 
 
 def cache_key(
@@ -98,15 +93,10 @@ def cache_key(
     data = config.data
     seeded = data.partition in ("iid", "dirichlet")
     by_column = data.partition in ("column", "dirichlet")
-    folder = Path(tokenizer.directory)
     settings = {
         "format": FORMAT,
         "sources": [[s.key, s.entry, s.kind, d] for s, d in zip(sources, digests, strict=True)],
-        "tokenizer": [
-            [name, hashlib.sha256((folder / name).read_bytes()).hexdigest()]
-            for name in FILES
-            if (folder / name).is_file()
-        ],
+        "tokenizer": file_digests(tokenizer_files(tokenizer), key="data.tokenizer", root=None),
         "sequence_length": data.sequence_length,
         "text_column": data.text_column,
         "partition": data.partition,
@@ -115,7 +105,7 @@ def cache_key(
         "num_clients": config.federation.num_clients,
         "seed": config.seed if seeded else 0,
     }
-    return _digest(settings)[:_KEY_LENGTH]
+    return digest(settings)[:_KEY_LENGTH]
 
 
 @contextmanager
@@ -212,50 +202,5 @@ def _writing(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _file_digest(source: Source, path: str, root: Path) -> str:
-    status = os.stat(path)
-    location = os.path.abspath(path)
-    stamp = [location, status.st_size, status.st_mtime_ns]
-    memo = _memo(location, root)
-    known = _read_memo(memo)
-    if known.get("stamp") == stamp:
-        return str(known["digest"])
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CorpusError(
-            f"{source.key}: expected a readable file, got {path!r}: {error.strerror}. "
-            "Check its permissions."
-        ) from error
-    if time.time() - status.st_mtime > _SETTLED_S:
-        _write_memo(memo, {"stamp": stamp, "digest": digest})
-    return digest
-
-
-def _recall_hub(source: Source, root: Path) -> str:
-    return str(_read_memo(_memo(f"hub:{source.path}", root)).get("digest", ""))
-
-
-def _memo(name: str, root: Path) -> Path:
-    return root / "content" / f"{_digest(name)[:_KEY_LENGTH]}.json"
-
-
-def _read_memo(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write_memo(path: Path, content: dict[str, Any]) -> None:
-    with _writing(path.parent):
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.rename(path)
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _hub_digest(source: Source, root: Path) -> str:
+    return str(recall(f"hub:{source.path}", root).get("digest", ""))

@@ -103,6 +103,12 @@ def tokenizer_info(config: RunConfig) -> TokenizerInfo:
     )
 
 
+def tokenizer_files(info: TokenizerInfo) -> list[Path]:
+    """List the files of a tokenizer's folder that an exported model takes along."""
+    paths = (Path(info.directory, name) for name in FILES)
+    return [path for path in paths if path.is_file()]
+
+
 def _model_vocab(content: dict[str, Any]) -> dict[str, int]:
     """Read the ids of the model's own tokens; Unigram keeps a list, all others a map."""
     vocab = (content.get("model") or {}).get("vocab") or {}

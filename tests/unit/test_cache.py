@@ -1,16 +1,17 @@
 import dataclasses
+import hashlib
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from fedpipe.config.schema import RunConfig
-from fedpipe.data import cache
+from fedpipe.data import cache, identity
 from fedpipe.data.blocks import PreparedData
 from fedpipe.data.corpus import prepare, token_counts
-from fedpipe.data.sources import Source
 from fedpipe.errors import CorpusError
 from tests.helpers.corpora import make_wordpiece, rows_of, run_maker, run_python, same_content
 
@@ -85,27 +86,34 @@ def test_the_tokenizer_is_part_of_the_key(run, tmp_path):
     assert one != two != prepare(run()).directory
 
 
-def test_a_digest_is_remembered_until_size_or_time_changes(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("one")
-    source = Source(key="data.train", entry=0, kind="txt", path=str(path))
+def test_a_digest_is_remembered_until_a_file_is_touched_whatever_its_size_and_time(
+    tmp_path, monkeypatch
+):
+    path, root = tmp_path / "a.txt", tmp_path / "cache"
 
-    def digest() -> list[str]:
-        return cache.content_digests((source,), tmp_path, progress=lambda done, total: None)
+    def digest() -> str:
+        return identity.file_digest(path, key="data.train", root=root)
 
-    os.utime(path, ns=(0, 10**18))
-    before = digest()
-    path.write_text("two")
-    os.utime(path, ns=(0, 10**18))
-    assert digest() == before
-    os.utime(path, ns=(0, 10**18 + 1))
-    after = digest()
-    assert after != before
+    def write(text: str, *, to: Path) -> None:
+        time.sleep(0.02)  # a file system's clock is coarse
+        to.write_text(text)
+        os.utime(to, ns=(0, 10**18))
+
+    write("one", to=path)
+    one = digest()
     # A file of this very moment may change once more under the same time stamp.
-    path.write_text("six")
-    assert digest() != after
-    path.write_text("ten")
-    assert digest() not in (before, after)
+    assert not root.exists()
+    monkeypatch.setattr(identity, "_SETTLED_S", -1.0)
+    assert digest() == one
+    (memo,) = (root / "content").iterdir()
+    memo.write_text(memo.read_text().replace(one, "remembered"))
+    assert digest() == "remembered"
+    write("two", to=path)  # in its place
+    two = digest()
+    write("six", to=tmp_path / "corrected")  # cp -p of a correction
+    (tmp_path / "corrected").replace(path)
+    six = digest()
+    assert [one, two, six] == [hashlib.sha256(t).hexdigest() for t in (b"one", b"two", b"six")]
     path.unlink()
     path.mkdir()
     with pytest.raises(CorpusError, match=r"data.train: expected a readable file, got '.*a.txt'"):

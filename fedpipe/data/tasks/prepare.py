@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedpipe.config.schema import RunConfig
-from fedpipe.data.cache import building, cache_root, content_digests
-from fedpipe.data.sources import Source
+from fedpipe.data.cache import building, cache_root
+from fedpipe.data.identity import digest, file_digests
 from fedpipe.data.tasks.encoding import Encoded, encode, load_tokenizer
 from fedpipe.data.tasks.files import TaskFiles
 from fedpipe.data.tasks.reading import hub_fingerprint, read_task
@@ -41,33 +40,16 @@ class PreparedTask:
         return Encoded.load(Path(self.directory) / f"{name}.npz")
 
 
-def file_digest(paths: list[str], *, key: str, root: Path) -> str:
-    """Digest the content of files, their names included; each is read once per change.
-
-    Args:
-        paths: In any order.
-        key: What they were given as, for errors.
-        root: The cache directory, which remembers.
-
-    Returns:
-        Hexadecimal.
-    """
-    # A text source is one file, whatever it holds.
-    sources = tuple(Source(key=key, entry=0, kind="txt", path=path) for path in sorted(paths))
-    digests = content_digests(sources, root, progress=lambda done, total: None)
-    names = [Path(path).name for path in sorted(paths)]
-    return _digest(list(zip(names, digests, strict=True)))
-
-
 def task_digest(config: RunConfig, files: TaskFiles) -> str:
     """Identify the content of a task, and what is made of its labels."""
-    root = cache_root(config)
+    content: object
     if files.format == "hub":
         content = hub_fingerprint(files)
     else:
-        content = file_digest(files.paths(), key="evaluation.data", root=root)
+        root = cache_root(config)
+        content = file_digests(files.paths(), key="evaluation.data", root=root)
     splits = sorted((split, Path(path).name) for split, path in files.splits.items())
-    return _digest([files.task.name, files.format, splits, content, _typed(config, files)])
+    return digest([files.task.name, files.format, splits, content, _typed(config, files)])
 
 
 def prepare_task(
@@ -96,7 +78,7 @@ def prepare_task(
         CorpusError: The task or the tokenizer cannot be used.
     """
     root = cache_root(config)
-    key = f"task-{_digest([FORMAT, content, tokenizer_digest, max_length])[:24]}"
+    key = f"task-{digest([FORMAT, content, tokenizer_digest, max_length])[:24]}"
     directory = root / "prepared" / key
     found = _read(directory)
     if found is not None:
@@ -134,7 +116,3 @@ def _read(directory: Path) -> PreparedTask | None:
         return PreparedTask(**(content | {"directory": str(directory)}))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedpipe.data.tasks.prepare import file_digest
+from fedpipe.data.identity import digest, file_digests
 from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.models.lengths import json_object, longest_input, num_positions
 
@@ -137,8 +137,8 @@ def _read(folder: Path, name: str, *, root: Path) -> ModelFolder:
     return ModelFolder(
         name=name,
         path=str(folder),
-        digest=file_digest(sorted(set(files)), key="--model", root=root),
-        tokenizer_digest=file_digest(tokenizer, key="--model", root=root),
+        digest=digest(file_digests(files, key="--model", root=root)),
+        tokenizer_digest=digest(file_digests(tokenizer, key="--model", root=root)),
         vocab_size=int(config.get("vocab_size") or 0),
         num_positions=positions,
         usual_length=min(longest_input(folder, key="--model") or positions, positions),

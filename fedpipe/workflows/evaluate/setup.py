@@ -6,7 +6,6 @@ its settings give: whatever changes is run again, everything else is kept.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from fedpipe.config.evaluation import EvaluationConfig
 from fedpipe.config.schema import RunConfig
 from fedpipe.config.tree import dump
 from fedpipe.data.cache import cache_root
+from fedpipe.data.identity import digest
 from fedpipe.data.tasks.files import TaskFiles, find_files
 from fedpipe.data.tasks.prepare import PreparedTask, prepare_task, task_digest
 from fedpipe.data.tasks.registry import Task, find_task
@@ -236,11 +236,10 @@ def _cell(
     prepared: PreparedTask,
 ) -> Cell:
     identity = [FORMAT, model.digest, content, settings, seed]
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     name = f"{model.name}_{place.task.name}_seed={seed}"
     return Cell(
         name=name, run_dir=directory / "cells" / name, model=model, task=place.task, seed=seed,
-        key=key, settings=settings, prepared=prepared,
+        key=digest(identity), settings=settings, prepared=prepared,
     )  # fmt: skip
 
 
