@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedpipe.config.schema import RunConfig
 from fedpipe.data import partition
 from fedpipe.data.blocks import TOKEN_COUNTS, PreparedData, Shard, save_manifest
+from fedpipe.data.overlap import Overlap
 from fedpipe.data.packing import Packed, pack
 from fedpipe.data.partition import IGNORED, Documents
 from fedpipe.data.reading import Document, read
@@ -27,6 +28,10 @@ Progress = Callable[[str, int, int], None]
 
 Sources = dict[str, tuple[Source, ...]]
 """Sources by key, ``data.train`` and ``data.valid``."""
+
+
+_LISTED = 20
+"""Clients that an error lists; of more it gives the number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,13 +65,16 @@ def assemble(job: Job, directory: Path) -> None:
     Raises:
         CorpusError: Text or partition cannot be used.
     """
-    train = _survey(job, "data.train")
-    valid = _survey(job, "data.valid") if job.sources["data.valid"] else None
+    overlap = Overlap()
+    # Held-out text comes first: it is the smaller one, and its digests are what is kept.
+    valid = _survey(job, "data.valid", overlap.hold_out) if job.sources["data.valid"] else None
+    train = _survey(job, "data.train", overlap.train_on)
     train_clients, valid_clients = _assign(job.config, train, valid)
     num_clients = job.config.federation.num_clients
     packed = _pack(job, "data.train", train_clients, directory, num_clients)
     np.save(directory / TOKEN_COUNTS, packed.token_counts)
-    train_shards = _shards(job, "data.train", packed, _values(train, train_clients, num_clients))
+    train_shards = _shards(job, packed, _values(train, train_clients, num_clients))
+    _require_text(job, train_shards)
     valid_shards: tuple[Shard, ...] = ()
     if valid is not None:
         shared = job.config.data.partition == "paths" and len(job.config.data.valid) == 1
@@ -75,11 +83,21 @@ def assemble(job: Job, directory: Path) -> None:
         values = _values(valid, valid_clients, files)
         # Every client scores the same text where there is only one.
         copies = num_clients if shared else 1
-        valid_shards = _shards(job, "data.valid", held_out, values, copies=copies)
-    _finish(job, directory, train_shards, valid_shards, int((valid_clients == IGNORED).sum()))
+        valid_shards = _shards(job, held_out, values, copies=copies)
+        _require_held_out_text(job, valid_shards)
+    prepared = _describe(
+        job,
+        directory,
+        train=train_shards,
+        valid=valid_shards,
+        num_ignored=int((valid_clients == IGNORED).sum()),
+        num_held_out=len(valid_clients),
+        num_overlapping=overlap.count(),
+    )
+    _finish(job, directory, prepared)
 
 
-def _survey(job: Job, key: str) -> Documents:
+def _survey(job: Job, key: str, compare: Callable[[str], None]) -> Documents:
     """Read everything once: checks every line and learns what the partition must know."""
     codes = array("i")
     index: dict[str, int] = {}
@@ -94,6 +112,7 @@ def _survey(job: Job, key: str) -> Documents:
             job.progress(f"check {key}", base + done, total)
 
         for text, value in read(source, columns=columns, tick=tick):
+            compare(text)
             if columns.partition:
                 code = index.setdefault(value, len(index))
                 if code == len(sizes):
@@ -139,6 +158,7 @@ def _pack(
         paths=[directory / f"{split}_{client:05d}.bin" for client in range(num_files)],
         tokenizer=job.tokenizer,
         sequence_length=job.config.data.sequence_length,
+        num_masked=job.config.data.num_masked,
         num_threads=job.config.data.num_workers or _num_cores(),
         progress=lambda done: job.progress(f"tokenise {key}", done, len(clients)),
     )
@@ -172,49 +192,86 @@ def _values(
 
 
 def _shards(
-    job: Job, key: str, packed: Packed, values: list[tuple[str, ...]], *, copies: int = 1
+    job: Job, packed: Packed, values: list[tuple[str, ...]], *, copies: int = 1
 ) -> tuple[Shard, ...]:
-    shards = []
-    length = job.config.data.sequence_length
-    for client, stream in enumerate(packed.streams * copies):
-        held = values[client % len(packed.streams)]
-        if stream.num_blocks == 0:
-            name = f" ({', '.join(held[:3])})" if held else ""
-            raise CorpusError(
-                f"{key}: expected at least one block of {length - 2} tokens for client "
-                f"{client}{name}, got {stream.num_tokens} tokens. Add text, lower "
-                "federation.num_clients or data.sequence_length"
-                + (", or set data.valid=[]." if key == "data.valid" else ".")
-            )
-        shards.append(
-            Shard(
-                client_id=client,
-                path=stream.path.name,
-                num_blocks=stream.num_blocks,
-                num_documents=stream.num_documents,
-                num_tokens=stream.num_tokens,
-                sequence_length=length,
-                dtype=stream.dtype,
-                values=held,
-            )
+    return tuple(
+        Shard(
+            client_id=client,
+            path=stream.path.name,
+            num_blocks=stream.num_blocks,
+            num_left_out=stream.num_left_out,
+            num_documents=stream.num_documents,
+            num_tokens=stream.num_tokens,
+            sequence_length=job.config.data.sequence_length,
+            dtype=stream.dtype,
+            values=values[client % len(packed.streams)],
         )
-    return tuple(shards)
+        for client, stream in enumerate(packed.streams * copies)
+    )
 
 
-def _finish(
-    job: Job, directory: Path, train: tuple[Shard, ...], valid: tuple[Shard, ...], num_ignored: int
-) -> None:
-    """Copy the tokenizer, so that nothing outside is needed any more, and write the manifest."""
+def _require_text(job: Job, shards: tuple[Shard, ...]) -> None:
+    """Refuse training text that leaves clients without a block, and name them all."""
+    empty = [shard for shard in shards if shard.num_blocks == 0]
+    if not empty:
+        return
+    raise CorpusError(
+        f"data.train: expected at least one block of {job.config.data.sequence_length - 2} tokens "
+        f"for each of {len(shards)} clients, got less for {len(empty)}: {_sizes(job, empty)}. "
+        f"Add text, lower federation.num_clients or data.sequence_length{_or_tokenizer(empty)}."
+    )
+
+
+def _require_held_out_text(job: Job, shards: tuple[Shard, ...]) -> None:
+    """Refuse held-out text of which no client has a block; some clients may have none."""
+    if any(shard.num_blocks for shard in shards):
+        return
+    empty = shards if len({shard.path for shard in shards}) > 1 else shards[:1]
+    raise CorpusError(
+        f"data.valid: expected at least one block of {job.config.data.sequence_length - 2} tokens "
+        f"for at least one client, got less for all {len(shards)}: {_sizes(job, empty)}. "
+        f"Add text, lower data.sequence_length{_or_tokenizer(empty)}, or set data.valid=[]."
+    )
+
+
+def _sizes(job: Job, shards: Sequence[Shard]) -> str:
+    """List clients with the text that they have."""
+    found = []
+    for shard in shards[:_LISTED]:
+        name = f" ({', '.join(shard.values[:3])})" if shard.values else ""
+        text = f"client {shard.client_id}{name} {shard.num_tokens:,} tokens"
+        if shard.num_left_out:
+            text += (
+                f" with {shard.num_left_out:,} blocks of fewer than {job.config.data.num_masked} "
+                "ordinary ones"
+            )
+        found.append(text)
+    if len(shards) > _LISTED:
+        found.append(f"and {len(shards) - _LISTED} more")
+    return ", ".join(found)
+
+
+def _or_tokenizer(shards: Sequence[Shard]) -> str:
+    left_out = any(shard.num_left_out for shard in shards)
+    return ", or set a data.tokenizer that knows the words" if left_out else ""
+
+
+def _describe(
+    job: Job,
+    directory: Path,
+    *,
+    train: tuple[Shard, ...],
+    valid: tuple[Shard, ...],
+    num_ignored: int,
+    num_held_out: int,
+    num_overlapping: int,
+) -> PreparedData:
     info = job.tokenizer
-    tokenizer_dir = directory / "tokenizer"
-    tokenizer_dir.mkdir()
-    for path in tokenizer_files(info):
-        shutil.copyfile(path, tokenizer_dir / path.name)
-    prepared = PreparedData(
+    return PreparedData(
         directory=str(directory),
         train=train,
         valid=valid,
-        tokenizer_dir=tokenizer_dir.name,
+        tokenizer_dir="tokenizer",
         vocab_size=info.vocab_size,
         cls_id=info.cls_id,
         sep_id=info.sep_id,
@@ -222,6 +279,17 @@ def _finish(
         pad_id=info.pad_id,
         special_ids=info.special_ids,
         sequence_length=job.config.data.sequence_length,
+        num_masked=job.config.data.num_masked,
         num_ignored_documents=num_ignored,
+        num_held_out=num_held_out,
+        num_overlapping=num_overlapping,
     )
+
+
+def _finish(job: Job, directory: Path, prepared: PreparedData) -> None:
+    """Copy the tokenizer, so that nothing outside is needed any more, and write the manifest."""
+    tokenizer_dir = directory / prepared.tokenizer_dir
+    tokenizer_dir.mkdir()
+    for path in tokenizer_files(job.tokenizer):
+        shutil.copyfile(path, tokenizer_dir / path.name)
     save_manifest(prepared, directory)

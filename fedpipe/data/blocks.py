@@ -29,7 +29,9 @@ class Shard:
     path: str
     """The file; relative to the manifest on disk, absolute once loaded."""
     num_blocks: int
-    """Blocks in the file, 1 or more."""
+    """Blocks in the file; 0 only for a client without held-out text."""
+    num_left_out: int
+    """Whole blocks that are not in the file: they have fewer ordinary tokens than are masked."""
     num_documents: int
     """Documents that were packed; empty ones do not count."""
     num_tokens: int
@@ -70,6 +72,12 @@ class PreparedData:
     """T."""
     num_ignored_documents: int
     """Held-out documents whose column value does not occur in the training text."""
+    num_masked: int
+    """Tokens that are hidden in a block; every block has at least as many ordinary ones."""
+    num_held_out: int
+    """Held-out documents, the ignored ones included."""
+    num_overlapping: int
+    """Held-out documents that stand in the training text too."""
 
 
 def save_manifest(prepared: PreparedData, directory: Path) -> None:

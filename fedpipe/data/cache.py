@@ -98,6 +98,7 @@ def cache_key(
         "sources": [[s.key, s.entry, s.kind, d] for s, d in zip(sources, digests, strict=True)],
         "tokenizer": file_digests(tokenizer_files(tokenizer), key="data.tokenizer", root=None),
         "sequence_length": data.sequence_length,
+        "num_masked": data.num_masked,
         "text_column": data.text_column,
         "partition": data.partition,
         "partition_column": data.partition_column if by_column else "",

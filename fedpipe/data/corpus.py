@@ -5,6 +5,8 @@ The names that the rest of fedpipe uses are all here.
 
 from __future__ import annotations
 
+import os
+
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.assembly import Job, Progress, Sources, assemble
 from fedpipe.data.blocks import (
@@ -110,10 +112,15 @@ def _resolve(config: RunConfig) -> Sources:
                 f"data.valid: expected {clients} entries, one per client, or one for all "
                 f"(data.partition=paths), got {len(data.valid)}. Correct the list."
             )
-    return {
+    sources = {
         "data.train": resolve("data.train", data.train),
         "data.valid": resolve("data.valid", data.valid),
     }
+    places = {os.path.realpath(source.path): source for source in sources["data.train"]}
+    for source in sources["data.valid"]:
+        if same := places.get(os.path.realpath(source.path)):
+            raise _same_text(source, same)
+    return sources
 
 
 def _all(job: Job) -> tuple[Source, ...]:
@@ -124,7 +131,21 @@ def _key(job: Job) -> str:
     digests = content_digests(
         _all(job), job.root, progress=lambda done, total: job.progress("hash", done, total)
     )
+    known: dict[str, Source] = {}
+    for source, digest in zip(_all(job), digests, strict=True):
+        # A hub dataset that was never opened has no content yet.
+        if source.key == "data.valid" and source.kind != "hub" and digest in known:
+            raise _same_text(source, known[digest])
+        if source.key == "data.train":
+            known[digest] = source
     return cache_key(job.config, tokenizer=job.tokenizer, sources=_all(job), digests=digests)
+
+
+def _same_text(valid: Source, train: Source) -> CorpusError:
+    return CorpusError(
+        f"data.valid: expected text that is not trained on, got {valid.path!r}, which has the "
+        f"content of {train.path!r} in data.train. Hold other text out, or set data.valid=[]."
+    )
 
 
 def _find(job: Job, key: str) -> PreparedData | None:

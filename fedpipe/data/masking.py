@@ -118,8 +118,7 @@ def mask_blocks(
     10 % stay. Source: BERT, Devlin et al. 2019, section 3.1, https://arxiv.org/abs/1810.04805;
     unlike there, the count per block is fixed and only whole blocks exist.
 
-    A packed block has T - 2 positions less one per document boundary inside it, so that any usual
-    M finds enough tokens; blocks of nothing but separators do not.
+    Prepared text holds only blocks with at least M tokens that are not special.
 
     Args:
         blocks_BT: (B, T) token ids below ``vocab_size``; not changed.

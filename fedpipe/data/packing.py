@@ -30,22 +30,30 @@ class ClientStream:
 
     Documents follow each other with one separator between them and are cut every T - 2 tokens:
     ``[cls] + (T - 2 tokens) + [sep]``. Source: RoBERTa, Liu et al. 2019, section 4.2,
-    https://arxiv.org/abs/1907.11692.
+    https://arxiv.org/abs/1907.11692. A block in which too little can be masked, for example one of
+    words that the vocabulary does not know, is left out.
     """
 
-    def __init__(self, path: Path, *, tokenizer: TokenizerInfo, sequence_length: int) -> None:
+    def __init__(
+        self, path: Path, *, tokenizer: TokenizerInfo, sequence_length: int, num_masked: int
+    ) -> None:
         """Start an empty stream.
 
         Args:
-            path: File that blocks are appended to.
+            path: File that blocks are appended to; made here.
             tokenizer: Special tokens and size of the vocabulary.
             sequence_length: T.
+            num_masked: Tokens that are not special which a block must have.
         """
         self.path = path
+        path.touch()
         self.num_blocks = 0
+        self.num_left_out = 0
         self.num_documents = 0
         self.num_tokens = 0
         self._length = sequence_length
+        self._num_masked = num_masked
+        self._special_ids = np.array(tokenizer.special_ids)
         self._cls_id = tokenizer.cls_id
         self._sep_id = tokenizer.sep_id
         self.dtype = block_dtype(tokenizer.vocab_size)
@@ -76,10 +84,13 @@ class ClientStream:
         blocks[:, 0] = self._cls_id
         blocks[:, 1:-1] = tokens[: count * body].reshape(count, body)
         blocks[:, -1] = self._sep_id
+        special = np.isin(blocks, self._special_ids, kind="table").sum(axis=1)
+        kept = blocks[self._length - special >= self._num_masked]
         # Opened per flush: there may be more clients than a process may have open files.
         with open(self.path, "ab") as file:
-            file.write(blocks.tobytes())
-        self.num_blocks += count
+            file.write(kept.tobytes())
+        self.num_blocks += len(kept)
+        self.num_left_out += count - len(kept)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +115,7 @@ def pack(
     paths: list[Path],
     tokenizer: TokenizerInfo,
     sequence_length: int,
+    num_masked: int,
     num_threads: int,
     progress: Callable[[int], None],
 ) -> Packed:
@@ -115,6 +127,7 @@ def pack(
         paths: One file per client; created here.
         tokenizer: The vocabulary.
         sequence_length: T.
+        num_masked: Blocks with fewer ordinary tokens are left out.
         num_threads: Tokeniser threads.
         progress: Called with the number of documents done.
 
@@ -125,7 +138,10 @@ def pack(
         CorpusError: There are more or fewer documents than owners: the text changed meanwhile.
     """
     streams = tuple(
-        ClientStream(path, tokenizer=tokenizer, sequence_length=sequence_length) for path in paths
+        ClientStream(
+            path, tokenizer=tokenizer, sequence_length=sequence_length, num_masked=num_masked
+        )
+        for path in paths
     )
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     done = 0

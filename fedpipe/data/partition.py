@@ -81,7 +81,8 @@ def iid(
 
     Args:
         train: Training documents.
-        valid: Held-out documents, dealt the same way from a stream of their own.
+        valid: Held-out documents, dealt the same way from a stream of their own; fewer than
+            clients leave some without.
         num_clients: Data owners.
         seed: Seeds the shuffle.
 
@@ -89,14 +90,15 @@ def iid(
         Client ids of the training and of the held-out documents.
 
     Raises:
-        CorpusError: Fewer documents than clients.
+        CorpusError: Fewer training documents than clients.
     """
     assigned = []
-    for index, (key, documents) in enumerate((("data.train", train), ("data.valid", valid))):
+    for index, documents in enumerate((train, valid)):
         if documents is None:
             assigned.append(np.empty(0, dtype=np.int32))
             continue
-        _require_documents(key, documents, num_clients)
+        if documents is train:
+            _require_documents(documents, num_clients)
         clients = np.arange(documents.num_documents, dtype=np.int32) % num_clients
         _generator(seed, index).shuffle(clients)
         assigned.append(clients)
@@ -132,7 +134,7 @@ def dirichlet(
     for index in by_name:
         shares[index] = rng.dirichlet(np.full(num_clients, alpha))
     assigned = [_draw(train.codes, shares, _generator(seed, 1))]
-    _require_documents("data.train", train, num_clients)
+    _require_documents(train, num_clients)
     _give_everyone_one(assigned[0], num_clients)
     if valid is None:
         return assigned[0], np.empty(0, dtype=np.int32)
@@ -182,10 +184,10 @@ def _apply_map(
     return table[documents.codes] if len(table) else np.empty(0, dtype=np.int32)
 
 
-def _require_documents(key: str, documents: Documents, num_clients: int) -> None:
+def _require_documents(documents: Documents, num_clients: int) -> None:
     if documents.num_documents < num_clients:
         raise CorpusError(
-            f"{key}: expected at least {num_clients} documents (federation.num_clients), "
+            f"data.train: expected at least {num_clients} documents (federation.num_clients), "
             f"got {documents.num_documents}. Add text or lower federation.num_clients."
         )
 

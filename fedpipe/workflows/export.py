@@ -306,9 +306,10 @@ def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[
     whole = np.array([t.lstrip("\u0120").isalpha() for t in _tokens(tokenizer)]) & starts_word
     examples = []
     rng = np.random.default_rng(config.seed)
+    clients = [shard.client_id for shard in data.valid if shard.num_blocks]
     for index in range(NUM_EXAMPLES):
-        client_id = index % len(data.valid)
-        block = validation_batch(data, config, client_id, first=index // len(data.valid), count=1)
+        first, client = divmod(index, len(clients))
+        block = validation_batch(data, config, clients[client], first=first, count=1)
         ids = block.input_ids[0].copy()
         ids[block.positions[0]] = block.labels[0]  # the text as it was
         inner = np.arange(8, len(ids) - 8)

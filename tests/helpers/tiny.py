@@ -52,6 +52,7 @@ def tiny_data(folder: Path, *, num_clients: int = 3, identical: bool = False) ->
                     client_id=client_id,
                     path=str(path),
                     num_blocks=len(blocks),
+                    num_left_out=0,
                     num_documents=1,
                     num_tokens=blocks.size,
                     sequence_length=LENGTH,
@@ -72,6 +73,9 @@ def tiny_data(folder: Path, *, num_clients: int = 3, identical: bool = False) ->
         tokenizer_dir="",
         sequence_length=LENGTH,
         num_ignored_documents=0,
+        num_masked=1,
+        num_held_out=0,
+        num_overlapping=0,
     )
 
 

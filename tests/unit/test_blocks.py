@@ -15,7 +15,7 @@ def make_shard(folder, *, num_blocks: int = 23, client_id: int = 0, dtype: str =
     path = folder / f"{client_id}.bin"
     np.repeat(np.arange(num_blocks, dtype=dtype), LENGTH).tofile(path)
     return Shard(
-        client_id=client_id, path=str(path), num_blocks=num_blocks, num_documents=1,
+        client_id=client_id, path=str(path), num_blocks=num_blocks, num_left_out=0, num_documents=1,
         num_tokens=num_blocks * (LENGTH - 2), sequence_length=LENGTH, dtype=dtype, values=(),
     )  # fmt: skip
 

@@ -67,11 +67,10 @@ def test_the_key_follows_content_and_settings_but_not_paths(run, tmp_path):
     assert prepare(run(train=(str(moved),))).directory == base
     # Only a partition that draws depends on the seed.
     assert prepare(run(seed=7)).directory == base
-    assert prepare(run(mask_probability=0.3)).directory == base
     assert prepare(run(num_workers=2)).directory == base
     others = [
         run(sequence_length=16), run(num_clients=2), run(partition="iid"), run(valid=()),
-        run(partition="iid", seed=7), run(partition="dirichlet"), run(train=run().data.valid),
+        run(partition="iid", seed=7), run(partition="dirichlet"), run(mask_probability=0.3),
         run(partition="dirichlet", dirichlet_alpha=2.0),
     ]  # fmt: skip
     directories = {prepare(config).directory for config in others}

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import random
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from fedpipe.data.corpus import load_prepared, prepare, token_counts, tokenizer_info
+from fedpipe.data.corpus import check_sources, load_prepared, prepare, token_counts, tokenizer_info
+from fedpipe.data.masking import MaskedReader
 from fedpipe.data.packing import pack
 from fedpipe.errors import CorpusError
 from tests.helpers.corpora import (
@@ -100,9 +102,9 @@ def test_with_paths_each_entry_is_a_client_and_one_held_out_entry_is_for_all(run
     assert [shard.num_documents for shard in prepared.train] == [20, 21]
     assert [shard.client_id for shard in prepared.valid] == [0, 1]
     assert len({shard.path for shard in prepared.valid}) == 1
-    own = prepare(run(num_clients=2, partition="paths", train=tuple(files), valid=tuple(files)))
-    assert all(np.array_equal(blocks_of(a), blocks_of(b))
-               for a, b in zip(own.train, own.valid, strict=True))  # fmt: skip
+    own = [write_rows(tmp_path / f"v{i}.jsonl", 10 + i, seed=7 + i) for i in range(2)]
+    each = prepare(run(num_clients=2, partition="paths", train=tuple(files), valid=tuple(own)))
+    assert [shard.num_documents for shard in each.valid] == [10, 11]
 
 
 def test_no_held_out_text_gives_no_held_out_shards(run):
@@ -167,15 +169,96 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     assert peaks[1] - peaks[0] < 12, peaks
 
 
-@pytest.mark.parametrize("key", ["data.train", "data.valid"])
-def test_a_client_with_less_than_a_block_is_named_with_its_size(run, tmp_path, key):
-    path = tmp_path / "short.jsonl"
-    rows = rows_of(run())
-    rows = [row for row in rows if row["ward"] != "w2"] + [{"text": "two words", "ward": "w2"}]
+def write_wards(path: Path, words: dict[str, int]) -> tuple[str, ...]:
+    """Write one document per ward, of as many words."""
+    rng = random.Random(4)
+    rows = [{"text": make_text(rng, size), "ward": ward} for ward, size in words.items()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    message = rf"{key}: expected at least one block of 30 tokens for client \d \(w2\), got \d t"
+    return (str(path),)
+
+
+def test_all_clients_without_a_block_to_train_on_are_named_with_their_sizes(run, tmp_path):
+    train = write_wards(tmp_path / "a.jsonl", {"w0": 100, "w1": 2, "w2": 100, "w3": 1})
+    message = (
+        r"data.train: expected at least one block of 30 tokens for each of 4 clients, got less for "
+        r"2: client 2 \(w1\) \d tokens, client 3 \(w3\) \d tokens\. Add text, lower"
+    )
     with pytest.raises(CorpusError, match=message):
-        prepare(run(num_clients=4, **{key.removeprefix("data."): (str(path),)}))
+        prepare(run(num_clients=4, train=train))
+
+
+def test_a_client_may_have_no_held_out_text_but_not_all_of_them(run, tmp_path):
+    valid = write_wards(tmp_path / "some.jsonl", {"w0": 100, "w1": 2, "w2": 100})
+    prepared = prepare(run(num_clients=4, valid=valid))
+    assert [shard.values for shard in prepared.valid] == [(), ("w2",), ("w1",), ("w0",)]
+    assert [shard.num_blocks > 0 for shard in prepared.valid] == [False, True, False, True]
+    valid = write_wards(tmp_path / "none.jsonl", {"w1": 2})
+    message = (
+        r"data.valid: expected .* for at least one client, got less for all 4: client 0 0 tokens, "
+        r"client 1 0 tokens, client 2 \(w1\) \d tokens, .*, or set data.valid=\[\]\."
+    )
+    with pytest.raises(CorpusError, match=message):
+        prepare(run(num_clients=4, valid=valid))
+
+
+def make_words(folder: Path) -> str:
+    """A vocabulary of the ASCII words; others are one unknown token each."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [word for word in WORDS if word.isascii()]
+    vocab = {token: index for index, token in enumerate(special + words)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+def test_blocks_with_too_little_to_mask_are_left_out_and_counted(run, tmp_path):
+    config = run(num_clients=2, tokenizer=make_words(tmp_path / "words"), mask_probability=0.3)
+    rows = rows_of(config)
+    strange = " ".join(["\u0e44\u0e17\u0e22"] * 95)
+    path = tmp_path / "thai.jsonl"
+    lines = [*rows[:60], {"text": strange, "ward": "w3"}, *rows[60:]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=(str(path),)))
+    prepared = prepare(config)
+    assert [shard.num_left_out for shard in prepared.train] in ([2, 0], [3, 0])
+    for client_id, shard in enumerate(prepared.train):
+        reader = MaskedReader(
+            prepared, client_id, split="train", seed=0, num_masked=config.data.num_masked
+        )
+        assert len(reader.batch(0, shard.num_blocks).labels) == shard.num_blocks
+    (tmp_path / "unknown.jsonl").write_text(json.dumps({"text": strange, "ward": "w0"}) + "\n")
+    message = (
+        r"client 0 \(w0\) 95 tokens with 3 blocks of fewer than 10 ordinary ones\. .* knows the"
+    )
+    with pytest.raises(CorpusError, match=message):
+        prepare(
+            run(num_clients=1, train=(str(tmp_path / "unknown.jsonl"),), mask_probability=0.3,
+                tokenizer=str(tmp_path / "words"))
+        )  # fmt: skip
+
+
+def test_held_out_documents_that_stand_in_the_training_text_are_counted(run, tmp_path):
+    config = run()
+    own, other = rows_of(config, "valid"), rows_of(config)
+    copied = [{"text": f" {row['text']}\n", "ward": "w1"} for row in other[7:10]]
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*own, *copied]))
+    prepared = prepare(run(valid=(str(path),)))
+    assert (prepared.num_held_out, prepared.num_overlapping) == (len(own) + 3, 3)
+    assert prepare(config).num_overlapping == 0
+
+
+def test_held_out_text_that_is_the_training_text_is_refused(run, tmp_path):
+    train = run().data.train
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(Path(train[0]).read_bytes())
+    for valid in (train, (str(copy),)):
+        with pytest.raises(CorpusError, match=r"data.valid: expected text that is not trained on"):
+            prepare(run(valid=valid))
+    with pytest.raises(CorpusError, match=r"data.valid: expected text that is not trained on"):
+        check_sources(run(valid=train))
 
 
 def test_a_text_that_changes_between_the_readings_is_refused(tmp_path, run):
@@ -183,7 +266,8 @@ def test_a_text_that_changes_between_the_readings_is_refused(tmp_path, run):
     for num_documents in (1, 3):
         with pytest.raises(CorpusError, match=r"data: expected 2 documents as in the first"):
             pack([("words", "")] * num_documents, np.zeros(2, dtype=np.int32),
-                 paths=[tmp_path / "a.bin"], tokenizer=info, sequence_length=16, num_threads=1,
+                 paths=[tmp_path / "a.bin"], tokenizer=info, sequence_length=16, num_masked=1,
+                 num_threads=1,
                  progress=lambda done: None)  # fmt: skip
 
 
