@@ -141,6 +141,9 @@ class StageEngine:
             mpu=mpu,
             dist_init_required=False,
         )
+        # Gradients are averaged over the group of this engine's own mpu: without ZeRO, DeepSpeed
+        # takes the one of the engine that was built last in the process, unless it is a pipeline.
+        self.engine.pipeline_parallelism = not self._zero
         self.engine.enable_backward_allreduce = mpu.get_data_parallel_world_size() > 1 or self._zero
         self._precision = stage_precision(deepspeed_config)
         self._before_step = before_step

@@ -222,7 +222,8 @@ class HostedStages:
             own |= {"sent": dict(sent), "rng": rng_state(self.comm.device)}
             own["stages"] = {
                 engine.spec.stage_id: {
-                    "parameters": dict(engine.stage.named_parameters()),
+                    # Without what DeepSpeed has hung on them, process groups among it.
+                    "parameters": {n: p.detach() for n, p in engine.stage.named_parameters()},
                     "optimizer": engine.optimizer_state(),
                     "partial": dict(self.synchronizers[engine.spec.stage_id].partial),
                 }
