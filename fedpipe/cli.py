@@ -172,9 +172,13 @@ def _plan(args: argparse.Namespace) -> int:
     if args.run_dir and not (args.config or args.preset):
         _existing_run(args)
     config = _checked_config(args)
+    from fedpipe.data.corpus import find_prepared
     from fedpipe.workflows.plan import build_plan, render
+    from fedpipe.workflows.text_facts import render_text, text_facts
 
     _show(render(build_plan(config)))
+    if data := find_prepared(config):
+        _show(render_text(text_facts(data)))
     if args.measure:
         from fedpipe.launcher.cut import choose_cut, measure_here
 

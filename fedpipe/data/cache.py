@@ -11,7 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedpipe.config.schema import RunConfig
-from fedpipe.data.identity import digest, file_digest, file_digests, recall, remember
+from fedpipe.data.identity import (
+    digest,
+    file_digest,
+    file_digests,
+    recall,
+    remember,
+    remembered_digest,
+)
 from fedpipe.data.sources import Source, data_files
 from fedpipe.data.tokenizer import TokenizerInfo, tokenizer_files
 from fedpipe.errors import CorpusError
@@ -34,12 +41,31 @@ def cache_root(config: RunConfig) -> Path:
     Raises:
         CorpusError: It cannot be made or written.
     """
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fedpipe")
-    root = Path(config.data.cache_dir or usual).absolute()
+    root = cache_path(config)
     with _writing(root):
         root.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=root).close()
     return root
+
+
+def cache_path(config: RunConfig) -> Path:
+    """Tell where the cache directory is, whether it exists or not; see ``cache_root``."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fedpipe")
+    return Path(config.data.cache_dir or usual).absolute()
+
+
+def remembered_digests(sources: tuple[Source, ...], root: Path) -> list[str] | None:
+    """Return what ``content_digests`` would, without reading; None if a file is not known."""
+    digests = []
+    for source in sources:
+        parts = [_hub_digest(source, root)] if source.kind == "hub" else []
+        for path in data_files(source):
+            known = remembered_digest(path, root=root)
+            if known is None:
+                return None
+            parts.append(known)
+        digests.append(digest(parts))
+    return digests
 
 
 def content_digests(

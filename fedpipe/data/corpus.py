@@ -21,10 +21,12 @@ from fedpipe.data.blocks import (
 from fedpipe.data.cache import (
     building,
     cache_key,
+    cache_path,
     cache_root,
     content_digests,
     discard,
     remember_hub,
+    remembered_digests,
 )
 from fedpipe.data.reading import check, open_dataset
 from fedpipe.data.sources import Columns, Source, resolve
@@ -38,6 +40,7 @@ __all__ = [
     "Shard",
     "TokenizerInfo",
     "check_sources",
+    "find_prepared",
     "load_prepared",
     "prepare",
     "token_counts",
@@ -96,6 +99,27 @@ def prepare(config: RunConfig, *, progress: Progress | None = None) -> PreparedD
     with building(job.root, key) as directory:
         assemble(job, directory)
     return load_prepared(str(job.root / "prepared" / key))
+
+
+def find_prepared(config: RunConfig) -> PreparedData | None:
+    """Find the text of a run where an earlier ``prepare`` left it; reads no text, writes nothing.
+
+    Args:
+        config: The run.
+
+    Returns:
+        The prepared text; None if there is none, or if a file is missing or has been touched since.
+    """
+    try:
+        sources, root = _resolve(config), cache_path(config)
+        every = (*sources["data.train"], *sources["data.valid"])
+        digests = remembered_digests(every, root)
+        if digests is None:
+            return None
+        key = cache_key(config, tokenizer=tokenizer_info(config), sources=every, digests=digests)
+        return load_prepared(str(root / "prepared" / key))
+    except CorpusError:
+        return None
 
 
 def _resolve(config: RunConfig) -> Sources:

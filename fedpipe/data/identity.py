@@ -45,9 +45,7 @@ def file_digest(path: str | Path, *, key: str, root: Path | None) -> str:
     try:
         with open(location, "rb") as file:
             status = os.fstat(file.fileno())
-            stamp = [
-                location, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino,
-            ]  # fmt: skip
+            stamp = _stamp(location, status)
             known = recall(location, root)
             if known.get("stamp") == stamp:
                 return str(known["digest"])
@@ -61,6 +59,17 @@ def file_digest(path: str | Path, *, key: str, root: Path | None) -> str:
     if is_settled:
         remember(location, {"stamp": stamp, "digest": content}, root)
     return content
+
+
+def remembered_digest(path: str | Path, *, root: Path) -> str | None:
+    """Return the digest of a file without reading it; None if it is unknown or was touched."""
+    location = os.path.abspath(path)
+    known = recall(location, root)
+    try:
+        is_same = known.get("stamp") == _stamp(location, os.stat(location))
+    except OSError:
+        return None
+    return str(known["digest"]) if is_same else None
 
 
 def file_digests(paths: Iterable[str | Path], *, key: str, root: Path | None) -> FileDigests:
@@ -107,6 +116,10 @@ def remember(name: str, content: dict[str, Any], root: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(json.dumps(content), encoding="utf-8")
         aside.rename(path)
+
+
+def _stamp(location: str, status: os.stat_result) -> list[str | int]:
+    return [location, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _memo(name: str, root: Path) -> Path:

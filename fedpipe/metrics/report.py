@@ -20,7 +20,13 @@ from fedpipe.metrics.document import (
 from fedpipe.metrics.drawing import Draw, render
 from fedpipe.metrics.format import bytes_text, count, duration, integer, number, tokens_per_s
 from fedpipe.metrics.plots import draw_clients, draw_loss, draw_traffic
-from fedpipe.metrics.sections import environment_rows, ledger, rounds_table, samples_section
+from fedpipe.metrics.sections import (
+    environment_rows,
+    ledger,
+    rounds_table,
+    samples_section,
+    text_section,
+)
 from fedpipe.metrics.summary import RunSummary, total
 from fedpipe.metrics.timeline_plot import write_timeline_plot
 
@@ -50,6 +56,7 @@ def write_report(run_dir: Path) -> Path:
         *_headline(run),
         *_training(run),
         *samples_section(run),
+        *text_section(run),
         *_traffic(run),
         *_timeline(run),
         *_rounds(run),

@@ -18,6 +18,9 @@ _COLLECTIVES = {
 }
 """What travels in the collectives of the ledger."""
 
+_MAX_CLIENT_ROWS = 60
+"""Of more clients the table shows the first."""
+
 
 def samples_section(run: RunSummary) -> list[Block]:
     """Masked words of held-out text: the truth, the model's guesses and a unigram guess."""
@@ -62,6 +65,47 @@ def _final_loss(run: RunSummary) -> float | None:
     stage = run.last_validated_stage
     loss = run.validations(stage)[-1][1].get("loss") if stage is not None else None
     return loss if is_number(loss) else None
+
+
+def text_section(run: RunSummary) -> list[Block]:
+    """What text every client trained on, what was left out, and what was held out."""
+    clients = run.text.get("clients") or []
+    if not clients:
+        return []
+    number, same = run.text.get("held_out_documents"), run.text.get("held_out_in_training")
+    lines = []
+    if number and is_number(same):
+        lines.append(
+            f"{same:,} of {number:,} held-out documents ({100 * same / number:.1f} %) stand in the "
+            "training text too: up to white space they are the same."
+        )
+    if number and run.text.get("held_out_ignored"):
+        lines.append(f"{run.text['held_out_ignored']:,} have an owner that is no client's.")
+    if any(row.get("left_out") or row.get("held_out_left_out") for row in clients):
+        lines.append(
+            f"Blocks with fewer than {integer(run.text.get('num_masked'))} ordinary tokens are "
+            "left out: too little of them can be masked."
+        )
+    shown = clients[:_MAX_CLIENT_ROWS]
+    if len(clients) > len(shown):
+        lines.append(f"The first {len(shown)} of {len(clients):,} clients; text.json has them all.")
+    columns = ("client", "owners", "documents", "tokens", "blocks", "left out",
+               "held-out documents", "held-out blocks", "left out")  # fmt: skip
+    keys = ("documents", "tokens", "blocks", "left_out",
+            "held_out_documents", "held_out_blocks", "held_out_left_out")  # fmt: skip
+    rows = tuple(
+        (integer(row.get("client")), _owners(row), *(integer(row.get(key)) for key in keys))
+        for row in shown
+    )
+    table = Table(columns=columns, rows=rows, numeric=frozenset(range(len(columns))) - {1})
+    paragraphs: list[Block] = [Paragraph(text=" ".join(lines))] if lines else []
+    return [Heading(text="Text of the clients"), *paragraphs, table]
+
+
+def _owners(row: dict[str, Any]) -> str:
+    names = [str(name) for name in row.get("owners") or []]
+    more = (row.get("num_owners") or 0) - len(names)
+    return ", ".join([*names, *([f"{more:,} more"] if more > 0 else [])]) or "-"
 
 
 def rounds_table(run: RunSummary, rounds: list[Record]) -> Table:

@@ -15,6 +15,9 @@ from fedpipe.metrics.writer import METRICS_FILE, Record, read_metrics
 
 logger = logging.getLogger(__name__)
 
+TEXT_FILE = "text.json"
+"""Counts of the prepared text, per client."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
@@ -34,6 +37,8 @@ class RunSummary:
     """Trace events of timeline.json."""
     samples: dict[str, Any] = field(default_factory=dict)
     """samples.json."""
+    text: dict[str, Any] = field(default_factory=dict)
+    """text.json."""
 
     @classmethod
     def load(cls, run_dir: Path) -> RunSummary:
@@ -60,6 +65,7 @@ class RunSummary:
             environment=_read_json(run_dir / "env.json"),
             events=_read_json(run_dir / "timeline.json").get("traceEvents") or [],
             samples=_read_json(run_dir / "samples.json"),
+            text=_read_json(run_dir / TEXT_FILE),
         )
 
     def of_kind(self, kind: str) -> list[Record]:

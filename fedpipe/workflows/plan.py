@@ -5,6 +5,7 @@ Arithmetic on the configuration alone; nothing here imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -22,6 +23,9 @@ from fedpipe.pipeline.schedule import SCHEDULES
 from fedpipe.pipeline.timeline import simulate
 from fedpipe.workflows.costs.flops import stage_flops
 from fedpipe.workflows.disclosure import Transfer, client_rows, client_transfers, stays
+
+Row = tuple[str, str, str]
+"""Subject of a line of the plan, what there is, and how much."""
 
 _FLOAT32 = 4
 """Bytes of a weight, a gradient and each of Adam's moments."""
@@ -252,12 +256,13 @@ def render(plan: Plan) -> str:
         *_ideal_rows(plan),
         *client_rows(plan.transfers, plan.stays, config=plan.config),
     ]
+    return "\n".join([_headline(plan), *aligned_rows(rows)])
+
+
+def aligned_rows(rows: Sequence[Row]) -> list[str]:
+    """Write rows of the plan as indented lines with columns below each other."""
     width = max(len(middle) for _, middle, _ in rows)
-    lines = [f"  {name:<8} {middle:<{width}}  {end}".rstrip() for name, middle, end in rows]
-    return "\n".join([_headline(plan), *lines])
-
-
-_Row = tuple[str, str, str]
+    return [f"  {name:<8} {middle:<{width}}  {end}".rstrip() for name, middle, end in rows]
 
 
 def _headline(plan: Plan) -> str:
@@ -270,7 +275,7 @@ def _headline(plan: Plan) -> str:
     return f"fedpipe {__version__}  {plan.config.name}  {processes} = {parts} x {degree} data"
 
 
-def _model_row(plan: Plan) -> list[_Row]:
+def _model_row(plan: Plan) -> list[Row]:
     shape = plan.shape
     sizes = (
         f"{shape.family}, {count(shape.num_hidden_layers, 'layer')} x {shape.hidden_size},"
@@ -280,7 +285,7 @@ def _model_row(plan: Plan) -> list[_Row]:
     return [("model", sizes, positions)]
 
 
-def _stage_rows(plan: Plan) -> list[_Row]:
+def _stage_rows(plan: Plan) -> list[Row]:
     contents = [", ".join(stage.spec.contents) or "nothing" for stage in plan.stages]
     width = max(len(text) for text in contents)
     rows = []
@@ -292,7 +297,7 @@ def _stage_rows(plan: Plan) -> list[_Row]:
     return rows
 
 
-def _batch_rows(plan: Plan) -> list[_Row]:
+def _batch_rows(plan: Plan) -> list[Row]:
     pipeline, federation, data = plan.config.pipeline, plan.config.federation, plan.config.data
     sequences = plan.config.blocks_per_step
     batch = (
@@ -323,7 +328,7 @@ def _idle(plan: Plan) -> str:
     return f", {count(idle, 'replica')} idle in turn {turns} of {turns}"
 
 
-def _traffic_rows(plan: Plan) -> list[_Row]:
+def _traffic_rows(plan: Plan) -> list[Row]:
     average = [bytes_text(stage.fedavg_bytes) for stage in plan.stages]
     messages = plan.messages_per_step
     forward = _per_edge([messages * edge.bytes_forward for edge in plan.edges])
@@ -347,7 +352,7 @@ def _traffic_rows(plan: Plan) -> list[_Row]:
     return rows
 
 
-def _memory_rows(plan: Plan) -> list[_Row]:
+def _memory_rows(plan: Plan) -> list[Row]:
     total = [bytes_text(stage.state_bytes + stage.activation_bytes) for stage in plan.stages]
     largest = max(stage.state_bytes for stage in plan.stages)
     if plan.grid.colocate:
@@ -362,7 +367,7 @@ def _memory_rows(plan: Plan) -> list[_Row]:
     ]
 
 
-def _ideal_rows(plan: Plan) -> list[_Row]:
+def _ideal_rows(plan: Plan) -> list[Row]:
     own = plan.config.pipeline.schedule
     others = [name for name in SCHEDULES if name != own]
     mine = f"{own}: bubble {plan.ideal[own].bubble_pct:.1f} %"

@@ -25,8 +25,10 @@ from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.corpus import check_sources, prepare
 from fedpipe.errors import CheckpointError
+from fedpipe.metrics.summary import TEXT_FILE
 from fedpipe.metrics.writer import METRICS_FILE
 from fedpipe.workflows.plan import build_plan, render
+from fedpipe.workflows.text_facts import render_text, text_facts
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "submitit")
 
@@ -100,6 +102,10 @@ def set_up(
     checkpoint = resume_from(directory, notify=notify) if resumed else None
     notify(plan)
     data = prepare(config, progress=progress)
+    facts = text_facts(data)
+    notify(render_text(facts))
+    write_text(directory / "plan.txt", f"{plan}\n{render_text(facts)}\n")
+    write_text(directory / TEXT_FILE, json.dumps(facts, indent=1) + "\n")
     write_text(directory / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
     return RunSetup(
         config=config,

@@ -282,12 +282,18 @@ def test_the_ledger_of_a_local_loss_run_has_no_backward_byte(tmp_path: Path) -> 
         assert record["collectives"]["fedavg"] > 0
 
 
-def test_every_stage_is_validated_for_every_client(tmp_path: Path) -> None:
-    records = _run(tiny_config(), tiny_data(tmp_path / "data"), tmp_path / "run")
+def test_every_stage_is_validated_for_every_client_with_held_out_text(tmp_path: Path) -> None:
+    data = tiny_data(tmp_path / "data", num_clients=4)
+    empty = dataclasses.replace(data.valid[1], num_blocks=0)
+    data = dataclasses.replace(data, valid=(data.valid[0], empty, *data.valid[2:]))
+    records = _run(tiny_config(federation={"num_clients": 4}), data, tmp_path / "run")
     first, last = (r for r in records if r["kind"] == "eval")
     for stage in (0, 1):
         scores = last["stages"][stage]
-        assert scores["clients"].keys() == {"0", "1", "2"}
+        assert scores["clients"].keys() == {"0", "2", "3"}
+        blocks = [data.valid[client].num_blocks for client in (0, 2, 3)]
+        mean = np.average([*scores["clients"].values()], weights=blocks)
+        assert scores["loss"] == pytest.approx(mean)
         assert scores["worst_loss"] == max(scores["clients"].values())
         assert scores["loss"] < first["stages"][stage]["loss"]
 

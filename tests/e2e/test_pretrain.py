@@ -81,7 +81,8 @@ def test_a_run_writes_every_file_of_the_contract(done: Path) -> None:
     names = {path.name for path in done.iterdir()}
     assert names >= {
         "config.yaml", "deepspeed.json", "plan.txt", "env.json", "metrics.jsonl", "timeline.json",
-        "samples.json", "checkpoints", "export", "report.html", "report.md", "tensorboard", "logs",
+        "samples.json", "text.json", "checkpoints", "export", "report.html", "report.md",
+        "tensorboard", "logs",
     }  # fmt: skip
     assert any(name.endswith(".png") for name in names)
     assert _checkpoints(done)[-1] == "round_000002" and len(_checkpoints(done)) == 2
@@ -411,7 +412,7 @@ def test_a_client_with_less_than_a_block_is_named(
         f"data.train=[{tmp_path / 'large.txt'}, {tmp_path / 'small.txt'}]",
         "federation.num_clients=2", folder=folder,
     )  # fmt: skip
-    assert "expected at least one block of 30 tokens for client 1, got " in error
+    assert "30 tokens for each of 2 clients, got less for 1: client 1 2 tokens. Add" in error
 
 
 def test_a_mistake_in_the_configuration_is_answered_at_once(tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ def test_help_is_the_recorded_one(
     golden("cli_help.txt", capsys.readouterr().out)
 
 
-def test_python_m_fedpipe_plans_the_quick_start() -> None:
-    done = fedpipe("plan")
+def test_python_m_fedpipe_plans_the_quick_start(tmp_path: Path) -> None:
+    done = fedpipe("plan", f"data.cache_dir={tmp_path}")
     assert done.returncode == 0
     assert done.stdout == (REPOSITORY / "tests/golden/plan_quickstart.txt").read_text("utf-8")
     assert done.stderr == ""
