@@ -96,7 +96,7 @@ def deal_out(
     Args:
         task: How.
         train: Training examples.
-        test: Held-out examples; a client is scored on its own.
+        test: Held-out examples; a client is scored on its own, and may have none.
         num_clients: Data owners.
         seed: Of the run.
         columns: With ``split=column`` its values of the training and of the held-out examples.
@@ -105,14 +105,13 @@ def deal_out(
         By client, the indices of its training and of its held-out examples, ascending.
 
     Raises:
-        CorpusError: There are fewer examples, or values of the column, than clients.
+        CorpusError: There are fewer training examples, or values of the column, than clients.
     """
-    for name, labels in (("training", train), ("held-out", test)):
-        if len(labels.classes) < num_clients:
-            raise CorpusError(
-                f"federation.num_clients: expected at most {len(labels.classes)} (the {name}"
-                f" examples of {task.name}: no client may be empty), got {num_clients}. Lower it."
-            )
+    if len(train.classes) < num_clients:
+        raise CorpusError(
+            f"federation.num_clients: expected at most {len(train.classes)} (the training"
+            f" examples of {task.name}: no client may be empty), got {num_clients}. Lower it."
+        )
     if task.split == "label_sorted":
         owners = [
             _sorted_shards(labels.classes, num_clients, seed=seed + index)

@@ -179,12 +179,10 @@ def prepare_examples(config: FinetuneConfig, tokenizer: Any) -> TuningData:
         seed=config.seed, columns=columns,
     )  # fmt: skip
     facts = describe(of_train, owned_train, owned_test)
-    empty = [fact.client_id for fact in facts if not (fact.num_examples and fact.num_test_examples)]
-    if empty:
+    if not any(fact.num_test_examples for fact in facts):
         raise CorpusError(
-            f"task.split: expected training and held-out examples for every client, got none for"
-            f" client {empty[0]} and {len(empty) - 1} others. Lower federation.num_clients, raise"
-            " task.dirichlet_alpha, or use task.split=iid."
+            "task.split: expected held-out examples for at least one client, got none. Their values"
+            f" of {config.task.column!r} are no client's: correct the files, or use task.split=iid."
         )
     return TuningData(
         meaning=_meaning(task, tokenizer),

@@ -220,7 +220,8 @@ class Finetuning:
 
     def _score(self, round_id: int) -> None:
         """Score the averaged model on every client's held-out examples, shared by the workers."""
-        mine = range(self._comm.replica, len(self._lengths), self._comm.grid.num_replicas)
+        held_out = [c for c, rows in enumerate(self.data.test_sequences) if len(rows)]
+        mine = held_out[self._comm.replica :: self._comm.grid.num_replicas]
         gathered = self._comm.gather(self.tuner.score(mine, last_rounds=self._last))
         if gathered is None:
             return
