@@ -141,8 +141,9 @@ class Comm:
         ):  # DeepSpeed looks for a launcher's variables when an engine is built
             os.environ[name] = str(value)
         # Its shared-memory all-reduce is compiled at first use (a minute, and it needs a compiler);
-        # fedpipe does not use it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # fedpipe does not use it. Looked up in the module itself, so that DeepSpeed does not find
+        # out first what else it could compile: that calls compilers for a second, on every rank.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
     def _make_groups(self, edges: Iterable[tuple[int, int, bool]]) -> None:
