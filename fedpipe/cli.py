@@ -18,6 +18,7 @@ from fedpipe import __version__, options
 from fedpipe.config.finetune import finetune_presets
 from fedpipe.config.load import load_config, preset_names, read_config
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError, LaunchError
+from fedpipe.printable import printable
 
 if TYPE_CHECKING:
     from fedpipe.config.schema import RunConfig
@@ -246,7 +247,7 @@ def _submit(args: argparse.Namespace) -> int:
 
 
 def _show(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(printable(line) + "\n")
     sys.stdout.flush()
 
 
@@ -341,7 +342,8 @@ def _export(args: argparse.Namespace) -> int:
     run_dir = _existing_run(args)
     from fedpipe.workflows.outputs import export
 
-    sys.stdout.writelines(f"{folder}\n" for folder in export(run_dir))
+    for folder in export(run_dir):
+        _show(str(folder))
     return EXIT_DONE
 
 
@@ -350,7 +352,7 @@ def _report(args: argparse.Namespace) -> int:
     from fedpipe.workflows.outputs import report
 
     report(run_dir)
-    sys.stdout.write(f"{run_dir / 'report.html'}\n")
+    _show(str(run_dir / "report.html"))
     return EXIT_DONE
 
 

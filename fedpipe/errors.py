@@ -12,9 +12,18 @@ The command line prints a ``FedPipeError`` in one line and ends with 2 (a ``Laun
 anything else is a bug and keeps its traceback.
 """
 
+from fedpipe.printable import printable
+
 
 class FedPipeError(Exception):
-    """What is wrong, the value that was found, and a way out, in one line."""
+    """What is wrong, the value that was found, and a way out, in one line.
+
+    Messages quote what users and their files hold; nothing in them can command a terminal.
+    """
+
+    def __init__(self, message: str) -> None:
+        """Take the message, and make it safe to show."""
+        super().__init__(printable(message))
 
 
 class ConfigError(FedPipeError):

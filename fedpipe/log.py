@@ -10,6 +10,8 @@ import os
 import sys
 from typing import TextIO
 
+from fedpipe.printable import printable
+
 _NOISY = ("DeepSpeed", "transformers", "datasets")
 """Loggers of the libraries; DeepSpeed's is spelt like this."""
 _VERBOSITY_VARIABLES = ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY")
@@ -29,7 +31,7 @@ class _Prefix(logging.Formatter):
         text = record.getMessage()
         if record.exc_info:
             text = f"{text}\n{self.formatException(record.exc_info)}"
-        return prefix + text.replace("\n", "\n" + " " * len(prefix))
+        return prefix + printable(text).replace("\n", "\n" + " " * len(prefix))
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):

@@ -30,7 +30,7 @@ _KEY_LENGTH = 24
 
 
 def cache_root(config: RunConfig) -> Path:
-    """Find the cache directory and make it.
+    """Find the cache directory and make it; only its owner can read what it holds.
 
     Args:
         config: ``data.cache_dir``; empty means ``$XDG_CACHE_HOME/fedpipe``, else ~/.cache/fedpipe.
@@ -43,7 +43,7 @@ def cache_root(config: RunConfig) -> Path:
     """
     root = cache_path(config)
     with _writing(root):
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
         tempfile.TemporaryFile(dir=root).close()
     return root
 
@@ -139,6 +139,8 @@ def cache_key(
 def building(root: Path, key: str) -> Iterator[Path]:
     """Give a directory to fill that becomes ``root/prepared/key`` when the block ends well.
 
+    It is readable for its owner only, whatever the umask says: tokens are text.
+
     Whatever kills the process before the rename leaves only a directory under a temporary name,
     which the next build removes. Of two processes that build the same key the first one's result
     stays.
@@ -162,7 +164,6 @@ def building(root: Path, key: str) -> Iterator[Path]:
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
                 _sync(path)
-            temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
             _publish(temporary, home / key)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

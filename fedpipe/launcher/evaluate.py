@@ -30,6 +30,7 @@ from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.evaluation_report import outcome_text, terminal_text
 from fedpipe.metrics.format import count
 from fedpipe.metrics.writer import METRICS_FILE
+from fedpipe.printable import printable
 from fedpipe.workflows.evaluate.gather import gather
 from fedpipe.workflows.evaluate.setup import (
     Cell,
@@ -163,7 +164,7 @@ def run_one(run_dir: str) -> int:
     from fedpipe.workflows.evaluate.cell import run_cell
 
     result = run_cell(Path(run_dir))
-    sys.stdout.write(f"{outcome_text(result)}\n")
+    sys.stdout.write(f"{printable(outcome_text(result))}\n")
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from fedpipe.metrics.format import integer, number, tokens_per_s
 from fedpipe.metrics.progress import RunProgress
+from fedpipe.printable import printable
 
 if TYPE_CHECKING:
     from fedpipe.metrics.live import LiveDisplay
@@ -59,7 +60,8 @@ class RunConsole:
             self._live = LiveDisplay(self._progress, stream=self._stream)
 
     def text(self, text: str) -> None:
-        """Print text as it is, above a live display."""
+        """Print text, above a live display; what a terminal would obey is shown instead."""
+        text = printable(text)
         if self._live is not None:
             self._live.print(text)
         else:
@@ -74,6 +76,7 @@ class RunConsole:
             done: Units that are ready.
             total: Units in all; 0 if unknown.
         """
+        label = printable(label)
         if self._live is not None:
             self._live.preparing(label, done, total)
             return

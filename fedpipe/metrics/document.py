@@ -6,6 +6,8 @@ import html
 import re
 from dataclasses import dataclass
 
+from fedpipe.printable import printable
+
 
 class Strong(str):
     """Text of a table cell that stands out."""
@@ -117,7 +119,7 @@ figcaption { color: var(--soft); font-size: .85rem; margin-top: .2rem; max-width
 def to_html(title: str, blocks: list[Block]) -> str:
     """Write a page that needs nothing but itself: no script, no font, no picture from elsewhere."""
     body = "\n".join(_html(block) for block in blocks)
-    return (
+    return printable(
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
@@ -127,7 +129,8 @@ def to_html(title: str, blocks: list[Block]) -> str:
 
 def to_markdown(title: str, blocks: list[Block]) -> str:
     """Write the same report as GitHub Markdown; figures are links to the PNGs beside it."""
-    return "\n\n".join([f"# {_md(title)}", *(_markdown(block) for block in blocks)]) + "\n"
+    text = "\n\n".join([f"# {_md(title)}", *(_markdown(block) for block in blocks)])
+    return printable(text) + "\n"
 
 
 def aligned(table: Table) -> list[str]:
@@ -196,9 +199,11 @@ def _markdown(block: Block) -> str:
         case Heading():
             return f"## {_md(block.text)}"
         case Paragraph():
-            return block.text
+            return _md_inline(block.text)
         case Code():
-            return f"```\n{block.text.rstrip()}\n```"
+            longest = max(map(len, re.findall("`+", block.text)), default=0)
+            fence = "`" * max(3, longest + 1)
+            return f"{fence}\n{block.text.rstrip()}\n{fence}"
         case Facts():
             notes = (f" ({_md(note)})" if note else "" for _, _, note in block.items)
             facts = (f"- {_md(name)}: **{_md(value)}**" for name, value, _ in block.items)
@@ -212,6 +217,16 @@ def _markdown(block: Block) -> str:
             return f"![{_md(block.caption)}]({block.file})\n\n*{block.caption}*"
 
 
+def _md_inline(text: str) -> str:
+    """Keep code between backticks; elsewhere nothing is a tag."""
+    parts = re.split(r"(`[^`]+`)", text)
+    return "".join(part if part[:1] == "`" else _no_tags(part) for part in parts)
+
+
+def _no_tags(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
 def _md_cell(cell: str) -> str:
     return f"**{_md(cell)}**" if isinstance(cell, Strong) and cell.strip() else _md(cell)
 
@@ -219,4 +234,4 @@ def _md_cell(cell: str) -> str:
 def _md(text: str) -> str:
     """Escape what Markdown or the HTML inside it would read as markup."""
     text = " ".join(text.split())
-    return re.sub(r"([\\`*_|\[\]])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+    return re.sub(r"([\\`*_|\[\]])", r"\\\1", _no_tags(text))

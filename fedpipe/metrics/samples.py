@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from fedpipe.printable import printable
+
 
 def samples_text(run_dir: Path) -> str:
     """Render samples.json for a console; empty where it is absent."""
@@ -22,4 +24,4 @@ def samples_text(run_dir: Path) -> str:
             f"unigram {example['truth_unigram']:.4f}"
         )
         lines.append(f"    guesses model {guesses}; unigram {common} {share:.3f}")
-    return "\n".join(lines)
+    return printable("\n".join(lines))

@@ -37,6 +37,7 @@ from fedpipe.models.families import FAMILIES, hf_config
 from fedpipe.models.lengths import longest_input, num_positions
 from fedpipe.models.split import StageSpec, merge, model_stages, part_of
 from fedpipe.models.stage import Stage, build_stage, masked_lm_class
+from fedpipe.printable import printable
 
 if TYPE_CHECKING:  # its module imports scipy if it is not fedpipe.models.modeling that imports it
     from transformers import PreTrainedModel
@@ -197,7 +198,7 @@ def _save(
         del tensors[FAMILIES[model_config.model_type].decoder]
     model.save_pretrained(folder, state_dict=tensors)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(printable(card), encoding="utf-8")
 
 
 def load_tokenizer(data: PreparedData) -> PreTrainedTokenizerBase:

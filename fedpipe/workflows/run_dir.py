@@ -269,14 +269,16 @@ def _is_new(directory: Path) -> bool:
 
 
 def check_writable(directory: Path) -> None:
-    """Make a directory, and try whether it can be written.
+    """Make a directory that only its owner can read, and try whether it can be written.
+
+    One that exists keeps its permissions.
 
     Raises:
         CheckpointError: It cannot.
     """
     probe = directory / ".writable"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -24,6 +24,7 @@ from fedpipe.data.corpus import Progress, check_sources, prepare
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError
 from fedpipe.metrics.drawing import render
 from fedpipe.metrics.sweep_report import Row, draw_sweep, read_result, short_names, table
+from fedpipe.printable import printable
 from fedpipe.workflows.grid import Grid, check_grid, parse_grid
 from fedpipe.workflows.plan import build_plan
 from fedpipe.workflows.run_dir import (
@@ -339,7 +340,8 @@ def gather(sweep: Sweep) -> str:
         render(draw, sweep.directory / "sweep.png", height=height)
     text = table(rows)
     write_text(sweep.directory / "sweep.json", json.dumps(content, indent=2) + "\n")
-    write_text(sweep.directory / "sweep.md", _document(sweep, text, content, set(results)))
+    page = _document(sweep, text, content, set(results))
+    write_text(sweep.directory / "sweep.md", printable(page))
     return text
 
 

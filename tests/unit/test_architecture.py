@@ -12,6 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 MODULES = sorted((REPOSITORY / "fedpipe").rglob("*.py"))
 LEVELS = (
+    ("printable",),
     ("errors",),
     ("log", "config"),
     ("distributed",),
@@ -26,7 +27,8 @@ LEVELS = (
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 COMM = "fedpipe/distributed/comm.py"
 LIGHT = (
-    "__init__", "__main__", "cli", "options", "errors", "log", "config/load", "config/tree",
+    "__init__", "__main__", "cli", "options", "errors", "printable", "log", "config/load",
+    "config/tree",
     "config/schema", "config/federation", "config/finetune", "config/reproduce", "config/require",
     "config/deepspeed", "config/model_shape",
     "distributed/topology", "distributed/env", "distributed/binding",
