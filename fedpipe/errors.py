@@ -7,6 +7,7 @@
     ``CheckpointError``   a run directory or a checkpoint
     ``FederationError``   replicas that cannot be averaged
     ``LaunchError``       a process that did not finish
+        ``TrainingError`` numbers of the training that are no longer finite
 
 The command line prints a ``FedPipeError`` in one line and ends with 2 (a ``LaunchError`` with 1);
 anything else is a bug and keeps its traceback.
@@ -48,3 +49,7 @@ class FederationError(FedPipeError):
 
 class LaunchError(FedPipeError):
     """A process of the run failed; the message names it and its log."""
+
+
+class TrainingError(LaunchError):
+    """The training cannot go on: a loss, a gradient or a weight is no longer finite."""

@@ -55,6 +55,20 @@ class AggregationConfig:
             "A robust rule has no weights.",
         )
 
+    def fewest_clients(self, *, num_refused: int = 0) -> int:
+        """Return how many clients the rule needs.
+
+        Args:
+            num_refused: Clients of the cohort whose updates are known to be bad and left out. They
+                are among the num_byzantine that the rule withstands, so fewer of those remain.
+        """
+        smallest = 2 * self.num_byzantine_left(num_refused)
+        return smallest + {"mean": 1, "krum": 3}.get(self.rule, 1)
+
+    def num_byzantine_left(self, num_refused: int) -> int:
+        """Return how many clients may send anything where some of them have been left out."""
+        return max(0, self.num_byzantine - num_refused)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerOptimizerConfig:
@@ -140,6 +154,9 @@ class FederationConfig:
     later round (error feedback)."""
     attack: AttackConfig = field(default_factory=AttackConfig)
     """Clients that attack, in a study."""
+    on_bad_update: Literal["refuse", "stop"] = "refuse"
+    """A client whose loss, gradient norm or weights become NaN or infinite. refuse leaves its whole
+    update out of the round, records it, and goes on with the others; stop ends the run."""
     optimizer_state: Literal["reset", "keep"] = "reset"
     """Optimizer moments at the start of a client's turn: fresh, or those the client left with. A
     shared or sequential server keeps its own."""
@@ -197,7 +214,7 @@ class FederationConfig:
             num_byzantine,
             "It is what the rule withstands.",
         )
-        smallest = 2 * num_byzantine + (3 if rule == "krum" else 1)
+        smallest = self.aggregation.fewest_clients()
         require(
             self.clients_per_round >= smallest,
             "federation.clients_per_round",

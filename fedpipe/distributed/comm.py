@@ -1,8 +1,8 @@
 """Every collective and every message of fedpipe: the only caller of torch.distributed.
 
 Process groups are made here, before DeepSpeed attaches to them: one for control, one per pipeline
-edge and direction, one per stage over the replicas (FedAvg), one per stage over a client's own
-ranks. Groups of a single rank are not created: what they would do is nothing.
+edge and direction, one per replica, one per stage over the replicas (FedAvg), one per stage over a
+client's own ranks. Groups of a single rank are not created: what they would do is nothing.
 """
 
 from __future__ import annotations
@@ -165,6 +165,12 @@ class Comm:
                 if (replica, data) == (self.replica, self.data) and self.rank in ranks:
                     channel = Channel(group, source=ranks[0], target=ranks[1])
                     self._channels[ends] = channel
+        self._own_replica: Any = None
+        for replica in range(grid.num_replicas):
+            ranks = grid.replica_ranks(replica)
+            group = dist.new_group(ranks) if len(ranks) > 1 else None
+            if replica == self.replica:
+                self._own_replica = group
         for stage, (replica, data) in itertools.product(range(grid.num_virtual_stages), replicas):
             if replica == 0:
                 self._keep(self._replica_groups, stage, grid.replica_group(stage, data))
@@ -326,6 +332,17 @@ class Comm:
         messages: list[Any] = [None] * self.env.world_size
         dist.all_gather_object(messages, None if ok else message)
         return [m for m in messages if m is not None]
+
+    def least_in_replica(self, value: int) -> int:
+        """Return the least of a whole number over the stages and data ranks of this replica.
+
+        Collective: every process of the replica.
+        """
+        if self._own_replica is None:
+            return value
+        least = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._own_replica)
+        return int(least)
 
     def post(self, key: str, value: str) -> None:
         """Leave a short text for every rank, from any thread; waits for nobody."""

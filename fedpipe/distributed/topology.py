@@ -117,6 +117,11 @@ class Grid:
         """Return the ranks that average a stage: the same stage and data index of every replica."""
         return [self.rank(stage, replica, data) for replica in range(self.num_replicas)]
 
+    def replica_ranks(self, replica: int) -> list[int]:
+        """Return the ranks of a replica: all of its stages and data indices."""
+        size = math.prod(self.dims[1:])
+        return list(range(replica * size, (replica + 1) * size))
+
     def data_group(self, stage: int, replica: int) -> list[int]:
         """Return the ranks that share a replica's batch on one stage."""
         return [self.rank(stage, replica, data) for data in range(self.data_parallel_degree)]

@@ -11,7 +11,7 @@ coordinate is computed by one replica, in its shard, and handed to the others.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -58,12 +58,29 @@ class Aggregator(ABC):
         """Take a client's trained weights, N elements in all; ``weight`` is its share."""
 
     @abstractmethod
-    def reduce(self, start_N: Tensor, *, num_clients: int) -> Tensor:
+    def leave_out(self) -> None:
+        """Take a client whose update is refused: its place in the cohort stays empty."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Forget the round's clients."""
+
+    @abstractmethod
+    def reduce(
+        self,
+        start_N: Tensor,
+        *,
+        num_clients: int,
+        left_out: Collection[int] = (),
+        share: float = 1.0,
+    ) -> Tensor:
         """Combine the round's clients and forget them.
 
         Args:
             start_N: float32 weights that the clients started from.
             num_clients: K; client k was on replica ``k mod R``.
+            left_out: Those of them whose updates are refused.
+            share: What the weights of the others sum to.
 
         Returns:
             The aggregate (N), the same on every replica.
@@ -105,11 +122,25 @@ class Mean(Aggregator):
             part.add_(tensor.flatten().float(), alpha=weight)
             offset += tensor.numel()
 
-    def reduce(self, start_N: Tensor, *, num_clients: int) -> Tensor:
+    def leave_out(self) -> None:
+        """Do nothing: a sum has no places."""
+
+    def forget(self) -> None:
+        """Empty the sum."""
+        self._sum_N.zero_()
+
+    def reduce(
+        self,
+        start_N: Tensor,
+        *,
+        num_clients: int,
+        left_out: Collection[int] = (),
+        share: float = 1.0,
+    ) -> Tensor:
         """All-reduce the sums; a replica without clients adds zero."""
         self._sum_over_replicas_(self._sum_N)
-        mean_N = self._sum_N.clone()
-        self._sum_N.zero_()
+        mean_N = self._sum_N / share
+        self.forget()
         return mean_N
 
 
@@ -138,14 +169,26 @@ class CompressedMean(Mean):
         super().add(tensors, weight=weight)
         self._weight += weight
 
-    def reduce(self, start_N: Tensor, *, num_clients: int) -> Tensor:
+    def forget(self) -> None:
+        """Empty the sum; what is owed stays owed."""
+        super().forget()
+        self._weight.zero_()
+
+    def reduce(
+        self,
+        start_N: Tensor,
+        *,
+        num_clients: int,
+        left_out: Collection[int] = (),
+        share: float = 1.0,
+    ) -> Tensor:
         """Exchange encoded shards, sum them, exchange encoded sums.
 
         All buckets are under way at once: one is encoded while others travel.
         """
-        self._change_P[: self._numel].add_(self._sum_N).sub_(start_N, alpha=float(self._weight))
-        self._sum_N.zero_()
-        self._weight.zero_()
+        own_N, weight = self._change_P[: self._numel], float(self._weight)
+        own_N.add_(self._sum_N, alpha=1 / share).sub_(start_N, alpha=weight / share)
+        self.forget()
         changes = self._buckets(self._change_P, ENCODED_BUCKET_ELEMENTS)
         totals = self._total_S.split(changes[0].numel() // self._replicas)
         scattered = [self._scatter(change) for change in changes]
@@ -203,19 +246,39 @@ class RobustRule(Aggregator):
         )
         self._count += 1
 
-    def reduce(self, start_N: Tensor, *, num_clients: int) -> Tensor:
-        """Combine shard by shard, bucket by bucket."""
+    def leave_out(self) -> None:
+        """Leave a row as it is."""
+        self._count += 1
+
+    def forget(self) -> None:
+        """Begin with the first row again."""
         self._count.zero_()
+
+    def reduce(
+        self,
+        start_N: Tensor,
+        *,
+        num_clients: int,
+        left_out: Collection[int] = (),
+        share: float = 1.0,
+    ) -> Tensor:
+        """Combine shard by shard, bucket by bucket.
+
+        What travels is the same whoever is left out; the rule then sees the others alone.
+        """
+        self.forget()
         aggregation = self._federation.aggregation
+        num_byzantine = aggregation.num_byzantine_left(len(left_out))
+        taken = [k for k in range(num_clients) if k not in left_out]
         if aggregation.rule == "krum":
-            return self._krum_mean(num_clients)
+            return self._krum_mean(num_clients, taken, num_byzantine=num_byzantine)
         result = []
         for bucket_Hp in self._buckets(self._rows_HP, BUCKET_ELEMENTS):
-            clients_Ks = self._exchange(bucket_Hp, num_clients)
+            clients_Ks = self._exchange(bucket_Hp, num_clients)[taken]
             if aggregation.rule == "median":
                 shard = median(clients_Ks)
             else:
-                shard = trimmed_mean(clients_Ks, num_byzantine=aggregation.num_byzantine)
+                shard = trimmed_mean(clients_Ks, num_byzantine=num_byzantine)
             result.append(self._comm.all_gather(self._stage_id, shard, label=LEDGER).wait())
         return torch.cat([bucket.flatten() for bucket in result])[: self._numel]
 
@@ -226,13 +289,13 @@ class RobustRule(Aggregator):
         # Client k of the cohort is the (k div R)th of replica k mod R.
         return all_RHs.transpose(0, 1).flatten(0, 1)[:num_clients]
 
-    def _krum_mean(self, num_clients: int) -> Tensor:
+    def _krum_mean(self, num_clients: int, taken: list[int], *, num_byzantine: int) -> Tensor:
         buckets = self._buckets(self._rows_HP, BUCKET_ELEMENTS)
         distances = [squared_distances(self._exchange(b, num_clients)) for b in buckets]
         distances_KK = torch.stack(distances).sum(0)
         self._comm.sum_over_replicas_(self._stage_id, distances_KK, label=LEDGER)
-        num_byzantine = self._federation.aggregation.num_byzantine
-        selected = krum_select(distances_KK, num_byzantine=num_byzantine)
+        among = krum_select(distances_KK[taken][:, taken], num_byzantine=num_byzantine)
+        selected = [taken[index] for index in among]
         mine = [k // self._replicas for k in selected if k % self._replicas == self._comm.replica]
         mean_P = self._rows_HP[mine].sum(0).div_(len(selected))
         self._sum_over_replicas_(mean_P)

@@ -60,8 +60,11 @@ class ProductAverage:
             total.add_(update.product(), alpha=weight)
 
     @torch.no_grad()
-    def synchronize(self) -> int:
+    def synchronize(self, *, share: float = 1.0) -> int:
         """Move the frozen weights, after the averaged factors are in the model.
+
+        Args:
+            share: What the weights of the clients sum to whose turns have ended here.
 
         Returns:
             Bytes this rank sent.
@@ -71,9 +74,14 @@ class ProductAverage:
         sent = 0
         for update, total in zip(self._updates, self._sums, strict=True):
             sent += self._comm.sum_over_replicas_(0, total, label=LEDGER)
-            update.weight.add_(total.sub_(update.product()))
+            update.weight.add_(total.div_(share).sub_(update.product()))
             total.zero_()
         return sent
+
+    def forget_round(self) -> None:
+        """Leave the weights as they are, whatever the round's clients have sent."""
+        for total in self._sums:
+            total.zero_()
 
     def load_weights(self, saved: Mapping[str, Tensor]) -> None:
         """Replace the frozen weights by those of a checkpoint."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -177,24 +177,44 @@ class Synchronizer:
             weight: Its share of the round.
             round_id: Of the round.
         """
-        if self._aggregator is None:
-            for name, parameter in self._averaged.items():
-                self._global[name].copy_(parameter)
+        if self._aggregator is not None:
+            self._aggregator.add(self._update(client_id, round_id), weight=weight)
             return
-        weights: Iterable[Tensor] = self._averaged.values()
+        for name, parameter in self._averaged.items():
+            self._global[name].copy_(parameter)
+
+    def refuse_turn(self) -> None:
+        """Leave out what a client has trained: the next turn starts from the same weights."""
+        if self._aggregator is not None:
+            self._aggregator.leave_out()
+
+    @torch.no_grad()
+    def is_finite(self, client_id: int, *, round_id: int) -> bool:
+        """Whether what a client would send and keep holds neither nan nor inf."""
+        return all_finite([*self._update(client_id, round_id), *self._kept.values()])
+
+    def _update(self, client_id: int, round_id: int) -> Sequence[Tensor]:
+        """What a client sends, N elements in all."""
+        weights = list(self._averaged.values())
         attack = self._federation.attack
-        if attack.kind != "none" and client_id < attack.num_attackers:
-            seed = stable_seed(self._seed, "attack", round_id, client_id, self._stage_id)
-            change_N = _flat(weights).sub_(self._start_N)
-            weights = [falsify(change_N, attack, seed=seed).add_(self._start_N)]
-        self._aggregator.add(weights, weight=weight)
+        if attack.kind == "none" or client_id >= attack.num_attackers or not weights:
+            return weights
+        seed = stable_seed(self._seed, "attack", round_id, client_id, self._stage_id)
+        change_N = _flat(weights).sub_(self._start_N)
+        return [falsify(change_N, attack, seed=seed).add_(self._start_N)]
 
     def kept_state(self) -> dict[str, Tensor]:
         """Parameters that stay with the client that trained last; empty if all are averaged."""
         return {n: p.detach().cpu().clone() for n, p in self._kept.items()}
 
     @torch.no_grad()
-    def synchronize(self, num_clients: int | None = None) -> int:
+    def synchronize(
+        self,
+        num_clients: int | None = None,
+        *,
+        left_out: Collection[int] = (),
+        share: float = 1.0,
+    ) -> int:
         """Make one model of the round's clients; it becomes the global weights and the stage's.
 
         A replica that trained nobody takes part; a stage that is handed on has nothing to do.
@@ -202,6 +222,8 @@ class Synchronizer:
         Args:
             num_clients: Clients whose turns have ended, on all replicas; client k of them on
                 replica ``k mod R``. None means federation.clients_per_round.
+            left_out: Those of them whose turns were refused.
+            share: What the weights of the others sum to.
 
         Returns:
             Bytes this rank sent.
@@ -212,11 +234,32 @@ class Synchronizer:
             return 0
         before = self._comm.sent_bytes[LEDGER]
         num_clients = num_clients or self._federation.clients_per_round
-        aggregate_N = self._aggregator.reduce(self._start_N, num_clients=num_clients)
+        aggregate_N = self._aggregator.reduce(
+            self._start_N, num_clients=num_clients, left_out=left_out, share=share
+        )
         self._optimizer.step_(self._start_N, aggregate_N)
         for name, parameter in self._averaged.items():
             parameter.copy_(self._global[name])
         return self._comm.sent_bytes[LEDGER] - before
+
+    def forget_round(self) -> None:
+        """Leave the global weights as they are, whatever the round's clients have sent."""
+        if self._aggregator is not None:
+            self._aggregator.forget()
+
+    @property
+    def is_global_finite(self) -> bool:
+        """Whether the global weights, and what comes with them, hold neither nan nor inf."""
+        return all_finite(
+            [self._start_N, *self.moments.values(), *self.residuals.values()]
+            if self._aggregator
+            else list(self._global.values())
+        )
+
+    @property
+    def is_shared(self) -> bool:
+        """One model on all replicas, which a single client's update cannot be taken out of."""
+        return self._shared
 
     def global_state(self) -> dict[str, Tensor]:
         """Global weights by full name; kept parts with the run's first values."""
@@ -251,3 +294,9 @@ def restore(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
     pieces = [t.detach().flatten().float() for t in tensors]
     return torch.cat(pieces) if pieces else torch.empty(0)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether no tensor holds nan or inf, by the least and the largest value of each."""
+    extremes = [torch.stack(torch.aminmax(t.detach())) for t in tensors if t.numel()]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())

@@ -96,8 +96,7 @@ def plan_tuning_round(
     federation = config.federation
     back, slow, lost = draw_round(config, round_id, len(lengths))
     aggregation = federation.aggregation
-    smallest = {"mean": 1, "krum": 2 * aggregation.num_byzantine + 3}
-    if len(back) < smallest.get(aggregation.rule, 2 * aggregation.num_byzantine + 1):
+    if len(back) < aggregation.fewest_clients():
         return Round(turns=(), stragglers=(), dropped=tuple(lost))
     planned = []
     for client_id in back:

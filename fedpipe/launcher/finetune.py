@@ -18,7 +18,7 @@ from fedpipe.errors import ConfigError
 from fedpipe.launcher.fork_server import fork_server
 from fedpipe.launcher.supervisor import Interrupted, Signals, supervise
 from fedpipe.launcher.worker import FINETUNE_PRELOAD
-from fedpipe.metrics.console import RunConsole
+from fedpipe.metrics.console import RunConsole, refused_lines
 from fedpipe.workflows.finetune.grid import EXAMPLE, Cell, read_cells, write_cells
 from fedpipe.workflows.grid import check_grid, parse_grid
 from fedpipe.workflows.run_dir import locked
@@ -139,8 +139,13 @@ def _one(
 
 def round_lines(console: RunConsole, *, num_rounds: int) -> dict[str, Callable[[Any], None]]:
     """Return what shows the records of a fine-tuning, by their kind, a line each."""
+
+    def show_round(record: dict[str, Any]) -> None:
+        for line in [_round_line(record, num_rounds), *refused_lines(record)]:
+            console.text(line)
+
     return {
-        "round": lambda record: console.text(_round_line(record, num_rounds)),
+        "round": show_round,
         "eval": lambda record: console.text(_score_line(record, num_rounds)),
         "note": console.text,
     }

@@ -104,7 +104,7 @@ class Ranks:
     def _error(self, rank: int, what: str) -> LaunchError:
         run_dir = self._setup.run_dir
         return LaunchError(
-            f"{self._roll.name(rank, self._grid)} {what}. "
+            f"{self._roll.name(rank, self._grid)} {what.removesuffix('.')}. "
             f"Full log: {run_dir / 'logs' / f'rank_{rank:05d}.log'}. "
             f"Run it again with: fedpipe {self._task} --run-dir {run_dir}"
         )

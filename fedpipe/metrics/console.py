@@ -101,6 +101,8 @@ class RunConsole:
         """Take a round record."""
         self._progress.round(record)
         self._line(_round_text(record, self._progress.num_rounds))
+        for line in refused_lines(record):
+            self._line(line)
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Take an eval record."""
@@ -131,6 +133,26 @@ class RunConsole:
             f"{p.steps_per_round}  loss {losses}  gnorm {norms}  "
             f"tok/s {tokens_per_s(p.tokens_per_s()):>9}  clients {hosted or '-'}"
         )
+
+
+def refused_lines(record: dict[str, Any]) -> list[str]:
+    """Say which updates a round record leaves out, a line each, and whether too few are left."""
+    refused = record.get("refused") or []
+    lines = [
+        f"warning: client {fault['client']}'s update is left out: {why(fault)}" for fault in refused
+    ]
+    if refused and not record.get("averaged", True):
+        lines.append(
+            "warning: federation.aggregation.rule needs more clients than are left: the weights"
+            " stay as they were"
+        )
+    return lines
+
+
+def why(fault: dict[str, Any]) -> str:
+    """Say why an update is refused; people count steps from 1."""
+    what = {"grad_norm": "gradient norm is", "weights": "weights are"}.get(fault["what"], "loss is")
+    return f"its {what} not finite at local step {fault['step'] + 1}, stage {fault['stage']}"
 
 
 def round_label(round_id: int | None, num_rounds: int) -> str:

@@ -30,7 +30,7 @@ from fedpipe.metrics.drawing import (
     whole_rounds,
 )
 from fedpipe.metrics.format import bytes_text, count, duration, integer, number
-from fedpipe.metrics.sections import environment_rows
+from fedpipe.metrics.sections import environment_rows, refused_section
 from fedpipe.metrics.summary import RunSummary
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def write_finetune_report(run_dir: Path) -> Path:
     run = RunSummary.load(Path(run_dir))
     blocks: list[Block] = [
         *_headline(run), *_scores(run), *_stages(run), *_clients(run), *_rounds(run),
+        *refused_section(run),
         *_repeat(run),
     ]  # fmt: skip
     return _write(run.run_dir, f"fedpipe finetune: {_name(run)}", blocks)

@@ -23,6 +23,7 @@ from fedpipe.metrics.plots import draw_clients, draw_loss, draw_traffic
 from fedpipe.metrics.sections import (
     environment_rows,
     ledger,
+    refused_section,
     rounds_table,
     samples_section,
     text_section,
@@ -60,6 +61,7 @@ def write_report(run_dir: Path) -> Path:
         *_traffic(run),
         *_timeline(run),
         *_rounds(run),
+        *refused_section(run),
         *_repeat(run),
     ]
     (run_dir / "report.md").write_text(to_markdown(title, blocks), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedpipe.metrics.console import why
 from fedpipe.metrics.document import Block, Heading, Paragraph, Strong, Table
 from fedpipe.metrics.format import bytes_text, count, integer, is_number, number, tokens_per_s
 from fedpipe.metrics.summary import RunSummary
@@ -17,6 +18,8 @@ _COLLECTIVES = {
     "control": "counters and agreements",
 }
 """What travels in the collectives of the ledger."""
+_SHOWN = 50
+"""Updates that a report lists at most, the latest."""
 
 _MAX_CLIENT_ROWS = 60
 """Of more clients the table shows the first."""
@@ -145,6 +148,24 @@ def rounds_table(run: RunSummary, rounds: list[Record]) -> Table:
             )
         )
     return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(len(columns))) - {1})
+
+
+def refused_section(run: RunSummary) -> list[Block]:
+    """Updates that no average has taken, and why; nothing where there are none."""
+    refused = [(r["round"], f) for r in run.of_kind("round") for f in r.get("refused") or []]
+    if not refused:
+        return []
+    text = (
+        f"{count(len(refused), 'update')} held numbers that are not finite. A client's whole update"
+        " is left out of its round then; the others' weights are what is averaged"
+        " (`federation.on_bad_update`)."
+    )
+    rows = tuple(
+        (str(round_id + 1), str(fault["client"]), why(fault))
+        for round_id, fault in refused[-_SHOWN:]
+    )
+    table = Table(columns=("round", "client", "why"), rows=rows, numeric=frozenset({0, 1}))
+    return [Heading(text="Updates that were left out"), Paragraph(text=text), table]
 
 
 def ledger(run: RunSummary) -> list[Block]:

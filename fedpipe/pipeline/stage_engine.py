@@ -6,6 +6,7 @@ accumulation, gradient averaging inside the client, ZeRO-1 and the profiler are 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -160,6 +161,9 @@ class StageEngine:
         self._until: Callable[[int], int] = int
         self._announced = 0
         self.trace = Trace()
+        self.faults: dict[str, int] = {}
+        """Of the turn under way: by number, "loss" or "grad_norm", the first step at which it was
+        not finite. Whoever begins a turn empties it."""
         self.doing: tuple[int, ops.Instruction] | None = None
         """Step and instruction under way, for those who watch; None where there is none."""
 
@@ -379,6 +383,9 @@ class StageEngine:
         while len(self._ended) > behind:
             ended = self._ended.popleft()
             norm, *loss = ended.numbers.read()
+            for what, value in zip(("grad_norm", "loss"), (norm, *loss), strict=False):
+                if not math.isfinite(value):
+                    self.faults.setdefault(what, ended.step)
             now = time.monotonic()
             seconds, self._started_at = now - self._started_at, now
             self._on_step(

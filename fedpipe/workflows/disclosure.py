@@ -66,7 +66,7 @@ def client_transfers(
     Returns:
         What leaves, then what enters, each by how often.
     """
-    transfers = [*_over_edges(config, specs, edges), *_records(config)]
+    transfers = [*_over_edges(config, specs, edges), *_verdict(specs), *_records(config)]
     for spec, held in zip(specs, parts, strict=True):
         if spec.role is StageRole.CLIENT:
             transfers += _weights(config, held)
@@ -211,11 +211,25 @@ def _records(config: RunConfig) -> list[Transfer]:
         _record("configuration, paths and checkpoint of the run", "start", direction="enters"),
         _record("loss, gradient norm, learning rate, time and client id", "local step"),
         _record("bytes and seconds of the round, times of a few instructions", "round"),
+        _record("client id, stage and step of an update that is left out, if any", "round"),
         _record("names and SHA-256 of the files that it has saved", "round"),
     ]
     if config.data.valid:
         records.append(_record("summed loss and masked tokens, by client id", "validation"))
     return records
+
+
+def _verdict(specs: Sequence[StageSpec]) -> list[Transfer]:
+    """On which the stages of a replica agree: an update is taken or left out as a whole."""
+    if all(spec.role is StageRole.CLIENT for spec in specs):
+        return []
+    return [
+        Transfer(
+            direction=direction, what="the turn's first number that is not finite, if any",
+            peer="the replica's server stages", form="(1,) int64", nbytes=8, when="round",
+        )
+        for direction in ("leaves", "enters")
+    ]  # fmt: skip
 
 
 def _record(what: str, when: When, *, direction: Direction = "leaves") -> Transfer:

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,8 +226,9 @@ def build_model(state: dict[str, Tensor], model_config: Any) -> PreTrainedModel:
     Without a decoder among them it is the word embedding.
 
     Raises:
-        CheckpointError: A tensor is missing or is not the model's.
+        CheckpointError: A tensor is missing, is not the model's, or holds nan or inf.
     """
+    check_finite(state)
     family = FAMILIES[model_config.model_type]
     model_config = copy.deepcopy(model_config)
     model_config.tie_word_embeddings = family.decoder not in state
@@ -246,6 +247,21 @@ def build_model(state: dict[str, Tensor], model_config: Any) -> PreTrainedModel:
         for name, tensor in state.items():
             parameters[name].copy_(tensor)
     return model.eval()
+
+
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Refuse to export weights that no model can compute with.
+
+    Raises:
+        CheckpointError: A tensor holds nan or inf.
+    """
+    spoilt = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if spoilt:
+        raise CheckpointError(
+            f"export: expected finite weights in the checkpoint, got nan or inf in {spoilt[0]} and"
+            f" {len(spoilt) - 1} other tensors. Train again in a new --run-dir with a lower"
+            " optimizer.lr."
+        )
 
 
 def _model_card(run_dir: Path, config: RunConfig, num_rounds: int, *, tied: bool) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.device import rng_state, set_rng_state
 from fedpipe.distributed.wire import TensorSpec
 from fedpipe.federation.cohort import Turn
+from fedpipe.federation.refusal import NO_FAULT, Refused, stopped
 from fedpipe.federation.synchronizer import Synchronizer, restore
 from fedpipe.federation.turns import TuningTurn
 from fedpipe.models.families import stable_seed
@@ -68,6 +70,10 @@ class HostedStages:
         links = self._build_links(messages)
         self.stages = [self._host(build(specs[s]), links[s]) for s in self._stage_ids]
         self.engine = SplitPipelineEngine(self.stages, pipeline)
+        self.refused: list[Refused] = []
+        """Clients of the round under way whose updates this replica has left out."""
+        self._turn_start: dict[int, dict[str, Any]] = {}
+        """By stage whose optimizer goes on: its state when the turn under way began."""
 
     @property
     def reads_text(self) -> bool:
@@ -154,7 +160,10 @@ class HostedStages:
             state = self._client_state(turn.client_id, stage_id, last_round)
             synchronizer.begin_turn(state.get("kept"))
             engine.weights_changed()
-            if not synchronizer.optimizer_goes_on:
+            engine.faults.clear()
+            if synchronizer.optimizer_goes_on:
+                self._turn_start[stage_id] = copy.deepcopy(engine.optimizer_state())
+            else:
                 engine.load_optimizer_state(state.get("optimizer"))
         # Dropout; nothing else draws from torch's generator.
         stages = tuple(self._stage_ids)
@@ -162,19 +171,97 @@ class HostedStages:
             stable_seed(self._settings.seed, round_id, turn.client_id, stages, self.comm.data)
         )
 
-    def end_turn(self, turn: Turn | TuningTurn, *, round_id: int, writer: CheckpointWriter) -> None:
-        """Take the client's weights into the round and put away what stays with the client."""
+    def end_turn(
+        self,
+        turn: Turn | TuningTurn,
+        *,
+        round_id: int,
+        last_round: int | None,
+        writer: CheckpointWriter,
+    ) -> None:
+        """Take the client's weights into the round and put away what stays with the client.
+
+        Where a number of the turn is not finite, on any stage or data rank, the client's whole
+        update is refused: its share of the round is empty, and it keeps what it began with.
+
+        Args:
+            turn: Whose.
+            round_id: Of the round.
+            last_round: As ``begin_turn`` was given it.
+            writer: Takes what stays with the client.
+
+        Raises:
+            TrainingError: It is refused with ``federation.on_bad_update=stop``.
+
+        Collective: every process of the replica.
+        """
+        fault = self._first_fault(turn, round_id)
+        if fault is not None:
+            if self._settings.federation.on_bad_update == "stop":
+                raise stopped(fault, round_id=round_id)
+            self.refused.append(fault)
         for engine in self.stages:
             stage_id = engine.spec.stage_id
             synchronizer = self.synchronizers[stage_id]
-            synchronizer.end_turn(turn.client_id, weight=turn.weight, round_id=round_id)
+            spoilt = fault is not None
+            if synchronizer.is_shared:
+                # The others have trained it too, and have its gradients: all replicas see the same.
+                spoilt = bool(engine.faults.keys() & {"grad_norm", "weights"})
+            if spoilt:
+                synchronizer.refuse_turn()
+                if synchronizer.optimizer_goes_on:
+                    engine.load_optimizer_state(self._turn_start[stage_id])
+            else:
+                synchronizer.end_turn(turn.client_id, weight=turn.weight, round_id=round_id)
+            self._turn_start.pop(stage_id, None)
             if not self._keeps_state(stage_id):
                 continue
-            state: dict[str, Any] = {"kept": synchronizer.kept_state()}
-            if self._keeps_optimizer(stage_id):
-                state["optimizer"] = engine.optimizer_state()
+            if fault is None:
+                state: dict[str, Any] = {"kept": synchronizer.kept_state()}
+                if self._keeps_optimizer(stage_id):
+                    state["optimizer"] = engine.optimizer_state()
+            else:
+                state = self._client_state(turn.client_id, stage_id, last_round)
             name = client_file(turn.client_id, stage_id, self.comm.data, round_id=round_id)
             writer.save_client(name, partial(torch.save, state))
+
+    def _first_fault(self, turn: Turn | TuningTurn, round_id: int) -> Refused | None:
+        """The first number of a turn that is not finite, on the whole replica; None without one."""
+        codes = [NO_FAULT]
+        for engine in self.stages:
+            stage_id, client_id = engine.spec.stage_id, turn.client_id
+            if not self.synchronizers[stage_id].is_finite(client_id, round_id=round_id):
+                engine.faults["weights"] = turn.num_steps - 1
+            codes += [
+                Refused(client=client_id, stage=stage_id, step=step, what=what).code
+                for what, step in engine.faults.items()
+            ]
+        code = self.comm.least_in_replica(min(codes))
+        return None if code == NO_FAULT else Refused.from_code(turn.client_id, code)
+
+    def synchronize(
+        self, num_clients: int, *, left_out: Collection[int] = (), share: float = 1.0
+    ) -> int:
+        """Average the round's clients; return the bytes that this rank sent.
+
+        Arguments are those of ``Synchronizer.synchronize``.
+
+        Collective: every rank.
+        """
+        return sum(
+            synchronizer.synchronize(num_clients, left_out=left_out, share=share)
+            for synchronizer in self.synchronizers.values()
+        )
+
+    def forget_round(self) -> None:
+        """Leave the global weights as they are, whatever the round's clients have sent."""
+        for synchronizer in self.synchronizers.values():
+            synchronizer.forget_round()
+
+    def stages_not_finite(self) -> list[str]:
+        """Name the stages of this process whose global weights are not finite."""
+        synchronizers = self.synchronizers.items()
+        return [f"stage {stage}" for stage, own in synchronizers if not own.is_global_finite]
 
     def _client_state(
         self, client_id: int, stage_id: int, last_round: int | None
@@ -226,9 +313,12 @@ class HostedStages:
                     "parameters": {n: p.detach() for n, p in engine.stage.named_parameters()},
                     "optimizer": engine.optimizer_state(),
                     "partial": dict(self.synchronizers[engine.spec.stage_id].partial),
+                    "faults": dict(engine.faults),
+                    "turn_start": self._turn_start.get(engine.spec.stage_id),
                 }
                 for engine in self.stages
             }
+            own["refused"] = [fault.record() for fault in self.refused]
         if sent is not None or any(residuals.values()):
             files[self._own_file] = partial(torch.save, own)
         return files
@@ -273,6 +363,10 @@ class HostedStages:
             engine.weights_changed()
             engine.load_optimizer_state(state["optimizer"])
             restore(self.synchronizers[stage_id].partial, state["partial"])
+            engine.faults = dict(state.get("faults", {}))
+            if state.get("turn_start") is not None:
+                self._turn_start[stage_id] = state["turn_start"]
+        self.refused = [Refused(**fault) for fault in own.get("refused", [])]
         set_rng_state(own["rng"], self.comm.device)
         return dict(own["sent"])
 

@@ -23,10 +23,12 @@ from fedpipe.federation.cohort import (
     plan_round,
     steps_per_round,
 )
-from fedpipe.metrics.writer import MetricsWriter, read_metrics
+from fedpipe.federation.refusal import Outcome
+from fedpipe.metrics.writer import METRICS_FILE, MetricsWriter, read_metrics
 from fedpipe.models.split import pipeline_edges
 from fedpipe.pipeline.optimizer import learning_rate
 from fedpipe.pipeline.stage_engine import StepResult
+from fedpipe.workflows.averaging import average_round
 from fedpipe.workflows.records import (
     evaluation_record,
     round_record,
@@ -102,10 +104,14 @@ class Pretraining:
             self._writer = MetricsWriter(setup.run_dir, tensorboard=self.config.log.tensorboard)
             self._writer.truncate(setup.checkpoint.metrics_offset if setup.checkpoint else 0)
         self._records: list[dict[str, Any]] = []
+        self._steps: list[dict[str, Any]] = []
+        """On rank 0, the step records of the round under way."""
         self._sent_before = Counter(self._sent())
         if setup.checkpoint:
             self._sent_before.subtract(self.replica.load_checkpoint(setup.checkpoint))
             self.position = setup.checkpoint.position
+            if self.position.step and comm.is_master():
+                self._steps = self._steps_of(self.position.round_id)
         self._resumed_at = self.position
         self._first_step_after: float | None = None
         self._round_started = time.monotonic()
@@ -136,9 +142,12 @@ class Pretraining:
             return False
 
         sync_started = time.monotonic()
-        sync_bytes = sum(s.synchronize() for s in self.replica.synchronizers.values())
+        outcome, sync_bytes = average_round(
+            self.replica, turns, aggregation=config.federation.aggregation,
+            round_id=round_id, comm=self.comm,
+        )  # fmt: skip
         sync_s = time.monotonic() - sync_started
-        self._record_round(turns, round_id, sync=(sync_s, sync_bytes))
+        self._record_round(turns, round_id, outcome=outcome, sync=(sync_s, sync_bytes))
 
         last = round_id + 1 == config.federation.num_rounds
         if last or (round_id + 1) % config.validation.every_rounds == 0:
@@ -190,14 +199,16 @@ class Pretraining:
                 break
             self._client_id = turn.client_id
             self._watch.beat()
+            last_round = self._history.last_round[turn.client_id]
             if low == 0:
-                last_round = self._history.last_round[turn.client_id]
                 self.replica.begin_turn(turn, round_id=round_id, last_round=last_round)
             self._train(turn, range(low, high), round_id=round_id, until=until)
             if until(high - 1) < high:
                 break
             if high == turn.num_steps:
-                self.replica.end_turn(turn, round_id=round_id, writer=self._checkpoints)
+                self.replica.end_turn(
+                    turn, round_id=round_id, last_round=last_round, writer=self._checkpoints
+                )
         self._client_id = None
 
     def _until(self, step: int, *, start: Moment, high: int) -> int:
@@ -262,12 +273,27 @@ class Pretraining:
         self._records = []
         if gathered is None or self._writer is None:
             return
-        self._write(_merge_data_ranks(record for records in gathered for record in records))
+        steps = _merge_data_ranks(record for records in gathered for record in records)
+        self._steps += steps
+        self._write(steps)
+
+    def _steps_of(self, round_id: int) -> list[dict[str, Any]]:
+        """Read the step records of a round that a resumed run goes on with."""
+        return [
+            record
+            for record in read_metrics(self.setup.run_dir / METRICS_FILE)
+            if record["kind"] == "step" and record["round"] == round_id
+        ]
 
     # -- after a cohort ----------------------------------------------------------------------
 
     def _record_round(
-        self, turns: tuple[Turn, ...], round_id: int, *, sync: tuple[float, int]
+        self,
+        turns: tuple[Turn, ...],
+        round_id: int,
+        *,
+        outcome: Outcome,
+        sync: tuple[float, int],
     ) -> None:
         gathered = self.comm.gather(
             {
@@ -287,21 +313,18 @@ class Pretraining:
                 {"kind": "system", "event": "start", "world_size": self.comm.env.world_size,
                  "seconds_to_first_step": slowest}
             ])  # fmt: skip
-        steps = [
-            record
-            for record in read_metrics(self.setup.run_dir / "metrics.jsonl")
-            if record["kind"] == "step" and record["round"] == round_id
-        ]
         record = round_record(
             round_id,
             turns=turns,
-            steps=steps,
+            outcome=outcome,
+            steps=self._steps,
             num_stages=self.config.pipeline.num_virtual_stages,
             seconds=time.monotonic() - self._round_started,
             sync=[g["sync"] for g in gathered],
         )
         sent = [g["sent"] for g in gathered]
         traffic = traffic_record(round_id, sent, pipeline=self.config.pipeline)
+        self._steps.clear()
         self._write([record, traffic])
         self._emit("round", record)
 

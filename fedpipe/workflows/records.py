@@ -11,6 +11,7 @@ from typing import Any
 
 from fedpipe.config.schema import PipelineConfig
 from fedpipe.federation.cohort import Turn
+from fedpipe.federation.refusal import Outcome
 from fedpipe.models.split import pipeline_edges
 
 
@@ -18,12 +19,18 @@ def round_record(
     round_id: int,
     *,
     turns: Sequence[Turn],
+    outcome: Outcome,
     steps: Sequence[Mapping[str, Any]],
     num_stages: int,
     seconds: float,
     sync: Sequence[tuple[float, int]],
 ) -> dict[str, Any]:
-    """Summarise a round: who trained, mean loss per stage, time, and the cost of averaging."""
+    """Summarise a round: who trained, mean loss per stage, time, and the cost of averaging.
+
+    A client whose update is refused is listed, with weight 0, and its losses do not count.
+    """
+    left_out = {fault.client for fault in outcome.refused}
+    steps = [s for s in steps if s["client"] not in left_out]
     tokens = sum(t.tokens for t in turns)
     loss: list[float | None] = []
     for stage in range(num_stages):
@@ -33,7 +40,9 @@ def round_record(
         "kind": "round",
         "round": round_id,
         "clients": [t.client_id for t in turns],
-        "weights": [t.weight for t in turns],
+        "weights": list(outcome.weights),
+        "refused": [fault.record() for fault in outcome.refused],
+        "averaged": outcome.is_averaged,
         "tokens": tokens,
         "loss": loss,
         "seconds": seconds,

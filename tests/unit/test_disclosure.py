@@ -104,7 +104,7 @@ def test_a_narrow_wire_shrinks_activations_gradients_and_weights(wire: str, shar
         *base, f"pipeline.wire=[{wire}]", f"federation.wire={wire}"
     )  # fmt: skip
     for before, after in zip(wide.transfers, narrow.transfers, strict=True):
-        if before.when == "start":
+        if before.when == "start" or before.nbytes == 8:  # a verdict is one number
             continue
         if before.nbytes and "positions" != before.what.split()[-1] and "int32" not in before.form:
             assert after.nbytes == pytest.approx(share * before.nbytes, rel=0.035), before.what

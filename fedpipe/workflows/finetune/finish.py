@@ -15,6 +15,7 @@ from fedpipe.config.finetune import load_finetune
 from fedpipe.errors import CheckpointError
 from fedpipe.models.peft import MERGEABLE, frozen_state, plain_state, save_adapter
 from fedpipe.models.split import merge
+from fedpipe.workflows.export import check_finite
 from fedpipe.workflows.finetune.examples import DATA, Meaning, TuningData
 from fedpipe.workflows.finetune.setup import load_tuning_tokenizer
 from fedpipe.workflows.finetune.tuner import WEIGHTS_FILE, attach_seeded, build_tuned
@@ -50,6 +51,7 @@ def export_finetuned(run_dir: Path) -> list[Path]:
     attach_seeded(model, config, meaning)
     _label(model.config, meaning)
     weights = learnt(checkpoint.path)
+    check_finite(weights)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in weights.items():

@@ -17,6 +17,7 @@ from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import Watch
+from fedpipe.federation.refusal import NOTHING, Outcome
 from fedpipe.federation.turns import (
     Round,
     TuningTurn,
@@ -27,6 +28,7 @@ from fedpipe.federation.turns import (
 from fedpipe.metrics.writer import MetricsWriter
 from fedpipe.models.split import pipeline_edges
 from fedpipe.pipeline.optimizer import learning_rate
+from fedpipe.workflows.averaging import average_round
 from fedpipe.workflows.finetune.examples import DATA, Meaning, TuningData
 from fedpipe.workflows.finetune.scores import Scores, StageLosses, from_statistics
 from fedpipe.workflows.finetune.setup import FinetuneSetup
@@ -122,10 +124,16 @@ class Finetuning:
         turns = [self._take(turn, round_id) for turn in plan.turns if self._is_mine(turn)]
         self._client_id = -1
         sync_started = time.monotonic()
-        sync_bytes = self.tuner.synchronize(len(plan.turns)) if plan.turns else 0
+        outcome, sync_bytes = NOTHING, 0
+        if plan.turns:
+            outcome, sync_bytes = average_round(
+                self.tuner, plan.turns, aggregation=self.config.federation.aggregation,
+                round_id=round_id, comm=self._comm,
+            )  # fmt: skip
         self._last |= {turn.client_id: round_id for turn in plan.turns}
         self._record(
             plan, round_id, turns,
+            outcome=outcome,
             seconds=time.monotonic() - started,
             sync=(time.monotonic() - sync_started, sync_bytes),
         )  # fmt: skip
@@ -168,6 +176,7 @@ class Finetuning:
         round_id: int,
         turns: list[dict[str, Any]],
         *,
+        outcome: Outcome,
         seconds: float,
         sync: tuple[float, int],
     ) -> None:
@@ -182,22 +191,30 @@ class Finetuning:
         if gathered is None:
             return
         turns = merge_turns(turn for part in gathered for turn in part["turns"])
-        weights = [turn["weight"] for turn in turns]
-        loss = float(np.average([t["loss"] for t in turns], weights=weights)) if turns else None
+        left_out = {fault.client for fault in outcome.refused}
+        taken = [turn for turn in turns if turn["client"] not in left_out]
+        weights = [turn["weight"] for turn in taken]
+        loss = float(np.average([t["loss"] for t in taken], weights=weights)) if taken else None
         record = {
             "kind": "round", "round": round_id, "clients": [t["client"] for t in turns],
             "stragglers": list(plan.stragglers), "dropped": list(plan.dropped),
+            "refused": [fault.record() for fault in outcome.refused],
+            "averaged": outcome.is_averaged,
             "loss": loss, "examples": sum(t["examples"] for t in turns),
             "tokens": sum(t["tokens"] for t in turns), "seconds": seconds,
             "sync_s": max(part["sync"][0] for part in gathered),
             "sync_bytes": sum(part["sync"][1] for part in gathered),
             "memory_bytes": [part["memory"] for part in gathered],
         }  # fmt: skip
-        self._write([*turns, record, self._traffic(plan, round_id, gathered)])
+        shares = dict(zip((t.client_id for t in plan.turns), outcome.weights, strict=True))
+        for turn in turns:
+            turn["weight"] = shares[turn["client"]]
+        num_taken = len(taken) if outcome.is_averaged else 0
+        self._write([*turns, record, self._traffic(plan, round_id, gathered, num_taken=num_taken)])
         self._emit("round", record)
 
     def _traffic(
-        self, plan: Round, round_id: int, gathered: list[dict[str, Any]]
+        self, plan: Round, round_id: int, gathered: list[dict[str, Any]], *, num_taken: int
     ) -> dict[str, Any]:
         """What leaves and reaches the clients of a round: the parameters that are averaged.
 
@@ -206,8 +223,8 @@ class Finetuning:
         """
         sent = sum(part["numel"] for part in gathered) * _BYTES
         received = sent
-        if self.tuner.products is not None and plan.turns:
-            received += self.tuner.products.residual_numel(len(plan.turns)) * _BYTES
+        if self.tuner.products is not None and num_taken:
+            received += self.tuner.products.residual_numel(num_taken) * _BYTES
         over_edges = traffic_record(
             round_id, [part["sent"] for part in gathered], pipeline=self.config.stages
         )

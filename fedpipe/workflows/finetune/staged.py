@@ -104,7 +104,7 @@ class StagedTuner(HostedStages):
             lr=learning_rate,
             on_step=on_step,
         )
-        self.end_turn(turn, round_id=round_id, writer=writer)
+        self.end_turn(turn, round_id=round_id, last_round=last_round, writer=writer)
         return losses
 
     def _training_source(self, turn: TuningTurn, *, round_id: int) -> MicroBatchSource | None:
@@ -128,10 +128,6 @@ class StagedTuner(HostedStages):
         )  # fmt: skip
 
     # -- between rounds ----------------------------------------------------------------------
-
-    def synchronize(self, num_clients: int) -> int:
-        """Average the round's clients; return the bytes that this rank sent. Collective: all."""
-        return sum(s.synchronize(num_clients) for s in self.synchronizers.values())
 
     def score(self, client_ids: Sequence[int], *, last_rounds: Mapping[int, int]) -> Scores:
         """As ``Tuner.score``, of every stage of this process with a head.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,8 @@ from fedpipe.data.tasks.encoding import IGNORED, Encoded
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.device import autocast
 from fedpipe.federation.lora import ProductAverage
-from fedpipe.federation.synchronizer import Synchronizer, restore
+from fedpipe.federation.refusal import Refused, stopped
+from fedpipe.federation.synchronizer import Synchronizer, all_finite, restore
 from fedpipe.federation.turns import TuningTurn, batches
 from fedpipe.models.families import stable_seed
 from fedpipe.models.lower import LowerLayers
@@ -71,6 +73,8 @@ class Tuner:
             self._recall_train = Recall(self._lower, data.train, run_dir)
             self._recall_test = Recall(self._lower, data.test, run_dir)
         self.sent_numel = sum(p.numel() for n, p in self.parameters.items() if n not in kept)
+        self.refused: list[Refused] = []
+        """Clients of the round under way whose updates this worker has left out."""
 
     # -- a turn ------------------------------------------------------------------------------
 
@@ -103,31 +107,65 @@ class Tuner:
         torch.manual_seed(stable_seed(self.config.seed, "turn", round_id, turn.client_id))
         self.model.train()
         mine = self.data.train_sequences[turn.client_id]
-        losses = []
+        losses, norms = [], []
         order = batches(
             self.config, turn.client_id, round_id=round_id, size=len(mine), steps=turn.num_steps
         )
         for step, rows in enumerate(order):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step)
-            losses.append(self._step(mine[rows], optimizer))
-        self.synchronizer.end_turn(turn.client_id, weight=turn.weight, round_id=round_id)
-        if self.products is not None:
-            self.products.end_turn(weight=turn.weight)
-        self._keep(turn.client_id, optimizer, round_id=round_id, writer=writer)
-        return {0: torch.stack(losses).tolist()}
+            loss, norm = self._step(mine[rows], optimizer)
+            losses.append(loss)
+            norms.append(norm)
+        numbers = {"loss": torch.stack(losses).tolist(), "grad_norm": torch.stack(norms).tolist()}
+        fault = self._first_fault(turn, numbers, round_id=round_id)
+        if fault is not None:
+            if self.config.federation.on_bad_update == "stop":
+                raise stopped(fault, round_id=round_id)
+            self.refused.append(fault)
+            self.synchronizer.refuse_turn()
+        else:
+            self.synchronizer.end_turn(turn.client_id, weight=turn.weight, round_id=round_id)
+            if self.products is not None:
+                self.products.end_turn(weight=turn.weight)
+            state = {"kept": self.synchronizer.kept_state()}
+            if self.config.federation.optimizer_state == "keep":
+                state["optimizer"] = optimizer.state_dict()
+        if self._keeps_state:  # who is refused keeps what it began with
+            name = client_file(turn.client_id, _KEPT_STAGE, 0, round_id=round_id)
+            writer.save_client(name, partial(torch.save, state))
+        return {0: numbers["loss"]}
 
-    def _step(self, sequences: NDArray[np.int64], optimizer: torch.optim.Optimizer) -> Tensor:
+    def _first_fault(
+        self, turn: TuningTurn, numbers: Mapping[str, list[float]], *, round_id: int
+    ) -> Refused | None:
+        """The first number of a turn that is not finite; None without one."""
+        faults = [
+            Refused(client=turn.client_id, stage=_KEPT_STAGE, step=step, what=what)
+            for what, values in numbers.items()
+            for step, value in enumerate(values)
+            if not math.isfinite(value)
+        ]
+        if not self.synchronizer.is_finite(turn.client_id, round_id=round_id):
+            last = turn.num_steps - 1
+            faults.append(
+                Refused(client=turn.client_id, stage=_KEPT_STAGE, step=last, what="weights")
+            )
+        return min(faults, key=lambda fault: fault.code, default=None)
+
+    def _step(
+        self, sequences: NDArray[np.int64], optimizer: torch.optim.Optimizer
+    ) -> tuple[Tensor, Tensor]:
+        """Make a local step; return its loss and the norm of its gradients."""
         logits, labels = self._forward(self.data.train, sequences)
         loss = task_loss(logits, labels, kind=self.data.meaning.kind)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.synchronizer.before_step()
-        limit = self.config.optimizer.max_grad_norm
-        if limit:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit, foreach=True)
+        limit = self.config.optimizer.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit, foreach=True)
         optimizer.step()
-        return loss.detach()
+        return loss.detach(), norm
 
     def _forward(self, split: Encoded, sequences: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         meaning = self.data.meaning
@@ -163,30 +201,34 @@ class Tuner:
         path = self._run_dir / CLIENTS / name
         return dict(torch.load(path, map_location=self._comm.device, weights_only=True))
 
-    def _keep(
-        self,
-        client_id: int,
-        optimizer: torch.optim.Optimizer,
-        *,
-        round_id: int,
-        writer: CheckpointWriter,
-    ) -> None:
-        if not self._keeps_state:
-            return
-        state: dict[str, Any] = {"kept": self.synchronizer.kept_state()}
-        if self.config.federation.optimizer_state == "keep":
-            state["optimizer"] = optimizer.state_dict()
-        name = client_file(client_id, _KEPT_STAGE, 0, round_id=round_id)
-        writer.save_client(name, partial(torch.save, state))
-
     # -- between rounds ----------------------------------------------------------------------
 
-    def synchronize(self, num_clients: int) -> int:
-        """Average the round's clients; return the bytes that this rank sent. Collective: all."""
-        sent = self.synchronizer.synchronize(num_clients)
+    def synchronize(
+        self, num_clients: int, *, left_out: Collection[int] = (), share: float = 1.0
+    ) -> int:
+        """Average the round's clients; return the bytes that this rank sent.
+
+        Arguments are those of ``Synchronizer.synchronize``.
+
+        Collective: every rank.
+        """
+        sent = self.synchronizer.synchronize(num_clients, left_out=left_out, share=share)
         if self.products is not None:
-            sent += self.products.synchronize()
+            sent += self.products.synchronize(share=share)
         return sent
+
+    def forget_round(self) -> None:
+        """Leave the model as it was, whatever the round's clients have sent."""
+        self.synchronizer.forget_round()
+        if self.products is not None:
+            self.products.forget_round()
+
+    def stages_not_finite(self) -> list[str]:
+        """Name the model where it is not finite."""
+        finite = self.synchronizer.is_global_finite
+        if self.products is not None:
+            finite = finite and all_finite(self.products.weights.values())
+        return [] if finite else ["the model"]
 
     def score(self, client_ids: Sequence[int], *, last_rounds: Mapping[int, int]) -> Scores:
         """Score the averaged model on held-out examples of some clients, with what they keep.
