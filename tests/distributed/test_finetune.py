@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError
-from fedpipe.federation.turns import TuningTurn
+from fedpipe.federation.turns import TuningTurn, draw_round, plan_tuning_round
 from fedpipe.metrics.finetune_report import result_table, write_finetune_report
 from fedpipe.metrics.writer import read_metrics
 from fedpipe.models.lower import LowerLayers
@@ -528,3 +529,86 @@ def test_a_client_may_have_nothing_held_out_but_not_all_of_them(
     (folder / "imdb.test.jsonl").write_text("\n".join(map(json.dumps, test)), encoding="utf-8")
     with pytest.raises(CorpusError, match=r"^task.split: expected held-out examples for at least"):
         set_up(tmp_path / "other", base, *overrides)
+
+    rows = [json.dumps({"text": "good", "label": 1, "site": f"s{i % 3}"}) for i in range(9)]
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task/imdb.train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (tmp_path / "task/imdb.test.jsonl").write_text("\n".join(rows[::3]), encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"^task.split: expected training and held-out examples"):
+        set_up(tmp_path / "run", base, f"task.data={tmp_path / 'task'}", "task.split=column",
+               "task.column=site", "federation.num_clients=3")  # fmt: skip
+
+
+def _spoil(monkeypatch: pytest.MonkeyPatch, client_id: int, *, round_id: int = 1) -> None:
+    """Let the second loss of a client be NaN in one round."""
+    train, step = Tuner.train, Tuner._step
+    steps: list[int] = []
+
+    def train_and_count(tuner: Tuner, turn: TuningTurn, **keywords: Any) -> Any:
+        hit = (turn.client_id, keywords["round_id"]) == (client_id, round_id)
+        steps[:] = [1] if hit else []
+        return train(tuner, turn, **keywords)
+
+    def step_or_nan(tuner: Tuner, *arguments: Any) -> Any:
+        loss, norm = step(tuner, *arguments)
+        left = steps.pop() if steps else -1
+        if left > 0:
+            steps.append(left - 1)
+        return (loss * torch.nan, norm) if left == 0 else (loss, norm)
+
+    monkeypatch.setattr(Tuner, "train", train_and_count)
+    monkeypatch.setattr(Tuner, "_step", step_or_nan)
+
+
+def test_a_client_whose_loss_is_nan_is_left_out_of_the_average_and_of_its_own_state(
+    tmp_path: Path, base: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FedEx-LoRA with a head that stays: factors, products, head and moments forget the turn."""
+    options = (
+        "method.lora_average=product", "federation.average.final_head=false",
+        "federation.optimizer_state=keep", "federation.num_rounds=2", "checkpoint.keep_last=2",
+        "federation.clients_per_round=4", "federation.num_local_epochs=2",
+    )  # fmt: skip
+    setup = set_up(tmp_path / "run", base, *options)
+    cohorts = [draw_round(setup.config, round_id, 5)[0] for round_id in (0, 1)]
+    bad = next(client for client in cohorts[1] if client in cohorts[0])
+    _spoil(monkeypatch, bad)
+    run(setup)
+    rounds = records(tmp_path / "run", "round")
+    assert [r["refused"] for r in rounds] == [
+        [], [{"client": bad, "stage": 0, "step": 1, "what": "loss"}]
+    ]  # fmt: skip
+    shares = {
+        r["client"]: r["weight"] for r in records(tmp_path / "run", "turn") if r["round"] == 1
+    }
+    assert shares[bad] == 0.0 and sum(shares.values()) == pytest.approx(1.0)
+    kept = tmp_path / f"run/clients/client_{bad:04d}"
+    before, after = (
+        torch.load(kept / f"stage_00_data_00.round_{r:06d}.pt", weights_only=True) for r in (0, 1)
+    )
+    torch.testing.assert_close(after, before, atol=0, rtol=0)
+
+    # The same round with a cohort that never had the client.
+    without = set_up(tmp_path / "without", base, *options)
+    _forget(monkeypatch, bad, round_id=1)
+    run(without)
+    for name, tensor in weights(tmp_path / "without", 2).items():
+        assert tensor.isfinite().all()
+        torch.testing.assert_close(weights(tmp_path / "run", 2)[name], tensor, atol=1e-6, rtol=0)
+    assert "Updates that were left out" in write_finetune_report(tmp_path / "run").read_text()
+
+
+def _forget(monkeypatch: pytest.MonkeyPatch, client_id: int, *, round_id: int) -> None:
+    """Take a client out of the plan of a round."""
+    from fedpipe.workflows.finetune import run as module
+
+    def planned(*arguments: Any, **keywords: Any) -> Any:
+        plan = plan_tuning_round(*arguments, **keywords)
+        if keywords["round_id"] != round_id:
+            return plan
+        turns = [turn for turn in plan.turns if turn.client_id != client_id]
+        total = sum(turn.weight for turn in turns)
+        shared = tuple(dataclasses.replace(t, weight=t.weight / total) for t in turns)
+        return dataclasses.replace(plan, turns=shared)
+
+    monkeypatch.setattr(module, "plan_tuning_round", planned)

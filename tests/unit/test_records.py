@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from fedpipe.config.federation import AggregationConfig
 from fedpipe.federation.cohort import Turn
+from fedpipe.federation.refusal import Refused, judge
 from fedpipe.workflows.records import (
     evaluation_record,
     round_record,
@@ -26,10 +28,11 @@ def _turns() -> list[Turn]:
     ]
 
 
-def _round(steps: list[dict[str, Any]], num_stages: int = 2) -> dict[str, Any]:
+def _round(steps: list[dict[str, Any]], *refused: Refused) -> dict[str, Any]:
+    outcome = judge(_turns(), refused, aggregation=AggregationConfig(), round_id=3)
     return round_record(
-        3, turns=_turns(), steps=steps, num_stages=num_stages, seconds=2.0,
-        sync=[(0.1, 10), (0.3, 20)],
+        3, turns=_turns(), outcome=outcome, steps=[{"client": 4} | step for step in steps],
+        num_stages=2, seconds=2.0, sync=[(0.1, 10), (0.3, 20)],
     )  # fmt: skip
 
 
@@ -40,7 +43,16 @@ def test_a_round_names_its_clients_their_weights_and_its_cost() -> None:
     assert record == {
         "kind": "round", "round": 3, "clients": [4, 1], "weights": [0.75, 0.25], "tokens": 400,
         "loss": [3.0, 1.0], "seconds": 2.0, "tokens_per_s": 200.0, "sync_s": 0.3, "sync_bytes": 30,
+        "refused": [], "averaged": True,
     }  # fmt: skip
+
+
+def test_a_refused_client_is_listed_with_weight_0_and_without_its_losses() -> None:
+    fault = Refused(client=1, stage=0, step=0, what="loss")
+    record = _round([{"stage": 0, "loss": 4.0}, {"stage": 0, "loss": math.nan, "client": 1}], fault)
+    assert (record["clients"], record["weights"]) == ([4, 1], [1.0, 0.0])
+    assert record["loss"] == [4.0, None]
+    assert record["refused"] == [{"client": 1, "stage": 0, "step": 0, "what": "loss"}]
 
 
 def test_a_stage_without_a_head_has_no_loss() -> None:

@@ -124,6 +124,7 @@ class Tuner:
                 raise stopped(fault, round_id=round_id)
             self.refused.append(fault)
             self.synchronizer.refuse_turn()
+            state = self._client_state(turn.client_id, last_round)  # training has written into it
         else:
             self.synchronizer.end_turn(turn.client_id, weight=turn.weight, round_id=round_id)
             if self.products is not None:
