@@ -19,6 +19,7 @@ from fedpipe.config.finetune import finetune_presets
 from fedpipe.config.load import load_config, preset_names, read_config
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError, LaunchError
 from fedpipe.printable import printable
+from fedpipe.terminal import prepare_output
 
 if TYPE_CHECKING:
     from fedpipe.config.schema import RunConfig
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    prepare_output()
     try:
         args = _parse(argv)
         command: Callable[[argparse.Namespace], int] = args.run
@@ -78,10 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of `fedpipe plan | head` has left; Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -24,12 +24,14 @@ from fedpipe.distributed.watch import EXIT_INTERRUPTED, StopSignals, Watch
 from fedpipe.errors import FedPipeError, LaunchError, TopologyError
 from fedpipe.launcher.cut import choose_cut, measure_here
 from fedpipe.launcher.local import run_console
+from fedpipe.launcher.orphan import stopped_with_launcher
 from fedpipe.launcher.supervisor import Interrupted, Signals
 from fedpipe.launcher.throughput import conclude
 from fedpipe.launcher.worker import finish
 from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.samples import samples_text
 from fedpipe.metrics.writer import METRICS_FILE, finite
+from fedpipe.terminal import prepare_output
 from fedpipe.workflows.run_dir import RunSetup, locked, resolve_config, set_up
 from fedpipe.workflows.throughput.report import Measurement, ThroughputSettings, single_replica
 
@@ -79,6 +81,7 @@ def main(task: str = "pretrain", arguments: Sequence[str] | None = None) -> int:
         0 when the run is done, 75 when it was interrupted and can be resumed, 2 for a user's error,
         1 for a failure (one line on stderr, rank 0's).
     """
+    prepare_output()
     parser = argparse.ArgumentParser(description=f"one rank of `fedpipe {task}`")
     parser.add_argument("--preset")
     parser.add_argument("--config")
@@ -92,7 +95,7 @@ def main(task: str = "pretrain", arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     rank = 0
     try:
-        with Signals().caught():
+        with Signals().caught(), stopped_with_launcher():
             env = detect()
             rank = env.rank
             return run_rank(request, env=env, signals=StopSignals()).code

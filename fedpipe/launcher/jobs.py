@@ -26,6 +26,7 @@ from fedpipe.distributed.watch import EXIT_INTERRUPTED, StopSignals
 from fedpipe.errors import LaunchError
 from fedpipe.launcher.external import Ended, RunRequest, run_rank
 from fedpipe.launcher.supervisor import Interrupted, Signals
+from fedpipe.terminal import prepare_output
 
 ATTEMPTS_FILE = "logs/attempts.jsonl"
 """Where every start of every job of a run left off, below the run directory."""
@@ -61,6 +62,7 @@ class _Job(submitit.helpers.Checkpointable):
         Raises:
             FedPipeError: What is wrong, on every rank where all of them can know it.
         """
+        prepare_output()
         job = submitit.JobEnvironment()
         job.paths.result_pickle.unlink(missing_ok=True)  # of an earlier attempt
         # SLURM signals every process of a step. A forked child has submitit's handler and would

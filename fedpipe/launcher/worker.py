@@ -24,6 +24,7 @@ from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.watch import StopSignals, Watch
 from fedpipe.errors import FedPipeError
 from fedpipe.launcher.ranks import Setup
+from fedpipe.terminal import prepare_output
 from fedpipe.workflows.run_dir import RunSetup
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def run_rank(
 
     _die_with_parent()
     _redirect_output(setup, env)
+    prepare_output()
     random.seed(env.rank)
     bind(env)
     torch.set_num_threads(threads)  # the fork server has imported torch already, with one

@@ -14,7 +14,7 @@ MODULES = sorted((REPOSITORY / "fedpipe").rglob("*.py"))
 LEVELS = (
     ("printable",),
     ("errors",),
-    ("log", "config"),
+    ("log", "terminal", "config"),
     ("distributed",),
     ("data", "models", "metrics"),
     ("pipeline", "federation", "checkpoint"),
@@ -27,8 +27,8 @@ LEVELS = (
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 COMM = "fedpipe/distributed/comm.py"
 LIGHT = (
-    "__init__", "__main__", "cli", "options", "errors", "printable", "log", "config/load",
-    "config/tree",
+    "__init__", "__main__", "cli", "options", "errors", "printable", "log", "terminal",
+    "config/load", "config/tree",
     "config/schema", "config/federation", "config/finetune", "config/reproduce", "config/require",
     "config/deepspeed", "config/model_shape",
     "distributed/topology", "distributed/env", "distributed/binding",
