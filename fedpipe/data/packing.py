@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +23,10 @@ from fedpipe.errors import CorpusError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# A batch of documents costs the tokenizer about 40 bytes of memory per byte of text; this much text
-# per thread keeps all threads busy at about 20 MB each.
-_BATCH_CHARACTERS_PER_THREAD = 512 << 10
+# A batch of documents costs the tokenizer about 40 bytes of memory per byte of text and 1 KB per
+# document: these limits keep a batch below 10 MB and the work per batch far above its overhead.
+_BATCH_CHARACTERS = 256 << 10
+_BATCH_DOCUMENTS = 4096
 
 
 class ClientStream:
@@ -57,16 +61,21 @@ class ClientStream:
         self._cls_id = tokenizer.cls_id
         self._sep_id = tokenizer.sep_id
         self.dtype = block_dtype(tokenizer.vocab_size)
+        self._separator = np.array([tokenizer.sep_id], dtype=self.dtype)
         self._pending: list[NDArray[Any]] = []
 
     def add(self, ids: NDArray[Any]) -> None:
-        """Append a document's tokens, without special ones; an empty document leaves no trace."""
+        """Append a document's tokens, without special ones; an empty document leaves no trace.
+
+        Args:
+            ids: Of this stream's type; kept until the next flush.
+        """
         if len(ids) == 0:
             return
         if self.num_documents:
-            self._pending.append(np.array([self._sep_id], dtype=self.dtype))
+            self._pending.append(self._separator)
             self.num_tokens += 1
-        self._pending.append(ids.astype(self.dtype))
+        self._pending.append(ids)
         self.num_tokens += len(ids)
         self.num_documents += 1
 
@@ -144,25 +153,18 @@ def pack(
         for path in paths
     )
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    dtype = block_dtype(tokenizer.vocab_size)
     done = 0
-    with _tokenizer_threads(num_threads):
-        encoder = _load_encoder(tokenizer)
-        for texts in _batches(documents, _BATCH_CHARACTERS_PER_THREAD * num_threads):
-            owners = clients[done : done + len(texts)]
-            done += len(texts)
-            if len(owners) < len(texts):
-                break
-            kept = [index for index in range(len(texts)) if owners[index] != IGNORED]
-            encodings = encoder.encode_batch_fast(
-                [texts[index] for index in kept], add_special_tokens=False
-            )
-            for index, encoding in zip(kept, encodings, strict=True):
-                ids = np.array(encoding.ids, dtype=np.uint32)
-                streams[owners[index]].add(ids)
-                counts += np.bincount(ids, minlength=len(counts))
-            for owner in set(owners[kept].tolist()):
-                streams[owner].flush()
-            progress(done)
+    for batch in _encoded(documents, clients, tokenizer=tokenizer, num_threads=num_threads):
+        # Work of the vocabulary's size is done per batch, never per document.
+        counts += np.bincount(batch.ids, minlength=len(counts))
+        ids, ends = batch.ids.astype(dtype), batch.lengths.cumsum().tolist()
+        for owner, start, end in zip(batch.owners, [0, *ends], ends, strict=False):
+            streams[owner].add(ids[start:end])
+        for owner in set(batch.owners):
+            streams[owner].flush()
+        done = batch.done
+        progress(done)
     if done != len(clients):
         raise CorpusError(
             f"data: expected {len(clients)} documents as in the first reading, got {done}. "
@@ -170,6 +172,66 @@ def pack(
         )
     counts[list(tokenizer.special_ids)] = 0
     return Packed(streams=streams, token_counts=counts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Some documents, encoded."""
+
+    ids: NDArray[np.uint32]
+    """Tokens of all of them."""
+    lengths: NDArray[np.int64]
+    """Tokens of each."""
+    owners: list[int]
+    """Owner of each."""
+    done: int
+    """Documents read so far, ignored ones included."""
+
+
+def _encoded(
+    documents: Iterable[Document],
+    clients: NDArray[np.int32],
+    *,
+    tokenizer: TokenizerInfo,
+    num_threads: int,
+) -> Iterator[_Batch]:
+    """Encode batches of documents on several threads, and give them back in order.
+
+    The tokenizer lets go of Python's interpreter while it works, so reading and packing go on
+    beside it. Ends early where there are more documents than owners.
+    """
+    encoders = [_load_encoder(tokenizer) for _ in range(num_threads)]  # each with a cache of words
+    under_way: deque[Future[_Batch]] = deque()
+    done = 0
+    with _serial_tokenizers(), ThreadPoolExecutor(num_threads) as pool:
+        for number, texts in enumerate(_batches(documents)):
+            owners = clients[done : done + len(texts)].tolist()
+            done += len(texts)
+            if len(owners) < len(texts):
+                break
+            kept = [pair for pair in zip(texts, owners, strict=True) if pair[1] != IGNORED]
+            under_way.append(pool.submit(_encode, encoders[number % num_threads], kept, done))
+            if len(under_way) > num_threads:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    if done > len(clients):
+        yield _Batch(np.empty(0, np.uint32), np.empty(0, np.int64), [], done)
+
+
+def _encode(encoder: Tokenizer, pairs: list[tuple[str, int]], done: int) -> _Batch:
+    ids, lengths = array("I"), array("q")
+    texts = [text for text, _ in pairs]
+    for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False):
+        found = encoding.ids
+        ids.extend(found)
+        lengths.append(len(found))
+    return _Batch(
+        ids=np.array(ids, dtype=np.uint32),
+        lengths=np.array(lengths, dtype=np.int64),
+        owners=[owner for _, owner in pairs],
+        done=done,
+    )
 
 
 def _load_encoder(info: TokenizerInfo) -> Tokenizer:
@@ -192,13 +254,13 @@ def _load_encoder(info: TokenizerInfo) -> Tokenizer:
     return encoder
 
 
-def _batches(documents: Iterable[Document], characters: int) -> Iterator[list[str]]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
     for text, _ in documents:
         batch.append(text)
         size += len(text)
-        if size >= characters:
+        if size >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
     if batch:
@@ -206,19 +268,15 @@ def _batches(documents: Iterable[Document], characters: int) -> Iterator[list[st
 
 
 @contextmanager
-def _tokenizer_threads(num_threads: int) -> Iterator[None]:
-    """Tell the Rust tokenizers how many threads to use, and put the environment back."""
-    wanted = {
-        "TOKENIZERS_PARALLELISM": "true" if num_threads > 1 else "false",
-        "RAYON_NUM_THREADS": str(num_threads),
-    }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+def _serial_tokenizers() -> Iterator[None]:
+    """Have the tokenizers start no threads of their own, and put the environment back."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

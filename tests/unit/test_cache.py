@@ -127,7 +127,7 @@ def test_a_killed_preparation_leaves_nothing_that_a_later_one_takes(run, tmp_pat
         from fedpipe.config.schema import DataConfig, FederationConfig, RunConfig
         from fedpipe.data import packing
         from fedpipe.data.corpus import prepare
-        packing._BATCH_CHARACTERS_PER_THREAD = 2000
+        packing._BATCH_CHARACTERS = 2000
         def kill(phase, done, total):
             if phase == {phase!r} and done > total // 2:
                 os.kill(os.getpid(), signal.SIGKILL)

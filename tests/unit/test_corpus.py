@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -134,9 +135,9 @@ def test_token_counts_are_those_of_the_training_text(run):
 
 def test_the_batches_of_the_tokenizer_do_not_show(run, monkeypatch, tmp_path):
     whole = prepare(run())
-    monkeypatch.setattr("fedpipe.data.packing._BATCH_CHARACTERS_PER_THREAD", 100)
+    monkeypatch.setattr("fedpipe.data.packing._BATCH_CHARACTERS", 100)
     assert same_content(whole, prepare(run(cache_dir=str(tmp_path / "other"), num_workers=2)))
-    assert "RAYON_NUM_THREADS" not in os.environ
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
@@ -279,3 +280,18 @@ def test_large_vocabularies_take_four_bytes_per_token(run, tmp_path):
     prepared = prepare(run(tokenizer=str(tmp_path)))
     assert (prepared.vocab_size, prepared.train[0].dtype) == (70_001, "<u4")
     assert 70_000 in blocks_of(prepared.train[0])
+
+
+def test_a_document_costs_the_same_in_a_large_vocabulary(run, tmp_path):
+    info = tokenizer_info(run())
+    seconds = []
+    for vocab_size in (info.vocab_size, 2_000_000):
+        large = dataclasses.replace(info, vocab_size=vocab_size)
+        started = time.process_time()
+        packed = pack([("word", "")] * 4000, np.zeros(4000, dtype=np.int32),
+                      paths=[tmp_path / f"{vocab_size}.bin"], tokenizer=large, sequence_length=32,
+                      num_masked=1, num_threads=2, progress=lambda done: None)  # fmt: skip
+        seconds.append(time.process_time() - started)
+        assert packed.token_counts.sum() >= 4000
+    # 4,000 arrays of two million counters would take seconds.
+    assert seconds[1] < seconds[0] + 1.0, seconds
