@@ -1,32 +1,45 @@
 """Checkpoints: complete or absent, verified before they are used, never half-written.
 
-Every rank writes its files into a hidden folder and fsyncs them; rank 0 then writes ``state.json``
-with the size and SHA-256 of each file and renames the folder: that is the commit. What belongs to a
-client (kept parts, optimizer state) lies in ``RUN_DIR/clients`` once per round in which the client
-trained, and is listed in the manifest as well.
+Every rank writes its files into a hidden folder and fsyncs them, and the folders that name them.
+Rank 0 then writes ``state.json`` with the size and SHA-256 of each file and renames the folder:
+that is the commit. What belongs to a client (kept parts, optimizer state) lies in
+``RUN_DIR/clients`` once per round in which the client trained, and is listed in the manifest too.
 
-Reading needs no torch, so a corrupt checkpoint is found before any process starts.
+Reading needs no torch, so a corrupt checkpoint is found before any process starts. Nothing that is
+newer than what is read is ever deleted: a damaged checkpoint is set aside under another name, and
+stays until the run has saved one as late.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedpipe.errors import CheckpointError
+from fedpipe.files import patiently, sync, write_atomically, write_text
+from fedpipe.metrics.writer import METRICS_FILE
 
 if TYPE_CHECKING:
     from fedpipe.distributed.comm import Comm
 
+T = TypeVar("T")
+
 STATE = "state.json"
 CHECKPOINTS = "checkpoints"
 CLIENTS = "clients"
+DAMAGED = "damaged_"
+"""Begins the name of a checkpoint that has been set aside."""
+_AGAIN_S = 1.0
+"""After this a checkpoint that looks damaged is looked at once more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +91,9 @@ class CheckpointWriter:
         self._run_dir, self._comm, self._keep_last = run_dir, comm, keep_last
         self._new_client_files: dict[str, tuple[int, str]] = {}
         self._client_failure = ""
+        self._to_sync: set[Path] = set()
+        self._listed_clients: dict[str, Any] | None = None
+        """On rank 0, client files of the newest checkpoint; None until it is known."""
 
     def save_client(self, name: str, write: Callable[[Path], None]) -> None:
         """Write a client's file below ``clients``; the next ``save`` lists it.
@@ -88,6 +104,7 @@ class CheckpointWriter:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             entry = write_atomically(path, write)
+            self._to_sync |= {path.parent, path.parent.parent}
         except _write_errors() as error:
             self._client_failure = f"rank {self._comm.rank}: {error}"
             return
@@ -129,6 +146,9 @@ class CheckpointWriter:
             for name, write in files.items():
                 entry = write_atomically(aside / name, write)
                 entries[str(Path(CHECKPOINTS, position.name, name))] = entry
+            for written in (aside, *self._to_sync):
+                sync(written)
+            self._to_sync.clear()
         except _write_errors() as error:
             failure = f"rank {self._comm.rank}: {error}"
         self._raise_together(failure, aside)
@@ -161,10 +181,10 @@ class CheckpointWriter:
         gathered: list[dict[str, tuple[int, str]]],
         state: dict[str, Any],
     ) -> None:
-        files: dict[str, Any] = {}
-        previous = [p for p in _folders(self._run_dir) if p.name < position.name]
-        if previous:  # client files of earlier rounds stay valid
-            files |= {n: e for n, e in _listed(previous[-1]).items() if n.startswith(f"{CLIENTS}/")}
+        if self._listed_clients is None:  # of the checkpoint that the run has gone on from
+            earlier = [p for p in _folders(self._run_dir) if p.name < position.name]
+            self._listed_clients = _client_entries(_listed(earlier[-1])) if earlier else {}
+        files = dict(self._listed_clients)  # those of earlier rounds stay valid
         for entries in gathered:
             files |= entries
         files = _newest_of_each_client(files)
@@ -172,19 +192,29 @@ class CheckpointWriter:
         write_atomically(
             aside / STATE, lambda p: p.write_text(json.dumps(state, indent=1), encoding="utf-8")
         )
-        shutil.rmtree(folder, ignore_errors=True)
+        sync(aside)
+        if folder.exists():
+            _set_aside(folder)
         os.replace(aside, folder)
-        _sync_folder(folder.parent)
+        sync(folder.parent)
+        sync(self._run_dir)
+        self._listed_clients = _client_entries(files)
         _point_latest(self._run_dir, position)
-        self._prune()
+        with contextlib.suppress(OSError):  # what stays now goes with the next one
+            self._prune(position)
 
-    def _prune(self) -> None:
+    def _prune(self, newest: Position) -> None:
         folders = _folders(self._run_dir)
         for folder in folders[: -self._keep_last]:
             shutil.rmtree(folder)
-        used: set[str] = set()
-        for folder in folders[-self._keep_last :]:
-            used |= set(_listed(folder))
+        kept = folders[-self._keep_last :]
+        for folder in _damaged_folders(self._run_dir):
+            if folder.name.removeprefix(DAMAGED) <= newest.name:
+                shutil.rmtree(folder)
+            else:
+                kept.append(folder)
+        # A manifest that cannot be read now may list any of them: then none is removed.
+        used = {name for folder in kept for name in _listed(folder)}
         for path in (self._run_dir / CLIENTS).glob("*/*"):
             name = str(path.relative_to(self._run_dir))
             if name not in used:  # every listed file may be needed to resume from its checkpoint
@@ -214,18 +244,42 @@ def _newest_of_each_client(files: Mapping[str, Any]) -> dict[str, Any]:
     return {name: files[name] for name in newest.values()}
 
 
-def discard_later(run_dir: Path, position: Position) -> None:
-    """Remove the (damaged) checkpoints after the one that a run resumes from."""
+def set_aside_later(run_dir: Path, position: Position) -> list[str]:
+    """Give the (damaged) checkpoints after the one that a run resumes from another name.
+
+    Returns:
+        Their new names; they stay until the run has saved a checkpoint as late as they are.
+
+    Raises:
+        CheckpointError: They cannot be renamed.
+    """
     later = [folder for folder in _folders(run_dir) if folder.name > position.name]
-    if later:
+    if not later:
+        return []
+    try:
         _point_latest(run_dir, position)
-    for folder in later:
-        shutil.rmtree(folder)
+        return [str(_set_aside(folder).relative_to(run_dir)) for folder in later]
+    except OSError as error:
+        raise CheckpointError(
+            f"{run_dir / CHECKPOINTS}: expected to rename {later[0].name}, got"
+            f" {error.strerror or error}. Nothing was removed; check the permissions, then give the"
+            " same command again."
+        ) from error
+
+
+def _set_aside(folder: Path) -> Path:
+    name, number = f"{DAMAGED}{folder.name}", 1
+    while (target := folder.with_name(name)).exists():
+        number += 1
+        name = f"{DAMAGED}{folder.name}_{number}"
+    os.replace(folder, target)
+    sync(folder.parent)
+    return target
 
 
 def _point_latest(run_dir: Path, position: Position) -> None:
     latest = run_dir / CHECKPOINTS / "latest"
-    write_atomically(latest, lambda p: p.write_text(position.name + "\n", encoding="utf-8"))
+    write_text(latest, position.name + "\n")
 
 
 def _write_errors() -> tuple[type[Exception], ...]:
@@ -235,37 +289,38 @@ def _write_errors() -> tuple[type[Exception], ...]:
     return OSError, RuntimeError, SafetensorError
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> tuple[int, str]:
-    """Write aside, fsync, rename; return size and SHA-256."""
-    aside = path.with_name(f".{path.name}.part")
-    write(aside)
-    with open(aside, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-        size = os.fstat(file.fileno()).st_size
-    os.replace(aside, path)
-    return size, digest
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _folders(run_dir: Path) -> list[Path]:
     """Committed checkpoints, oldest first, damaged ones included."""
     return sorted(p for p in (run_dir / CHECKPOINTS).glob("round_*") if p.is_dir())
 
 
+def _damaged_folders(run_dir: Path) -> list[Path]:
+    return sorted(p for p in (run_dir / CHECKPOINTS).glob(f"{DAMAGED}*") if p.is_dir())
+
+
 def _listed(folder: Path) -> dict[str, Any]:
-    """Files that a checkpoint needs; none where its manifest is damaged: it is never used."""
+    """Files that a checkpoint needs; none where its manifest is damaged: it is never used.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    text = patiently(lambda: _text(folder / STATE))
     try:
-        return dict(json.loads((folder / STATE).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads(text or "")["files"])
+    except (ValueError, KeyError, TypeError):
         return {}
+
+
+def _text(path: Path) -> str | None:
+    """Read a file; None where it is missing or no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+        return None
+
+
+def _client_entries(files: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: entry for name, entry in files.items() if name.startswith(f"{CLIENTS}/")}
 
 
 def find_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -279,11 +334,13 @@ def find_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
         to be passed over.
 
     Raises:
-        CheckpointError: There are checkpoints, and all of them are damaged.
+        CheckpointError: There are checkpoints, and all of them are damaged, or the file system
+            does not say.
     """
     passed_over: list[str] = []
-    for folder in reversed(_folders(run_dir)):
-        problem = _problem(run_dir, folder)
+    folders = _look_again(run_dir, partial(_folders, run_dir), wrong=_is_lost(run_dir))
+    for folder in reversed(folders):
+        problem = _look_again(run_dir, partial(_problem, run_dir, folder), wrong=bool)
         if problem is None:
             return _read(folder), passed_over
         passed_over.append(f"checkpoint {folder.name} is damaged: {problem}")
@@ -302,13 +359,38 @@ def find_round(run_dir: Path, num_rounds: int) -> Checkpoint:
         CheckpointError: It is not there, or damaged.
     """
     folder = run_dir / CHECKPOINTS / Position(round_id=num_rounds).name
-    problem = _problem(run_dir, folder)
+    problem = _look_again(run_dir, partial(_problem, run_dir, folder), wrong=bool)
     if problem is not None:
         raise CheckpointError(
             f"{folder}: expected an intact checkpoint, got one of which {problem}. Remove {run_dir}"
             " and run it again."
         )
     return _read(folder)
+
+
+def _is_lost(run_dir: Path) -> Callable[[list[Path]], bool]:
+    """Whether no checkpoint is found of a run that has recorded something."""
+    return lambda folders: not folders and (run_dir / METRICS_FILE).exists()
+
+
+def _look_again(run_dir: Path, look: Callable[[], T], *, wrong: Callable[[T], bool]) -> T:
+    """Look at checkpoints; what seems wrong may only do so for a moment, on a network file system.
+
+    Raises:
+        CheckpointError: The file system does not answer.
+    """
+    try:
+        found = patiently(look)
+        if wrong(found):
+            time.sleep(_AGAIN_S)
+            found = patiently(look)
+        return found
+    except OSError as error:
+        raise CheckpointError(
+            f"{run_dir / CHECKPOINTS}: expected a file system that answers, got"
+            f" {error.strerror or error} for {error.filename}. Nothing was changed; give the same"
+            " command again when the files can be read."
+        ) from error
 
 
 def _read(folder: Path) -> Checkpoint:
@@ -323,25 +405,27 @@ def _read(folder: Path) -> Checkpoint:
 
 
 def _problem(run_dir: Path, folder: Path) -> str | None:
+    text = _text(folder / STATE)
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = json.loads(text or "")
         files = dict(state["files"])
         offset = int(state["metrics_offset"])
         position = Position(round_id=int(state["round_id"]), step=int(state["step"]))
         entries = [(str(name), int(size), str(digest)) for name, (size, digest) in files.items()]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return f"{STATE} cannot be read"
     if position.name != folder.name or offset < 0:
         return f"{STATE} is that of another checkpoint"
     if any(folder.glob("rank_*.pt")):  # resumed without, a round would lose what it has done
         return "its rank_*.pt are of an earlier version, which numbered the ranks otherwise"
     for name, size, digest in entries:
-        path = run_dir / name
-        if not path.is_file():
+        try:
+            with open(run_dir / name, "rb") as file:
+                found = os.fstat(file.fileno()).st_size
+                if found != size:
+                    return f"{name} has {found} bytes instead of {size}"
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return f"{name} has other content than was written"
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                return f"{name} has other content than was written"
     return None

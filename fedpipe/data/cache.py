@@ -22,6 +22,7 @@ from fedpipe.data.identity import (
 from fedpipe.data.sources import Source, data_files
 from fedpipe.data.tokenizer import TokenizerInfo, tokenizer_files
 from fedpipe.errors import CorpusError
+from fedpipe.files import sync
 
 FORMAT = 2
 """Raised with every change of what prepared files look like or how text becomes blocks."""
@@ -163,7 +164,7 @@ def building(root: Path, key: str) -> Iterator[Path]:
         try:
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
-                _sync(path)
+                sync(path)
             _publish(temporary, home / key)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -189,7 +190,7 @@ def _publish(temporary: Path, final: Path) -> None:
     except OSError:
         if not (final / "manifest.json").is_file():
             raise
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _remove_abandoned(home: Path) -> None:
@@ -209,14 +210,6 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import submitit
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
 from fedpipe.errors import FedPipeError
+from fedpipe.files import write_text
 from fedpipe.launcher.cells import check_all_done
 from fedpipe.launcher.external import RunRequest
 from fedpipe.launcher.follow import conclude, state_of
@@ -236,4 +237,4 @@ def _read_jobs(directory: Path) -> dict[str, str]:
 def _write_jobs(directory: Path, jobs: dict[str, str]) -> None:
     path = directory / JOBS_FILE
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(jobs, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(jobs, indent=1) + "\n")

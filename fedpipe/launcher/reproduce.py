@@ -16,6 +16,7 @@ from pathlib import Path
 from fedpipe.distributed.env import num_gpus
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
 from fedpipe.errors import LaunchError
+from fedpipe.files import write_text
 from fedpipe.launcher.cells import last_line, save_when_the_parent_dies, saying_to
 from fedpipe.launcher.evaluate import PRELOAD, run_cells
 from fedpipe.launcher.fork_server import fork_server
@@ -35,7 +36,7 @@ from fedpipe.workflows.reproduce.setup import (
     TrainingRun,
     plan_reproduction,
 )
-from fedpipe.workflows.run_dir import locked, write_text
+from fedpipe.workflows.run_dir import locked
 from fedpipe.workflows.sweep import prepare_texts
 
 RESULT_FILE = "reproduce.json"

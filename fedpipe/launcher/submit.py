@@ -15,6 +15,7 @@ import submitit
 
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CheckpointError, ConfigError, TopologyError
+from fedpipe.files import write_text
 from fedpipe.launcher.external import RunRequest
 from fedpipe.launcher.follow import Closing, Shows, follow
 from fedpipe.launcher.jobs import job_of
@@ -237,7 +238,7 @@ def log_paths(job: Any) -> str:
 
 
 def _write_job(run_dir: Path, job: Any) -> None:
-    (run_dir / JOB_FILE).write_text(json.dumps({"job_id": job.job_id}) + "\n", encoding="utf-8")
+    write_text(run_dir / JOB_FILE, json.dumps({"job_id": job.job_id}) + "\n")
 
 
 def _job_in_queue(run_dir: Path) -> str | None:

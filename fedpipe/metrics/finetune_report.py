@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from fedpipe.files import write_text
 from fedpipe.metrics.document import (
     Block,
     Code,
@@ -342,7 +343,7 @@ def _repeat(run: RunSummary) -> list[Block]:
 
 
 def _write(folder: Path, title: str, blocks: list[Block]) -> Path:
-    (folder / "report.md").write_text(to_markdown(title, blocks), encoding="utf-8")
+    write_text(folder / "report.md", to_markdown(title, blocks))
     path = folder / "report.html"
-    path.write_text(to_html(title, blocks), encoding="utf-8")
+    write_text(path, to_html(title, blocks))
     return path

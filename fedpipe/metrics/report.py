@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from fedpipe.files import write_text
 from fedpipe.metrics.document import (
     Block,
     Code,
@@ -64,9 +65,9 @@ def write_report(run_dir: Path) -> Path:
         *refused_section(run),
         *_repeat(run),
     ]
-    (run_dir / "report.md").write_text(to_markdown(title, blocks), encoding="utf-8")
+    write_text(run_dir / "report.md", to_markdown(title, blocks))
     path = run_dir / "report.html"
-    path.write_text(to_html(title, blocks), encoding="utf-8")
+    write_text(path, to_html(title, blocks))
     return path
 
 

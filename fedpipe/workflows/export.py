@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +30,7 @@ from fedpipe.data.blocks import PreparedData, token_counts
 from fedpipe.data.corpus import prepare
 from fedpipe.data.validation import validation_batch
 from fedpipe.errors import CheckpointError
+from fedpipe.files import replace_folder, write_text
 from fedpipe.metrics.writer import read_metrics
 from fedpipe.models.families import FAMILIES, hf_config
 from fedpipe.models.lengths import longest_input, num_positions
@@ -107,17 +106,17 @@ def export_checkpoint(
     num_rounds = checkpoint.position.round_id if checkpoint else 0
     card = _model_card(run_dir, config, num_rounds, tied=specs[-1].decoder != "own")
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    if checkpoint is None or not _kept_in_model(config, specs, parts):
-        _save(merge(parts), model_config, aside, tokenizer, card)
-    else:
+
+    def write(aside: Path) -> None:
+        if checkpoint is None or not _kept_in_model(config, specs, parts):
+            _save(merge(parts), model_config, aside, tokenizer, card)
+            return
         for client_id, own in enumerate(_client_parts(run_dir, config, specs, checkpoint)):
             state = merge([part | kept for part, kept in zip(parts, own, strict=True)])
             folder = aside / f"client_{client_id:04d}"
             _save(state, model_config, folder, tokenizer, card)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(aside, target)
+
+    replace_folder(target, write)
 
 
 def _trained_length(config: RunConfig, model_config: Any) -> int:
@@ -351,7 +350,7 @@ def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[
             }
         )
     result = {"unigram_loss": _unigram_loss(config, data, unigram), "examples": examples}
-    (run_dir / "samples.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    write_text(run_dir / "samples.json", json.dumps(result, indent=1))
     return examples
 
 

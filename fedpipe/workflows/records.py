@@ -12,6 +12,7 @@ from typing import Any
 from fedpipe.config.schema import PipelineConfig
 from fedpipe.federation.cohort import Turn
 from fedpipe.federation.refusal import Outcome
+from fedpipe.files import write_text
 from fedpipe.models.split import pipeline_edges
 
 
@@ -123,5 +124,4 @@ def write_timeline(
         }
         for replica, stage, (name, micro_batch, step, start, end) in events
     ]
-    path = run_dir / "timeline.json"
-    path.write_text(json.dumps({"traceEvents": trace}), encoding="utf-8")
+    write_text(run_dir / "timeline.json", json.dumps({"traceEvents": trace}))

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe import __version__
-from fedpipe.checkpoint import CHECKPOINTS, Checkpoint, Position, discard_later, find_latest
+from fedpipe.checkpoint import CHECKPOINTS, Checkpoint, Position, find_latest, set_aside_later
 from fedpipe.config import load
 from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.corpus import check_sources, prepare
 from fedpipe.errors import CheckpointError
+from fedpipe.files import write_text
 from fedpipe.metrics.summary import TEXT_FILE
 from fedpipe.metrics.writer import METRICS_FILE
 from fedpipe.workflows.plan import build_plan, render
@@ -117,7 +118,7 @@ def set_up(
 
 
 def resume_from(directory: Path, *, notify: Callable[[str], None]) -> Checkpoint | None:
-    """Find the newest complete checkpoint of a run, and remove what lies after it.
+    """Find the newest complete checkpoint of a run, and set aside what lies after it.
 
     Args:
         directory: Of the run.
@@ -130,7 +131,8 @@ def resume_from(directory: Path, *, notify: Callable[[str], None]) -> Checkpoint
     for line in passed_over:
         notify(f"warning: {line}; falling back to an earlier one")
     if checkpoint:
-        discard_later(directory, checkpoint.position)
+        for name in set_aside_later(directory, checkpoint.position):
+            notify(f"kept as {directory / name} until the run has got as far again")
         notify(f"resuming {directory} from {checkpoint.path.name}")
     return checkpoint
 
@@ -304,13 +306,6 @@ def locked(run_dir: Path) -> Iterator[None]:
                 "Wait for it, stop it, or choose another directory."
             ) from None
         yield
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is complete or absent."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def describe_environment() -> dict[str, Any]:

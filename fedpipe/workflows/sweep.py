@@ -22,6 +22,7 @@ from fedpipe.config.schema import RunConfig
 from fedpipe.config.tree import dump, merge, parse, parse_override, read_text, wrap
 from fedpipe.data.corpus import Progress, check_sources, prepare
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError
+from fedpipe.files import write_text
 from fedpipe.metrics.drawing import render
 from fedpipe.metrics.sweep_report import Row, draw_sweep, read_result, short_names, table
 from fedpipe.printable import printable
@@ -33,7 +34,6 @@ from fedpipe.workflows.run_dir import (
     check_writable,
     describe_environment,
     is_done,
-    write_text,
 )
 
 SWEEP_FILE = "sweep.yaml"

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[2]
 MODULES = sorted((REPOSITORY / "fedpipe").rglob("*.py"))
 LEVELS = (
     ("printable",),
-    ("errors",),
+    ("errors", "files"),
     ("log", "terminal", "config"),
     ("distributed",),
     ("data", "models", "metrics"),
@@ -27,7 +27,7 @@ LEVELS = (
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 COMM = "fedpipe/distributed/comm.py"
 LIGHT = (
-    "__init__", "__main__", "cli", "options", "errors", "printable", "log", "terminal",
+    "__init__", "__main__", "cli", "options", "errors", "files", "printable", "log", "terminal",
     "config/load", "config/tree",
     "config/schema", "config/federation", "config/finetune", "config/reproduce", "config/require",
     "config/deepspeed", "config/model_shape",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from fedpipe import checkpoint, files
 from fedpipe.checkpoint import (
     CHECKPOINTS,
     CLIENTS,
@@ -21,12 +25,13 @@ from fedpipe.checkpoint import (
     Position,
     client_file,
     client_files,
-    discard_later,
     find_latest,
     find_round,
+    set_aside_later,
 )
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.errors import CheckpointError
+from fedpipe.metrics.writer import METRICS_FILE
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny import tiny_config
 
@@ -47,6 +52,12 @@ class _Alone:
 
     def barrier(self) -> None:
         pass
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look again without a pause at what seems damaged."""
+    monkeypatch.setattr(checkpoint, "_AGAIN_S", 0.0)
 
 
 def _writer(run_dir: Path, *, keep_last: int = 2) -> CheckpointWriter:
@@ -144,11 +155,155 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(damage: str, tmp_path: Pa
     assert line.startswith("checkpoint round_000002 is damaged: ")
     assert problem in line
 
-    discard_later(tmp_path, position)
-    assert _names(tmp_path) == ["latest", "round_000001"]
+    assert set_aside_later(tmp_path, position) == [f"{CHECKPOINTS}/damaged_round_000002"]
+    assert _names(tmp_path) == ["damaged_round_000002", "latest", "round_000001"]
     assert (tmp_path / CHECKPOINTS / "latest").read_text() == "round_000001\n"
-    assert _save(_writer(tmp_path), 2) == second
+    writer = _writer(tmp_path)
+    _save(writer, 1, step=1)
+    assert "damaged_round_000002" in _names(tmp_path), "nothing as late has been saved"
+    assert _save(writer, 2) == second
     assert _latest(tmp_path) == (second, [])
+    assert _names(tmp_path) == ["latest", "round_000001_step_000001", "round_000002"]
+
+
+def test_what_is_set_aside_keeps_its_client_files_and_its_predecessor_of_the_same_name(
+    tmp_path: Path,
+) -> None:
+    writer = _writer(tmp_path)
+    first = _save(writer, 1)
+    name = client_file(3, 1, 0, round_id=1)
+    writer.save_client(name, _content("weights"))
+    _save(writer, 3)
+    (tmp_path / CHECKPOINTS / "damaged_round_000003").mkdir()
+    assert set_aside_later(tmp_path, first) == [f"{CHECKPOINTS}/damaged_round_000003_2"]
+    _save(_writer(tmp_path), 2)
+    assert (tmp_path / CLIENTS / name).is_file()
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_waited_for_and_nothing_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that loses a handle, and one that does not show a file yet."""
+    position = _save(_writer(tmp_path), 1)
+    digest, answers = hashlib.file_digest, [errno.ESTALE, errno.EIO]
+
+    def stale(file: Any, name: str) -> Any:
+        if answers:
+            code = answers.pop()
+            raise OSError(code, os.strerror(code), file.name)
+        return digest(file, name)
+
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hashlib, "file_digest", stale)
+    assert _latest(tmp_path) == (position, []) and not answers
+
+    answers += [errno.ESTALE] * 99
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints: expected a file system that answers, got Stale file "
+        r"handle for .*stage_00. Nothing was changed; give the same command again"
+    ):  # fmt: skip
+        find_latest(tmp_path)
+    assert _names(tmp_path) == ["latest", position.name]
+
+    answers.clear()
+    shown, hidden = tmp_path / CHECKPOINTS, tmp_path / "elsewhere"
+    (tmp_path / METRICS_FILE).touch()
+    for path in (shown / position.name / "stage_01", shown):
+        path.rename(hidden)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.time, "sleep", lambda seconds, to=path: hidden.rename(to))
+            assert _latest(tmp_path) == (position, [])
+
+
+class _Disk:
+    """What of a folder is on the disk: content and names as they were at their last fsync."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.contents: dict[int, bytes] = {}
+        self.names: dict[int, dict[str, int]] = {}
+        self.folders: set[int] = set()
+
+    def synced(self, path: Path) -> None:
+        inode = path.stat().st_ino
+        if path.is_dir():
+            self.names[inode] = {entry.name: entry.inode() for entry in os.scandir(path)}
+            self.folders |= {e.inode() for e in os.scandir(path) if e.is_dir()}
+        else:
+            self.contents[inode] = path.read_bytes()
+
+    def after_a_crash(self, target: Path, *, renamed: bool) -> Path:
+        """Rebuild it; ``renamed``: the names are all there, whatever content has come with them."""
+        shutil.rmtree(target, ignore_errors=True)
+        if renamed:
+            self._now(self.root, target)
+        else:
+            self._then(self.root.stat().st_ino, target)
+        return target
+
+    def _now(self, source: Path, target: Path) -> None:
+        target.mkdir()
+        for entry in os.scandir(source):
+            if entry.is_dir():
+                self._now(Path(entry), target / entry.name)
+            else:
+                (target / entry.name).write_bytes(self.contents.get(entry.inode(), b""))
+
+    def _then(self, inode: int, target: Path) -> None:
+        target.mkdir()
+        for name, child in self.names.get(inode, {}).items():
+            if child in self.folders:
+                self._then(child, target / name)
+            else:
+                (target / name).write_bytes(self.contents.get(child, b""))
+
+
+def test_a_crash_at_any_moment_of_a_save_leaves_the_checkpoint_before_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writes that were not fsynced are lost: content alone, or names as well."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    disk = _Disk(run_dir)
+    allowed: list[Position | None] = [None]
+    moments = 0
+
+    def check() -> None:
+        nonlocal moments
+        moments += 1
+        busy.append(True)
+        for renamed in (False, True):
+            left = disk.after_a_crash(tmp_path / "crash", renamed=renamed)
+            found, passed_over = find_latest(left)
+            assert (found and found.position) in allowed and passed_over == [], moments
+        busy.clear()
+
+    def watched(name: str) -> None:
+        operation = getattr(os, name)
+
+        def watch(*arguments: Any, **keywords: Any) -> None:
+            synced = Path(os.readlink(f"/proc/self/fd/{arguments[0]}")) if name == "fsync" else None
+            operation(*arguments, **keywords)
+            if busy or not (synced or name != "fsync"):
+                return
+            if synced is not None:
+                disk.synced(synced)
+            check()
+
+        monkeypatch.setattr(os, name, watch)
+
+    busy: list[bool] = []
+    for name in ("fsync", "replace", "unlink", "mkdir", "rmdir"):
+        watched(name)
+    writer = _writer(run_dir, keep_last=1)
+    for round_id, step in ((0, 2), (1, 0), (2, 0)):
+        position = Position(round_id=round_id, step=step)
+        allowed.append(position)
+        writer.save_client(client_file(round_id, 0, 0, round_id=round_id), _content("kept"))
+        _save(writer, round_id, step)
+        del allowed[:-1]
+        check()
+    assert moments > 60
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpipe.checkpoint import write_atomically
 from fedpipe.data.tasks.encoding import IGNORED, Encoded, load_tokenizer
 from fedpipe.data.tasks.registry import TASKS, Task, tag_names
 from fedpipe.distributed.device import device_name, own_device
+from fedpipe.files import write_atomically
 from fedpipe.metrics.scoring import METRICS
 from fedpipe.metrics.writer import METRICS_FILE, MetricsWriter, finite
 from fedpipe.workflows.evaluate.setup import CELL_FILE, RESULT_FILE

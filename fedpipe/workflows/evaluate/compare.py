@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedpipe.errors import CheckpointError, ConfigError
+from fedpipe.files import write_text
 from fedpipe.metrics.document import (
     Block,
     Heading,
@@ -26,7 +27,7 @@ from fedpipe.metrics.format import is_number
 from fedpipe.metrics.scoring import METRICS, Array, interval, paired_differences
 from fedpipe.metrics.sections import environment_rows
 from fedpipe.workflows.evaluate.gather import JSON_FILE, read_statistics
-from fedpipe.workflows.run_dir import check_new, check_writable, describe_environment, write_text
+from fedpipe.workflows.run_dir import check_new, check_writable, describe_environment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

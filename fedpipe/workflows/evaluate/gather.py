@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from fedpipe.files import write_text
 from fedpipe.metrics.document import Figure, to_html, to_markdown
 from fedpipe.metrics.drawing import render
 from fedpipe.metrics.evaluation_report import blocks, draw_scores
 from fedpipe.metrics.scoring import METRICS, Array, draws, interval
 from fedpipe.metrics.sweep_report import Spread
 from fedpipe.workflows.evaluate.setup import Cell, Evaluation
-from fedpipe.workflows.run_dir import describe_environment, write_text
+from fedpipe.workflows.run_dir import describe_environment
 
 STATISTICS_FILE = "statistics.npz"
 JSON_FILE = "evaluation.json"

@@ -23,6 +23,7 @@ from fedpipe.data.tasks.files import TaskFiles, find_files
 from fedpipe.data.tasks.prepare import PreparedTask, prepare_task, task_digest
 from fedpipe.data.tasks.registry import Task, find_task
 from fedpipe.errors import CheckpointError, ConfigError
+from fedpipe.files import write_text
 from fedpipe.metrics.format import count
 from fedpipe.workflows.evaluate.model_folder import (
     ModelFolder,
@@ -30,7 +31,7 @@ from fedpipe.workflows.evaluate.model_folder import (
     max_length_of,
     read_models,
 )
-from fedpipe.workflows.run_dir import check_new, check_writable, locked, write_text
+from fedpipe.workflows.run_dir import check_new, check_writable, locked
 
 FORMAT = 1
 """Raised with every change of how a cell is trained or scored: earlier results no longer count."""

@@ -27,6 +27,7 @@ from fedpipe.data.tasks.files import find_files
 from fedpipe.data.tasks.reading import Example, read_task
 from fedpipe.data.tasks.registry import Task, find_task, tag_names
 from fedpipe.errors import ConfigError, CorpusError
+from fedpipe.files import replace_folder
 from fedpipe.models.tuned import Kind
 from fedpipe.workflows.finetune.texts import SENTIMENT_TASKS, column_values, read_texts
 
@@ -81,7 +82,10 @@ class TuningData:
 
     def save(self, folder: Path) -> None:
         """Write everything into a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
+        replace_folder(folder, self._write)
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir()
         self.train.save(folder / "train.npz")
         self.test.save(folder / "test.npz")
         owners = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from safetensors.torch import load_file
 from fedpipe.checkpoint import find_latest
 from fedpipe.config.finetune import load_finetune
 from fedpipe.errors import CheckpointError
+from fedpipe.files import replace_folder
 from fedpipe.models.peft import MERGEABLE, frozen_state, plain_state, save_adapter
 from fedpipe.models.split import merge
 from fedpipe.workflows.export import check_finite
@@ -60,14 +59,16 @@ def export_finetuned(run_dir: Path) -> list[Path]:
     written = []
     if config.method.name != "full":
         written.append(run_dir / ADAPTER_DIR)
-        _replace(written[-1], lambda folder: save_adapter(model, folder))
+        replace_folder(written[-1], lambda folder: save_adapter(model, folder))
     if config.method.lora_average == "product":
         written.append(run_dir / BASE_DIR)
-        _replace(written[-1], lambda f: _save(config, meaning, frozen_state(model), tokenizer, f))
+        replace_folder(
+            written[-1], lambda f: _save(config, meaning, frozen_state(model), tokenizer, f)
+        )
     if config.method.name in MERGEABLE:
         written.append(run_dir / EXPORT_DIR)
         state = plain_state(model, config.method)
-        _replace(written[-1], lambda folder: _save(config, meaning, state, tokenizer, folder))
+        replace_folder(written[-1], lambda folder: _save(config, meaning, state, tokenizer, folder))
     return written
 
 
@@ -91,12 +92,3 @@ def _save(config: Any, meaning: Meaning, state: Any, tokenizer: Any, folder: Pat
     _label(plain.config, meaning)
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _replace(folder: Path, write: Any) -> None:
-    """Write a folder that is complete or absent."""
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    write(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedpipe.errors import CheckpointError
-from fedpipe.workflows.run_dir import check_new, check_writable, write_text
+from fedpipe.files import write_text
+from fedpipe.workflows.run_dir import check_new, check_writable
 
 EXAMPLE = ("method.name=lora,full",)
 """What is compared where the user asks for nothing."""

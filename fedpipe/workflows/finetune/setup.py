@@ -20,6 +20,7 @@ from fedpipe.config.finetune import (
 )
 from fedpipe.data.tokenizer import SAMPLES
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError
+from fedpipe.files import write_text
 from fedpipe.metrics.writer import METRICS_FILE
 from fedpipe.models.lengths import longest_input, num_positions
 from fedpipe.models.lower import check_first_layer
@@ -34,7 +35,6 @@ from fedpipe.workflows.run_dir import (
     describe_environment,
     locked,
     resume_from,
-    write_text,
 )
 
 UNTRAINED = "untrained"

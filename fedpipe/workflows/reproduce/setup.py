@@ -15,9 +15,10 @@ from fedpipe.data.corpus import check_sources
 from fedpipe.data.tasks.files import find_files
 from fedpipe.data.tasks.registry import find_task
 from fedpipe.errors import CheckpointError, FedPipeError
+from fedpipe.files import write_text
 from fedpipe.workflows.plan import build_plan
 from fedpipe.workflows.reproduce.variants import Variant, make_variants
-from fedpipe.workflows.run_dir import MAY_CHANGE, check_new, check_writable, is_done, write_text
+from fedpipe.workflows.run_dir import MAY_CHANGE, check_new, check_writable, is_done
 from fedpipe.workflows.sweep import Cell, write_configs
 
 SETTINGS_FILE = "reproduce.yaml"

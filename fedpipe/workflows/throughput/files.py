@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.config.schema import RunConfig
+from fedpipe.files import write_text
 from fedpipe.metrics.document import Block, Figure, to_html, to_markdown
 from fedpipe.metrics.timeline_plot import write_timeline_plot
 from fedpipe.models.split import StageSpec, stage_specs
 from fedpipe.pipeline.timeline import COMPUTE
 from fedpipe.workflows.costs.ideal import scheduled
-from fedpipe.workflows.run_dir import write_text
 from fedpipe.workflows.throughput.page import TITLES, blocks
 from fedpipe.workflows.throughput.report import Measurement, StageWindow
 
