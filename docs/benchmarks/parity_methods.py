@@ -203,7 +203,10 @@ class Trainer:
         self.config = dataclasses.replace(config, pipeline=pipeline)
         self.data, self.method = data, method
         shape = resolve(
-            config.model, vocab_size=data.vocab_size, sequence_length=config.data.sequence_length
+            config.model,
+            vocab_size=data.vocab_size,
+            sequence_length=config.data.sequence_length,
+            pad_id=data.pad_id,
         )
         hf = hf_config(shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id)
         sinusoidal = config.model.position_init == "sinusoidal"

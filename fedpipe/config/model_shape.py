@@ -5,11 +5,13 @@ Pure arithmetic over a ``config.json``; counts and FLOPs let the plan speak with
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from fedpipe.config.families import FAMILIES, FamilyName
+from fedpipe.config.half_files import check_weights, read_json_object
 from fedpipe.config.schema import ModelConfig
 from fedpipe.errors import ConfigError
 
@@ -21,21 +23,12 @@ _PRESETS: dict[str, tuple[int, int, int, int]] = {
     "base": (12, 768, 12, 3072),
     "large": (24, 1024, 16, 4096),
 }
-_POSITION_OFFSET = {"roberta": 2, "bert": 0}
-"""RoBERTa's positions start at the padding index + 1."""
-_PRESET_POSITIONS = {"roberta": 514, "bert": 512}
-_TYPE_VOCAB = {"roberta": 1, "bert": 2}
-_LAYER_NORM_EPS = {"roberta": 1e-5, "bert": 1e-12}
 _ACTIVATIONS = (
     "gelu", "gelu_10", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "mish",
     "quick_gelu", "relu", "relu2", "sigmoid", "silu", "swish", "tanh",
 )  # fmt: skip
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+_SHORTEST_BLOCK = 8
+"""Tokens; what ``data.sequence_length`` is at least."""
 _MAX_VOCAB_PADDING = 127
 """Folders pad their embedding to a multiple of up to 128; a larger surplus is another one."""
 
@@ -44,7 +37,7 @@ _MAX_VOCAB_PADDING = 127
 class ModelShape:
     """Every size of the encoder, nothing left open."""
 
-    family: Literal["roberta", "bert"]
+    family: FamilyName
     num_hidden_layers: int
     hidden_size: int
     num_attention_heads: int
@@ -58,6 +51,8 @@ class ModelShape:
     initializer_range: float
     layer_norm_eps: float
     tie_word_embeddings: bool
+    classifier_dropout: float | None
+    """Of no meaning to pre-training; an exported model keeps that of the folder."""
 
     def embedding_parameters(self) -> int:
         """Return the parameters of word, position and type embeddings and their LayerNorm."""
@@ -110,104 +105,129 @@ class ModelShape:
         return 2 * (self.hidden_size * self.hidden_size + self.hidden_size * self.vocab_size)
 
 
-def resolve(model: ModelConfig, *, vocab_size: int, sequence_length: int) -> ModelShape:
+def resolve(
+    model: ModelConfig, *, vocab_size: int, sequence_length: int, pad_id: int | None = None
+) -> ModelShape:
     """Return all sizes of the model: explicit fields, then ``model.path``, then ``model.size``.
 
     Args:
         model: The section of the configuration.
         vocab_size: Tokens of the tokenizer.
         sequence_length: Of a block, padding included; the positions must reach that far.
+        pad_id: Padding token of the tokenizer, after which the positions of some families begin;
+            None where the tokenizer has not been read, and positions are not compared.
 
     Returns:
         The sizes.
 
     Raises:
-        ConfigError: Sizes contradict each other, the tokenizer, the blocks or the folder.
+        ConfigError: Sizes contradict each other, the tokenizer, the blocks or the folder, or the
+            folder's config.json says what the stages do not honour.
     """
+    family = FAMILIES[model.family]
     if model.path:
-        sizes = _read_folder(model)
+        sizes = _read_folder(model, pad_id=pad_id)
         _check_folder(model, sizes, vocab_size=vocab_size)
     else:
-        sizes = _preset(model, vocab_size=vocab_size, sequence_length=sequence_length)
-        explicit = {name: getattr(model, name) for name in sizes}
+        padding = family.pad_token_id if pad_id is None else pad_id
+        positions = sequence_length + family.first_position(padding)
+        sizes = _new_model(model, vocab_size=vocab_size, num_positions=positions)
+        explicit = {name: getattr(model, name, None) for name in sizes}
         sizes |= {name: value for name, value in explicit.items() if value is not None}
     shape = ModelShape(family=model.family, **sizes)
-    _check_values(shape)
+    _check_values(model, shape)
     _check_vocabulary(shape, vocab_size=vocab_size)
-    _check_positions(shape, sequence_length=sequence_length)
+    if pad_id is not None:
+        first = family.first_position(pad_id)
+        _check_positions(model, shape, sequence_length=sequence_length, first=first)
     return shape
 
 
-def _preset(model: ModelConfig, *, vocab_size: int, sequence_length: int) -> dict[str, Any]:
+def _new_model(model: ModelConfig, *, vocab_size: int, num_positions: int) -> dict[str, Any]:
     layers, hidden, heads, inner = _PRESETS[model.size]
-    needed = sequence_length + _POSITION_OFFSET[model.family]
     return {
+        **FAMILIES[model.family].defaults,
+        **FAMILIES[model.family].new,
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "intermediate_size": inner,
         "vocab_size": vocab_size,
-        "max_position_embeddings": max(needed, _PRESET_POSITIONS[model.family]),
-        "type_vocab_size": _TYPE_VOCAB[model.family],
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1,
-        "attention_probs_dropout_prob": 0.1,
-        "initializer_range": 0.02,
-        "layer_norm_eps": _LAYER_NORM_EPS[model.family],
-        "tie_word_embeddings": True,
+        "max_position_embeddings": num_positions,
     }
 
 
-def _read_folder(model: ModelConfig) -> dict[str, Any]:
+def _read_folder(model: ModelConfig, *, pad_id: int | None) -> dict[str, Any]:
+    """Read the sizes of ``model.path``, and refuse what the stages would not compute exactly."""
     folder = Path(model.path).expanduser()
     if not folder.is_dir():
         raise ConfigError(
             f"model.path: expected a Hugging Face folder, got {model.path!r}, which is not there."
             " Download the model first, or leave model.path empty to start from random weights."
         )
-    file = folder / "config.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
+    file, family = folder / "config.json", FAMILIES[model.family]
+    found = read_json_object(file, key="model.path")
+    _check_model_type(model, found.get("model_type"), file)
+    for name, (value, way_out) in family.fixed.items():
+        if found.get(name) not in (None, value):
+            raise ConfigError(
+                f"model.path: expected {name} {value!r} in {file}, got {_short(found[name])}."
+                f" {way_out}"
+            )
+    known = {*family.defaults, *family.fixed, *family.harmless, "pad_token_id"}
+    other = {name: value for name, value in found.items() if name not in known}
+    unknown = [f"{name} = {_short(value)}" for name, value in other.items() if value is not None]
+    if unknown:
         raise ConfigError(
-            f"model.path: expected a readable config.json in {model.path!r}, got"
-            f" {type(error).__name__}. Point it at a folder written by save_pretrained."
-        ) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"model.path: expected JSON in {file}, got {error}. Write the folder again with"
-            " save_pretrained."
-        ) from error
-    found = found if isinstance(found, dict) else {}
-    if found.get("model_type") != model.family:
-        raise ConfigError(
-            f"model.path: expected model_type {model.family!r} (model.family) in {file}, got"
-            f" {found.get('model_type')!r}. Set model.family to the folder's, or use another."
+            f"model.path: expected the fields of a {model.family} model in {file}, got"
+            f" {', '.join(unknown)}. Remove it there if the model computes the same without it, or"
+            " use another folder."
         )
-    if not any((folder / name).is_file() for name in _WEIGHT_FILES):
+    padding = found.get("pad_token_id")
+    padding = family.pad_token_id if padding is None else padding
+    if family.positions_after_padding and pad_id not in (None, padding):
         raise ConfigError(
-            f"model.path: expected weights in {model.path!r}, got none of"
-            f" {', '.join(_WEIGHT_FILES)}. Download them, or leave model.path empty."
+            f"model.path: expected pad_token_id {pad_id} (data.tokenizer) in {file}, got"
+            f" {padding}: the positions of a {model.family} model begin after it. Set"
+            " data.tokenizer to the folder of the model's own tokenizer."
         )
-    # transformers leaves out nothing here, but hand-written folders do: their defaults are BERT's.
-    base = _preset(ModelConfig(family=model.family, size="base"), vocab_size=0, sequence_length=0)
-    return {name: found.get(name, default) for name, default in base.items()}
+    check_weights(folder, key="model.path")
+    return {name: found.get(name, default) for name, default in family.defaults.items()}
+
+
+def _check_model_type(model: ModelConfig, found: object, file: Path) -> None:
+    if found == model.family:
+        return
+    way_out = f"Set model.family={found}."
+    if not isinstance(found, str) or found not in FAMILIES:
+        way_out = f"fedpipe pre-trains {' and '.join(FAMILIES)}: use the folder of such a model."
+    raise ConfigError(
+        f"model.path: expected model_type {model.family!r} (model.family) in {file}, got"
+        f" {_short(found)}. {way_out}"
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _check_folder(model: ModelConfig, sizes: dict[str, Any], *, vocab_size: int) -> None:
     for name, value in sizes.items():
-        explicit = getattr(model, name)
+        explicit = getattr(model, name, None)
         # These do not belong to the weights: another value is a choice, not a contradiction.
         if name.endswith("_dropout_prob") or name == "initializer_range":
             sizes[name] = value if explicit is None else explicit
         elif name == "tie_word_embeddings" and explicit is False:
             sizes[name] = False  # one tensor may become two
+        elif name == "max_position_embeddings" and _is_more(explicit, value):
+            sizes[name] = explicit  # the first ones are the folder's
         elif explicit is not None and explicit != value:
             raise ConfigError(
                 f"model.{name}: expected {value!r} (config.json in {model.path}), got"
                 f" {explicit!r}. Remove model.{name}, or leave model.path empty."
             )
-    surplus = sizes["vocab_size"] - vocab_size
+    surplus = sizes["vocab_size"] - vocab_size if type(sizes["vocab_size"]) is int else 0
     if vocab_size > 1 and surplus > _MAX_VOCAB_PADDING:
         raise ConfigError(
             f"model.path: vocabulary and model disagree: {model.path} has"
@@ -216,30 +236,51 @@ def _check_folder(model: ModelConfig, sizes: dict[str, Any], *, vocab_size: int)
         )
 
 
-def _check_values(shape: ModelShape) -> None:
+def _is_more(explicit: int | None, found: object) -> bool:
+    return explicit is not None and isinstance(found, int) and explicit > found
+
+
+def _check_values(model: ModelConfig, shape: ModelShape) -> None:
     for field in fields(shape):
-        value, key = getattr(shape, field.name), f"model.{field.name}"
-        if field.name.endswith("_dropout_prob"):
-            _expect(0 <= value < 1, key, "a value in [0, 1)", value)
-        elif field.name in ("initializer_range", "layer_norm_eps"):
-            _expect(value > 0, key, "a value above 0", value)
-        elif field.name == "hidden_act":
-            _expect(value in _ACTIVATIONS, key, f"one of {', '.join(_ACTIVATIONS)}", value)
-        elif field.name == "tie_word_embeddings":
-            _expect(isinstance(value, bool), key, "true or false", value)
-        elif field.name != "family":
-            _expect(value >= 1, key, "1 or more", value)
+        name, value = field.name, getattr(shape, field.name)
+        if name == "family":
+            continue
+        fits, expectation = _expected(name, value)
+        if fits:
+            continue
+        if model.path and getattr(model, name, None) is None:
+            raise ConfigError(
+                f"model.path: expected {expectation} as {name} in {model.path}/config.json, got"
+                f" {_short(value)}. Correct it there, or use another folder."
+            )
+        raise ConfigError(
+            f"model.{name}: expected {expectation}, got {value!r}. Set it, or leave it out."
+        )
     if shape.hidden_size % shape.num_attention_heads:
+        way_out = f"Set model.num_attention_heads={_nearest_divisor(shape)}."
+        if model.path:
+            way_out = f"Correct config.json in {model.path}, or use another folder."
         raise ConfigError(
             f"model.num_attention_heads: expected a divisor of model.hidden_size"
-            f" ({shape.hidden_size}), got {shape.num_attention_heads}. Set"
-            f" model.num_attention_heads={_nearest_divisor(shape)}."
+            f" ({shape.hidden_size}), got {shape.num_attention_heads}. {way_out}"
         )
 
 
-def _expect(condition: bool, key: str, expectation: str, value: object) -> None:
-    if not condition:
-        raise ConfigError(f"{key}: expected {expectation}, got {value!r}. Set it, or leave it out.")
+def _expected(name: str, value: Any) -> tuple[bool, str]:
+    """Say whether a field has a possible value, and what is possible."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = number and math.isfinite(value)
+    if name.endswith("_dropout_prob"):
+        return number and 0 <= value < 1, "a value in [0, 1)"
+    if name == "classifier_dropout":
+        return value is None or (number and 0 <= value < 1), "null or a value in [0, 1)"
+    if name in ("initializer_range", "layer_norm_eps"):
+        return number and value > 0, "a value above 0"
+    if name == "hidden_act":
+        return value in _ACTIVATIONS, f"one of {', '.join(_ACTIVATIONS)}"
+    if name == "tie_word_embeddings":
+        return isinstance(value, bool), "true or false"
+    return type(value) is int and value >= 1, "1 or more"
 
 
 def _nearest_divisor(shape: ModelShape) -> int:
@@ -257,13 +298,21 @@ def _check_vocabulary(shape: ModelShape, *, vocab_size: int) -> None:
         )
 
 
-def _check_positions(shape: ModelShape, *, sequence_length: int) -> None:
-    offset = _POSITION_OFFSET[shape.family]
-    if shape.max_position_embeddings < sequence_length + offset:
-        extra = f" + {offset}, where RoBERTa's positions start" if offset else ""
-        raise ConfigError(
-            f"model.max_position_embeddings: expected at least {sequence_length + offset}"
-            f" (data.sequence_length or data.padded_length{extra}), got"
-            f" {shape.max_position_embeddings}. Set the longer of them to"
-            f" {shape.max_position_embeddings - offset} or less."
-        )
+def _check_positions(
+    model: ModelConfig, shape: ModelShape, *, sequence_length: int, first: int
+) -> None:
+    positions = shape.max_position_embeddings
+    if positions >= sequence_length + first:
+        return
+    extra = f" + {first}, where RoBERTa's positions start" if first else ""
+    ways_out = []
+    if positions - first >= _SHORTEST_BLOCK:
+        ways_out.append(f"the longer of them to {positions - first} or less")
+    if model.path:
+        longer = f"model.max_position_embeddings={sequence_length + first}"
+        ways_out.append(f"{longer}, where those after the folder's {positions} start anew")
+    way_out = f"Set {', or '.join(ways_out)}" if ways_out else "Leave it out"
+    raise ConfigError(
+        f"model.max_position_embeddings: expected at least {sequence_length + first}"
+        f" (data.sequence_length or data.padded_length{extra}), got {positions}. {way_out}."
+    )

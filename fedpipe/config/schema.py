@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedpipe.config.evaluation import EvaluationConfig as EvaluationConfig
+from fedpipe.config.families import FamilyName
 from fedpipe.config.federation import AverageConfig as AverageConfig
 from fedpipe.config.federation import FederationConfig as FederationConfig
 from fedpipe.config.require import require
@@ -22,7 +23,7 @@ PACKAGED = "packaged"
 class ModelConfig:
     """The encoder. Fields that are ``null`` come from ``path`` where it is set, else ``size``."""
 
-    family: Literal["roberta", "bert"] = "roberta"
+    family: FamilyName = "roberta"
     """Whose embeddings, layers and masked-LM head to use; a folder in ``path`` must agree."""
     size: Literal["tiny", "small", "base", "large"] = "tiny"
     """tiny 4 x 128, small 4 x 512, base 12 x 768, large 24 x 1024 (layers x hidden)."""
@@ -39,7 +40,8 @@ class ModelConfig:
     vocab_size: int | None = None
     """Rows of the embedding; null takes the tokenizer's size."""
     max_position_embeddings: int | None = None
-    """Positions; null takes sequence_length (+ 2 for RoBERTa) or the preset's, if larger."""
+    """Positions; null takes those of a block (for RoBERTa they begin after the padding token's id),
+    or those of ``path``. Positions beyond these start anew; blocks train only those they reach."""
     hidden_act: str | None = None
     """Activation of the feed-forward layers and heads."""
     hidden_dropout_prob: float | None = None

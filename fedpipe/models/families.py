@@ -6,17 +6,16 @@ Works with transformers 4.57 and 5.x, whose layers return a tuple and a tensor r
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig
 
+from fedpipe.config.half_files import read_json_object, weight_files
 from fedpipe.config.model_shape import ModelShape
 from fedpipe.errors import ConfigError
 from fedpipe.models.modeling import bert, roberta
@@ -25,7 +24,7 @@ from fedpipe.models.split import AUX_HEADS
 _SHAPE_FIELDS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
     "max_position_embeddings", "type_vocab_size", "hidden_act", "hidden_dropout_prob",
-    "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps",
+    "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps", "classifier_dropout",
 )  # fmt: skip
 
 
@@ -65,9 +64,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def hf_config(
-    shape: ModelShape, *, pad_id: int, cls_id: int, sep_id: int, path: str = ""
-) -> PretrainedConfig:
+def hf_config(shape: ModelShape, *, pad_id: int, cls_id: int, sep_id: int) -> PretrainedConfig:
     """Build the transformers configuration of the whole, unsplit model.
 
     Args:
@@ -75,24 +72,14 @@ def hf_config(
         pad_id: Padding token; RoBERTa counts positions from ``pad_id + 1``.
         cls_id: First token of a block.
         sep_id: Last token of a block.
-        path: Folder to take every other field from, or "".
 
     Returns:
         A configuration of a decoder of its own: stages are built one by one, and what is one
         tensor is tied by whoever puts them together.
     """
-    config_class = FAMILIES[shape.family].config_class
-    base: dict[str, Any] = {}
-    if path:
-        file = Path(path).expanduser() / "config.json"
-        base = json.loads(file.read_text(encoding="utf-8"))
-        base = {k: v for k, v in base.items() if k not in ("torch_dtype", "dtype", "architectures")}
-    base |= {name: getattr(shape, name) for name in _SHAPE_FIELDS}
-    config = config_class(
-        **base | {
-            "pad_token_id": pad_id, "bos_token_id": cls_id, "eos_token_id": sep_id,
-            "tie_word_embeddings": False,
-        }
+    config = FAMILIES[shape.family].config_class(
+        **{name: getattr(shape, name) for name in _SHAPE_FIELDS},
+        pad_token_id=pad_id, bos_token_id=cls_id, eos_token_id=sep_id, tie_word_embeddings=False,
     )  # fmt: skip
     config._attn_implementation = "sdpa"  # modules are built without a PreTrainedModel to set it
     return config
@@ -153,7 +140,7 @@ def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str
         path: Folder with model.safetensors or pytorch_model.bin, whole or in shards.
 
     Returns:
-        Names of the heads' parameters that the folder does not hold.
+        Names of the parameters that the folder does not hold: heads', and new positions.
 
     Raises:
         ConfigError: A file cannot be read, a tensor has another shape, or a part of the encoder is
@@ -173,14 +160,24 @@ def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str
                 )
             missing.append(name)
             continue
-        if found[source].shape != parameter.shape:
+        tensor, target = found[source], parameter
+        if name.endswith("position_embeddings.weight") and len(tensor) == _num_positions(path):
+            target = parameter[: len(tensor)]  # model.max_position_embeddings may ask for more
+            missing += [f"{name}[{len(tensor)}:]"] if len(target) < len(parameter) else []
+        if tensor.shape != target.shape:
             raise ConfigError(
                 f"model.path: expected {source} of shape {list(parameter.shape)}, got "
-                f"{list(found[source].shape)} in {path}. Use that model's own tokenizer and sizes."
+                f"{list(tensor.shape)} in {path}. Use that model's own tokenizer and sizes."
             )
         with torch.no_grad():
-            parameter.copy_(found[source])
+            target.copy_(tensor)
     return missing
+
+
+def _num_positions(path: str) -> int:
+    """Rows of the position table that config.json speaks of; -1 where it does not."""
+    config = read_json_object(Path(path).expanduser() / "config.json", key="model.path")
+    return int(config.get("max_position_embeddings", -1))
 
 
 def _in_final_head(name: str, *, family: Family) -> str:
@@ -211,7 +208,7 @@ def _candidates(name: str, *, family: Family) -> list[str]:
 def _read_tensors(path: str, wanted: set[str]) -> dict[str, torch.Tensor]:
     folder = Path(path).expanduser()
     found: dict[str, torch.Tensor] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder, key="model.path"):
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as handle:
@@ -227,18 +224,3 @@ def _read_tensors(path: str, wanted: set[str]) -> dict[str, torch.Tensor]:
                 "Download or save the model again."
             ) from error
     return found
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would read: whole before sharded, safetensors before pickled."""
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / whole).is_file():
-            return [folder / whole]
-        index = folder / f"{whole}.index.json"
-        if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
-    raise ConfigError(
-        f"model.path: expected model.safetensors or pytorch_model.bin in {folder}, got neither. "
-        "Use a folder written by save_pretrained."
-    )

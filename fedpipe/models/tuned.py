@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ _AUTO: dict[Kind, str] = {
     "causal-lm": "AutoModelForCausalLM",
 }
 _DECODERS = ("gpt2", "llama")
+_IN_A_LAYER = re.compile(r"\.(layers?|h|transformer)\.\d+\.")
 _WITHOUT: dict[tuple[str, Kind], str] = {
     ("bart", "ner"): "transformers has no BART for token classification",
     ("bart", "causal-lm"): "the adapters library fails on BART's decoder alone",
@@ -146,28 +148,46 @@ def build_model(
     if not path:
         with torch.device(device):
             return _plain(auto.from_config(config))
-    return _plain(_read(auto.from_pretrained, path, config))
-
-
-def _read(from_pretrained: Callable[..., Any], path: str, config: PretrainedConfig) -> Any:
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of every head that starts anew
     try:
-        model, info = from_pretrained(
-            path, config=config, local_files_only=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, dtype=torch.float32,
-        )  # fmt: skip
+        model = read_model(auto, path, key="model.path", config=config)
+    except ConfigError:
+        raise
     except Exception as error:  # a damaged file raises whatever it stumbles over
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(
             f"model.path: expected a model folder that transformers reads, got {path!r}: {reason}."
             " Save it again with save_pretrained."
         ) from error
+    return _plain(model)
+
+
+def read_model(auto: Any, path: str, *, key: str, **options: Any) -> Any:
+    """Read a whole model; only what is not the encoder's may be missing, or left over.
+
+    Args:
+        auto: transformers' class with the head.
+        path: Its folder.
+        key: That named it.
+        **options: For ``from_pretrained``.
+
+    Returns:
+        The model in float32.
+
+    Raises:
+        ConfigError: Weights of the encoder are not there, or belong to another encoder.
+    """
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of every head that starts anew
+    try:
+        model, info = auto.from_pretrained(
+            path, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            dtype=torch.float32, **options,
+        )  # fmt: skip
     finally:
         logging.set_verbosity(before)
-    prefix = f"{model.base_model_prefix}."
+    prefix, family = f"{model.base_model_prefix}.", model.config.model_type
     lost = [
         name for name in info["missing_keys"] if name.startswith(prefix) and "pooler" not in name
     ]
@@ -175,8 +195,18 @@ def _read(from_pretrained: Callable[..., Any], path: str, config: PretrainedConf
     lost += [name for name in other if name.startswith(prefix)]
     if lost:
         raise ConfigError(
-            f"model.path: expected all weights of the model in {path}, got none of {lost[0]} and"
-            f" {len(lost) - 1} more. Use the folder of a whole {config.model_type} model."
+            f"{key}: expected all weights of the model in {path}, got none of {lost[0]} and"
+            f" {len(lost) - 1} more. Use the folder of a whole {family} model."
+        )
+    unused = sorted(
+        name for name in info["unexpected_keys"]
+        if name.startswith(prefix) and _IN_A_LAYER.search(name)
+    )  # fmt: skip
+    if unused:
+        raise ConfigError(
+            f"{key}: expected the weights of a {family} model in {path}, got {unused[0]} and"
+            f" {len(unused) - 1} more, which transformers {transformers.__version__} does not use."
+            " Use the folder of a model that it knows."
         )
     return model
 

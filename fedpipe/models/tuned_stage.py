@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
+from fedpipe.config.families import FAMILIES as DECLARED
 from fedpipe.errors import ConfigError
 from fedpipe.models.families import FAMILIES
 from fedpipe.models.modeling import roberta
@@ -43,12 +44,15 @@ def check_cut(config: PretrainedConfig, last_cut: int) -> None:
             f"pipeline.cut: expected layers below {config.num_hidden_layers}, got {last_cut}. Lower"
             " it: the last stage needs a layer."
         )
-    kind = getattr(config, "position_embedding_type", "absolute")
-    if kind != "absolute":
-        raise ConfigError(
-            f"pipeline.cut: expected a model with absolute positions, got {kind}. Use another"
-            " model.path, or pipeline.cut=[]."
-        )
+    fixed = {name: value for name, (value, _) in DECLARED[config.model_type].fixed.items()}
+    fixed["_attn_implementation"] = "sdpa"  # the mask of a stage is that of this kernel
+    for name, value in fixed.items():
+        found = getattr(config, name, None)
+        if found not in (None, value):
+            raise ConfigError(
+                f"pipeline.cut: expected a model with {name} {value!r}, got {found!r}. Use another"
+                " model.path, or pipeline.cut=[]."
+            )
 
 
 class TunedStage(StageModule):

@@ -33,7 +33,7 @@ from fedpipe.errors import CheckpointError
 from fedpipe.files import replace_folder, write_text
 from fedpipe.metrics.writer import read_metrics
 from fedpipe.models.families import FAMILIES, hf_config
-from fedpipe.models.lengths import longest_input, num_positions
+from fedpipe.models.lengths import json_object, longest_input, num_positions
 from fedpipe.models.split import StageSpec, merge, model_stages, part_of
 from fedpipe.models.stage import Stage, build_stage, masked_lm_class
 from fedpipe.printable import printable
@@ -91,18 +91,19 @@ def export_checkpoint(
     """
     data = prepare(config)
     shape = resolve(
-        config.model, vocab_size=data.vocab_size, sequence_length=config.data.num_positions
+        config.model,
+        vocab_size=data.vocab_size,
+        sequence_length=config.data.num_positions,
+        pad_id=data.pad_id,
     )
-    model_config = hf_config(
-        shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id, path=config.model.path
-    )
+    model_config = hf_config(shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id)
     specs = model_stages(config, shape)
     if checkpoint is None:
         parts = _first_weights(specs, model_config, config)
     else:
         parts = [load_file(checkpoint.path / stage_file(s.stage_id)) for s in specs]
     tokenizer = load_tokenizer(data)
-    tokenizer.model_max_length = _trained_length(config, model_config)
+    tokenizer.model_max_length = _trained_length(config)
     num_rounds = checkpoint.position.round_id if checkpoint else 0
     card = _model_card(run_dir, config, num_rounds, tied=specs[-1].decoder != "own")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,13 +120,14 @@ def export_checkpoint(
     replace_folder(target, write)
 
 
-def _trained_length(config: RunConfig, model_config: Any) -> int:
+def _trained_length(config: RunConfig) -> int:
     """Tokens up to which positions have been trained: by this run, or the model it continued."""
     length = config.data.sequence_length
     if not config.model.path:
         return length
-    positions = num_positions(model_config.to_dict())
-    before = longest_input(Path(config.model.path).expanduser(), key="model.path") or positions
+    folder = Path(config.model.path).expanduser()
+    positions = num_positions(json_object(folder / "config.json", key="model.path"))
+    before = longest_input(folder, key="model.path") or positions
     return max(length, min(before, positions))
 
 

@@ -100,8 +100,13 @@ def build_plan(config: RunConfig) -> Plan:
         ConfigError: Model and vocabulary disagree.
         CorpusError: The tokenizer cannot be read.
     """
-    vocab_size = tokenizer_info(config).vocab_size
-    shape = resolve(config.model, vocab_size=vocab_size, sequence_length=config.data.num_positions)
+    tokenizer = tokenizer_info(config)
+    shape = resolve(
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        sequence_length=config.data.num_positions,
+        pad_id=tokenizer.pad_id,
+    )
     autocast = autocast_dtype(deepspeed_config(config))
     specs = model_stages(config, shape)
     edges = edge_messages(config, specs, hidden_size=shape.hidden_size)

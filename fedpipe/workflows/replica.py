@@ -51,11 +51,11 @@ class Replica(HostedStages):
             config.model,
             vocab_size=data.vocab_size,
             sequence_length=config.data.num_positions,
+            pad_id=data.pad_id,
         )
         self.hf_config = hf_config(
-            shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id,
-            path=config.model.path,
-        )  # fmt: skip
+            shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id
+        )
         self.missing: list[str] = []
         self._word_embedding: nn.Parameter | None = None
         specs = model_stages(config, shape)

@@ -105,7 +105,6 @@ OVERRIDES = [
     ("model.hidden_dropout_prob=1.0", "model.hidden_dropout_prob: expected a value in [0, 1)"),
     ("model.initializer_range=0", "model.initializer_range: expected a value above 0"),
     ("model.hidden_act=gleu", "model.hidden_act: expected one of gelu"),
-    ("model.max_position_embeddings=20", "model.max_position_embeddings: expected at least 34 (data.sequence_length or data.padded_length + 2, where RoBERTa's positions start), got 20. Set the longer of them to 18 or less."),
     ("model.path=/nowhere", "model.path: expected a Hugging Face folder, got '/nowhere'"),
     ("deepspeed.config=/nowhere.json", "deepspeed.config: expected a readable JSON file"),
 ]  # fmt: skip
@@ -259,7 +258,7 @@ def folder_with(tmp_path: Path, content: Any, *, weights: bool = True) -> str:
     text = content if isinstance(content, str) else json.dumps(content)
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     if weights:
-        (tmp_path / "model.safetensors").touch()
+        (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return str(tmp_path)
 
 
@@ -272,10 +271,13 @@ ROBERTA = {"model_type": "roberta", "num_hidden_layers": 2, "hidden_size": 32,
     ("content", "expected"),
     [
         ("{", "expected JSON in"),
-        ("[]", "expected model_type 'roberta' (model.family)"),
-        ({"model_type": "bert"}, "got 'bert'. Set model.family to the folder's"),
+        ("[]", "model.path: expected a JSON object in"),
+        ("{}", "model.path: expected model_type 'roberta' (model.family) in"),
+        ({"model_type": "bert"}, "got 'bert'. Set model.family=bert."),
+        ({"model_type": "camembert"}, "got 'camembert'. fedpipe pre-trains roberta and bert: use"),
         ({**ROBERTA, "hidden_size": 33}, "model.num_attention_heads: expected a divisor"),
-        ({**ROBERTA, "max_position_embeddings": 20}, "model.max_position_embeddings"),
+        ({**ROBERTA, "hidden_size": "32"}, "expected 1 or more as hidden_size in"),
+        ({**ROBERTA, "hidden_act": "swiglu"}, "got 'swiglu'. Correct it there, or use another fol"),
     ],
 )
 def test_a_folder_of_another_model_is_refused(content: Any, expected: str, tmp_path: Path) -> None:
@@ -290,9 +292,30 @@ def test_a_folder_without_configuration_or_weights_is_refused(tmp_path: Path) ->
 
 
 def test_padding_that_the_positions_do_not_reach_is_refused() -> None:
-    text = message(["data.padded_length=600", "model.max_position_embeddings=514"])
-    assert "model.max_position_embeddings: expected at least 602" in text
-    assert "Set the longer of them to 512 or less." in text
+    model = ModelConfig(max_position_embeddings=514)
+    with pytest.raises(ConfigError) as caught:
+        resolve(model, vocab_size=8192, sequence_length=600, pad_id=1)
+    assert str(caught.value) == (
+        "model.max_position_embeddings: expected at least 602 (data.sequence_length or"
+        " data.padded_length + 2, where RoBERTa's positions start), got 514. Set the longer of them"
+        " to 512 or less."
+    )
+    with pytest.raises(ConfigError, match=r"at least 608 .* got 514\. Leave it out\.$"):
+        resolve(model, vocab_size=8192, sequence_length=100, pad_id=507)
+
+
+def test_a_folder_whose_positions_end_too_early_may_be_given_more(tmp_path: Path) -> None:
+    path = folder_with(tmp_path, {**ROBERTA, "max_position_embeddings": 34})
+    sizes = {"vocab_size": 50265, "sequence_length": 48, "pad_id": 1}
+    with pytest.raises(ConfigError) as caught:
+        resolve(ModelConfig(path=path), **sizes)
+    assert str(caught.value).endswith(
+        "got 34. Set the longer of them to 32 or less, or model.max_position_embeddings=50, where"
+        " those after the folder's 34 start anew."
+    )
+    resolve(ModelConfig(path=path, max_position_embeddings=50), **sizes)
+    with pytest.raises(ConfigError, match="model.max_position_embeddings: expected 34 .config.js"):
+        resolve(ModelConfig(path=path, max_position_embeddings=33), **sizes)
 
 
 def test_a_size_that_contradicts_the_folder_is_refused(tmp_path: Path) -> None:
@@ -310,6 +333,53 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model.vocab_size: vocabulary and model disagree"):
         resolve(ModelConfig(vocab_size=100), vocab_size=8192, sequence_length=128)
     resolve(folder, vocab_size=50200, sequence_length=128)  # an embedding padded to a multiple
+
+
+FIELDS = [
+    (
+        {"position_embedding_type": "relative_key"},
+        "expected position_embedding_type 'absolute' in {}, got 'relative_key'. Use the folder of a model with absolute positions.",
+    ),
+    ({"position_embedding_type": "alibi"}, "got 'alibi'. Use the folder of a model with absolute"),
+    (
+        {"is_decoder": True},
+        "expected is_decoder False in {}, got True. Use the folder of an encoder",
+    ),
+    ({"is_encoder_decoder": True}, "expected is_encoder_decoder False in {}, got True."),
+    ({"add_cross_attention": True}, "expected add_cross_attention False in {}, got True."),
+    ({"pruned_heads": {"1": [0, 2]}}, "got {'1': [0, 2]}. Use the folder of the whole model."),
+    ({"chunk_size_feed_forward": 64}, "got 64. Set it to 0 there: no result depends on it."),
+    ({"quantization_config": {"load_in_8bit": True}}, "got {'load_in_8bit': True}. Use the folder"),
+    ({"auto_map": {"AutoModel": "modeling_x.X"}}, "Use a model that is part of transformers and"),
+    (
+        {"attention_bias": False, "a": "\x1b[2J" * 20},
+        r"got attention_bias = False, a = '\x1b[2J\x1b",
+    ),
+    (
+        {"rope_theta": 1e4},
+        "expected the fields of a roberta model in {}, got rope_theta = 10000.0. Remove it there if the model computes the same without it, or use another folder.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), FIELDS, ids=[str(f)[:40] for f, _ in FIELDS])
+def test_a_field_that_the_stages_do_not_honour_is_refused_by_name(
+    fields: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    path = folder_with(tmp_path, ROBERTA | fields)
+    text = message([f"model.path={path}", "pipeline.cut=[1]"])
+    assert expected.replace("{}", f"{path}/config.json") in text
+    assert text.startswith("model.path: expected ")
+
+
+def test_a_tokenizer_that_pads_with_another_token_moves_no_position(tmp_path: Path) -> None:
+    roberta = ModelConfig(path=folder_with(tmp_path, ROBERTA))
+    sizes = {"vocab_size": 50265, "sequence_length": 128}
+    resolve(roberta, **sizes, pad_id=1)
+    with pytest.raises(ConfigError, match=r"expected pad_token_id 0 \(data.tokenizer\) .*, got 1:"):
+        resolve(roberta, **sizes, pad_id=0)
+    bert = ModelConfig(family="bert", path=folder_with(tmp_path, ROBERTA | {"model_type": "bert"}))
+    resolve(bert, **sizes, pad_id=7)  # its positions begin at 0
 
 
 # ------------------------------------------------------------------------------ DeepSpeed's JSON

@@ -174,12 +174,17 @@ def test_explicit_sizes_win_over_the_preset() -> None:
 
 @pytest.mark.parametrize(
     ("family", "length", "positions"),
-    [("roberta", 128, 514), ("roberta", 1024, 1026), ("bert", 128, 512), ("bert", 1024, 1024)],
+    [("roberta", 128, 130), ("roberta", 1024, 1026), ("bert", 128, 128), ("bert", 1024, 1024)],
 )
-def test_positions_reach_the_end_of_a_block(family: str, length: int, positions: int) -> None:
+def test_positions_end_where_a_block_does(family: str, length: int, positions: int) -> None:
     model = from_dict({"model": {"family": family}}).model
-    shape = resolve(model, vocab_size=100, sequence_length=length)
+    shape = resolve(model, vocab_size=100, sequence_length=length, pad_id=1)
     assert shape.max_position_embeddings == positions
+
+
+def test_robertas_positions_begin_after_the_padding_token() -> None:
+    shape = resolve(ModelConfig(), vocab_size=8192, sequence_length=32, pad_id=8191)
+    assert shape.max_position_embeddings == 8191 + 1 + 32
 
 
 def hf_folder(folder: Path, family: str, **sizes: int) -> Path:

@@ -21,6 +21,7 @@ from transformers import (
     RobertaModel,
 )
 
+from fedpipe.config.families import FAMILIES as DECLARED
 from fedpipe.config.model_shape import ModelShape, resolve
 from fedpipe.config.schema import ModelConfig, PipelineConfig
 from fedpipe.errors import CheckpointError, ConfigError
@@ -398,16 +399,117 @@ def test_a_folder_in_half_precision_is_read_as_float32(family: str, tmp_path: Pa
     _assert_equals(stages, model.float())
 
 
-def test_the_configuration_of_a_folder_is_kept_but_for_the_ties(tmp_path: Path) -> None:
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"pad_token_id": 0, "tie_word_embeddings": False, "classifier_dropout": 0.3},
+    {"pad_token_id": VOCAB - 1, "hidden_act": "relu", "num_attention_heads": 4},
+    {"type_vocab_size": 3, "layer_norm_eps": 0.1, "output_hidden_states": True},
+    {"architectures": ["X"], "torchscript": True, "id2label": {0: "a"}},
+]
+
+
+@FAMILY
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+@pytest.mark.parametrize("extended", [False, True])
+def test_an_accepted_folder_has_the_logits_that_it_has_in_transformers(
+    family: str, fields: dict[str, Any], extended: bool, tmp_path: Path
+) -> None:
+    """What config.json may say is computed exactly, wherever the model is cut."""
+    config = FAMILIES[family].config_class(**_config(family).to_dict() | fields)
+    config.max_position_embeddings = (config.pad_token_id + 1) * (family == "roberta") + LENGTH
+    model = MASKED_LM[family](config)
+    _randomise(model)
+    model.save_pretrained(tmp_path)
+    more = config.max_position_embeddings + 5 if extended else None
+    shape = resolve(
+        ModelConfig(family=family, path=str(tmp_path), max_position_embeddings=more),
+        vocab_size=VOCAB, sequence_length=LENGTH, pad_id=config.pad_token_id,
+    )  # fmt: skip
+    ours = hf_config(shape, pad_id=config.pad_token_id, cls_id=2, sep_id=3)
+    assert ours.classifier_dropout == config.classifier_dropout
+    expected = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    ids = _ids()
+    ids[0, -3:] = config.pad_token_id
+    with torch.no_grad():
+        logits = _logits(_stages(ours, (1, 3), path=str(tmp_path)), ids)
+        torch.testing.assert_close(logits, expected(ids)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_positions_that_a_folder_does_not_have_are_named(tmp_path: Path) -> None:
     _random_model("roberta", tied=True).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(
-        json.dumps(json.loads((tmp_path / "config.json").read_text()) | {"my_note": "kept"})
-    )
-    shape = resolve(ModelConfig(path=str(tmp_path)), vocab_size=VOCAB, sequence_length=LENGTH)
-    config = hf_config(shape, pad_id=1, cls_id=2, sep_id=3, path=str(tmp_path))
-    assert config.my_note == "kept"
-    assert config.tie_word_embeddings is False
-    assert config.model_type == "roberta"
+    config = _config("roberta")
+    config.max_position_embeddings = 25
+    spec = stage_specs(PipelineConfig(cut=(2,)), num_hidden_layers=LAYERS)[0]
+    _, missing = build_stage(spec, config, seed=0, path=str(tmp_path))
+    assert missing == ["roberta.embeddings.position_embeddings.weight[20:]"]
+
+
+@FAMILY
+def test_every_field_that_transformers_writes_by_default_is_accepted(
+    family: str, tmp_path: Path
+) -> None:
+    default = FAMILIES[family].config_class()
+    declared = DECLARED[family]  # type: ignore[index]
+    found = default.to_dict()
+    assert {name: found.get(name) for name in declared.defaults} == declared.defaults
+    assert found["pad_token_id"] == declared.pad_token_id
+    assert all(value == found.get(name) for name, (value, _) in declared.fixed.items())
+    _random_model(family, tied=True).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(found | {"torch_dtype": "float32"}))
+    resolve(ModelConfig(family=family, path=str(tmp_path)), vocab_size=1, sequence_length=LENGTH)  # type: ignore[arg-type]
+
+
+_BASE = {
+    "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+    "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
+    "num_attention_heads": 12, "num_hidden_layers": 12, "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512, "type_vocab_size": 2, "model_type": "bert",
+}  # fmt: skip
+_POOLER = {
+    "directionality": "bidi", "pooler_fc_size": 768, "pooler_num_attention_heads": 12,
+    "pooler_num_fc_layers": 3, "pooler_size_per_head": 128,
+    "pooler_type": "first_token_transform",
+}  # fmt: skip
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "bert-base-uncased": _BASE | {
+        "architectures": ["BertForMaskedLM"], "gradient_checkpointing": False, "pad_token_id": 0,
+        "position_embedding_type": "absolute", "transformers_version": "4.6.0.dev0",
+        "use_cache": True, "vocab_size": 30522,
+    },
+    "bert-base-multilingual-cased": _BASE | _POOLER | {"vocab_size": 119547},
+    "biobert": _BASE | _POOLER | {
+        "finetuning_task": None, "is_decoder": False, "num_labels": 2, "output_attentions": False,
+        "output_hidden_states": False, "torchscript": False, "use_bfloat16": False,
+        "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "vocab_size": 28996,
+    },
+    "BiomedBERT": _BASE | {"architectures": ["BertForMaskedLM"], "vocab_size": 30522},
+    "all-MiniLM-L6-v2": _BASE | {
+        "_name_or_path": "nreimers/MiniLM-L6-H384-uncased", "architectures": ["BertModel"],
+        "gradient_checkpointing": False, "hidden_size": 384, "intermediate_size": 1536,
+        "num_hidden_layers": 6, "pad_token_id": 0, "vocab_size": 30522,
+    },
+    "roberta-base": _BASE | {
+        "architectures": ["RobertaForMaskedLM"], "bos_token_id": 0, "eos_token_id": 2,
+        "layer_norm_eps": 1e-5, "max_position_embeddings": 514, "model_type": "roberta",
+        "pad_token_id": 1, "type_vocab_size": 1, "vocab_size": 50265,
+    },
+    "a fine-tuned RoBERTa": _BASE | {
+        "_num_labels": 3, "classifier_dropout": None, "problem_type": "single_label_classification",
+        "model_type": "roberta", "torch_dtype": "float32", "_attn_implementation_autoset": True,
+        "vocab_size": 50265,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_config_json_of_a_published_model_is_accepted(name: str, tmp_path: Path) -> None:
+    content = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    model = ModelConfig(family=content["model_type"], path=str(tmp_path))
+    shape = resolve(model, vocab_size=1, sequence_length=LENGTH)
+    assert shape.vocab_size == content["vocab_size"]
+    assert shape.layer_norm_eps == content["layer_norm_eps"]
 
 
 def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
@@ -445,7 +547,7 @@ def test_damaged_weights_are_refused_in_one_line(file: str, tmp_path: Path) -> N
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     stage = _stages(_config("roberta"), ())[0]
-    with pytest.raises(ConfigError, match=r"^model.path: expected model.safetensors or pytorch"):
+    with pytest.raises(ConfigError, match=r"^model.path: expected roberta.* without it. Use a wh"):
         load_pretrained(stage, family=stage.family, path=str(tmp_path))
 
 
@@ -454,7 +556,7 @@ def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     model.save_pretrained(tmp_path / "model")
     monkeypatch.setenv("HOME", str(tmp_path))
     shape = resolve(ModelConfig(path="~/model"), vocab_size=VOCAB, sequence_length=LENGTH)
-    config = hf_config(shape, pad_id=1, cls_id=2, sep_id=3, path="~/model")
+    config = hf_config(shape, pad_id=1, cls_id=2, sep_id=3)
     _assert_equals(_stages(config, (2,), path="~/model"), model)
 
 

@@ -140,7 +140,9 @@ def test_a_stage_holds_no_layer_of_another() -> None:
     [
         ({"family": "distilbert"}, r"^pipeline.cut: expected a model of roberta or bert, got dist"),
         ({"cut": 2}, r"^pipeline.cut: expected layers below 2, got 2\. Lower it"),
-        ({"position_embedding_type": "relative_key"}, r"absolute positions, got relative_key"),
+        ({"position_embedding_type": "relative_key"}, r"'absolute', got 'relative_key'\. Use anot"),
+        ({"is_decoder": True}, r"^pipeline.cut: expected a model with is_decoder False, got True"),
+        ({"attn_implementation": "eager"}, r"with _attn_implementation 'sdpa', got 'eager'\. Use"),
     ],
 )
 def test_a_model_that_cannot_be_cut_is_refused(changes: dict[str, Any], match: str) -> None:

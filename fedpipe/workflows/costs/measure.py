@@ -43,10 +43,13 @@ def measure_layer_costs(config: RunConfig) -> LayerCosts:
     """
     info = tokenizer_info(config)
     shape = resolve(
-        config.model, vocab_size=info.vocab_size, sequence_length=config.data.num_positions
+        config.model,
+        vocab_size=info.vocab_size,
+        sequence_length=config.data.num_positions,
+        pad_id=info.pad_id,
     )
     num_stages = config.pipeline.num_stages
-    model = hf_config(shape, pad_id=1, cls_id=0, sep_id=2)  # which ids costs no time
+    model = hf_config(shape, pad_id=info.pad_id, cls_id=info.cls_id, sep_id=info.sep_id)
     # One layer for every stage; then, of the first, one with two.
     specs = _specs(config, tuple(range(1, num_stages)))
     longer = _specs(config, tuple(range(2, num_stages + 1)))[0]

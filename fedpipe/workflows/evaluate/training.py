@@ -22,7 +22,8 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from fedpipe.config.schema import OptimizerConfig
 from fedpipe.data.tasks.encoding import IGNORED, Encoded
 from fedpipe.distributed.device import autocast
-from fedpipe.errors import CheckpointError
+from fedpipe.errors import CheckpointError, ConfigError
+from fedpipe.models.tuned import read_model
 from fedpipe.pipeline.optimizer import make_optimizer
 from fedpipe.workflows.labelled import labelled_batch, task_loss
 
@@ -67,17 +68,19 @@ def load_model(
 
     Raises:
         CheckpointError: transformers cannot read it, or has no such head for it.
+        ConfigError: Weights of the encoder are missing, or are not used.
     """
     auto: Any = AutoModelForSequenceClassification
     if kind == "ner":
         auto = AutoModelForTokenClassification
     names = dict(enumerate(labels)) or {0: "score"}
     try:
-        model = auto.from_pretrained(
-            folder, num_labels=len(names), id2label=names, ignore_mismatched_sizes=True,
-            label2id={name: number for number, name in names.items()}, local_files_only=True,
-            dtype=torch.float32,
+        model = read_model(
+            auto, folder, key="--model", num_labels=len(names), id2label=names,
+            label2id={name: number for number, name in names.items()},
         )  # fmt: skip
+    except ConfigError:
+        raise
     except Exception as error:  # each model family raises classes of its own
         raise CheckpointError(
             f"--model: expected an encoder that transformers reads with a head for {kind}, got "

@@ -8,6 +8,7 @@ from typing import Literal
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.reproduce import ReproductionConfig
 from fedpipe.config.schema import OptimizerConfig, PipelineConfig, RunConfig
+from fedpipe.data.tokenizer import tokenizer_info
 
 Kind = Literal["published", "fedbert", "fedpipe"]
 
@@ -81,8 +82,13 @@ def make_variants(config: ReproductionConfig) -> tuple[Variant, ...]:
 def _plain(config: ReproductionConfig) -> RunConfig:
     """Return the part of a pre-training run, saved and scored after every round."""
     whole = RunConfig(**{f.name: getattr(config, f.name) for f in fields(RunConfig)})
-    length = config.reproduce.published_length
-    shape = resolve(config.model, vocab_size=1, sequence_length=length)
+    tokenizer = tokenizer_info(whole)
+    shape = resolve(
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        sequence_length=config.reproduce.published_length,
+        pad_id=tokenizer.pad_id,
+    )
     return replace(
         whole,
         # the longest sequences decide, so that all have the same first weights

@@ -1,0 +1,149 @@
+"""Files that are not what their name says: Git LFS pointers, empty files, downloads cut short."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from fedpipe.errors import ConfigError, FedPipeError
+
+_POINTER = b"version https://git-lfs"
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_SHARDED = "{}.index.json"
+WEIGHT_FILES = tuple(name for whole in _WHOLE for name in (whole, _SHARDED.format(whole)))
+"""Names under which transformers looks for weights, the first one that is there."""
+_AGAIN = "Download or save the model again."
+
+
+def check_fetched(path: str | Path, *, key: str, error: type[FedPipeError] = ConfigError) -> None:
+    """Refuse a file whose content was never fetched.
+
+    Args:
+        path: A file.
+        key: That named it or its folder.
+        error: What to raise.
+
+    Raises:
+        FedPipeError: It is a Git LFS pointer, or cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError as problem:
+        raise error(
+            f"{key}: expected a readable file, got {str(path)!r}: {problem.strerror}. Check its"
+            " permissions."
+        ) from problem
+    if start == _POINTER:
+        raise error(
+            f"{key}: expected the content of {str(path)!r}, got a Git LFS pointer to it. Run git"
+            f" lfs pull in {str(Path(path).parent)!r}."
+        )
+
+
+def read_json_object(path: Path, *, key: str, error: type[FedPipeError] = ConfigError) -> Any:
+    """Read a JSON object of a Hugging Face folder.
+
+    Args:
+        path: The file.
+        key: That named its folder.
+        error: What to raise.
+
+    Raises:
+        FedPipeError: It is not there, holds no JSON object, or was never fetched.
+    """
+    if not path.is_file():
+        raise error(
+            f"{key}: expected a readable {path.name} in {str(path.parent)!r}, got none. Point it at"
+            " a folder written by save_pretrained."
+        )
+    check_fetched(path, key=key, error=error)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise error(
+            f"{key}: expected JSON in {path}, got {problem}. Save the folder again."
+        ) from problem
+    if not isinstance(content, dict):
+        raise error(
+            f"{key}: expected a JSON object in {path}, got a {type(content).__name__}. Save the"
+            " folder again."
+        )
+    return content
+
+
+def weight_files(folder: Path, *, key: str) -> list[Path]:
+    """List the files of the weights that transformers would read; none where there are none.
+
+    Args:
+        folder: Of Hugging Face.
+        key: That named it.
+
+    Raises:
+        ConfigError: The index of the shards names none.
+    """
+    for whole in _WHOLE:  # whole before sharded, safetensors before pickled
+        if (folder / whole).is_file():
+            return [folder / whole]
+        index = folder / _SHARDED.format(whole)
+        if index.is_file():
+            shards = read_json_object(index, key=key).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise ConfigError(f"{key}: expected a weight_map in {index}, got none. {_AGAIN}")
+            return [folder / shard for shard in sorted(set(shards.values()))]
+    return []
+
+
+def check_weights(folder: Path, *, key: str) -> None:
+    """Refuse weights that are not all there, without reading them.
+
+    Args:
+        folder: Of Hugging Face.
+        key: That named it.
+
+    Raises:
+        ConfigError: There are none, a shard is missing, or a file is cut short.
+    """
+    files = weight_files(folder, key=key)
+    if not files:
+        raise ConfigError(
+            f"{key}: expected weights in {str(folder)!r}, got none of {', '.join(WEIGHT_FILES)}."
+            " Download them, or save the model there with save_pretrained."
+        )
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(
+                f"{key}: expected {file.name} (see the index) in {str(folder)!r}, got none."
+                f" {_AGAIN}"
+            )
+        check_fetched(file, key=key)
+        if file.suffix == ".safetensors":
+            _check_safetensors(file, key=key)
+        elif _starts_as_zip(file) != zipfile.is_zipfile(file) or not file.stat().st_size:
+            raise ConfigError(f"{key}: expected whole weights in {file}, got a part. {_AGAIN}")
+
+
+def _starts_as_zip(file: Path) -> bool:
+    with open(file, "rb") as content:
+        return content.read(2) == b"PK"
+
+
+def _check_safetensors(file: Path, *, key: str) -> None:
+    """Compare the size with what the header says: 8 bytes of length, JSON, then the tensors."""
+    size = file.stat().st_size
+    with open(file, "rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        try:
+            header = json.loads(content.read(length) if 8 + length <= size else b"")
+            ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as problem:
+            raise ConfigError(
+                f"{key}: expected readable weights in {file}, got no safetensors. {_AGAIN}"
+            ) from problem
+    whole = 8 + length + max(ends, default=0)
+    if size < whole:
+        raise ConfigError(
+            f"{key}: expected {whole:,} bytes of weights in {file}, got {size:,}. {_AGAIN}"
+        )
