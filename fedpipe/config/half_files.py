@@ -43,7 +43,9 @@ def check_fetched(path: str | Path, *, key: str, error: type[FedPipeError] = Con
         )
 
 
-def read_json_object(path: Path, *, key: str, error: type[FedPipeError] = ConfigError) -> Any:
+def read_json_object(
+    path: Path, *, key: str, error: type[FedPipeError] = ConfigError
+) -> dict[str, Any]:
     """Read a JSON object of a Hugging Face folder.
 
     Args:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedpipe.config.half_files import read_json_object
 from fedpipe.config.schema import PACKAGED, RunConfig
+from fedpipe.data.vocabulary import check_entries, read_entries
 from fedpipe.errors import CorpusError
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -51,6 +52,8 @@ class TokenizerInfo:
     """Never occurs in packed blocks; models need it."""
     special_ids: tuple[int, ...]
     """All ids that are no text, ascending."""
+    warnings: tuple[str, ...] = ()
+    """What is wrong with a small part of the vocabulary."""
 
 
 def tokenizer_info(config: RunConfig) -> TokenizerInfo:
@@ -63,7 +66,8 @@ def tokenizer_info(config: RunConfig) -> TokenizerInfo:
         Its size and special tokens.
 
     Raises:
-        CorpusError: No readable tokenizer.json, or no cls, sep, mask or pad token in it.
+        CorpusError: No readable tokenizer.json, no cls, sep, mask or pad token in it, or a
+            vocabulary that does not fit its own rules.
     """
     named = config.data.tokenizer
     folder = SAMPLES / "tokenizer" if named == PACKAGED else Path(named)
@@ -74,12 +78,7 @@ def tokenizer_info(config: RunConfig) -> TokenizerInfo:
         )
     content = _read_json(folder / "tokenizer.json")
     added = content.get("added_tokens") or []
-    ids = {**_model_vocab(content), **{token["content"]: token["id"] for token in added}}
-    if not ids:
-        raise CorpusError(
-            f"data.tokenizer: expected a vocabulary in {folder / 'tokenizer.json'}, got none. "
-            "Save the tokenizer again with transformers or tokenizers."
-        )
+    ids = read_entries(content, file=folder / "tokenizer.json")
     names = _special_names(folder)
     found = ((part, _find(part, names, ids)) for part in _USUAL_NAMES)
     parts = {part: token_id for part, token_id in found if token_id is not None}
@@ -89,6 +88,13 @@ def tokenizer_info(config: RunConfig) -> TokenizerInfo:
                 f"data.tokenizer: expected a {part} in {str(folder)!r}, got none. "
                 "Use the tokenizer of a masked language model, or name the token in its "
                 "special_tokens_map.json."
+            )
+    for part in ("mask_token", "pad_token"):
+        others = [other for other in parts if other != part and parts[other] == parts[part]]
+        if others and others != ["unk_token"]:
+            raise CorpusError(
+                f"data.tokenizer: expected a {part} of its own in {str(folder)!r}, got the "
+                f"{others[0]}. Add one with add_special_tokens, and save the tokenizer again."
             )
     special = {token["id"] for token in added if token.get("special")}
     special.update(parts.values())
@@ -100,6 +106,7 @@ def tokenizer_info(config: RunConfig) -> TokenizerInfo:
         mask_id=parts["mask_token"],
         pad_id=parts["pad_token"],
         special_ids=tuple(sorted(special)),
+        warnings=check_entries(ids, content, folder=folder, special=special),
     )
 
 
@@ -107,14 +114,6 @@ def tokenizer_files(info: TokenizerInfo) -> list[Path]:
     """List the files of a tokenizer's folder that an exported model takes along."""
     paths = (Path(info.directory, name) for name in FILES)
     return [path for path in paths if path.is_file()]
-
-
-def _model_vocab(content: dict[str, Any]) -> dict[str, int]:
-    """Read the ids of the model's own tokens; Unigram keeps a list, all others a map."""
-    vocab = (content.get("model") or {}).get("vocab") or {}
-    if isinstance(vocab, dict):
-        return vocab
-    return {entry[0]: index for index, entry in enumerate(vocab)}
 
 
 def _special_names(folder: Path) -> dict[str, str]:
@@ -135,16 +134,4 @@ def _find(part: str, names: dict[str, str], ids: dict[str, int]) -> int | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorpusError(
-            f"data.tokenizer: expected JSON in {path}, got an unreadable file ({error}). "
-            "Save the tokenizer again."
-        ) from error
-    if not isinstance(content, dict):
-        raise CorpusError(
-            f"data.tokenizer: expected a JSON object in {path}, got a {type(content).__name__}. "
-            "Save the tokenizer again."
-        )
-    return content
+    return read_json_object(path, key="data.tokenizer", error=CorpusError)

@@ -320,8 +320,9 @@ def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[
     unigram = (counts + 1) / (counts + 1).sum()
     # BPE and WordPiece mark word starts differently; a token is a whole word if the next one starts
     # a word too.
-    starts_word = _word_starts(tokenizer)
-    whole = np.array([t.lstrip("\u0120").isalpha() for t in _tokens(tokenizer)]) & starts_word
+    tokens = [t or "" for t in tokenizer.convert_ids_to_tokens(range(data.vocab_size))]
+    starts_word = _word_starts(tokens)
+    whole = np.array([t.lstrip("\u0120").isalpha() for t in tokens]) & starts_word
     examples = []
     rng = np.random.default_rng(config.seed)
     clients = [shard.client_id for shard in data.valid if shard.num_blocks]
@@ -356,13 +357,8 @@ def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[
     return examples
 
 
-def _tokens(tokenizer: Any) -> list[str]:
-    return list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-
-
-def _word_starts(tokenizer: Any) -> np.ndarray:
+def _word_starts(tokens: Sequence[str]) -> np.ndarray:
     """By token id, whether the token begins a word (byte-level BPE or WordPiece)."""
-    tokens = _tokens(tokenizer)
     if any(t.startswith("##") for t in tokens):
         return np.array([not t.startswith("##") for t in tokens])
     return np.array([t.startswith("\u0120") for t in tokens])  # byte-level BPE's leading space

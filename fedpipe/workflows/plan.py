@@ -79,6 +79,8 @@ class Plan:
     """What leaves and enters a client."""
     stays: list[str]
     """What never leaves it."""
+    warnings: tuple[str, ...]
+    """What the user should look at."""
 
     @property
     def messages_per_step(self) -> int:
@@ -120,6 +122,7 @@ def build_plan(config: RunConfig) -> Plan:
         ideal={name: _ideal(name, config, shape) for name in SCHEDULES},
         transfers=client_transfers(config, shape, specs=specs, edges=edges, parts=parts),
         stays=stays(config, specs=specs, parts=parts),
+        warnings=tokenizer.warnings,
     )
 
 
@@ -261,7 +264,8 @@ def render(plan: Plan) -> str:
         *_ideal_rows(plan),
         *client_rows(plan.transfers, plan.stays, config=plan.config),
     ]
-    return "\n".join([_headline(plan), *aligned_rows(rows)])
+    warnings = [f"  warning  {text}" for text in plan.warnings]
+    return "\n".join([_headline(plan), *aligned_rows(rows), *warnings])
 
 
 def aligned_rows(rows: Sequence[Row]) -> list[str]:

@@ -273,7 +273,8 @@ def test_a_text_that_changes_between_the_readings_is_refused(tmp_path, run):
 
 
 def test_large_vocabularies_take_four_bytes_per_token(run, tmp_path):
-    vocab = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "the": 70_000}
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(5, 70_000)), "the"]
+    vocab = {word: token_id for token_id, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(tmp_path / "tokenizer.json"))

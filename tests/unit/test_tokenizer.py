@@ -7,6 +7,7 @@ from fedpipe.config.schema import DataConfig, RunConfig
 from fedpipe.data.corpus import prepare, tokenizer_info
 from fedpipe.data.tokenizer import SAMPLES, TokenizerInfo
 from fedpipe.errors import CorpusError
+from fedpipe.workflows.plan import build_plan, render
 
 BERT = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "word": 5}
 
@@ -51,10 +52,10 @@ def test_berts_special_tokens_are_found_by_their_usual_names(tmp_path):
 
 
 def test_the_folder_s_own_names_and_added_tokens_count(tmp_path):
-    added = [{"id": 9, "content": "[HIDE]", "special": True}, {"id": 8, "content": "x"}]
+    added = [{"id": 7, "content": "[HIDE]", "special": True}, {"id": 6, "content": "x"}]
     info = info_of(write(tmp_path, BERT, added, mask_token={"content": "[HIDE]"}, sep_token="word"))
-    assert (info.mask_id, info.sep_id, info.vocab_size) == (9, 5, 10)
-    assert info.special_ids == (0, 1, 2, 5, 9)
+    assert (info.mask_id, info.sep_id, info.vocab_size) == (7, 5, 8)
+    assert info.special_ids == (0, 1, 2, 5, 7)
 
 
 def test_a_unigram_vocabulary_is_a_list(tmp_path):
@@ -77,8 +78,9 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{oops", r"data.tokenizer: expected JSON in .*tokenizer.json, got an unreadable file"),
+        ("{oops", r"data.tokenizer: expected JSON in .*tokenizer.json, got Expecting property"),
         ("[]", r"data.tokenizer: expected a JSON object in .*tokenizer.json, got a list"),
+        ("version https://git-lfs.github.com/spec/v1\noid x", r"tokenizer.json', got a Git LFS"),
         ("{}", r"data.tokenizer: expected a vocabulary in .*tokenizer.json, got none"),
     ],
 )
@@ -102,3 +104,97 @@ def _one_client():
     from fedpipe.config.schema import FederationConfig
 
     return FederationConfig(num_clients=1, num_replicas=1, clients_per_round=1)
+
+
+# ------------------------------------------------------------------ a vocabulary and its own rules
+
+CASED = {"type": "BertNormalizer", "lowercase": False, "strip_accents": None, "clean_text": True,
+         "handle_chinese_chars": True}  # fmt: skip
+UNCASED = CASED | {"lowercase": True}
+
+
+def words(num: int, *others: str) -> dict[str, int]:
+    entries = [*(entry for entry in BERT), *(f"w{index}" for index in range(num)), *others]
+    return {entry: index for index, entry in enumerate(entries)}
+
+
+def folder_of(folder: Path, vocab: dict, lines: list[str] | None = None, **content: object) -> Path:
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+    folder.mkdir(exist_ok=True)
+    text = json.dumps({"model": model | {"vocab": vocab}, **content})
+    (folder / "tokenizer.json").write_text(text)
+    if lines is not None:
+        (folder / "vocab.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_a_cased_vocabulary_with_a_lower_casing_normaliser_is_refused(tmp_path):
+    vocab = words(30, "The", "##Gene", "\u00c9t\u00e9", "B", "C")
+    with pytest.raises(CorpusError) as caught:
+        info_of(folder_of(tmp_path, vocab, normalizer=UNCASED))
+    assert str(caught.value) == (
+        "data.tokenizer: expected entries that the tokenizer's normaliser leaves as they are in "
+        f"'{tmp_path}', got 5 of 36 entries that can never occur, such as ('The', 'the'). Save the "
+        "tokenizer with its own normaliser: do_lower_case=False of a cased vocabulary."
+    )
+    assert info_of(folder_of(tmp_path, vocab, normalizer=CASED)).warnings == ()
+
+
+def test_a_few_entries_that_cannot_occur_are_counted_and_shown_in_the_plan(tmp_path):
+    vocab = words(30, "\u00e9", "\u4e09", "##ing")
+    info = info_of(folder_of(tmp_path, vocab, normalizer=UNCASED))
+    line = "data.tokenizer: 1 of 34 entries that can never occur, such as ('\u00e9', 'e')"
+    assert info.warnings == (line,)
+    config = RunConfig(data=DataConfig(tokenizer=str(tmp_path)))
+    assert render(build_plan(config)).splitlines()[-1] == f"  warning  {line}"
+
+
+def test_entries_of_bytes_are_compared_as_the_text_that_they_write(tmp_path):
+    lower = {"type": "Lowercase"}
+    bytelevel = {"type": "ByteLevel"}
+    vocab = words(30, "\u0120the", "\u0120The", "\u00c3\u00a9", "\u00c3")
+    folder = folder_of(tmp_path, vocab, normalizer=lower, pre_tokenizer=bytelevel)
+    (line,) = info_of(folder).warnings
+    assert line.endswith("1 of 35 entries that can never occur, such as ('\u0120The', 'the')")
+
+
+def test_equal_lines_of_a_vocabulary_are_found_when_it_is_read(tmp_path):
+    """The first of them leaves a gap, and every line after it may have another id."""
+    lines = [*words(30), "w0", "w1"]
+    ids = {line: index for index, line in enumerate(lines)}
+    found = info_of(folder_of(tmp_path, ids, lines)).warnings
+    assert found == (
+        "data.tokenizer: 2 of 38 ids without an entry, such as 6",
+        "data.tokenizer: 2 of 38 lines of vocab.txt with other ids, such as ['w0']",
+    )
+    with pytest.raises(CorpusError, match=r"expected the vocabulary of tokenizer.json also in voc"):
+        info_of(folder_of(tmp_path, ids, sorted(ids, key=ids.__getitem__)))
+    with pytest.raises(CorpusError, match=r"expected an entry for every id in .*, got 7 of 14 ids"):
+        info_of(folder_of(tmp_path / "b", {**words(0), "x": 13}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": 5}, r"expected an id of its own for every entry in .*, got 5 for 'word' and 'a'"),
+        ({"a": -1}, r"expected whole numbers, 0 or more, as ids in .*, got -1 for 'a'"),
+        ({"a": "6"}, r"got '6' for 'a'. Save the tokenizer again"),
+    ],
+)
+def test_ids_that_are_no_ids_are_refused(tmp_path, change, message):
+    with pytest.raises(CorpusError, match=message):
+        info_of(folder_of(tmp_path, BERT | change))
+
+
+def test_a_vocabulary_without_the_entry_of_unknown_words_is_refused(tmp_path):
+    vocab = {entry: index for index, entry in enumerate(e for e in BERT if e != "[UNK]")}
+    with pytest.raises(CorpusError, match=r"expected the entry '\[UNK\]', which stands for unkn"):
+        info_of(folder_of(tmp_path, vocab))
+
+
+def test_mask_and_padding_are_tokens_of_their_own(tmp_path):
+    folder = write(tmp_path, BERT, pad_token="[SEP]")
+    with pytest.raises(
+        CorpusError, match=r"expected a pad_token of its own in .*, got the sep_tok"
+    ):
+        info_of(folder)
