@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fedpipe.config.half_files import check_fetched
 from fedpipe.config.schema import PACKAGED, RunConfig
 from fedpipe.data.tokenizer import SAMPLES
 from fedpipe.errors import CorpusError
@@ -148,6 +149,8 @@ def folder_files(source: Source) -> tuple[str, ...]:
             f"{source.key}: expected the file {missing[0]} (see state.json) in {source.path!r}, "
             "got none. Save the dataset again."
         )
+    for file in files:
+        check_fetched(file, key=source.key, error=CorpusError)
     return tuple(str(file) for file in files)
 
 
@@ -191,6 +194,7 @@ def _kind(key: str, path: str) -> Kind:
             f"{key}: expected text, got the empty file {path!r}. "
             "Remove it from the list or fill it."
         )
+    check_fetched(path, key=key, error=CorpusError)
     return _KINDS[suffix]
 
 

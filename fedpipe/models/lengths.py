@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from fedpipe.config.half_files import read_json_object
 from fedpipe.errors import CheckpointError
 
 _OFFSET_FAMILIES = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer")
@@ -47,26 +47,6 @@ def longest_input(folder: Path, *, key: str) -> int | None:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return None
-    value = json_object(path, key=key).get("model_max_length")
+    content = read_json_object(path, key=key, error=CheckpointError)
+    value = content.get("model_max_length")
     return value if isinstance(value, int) and 0 < value < _NO_LIMIT else None
-
-
-def json_object(path: Path, *, key: str) -> dict[str, Any]:
-    """Read a JSON file of a Hugging Face folder.
-
-    Args:
-        path: The file.
-        key: That named the folder, for the error.
-
-    Raises:
-        CheckpointError: It holds no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{key}: expected a JSON object in {path}, got something else. Save the folder again."
-        )
-    return content

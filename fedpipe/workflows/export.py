@@ -23,6 +23,7 @@ from fedpipe.checkpoint import (
     find_latest,
     stage_file,
 )
+from fedpipe.config.half_files import read_json_object
 from fedpipe.config.load import load_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
@@ -33,7 +34,7 @@ from fedpipe.errors import CheckpointError
 from fedpipe.files import replace_folder, write_text
 from fedpipe.metrics.writer import read_metrics
 from fedpipe.models.families import FAMILIES, hf_config
-from fedpipe.models.lengths import json_object, longest_input, num_positions
+from fedpipe.models.lengths import longest_input, num_positions
 from fedpipe.models.split import StageSpec, merge, model_stages, part_of
 from fedpipe.models.stage import Stage, build_stage, masked_lm_class
 from fedpipe.printable import printable
@@ -126,7 +127,7 @@ def _trained_length(config: RunConfig) -> int:
     if not config.model.path:
         return length
     folder = Path(config.model.path).expanduser()
-    positions = num_positions(json_object(folder / "config.json", key="model.path"))
+    positions = num_positions(read_json_object(folder / "config.json", key="model.path"))
     before = longest_input(folder, key="model.path") or positions
     return max(length, min(before, positions))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedpipe.config.evaluation import PACKAGED_TASKS
+from fedpipe.config.half_files import check_fetched
 from fedpipe.data.tasks.registry import Task, spelling
 from fedpipe.data.tokenizer import SAMPLES
 from fedpipe.errors import CorpusError
@@ -103,6 +104,8 @@ def find_files(task: Task, data: str, *, alone: bool) -> TaskFiles:
             "that holds one of them."
         )
     check_splits(task, places[0].splits, where=places[0].folder)
+    for path in places[0].paths():
+        check_fetched(path, key="evaluation.data", error=CorpusError)
     return replace(places[0], folder=data) if data == PACKAGED_TASKS else places[0]
 
 

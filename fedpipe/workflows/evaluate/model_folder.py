@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedpipe.config.half_files import check_fetched, check_weights, read_json_object
 from fedpipe.data.identity import digest, file_digests
 from fedpipe.errors import CheckpointError, ConfigError
-from fedpipe.models.lengths import json_object, longest_input, num_positions
+from fedpipe.models.lengths import longest_input, num_positions
 
 DEFAULT = "runs/quickstart"
 """Where ``make pretrain`` leaves a model."""
@@ -110,17 +111,15 @@ def _check(path: str) -> Path:
             f"--model: expected a Hugging Face folder, got {path!r} without a config.json. Name "
             "one that fedpipe export or save_pretrained wrote."
         )
-    if not _listed(folder, _WEIGHTS):
-        raise CheckpointError(
-            f"--model: expected weights (model.safetensors or pytorch_model.bin) in {folder}, got "
-            "none. Save the model there with save_pretrained."
-        )
+    check_weights(folder, key="--model")
     if not _listed(folder, _FAST):
         raise CheckpointError(
             f"--model: expected a tokenizer (tokenizer.json) in {folder}, got none. Save it there "
             "with AutoTokenizer.from_pretrained(NAME).save_pretrained(DIR)."
         )
-    config = json_object(folder / "config.json", key="--model")
+    for file in _listed(folder, _TOKENIZER):
+        check_fetched(file, key="--model", error=CheckpointError)
+    config = read_json_object(folder / "config.json", key="--model", error=CheckpointError)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(
             f"--model: expected a model_type in {folder / 'config.json'}, got none. It must be the "
@@ -130,7 +129,7 @@ def _check(path: str) -> Path:
 
 
 def _read(folder: Path, name: str, *, root: Path) -> ModelFolder:
-    config = json_object(folder / "config.json", key="--model")
+    config = read_json_object(folder / "config.json", key="--model", error=CheckpointError)
     tokenizer = _listed(folder, _TOKENIZER)
     files = [str(folder / "config.json"), *_listed(folder, _WEIGHTS), *tokenizer]
     positions = num_positions(config) or _USUAL_POSITIONS

@@ -18,7 +18,8 @@ from fedpipe.config.finetune import (
     finetune_yaml,
     load_finetune,
 )
-from fedpipe.data.tokenizer import SAMPLES
+from fedpipe.config.half_files import check_fetched, check_weights
+from fedpipe.data.tokenizer import FILES, SAMPLES
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError
 from fedpipe.files import write_text
 from fedpipe.metrics.writer import METRICS_FILE
@@ -88,6 +89,7 @@ def set_up_finetune(
     config, directory, resumed = resolve_finetune(config_path, overrides, run_dir, preset=preset)
     check_federation(config)
     kind = kind_of(config)
+    check_model_folder(config)
     tokenizer = load_tuning_tokenizer(config)
     model_config = load_model_config(config, tokenizer)
     check_family(model_config.model_type, kind)
@@ -192,6 +194,22 @@ def check_federation(config: FinetuneConfig) -> None:
             "federation.average.final_head: expected true with task.name=causal-lm, got False."
             " A language model's head is not a task's."
         )
+
+
+def check_model_folder(config: FinetuneConfig) -> None:
+    """Refuse a folder whose files were not fetched whole.
+
+    Raises:
+        ConfigError: A file of the model or of its tokenizer is a pointer, empty or cut short.
+    """
+    folder = Path(config.model.path)
+    if config.model.path == UNTRAINED or not folder.is_dir():
+        return
+    for name in ("config.json", *FILES):
+        if (folder / name).is_file():
+            check_fetched(folder / name, key="model.path")
+    if not config.model.random_weights:
+        check_weights(folder, key="model.path")
 
 
 def load_tuning_tokenizer(config: FinetuneConfig) -> Any:

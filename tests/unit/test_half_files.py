@@ -1,0 +1,140 @@
+"""Files that are not what their name says are found before any process starts, in one line."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedpipe.config.finetune import BaseModelConfig, FinetuneConfig
+from fedpipe.config.half_files import check_weights
+from fedpipe.config.load import from_dict, load_config
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.corpus import check_sources, tokenizer_info
+from fedpipe.data.sources import folder_files, resolve
+from fedpipe.data.tasks.files import find_files
+from fedpipe.data.tasks.registry import find_task
+from fedpipe.errors import ConfigError, FedPipeError
+from fedpipe.workflows.evaluate.model_folder import check_models
+from fedpipe.workflows.finetune.setup import check_model_folder
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 501200538\n"
+CONFIG = json.dumps({"model_type": "roberta"}).encode()
+
+
+def safetensors(*, num_bytes: int = 64) -> bytes:
+    tensor = {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}
+    header = json.dumps({"__metadata__": {"format": "pt"}, "x": tensor}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(num_bytes)
+
+
+def model(folder: Path, **files: bytes) -> str:
+    """A folder with everything that is looked at before weights are read."""
+    whole = {"config.json": CONFIG, "model.safetensors": safetensors(), "tokenizer.json": b"{}"}
+    for name, content in (whole | {n.replace("__", "."): c for n, c in files.items()}).items():
+        (folder / name).write_bytes(content)
+    return str(folder)
+
+
+def config_of(**data: object) -> RunConfig:
+    base = {"valid": [], "partition": "iid"}
+    return from_dict({"data": base | data})
+
+
+def corpus(suffix: str) -> Callable[[Path], None]:
+    def check(folder: Path) -> None:
+        file = folder / f"text{suffix}"
+        file.write_bytes(POINTER)
+        check_sources(config_of(train=[str(file)]))
+
+    return check
+
+
+def saved_dataset(folder: Path) -> None:
+    (folder / "data.arrow").write_bytes(POINTER)
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    folder_files(*resolve("data.train", (str(folder),)))
+
+
+def task(folder: Path) -> None:
+    for split in ("train", "test"):
+        (folder / f"{split}.tsv").write_bytes(POINTER)
+    find_files(find_task("ncbi-disease"), str(folder), alone=True)
+
+
+def pretrained(name: str) -> Callable[[Path], None]:
+    return lambda folder: load_config(None, [f"model.path={model(folder, **{name: POINTER})}"])
+
+
+def tuned(name: str) -> Callable[[Path], None]:
+    def check(folder: Path) -> None:
+        path = model(folder, **{name: POINTER})
+        check_model_folder(FinetuneConfig(model=BaseModelConfig(path=path)))
+
+    return check
+
+
+def evaluated(name: str) -> Callable[[Path], None]:
+    return lambda folder: check_models([model(folder, **{name: POINTER})])
+
+
+def tokenizer(folder: Path) -> None:
+    tokenizer_info(config_of(tokenizer=model(folder, tokenizer__json=POINTER)))
+
+
+POINTERS = [
+    ("model.path", pretrained("config__json")),
+    ("model.path", pretrained("model__safetensors")),
+    ("model.path", tuned("config__json")),
+    ("model.path", tuned("model__safetensors")),
+    ("model.path", tuned("tokenizer__json")),
+    ("--model", evaluated("config__json")),
+    ("--model", evaluated("model__safetensors")),
+    ("--model", evaluated("tokenizer__json")),
+    ("data.tokenizer", tokenizer),
+    *(("data.train", corpus(s)) for s in (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")),
+    ("data.train", saved_dataset),
+    ("evaluation.data", task),
+]
+
+
+@pytest.mark.parametrize(("key", "check"), POINTERS)
+def test_a_pointer_of_git_lfs_is_named_wherever_a_file_is_read(
+    key: str, check: Callable[[Path], None], tmp_path: Path
+) -> None:
+    with pytest.raises(FedPipeError) as caught:
+        check(tmp_path)
+    text = str(caught.value)
+    assert text.startswith(f"{key}: expected the content of '{tmp_path}/")
+    assert text.endswith(f", got a Git LFS pointer to it. Run git lfs pull in '{tmp_path}'.")
+
+
+def test_weights_that_are_cut_short_are_found_without_reading_them(tmp_path: Path) -> None:
+    path = Path(model(tmp_path))
+    check_weights(path, key="model.path")
+
+    def refused(name: str, content: bytes, expected: str) -> None:
+        for file in tmp_path.glob("*model*"):
+            file.unlink()
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"^--model: expected {expected}"):
+            check_weights(path, key="--model")
+
+    short = safetensors(num_bytes=60)
+    refused("model.safetensors", short, rf"{len(short) + 4} bytes of weights in .*, got 1")
+    for torn in (b"", short[:20], b"<!DOCTYPE html>" * 9, b"\x02" + bytes(7) + b"[]"):
+        refused("model.safetensors", torn, r"readable weights in .*, got no safetensors\. Download")
+    with zipfile.ZipFile(tmp_path / "whole", "w") as archive:
+        archive.writestr("data.pkl", bytes(100))
+    whole = (tmp_path / "whole").read_bytes()
+    for torn in (b"", whole[:-30]):
+        refused("pytorch_model.bin", torn, r"whole weights in .*pytorch_model.bin, got a part")
+    (tmp_path / "pytorch_model.bin").write_bytes(whole)
+    check_weights(path, key="--model")
+    index = json.dumps({"weight_map": {"x": "model-1.safetensors"}}).encode()
+    refused("model.safetensors.index.json", index, r"model-1.safetensors .see the index. in .*none")
+    refused("model.safetensors.index.json", b"{}", r"a weight_map in .*, got none")
+    refused("config.json", CONFIG, r"weights in .*, got none of model.safetensors, model.safetens")
