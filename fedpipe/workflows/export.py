@@ -104,7 +104,7 @@ def export_checkpoint(
     else:
         parts = [load_file(checkpoint.path / stage_file(s.stage_id)) for s in specs]
     tokenizer = load_tokenizer(data)
-    tokenizer.model_max_length = _trained_length(config)
+    cut_texts(tokenizer, _trained_length(config))
     num_rounds = checkpoint.position.round_id if checkpoint else 0
     card = _model_card(run_dir, config, num_rounds, tied=specs[-1].decoder != "own")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -213,6 +213,14 @@ def load_tokenizer(data: PreparedData) -> PreTrainedTokenizerBase:
     names = {f"{part}_token": tokenizer.convert_ids_to_tokens(i) for part, i in ids.items()}
     tokenizer.add_special_tokens(names)
     return tokenizer
+
+
+def cut_texts(tokenizer: Any, length: int) -> None:
+    """Let a fast tokenizer cut texts to so many tokens at most, also without transformers."""
+    tokenizer.model_max_length = length
+    truncation = tokenizer.backend_tokenizer.truncation
+    if truncation and truncation["max_length"] > length:
+        tokenizer.backend_tokenizer.enable_truncation(**truncation | {"max_length": length})
 
 
 def _auto_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

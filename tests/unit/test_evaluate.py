@@ -50,7 +50,7 @@ def set_up(home: Path, directory: Path, **values: Any) -> Evaluation:
         "data": str(home / "data"), **FAST, **values,
     }  # fmt: skip
     config = from_dict({"data": {"cache_dir": str(home / "cache")}, "evaluation": evaluation})
-    return set_up_evaluation(config, directory, notify=lambda line: None)
+    return set_up_evaluation(config, directory, notify=print)
 
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
@@ -314,7 +314,7 @@ def test_the_positions_and_the_vocabulary_of_a_model_are_limits(home: Path, tmp_
 
 
 def test_sequences_are_as_long_as_the_model_was_trained_on_unless_it_is_asked_for(
-    home: Path, tmp_path: Path
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tmp_path / "short"
     shutil.copytree(home / "models/one", model)
@@ -327,6 +327,11 @@ def test_sequences_are_as_long_as_the_model_was_trained_on_unless_it_is_asked_fo
         for wanted in (None, 64)
     ]
     assert [plan.cells[0].settings["max_length"] for plan in lengths] == [16, 64]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("length")]
+    assert lines == [
+        "length  ncbi-disease: texts are cut to 16 tokens for short, which was trained on no longer"
+        " ones (usual 512)"
+    ]
 
 
 def test_a_tokenizer_that_does_not_say_how_far_it_goes_is_the_models_fault(
@@ -357,7 +362,8 @@ def test_a_model_that_transformers_cannot_read_fails_its_cell_only(
     home: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(home / "models/one", tmp_path / "broken")
-    (tmp_path / "broken/model.safetensors").write_bytes(b"no weights")
+    weights = tmp_path / "broken/model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(b'"F32"', b'"F99"', 1))
     evaluation = set_up(home, tmp_path / "run", models=[str(tmp_path / "broken")])
     with pytest.raises(CheckpointError, match="^--model: expected an encoder that transformers"):
         run_cell(evaluation.cells[0].run_dir)

@@ -7,6 +7,7 @@ from fedpipe.config.schema import DataConfig, RunConfig
 from fedpipe.data.corpus import prepare, tokenizer_info
 from fedpipe.data.tokenizer import SAMPLES, TokenizerInfo
 from fedpipe.errors import CorpusError
+from fedpipe.workflows.export import cut_texts
 from fedpipe.workflows.plan import build_plan, render
 
 BERT = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "word": 5}
@@ -198,3 +199,15 @@ def test_mask_and_padding_are_tokens_of_their_own(tmp_path):
         CorpusError, match=r"expected a pad_token of its own in .*, got the sep_tok"
     ):
         info_of(folder)
+
+
+def test_an_exported_tokenizer_cuts_texts_where_training_ended(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(SAMPLES / "tokenizer"))
+    tokenizer.backend_tokenizer.enable_truncation(max_length=512, stride=2)
+    cut_texts(tokenizer, 8)
+    tokenizer.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]
+    assert (saved["max_length"], saved["stride"]) == (8, 2)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(again("a b c d e f g h i j k", truncation=True)["input_ids"]) == 8

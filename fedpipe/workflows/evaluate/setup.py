@@ -181,6 +181,12 @@ def set_up_evaluation(
             _check_vocabulary(model, prepared)
             if model is models[0]:
                 notify(_found(place, prepared))
+            usual = place.task.defaults.max_length
+            if evaluation.max_length is None and model.usual_length < usual:
+                notify(
+                    f"length  {place.task.name}: texts are cut to {settings['max_length']} tokens"
+                    f" for {model.name}, which was trained on no longer ones (usual {usual})"
+                )
             cells += [
                 _cell(directory, model, place, seed, content, settings, prepared)
                 for seed in evaluation.seeds
