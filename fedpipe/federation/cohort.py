@@ -116,11 +116,28 @@ def plan_round(
 def client_history(
     config: RunConfig, *, before: int, blocks_per_client: Sequence[int]
 ) -> ClientHistory:
-    """Replay the draws of all rounds before ``before``."""
-    seen = [0] * len(blocks_per_client)
-    last: list[int | None] = [None] * len(blocks_per_client)
+    """Replay the draws of all rounds before ``before``; a run does so once, when it starts."""
+    none = len(blocks_per_client)
+    history = ClientHistory(blocks_seen=(0,) * none, last_round=(None,) * none)
     for round_id in range(before):
-        for turn in plan_round(config, round_id=round_id, blocks_per_client=blocks_per_client):
-            seen[turn.client_id] += turn.num_steps * config.blocks_per_step
-            last[turn.client_id] = round_id
+        turns = plan_round(config, round_id=round_id, blocks_per_client=blocks_per_client)
+        history = after_round(history, turns, round_id=round_id, config=config)
+    return history
+
+
+def after_round(
+    history: ClientHistory, turns: Sequence[Turn], *, round_id: int, config: RunConfig
+) -> ClientHistory:
+    """Add a round to what came before it.
+
+    Args:
+        history: Before the round.
+        turns: Of the round.
+        round_id: Of the round.
+        config: Batch.
+    """
+    seen, last = list(history.blocks_seen), list(history.last_round)
+    for turn in turns:
+        seen[turn.client_id] += turn.num_steps * config.blocks_per_step
+        last[turn.client_id] = round_id
     return ClientHistory(blocks_seen=tuple(seen), last_round=tuple(last))

@@ -17,8 +17,8 @@ from fedpipe.distributed.stopping import Moment
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import Watch
 from fedpipe.federation.cohort import (
-    ClientHistory,
     Turn,
+    after_round,
     client_history,
     plan_round,
     steps_per_round,
@@ -112,6 +112,9 @@ class Pretraining:
             self.position = setup.checkpoint.position
             if self.position.step and comm.is_master():
                 self._steps = self._steps_of(self.position.round_id)
+        self._history = client_history(
+            self.config, before=self.position.round_id, blocks_per_client=self.blocks
+        )
         self._resumed_at = self.position
         self._first_step_after: float | None = None
         self._round_started = time.monotonic()
@@ -135,7 +138,6 @@ class Pretraining:
         if round_id == self._resumed_at.round_id and self.setup.checkpoint:
             self._round_started -= self.setup.checkpoint.seconds
         turns = plan_round(config, round_id=round_id, blocks_per_client=self.blocks)
-        self._history = self._history_before(round_id)
         first = self._resumed_at.step if round_id == self._resumed_at.round_id else 0
         self._phase = f"round {round_id + 1}"
         if not self._train_cohort(turns, round_id=round_id, first=first):
@@ -147,6 +149,7 @@ class Pretraining:
             round_id=round_id, comm=self.comm,
         )  # fmt: skip
         sync_s = time.monotonic() - sync_started
+        self._history = after_round(self._history, turns, round_id=round_id, config=config)
         self._record_round(turns, round_id, outcome=outcome, sync=(sync_s, sync_bytes))
 
         last = round_id + 1 == config.federation.num_rounds
@@ -335,8 +338,7 @@ class Pretraining:
         replicas = self.config.federation.num_replicas
         mine = range(self.comm.replica, len(self.data.valid), replicas)
         clients = [c for c in mine if self.data.valid[c].num_blocks]
-        history = self._history_before(round_id + 1)
-        scores = self.replica.evaluate(clients, last_rounds=history.last_round)
+        scores = self.replica.evaluate(clients, last_rounds=self._history.last_round)
         gathered = self.comm.gather(scores)
         if gathered is None:
             return
@@ -385,9 +387,6 @@ class Pretraining:
         if self._writer is not None:
             self._writer.write(records)
             self._writer.flush()
-
-    def _history_before(self, round_id: int) -> ClientHistory:
-        return client_history(self.config, before=round_id, blocks_per_client=self.blocks)
 
     def _sent_in_round(self) -> dict[str, int]:
         sent = Counter(self._sent())

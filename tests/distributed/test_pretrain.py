@@ -269,6 +269,42 @@ def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(
             np.testing.assert_array_equal(tensor, finals[1][file][name], err_msg=name)
 
 
+def _count_looks_back(env: ProcessEnv, setup: RunSetup) -> tuple[int, int]:
+    """Pre-train; return how often the record was opened and how many cohorts were drawn."""
+    import sys
+
+    from fedpipe.federation import cohort
+    from fedpipe.workflows.pretrain import pretrain
+
+    opened, drawn, draw = [], [], cohort.draw_cohort
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]).endswith("metrics.jsonl"):
+            opened.append(arguments)
+
+    def drawn_again(*arguments: Any, **keywords: Any) -> Any:
+        drawn.append(keywords)
+        return draw(*arguments, **keywords)
+
+    sys.addaudithook(count)
+    cohort.draw_cohort = drawn_again
+    pretrain(setup, env=env, emit=lambda kind, record: None)
+    return len(opened), len(drawn)
+
+
+def test_a_round_costs_the_same_however_many_came_before(tmp_path: Path) -> None:
+    """The record is opened at the start only, and every cohort is drawn once."""
+    rounds = 5
+    config = tiny_config(
+        federation={"num_rounds": rounds, "num_replicas": 1, "num_local_steps": 1},
+        pipeline={"colocate": True}, checkpoint={"every_steps": 1},
+    )  # fmt: skip
+    setup = _setup(config, tiny_data(tmp_path / "data"), tmp_path / "run")
+    ((opened, drawn),) = run_distributed(_count_looks_back, 1, setup)
+    assert drawn == rounds
+    assert opened == 2, "to be written and to see whether its last line is whole"
+
+
 def test_the_ledger_of_a_local_loss_run_has_no_backward_byte(tmp_path: Path) -> None:
     records = _run(tiny_config(), tiny_data(tmp_path / "data"), tmp_path / "run")
     traffic = [r for r in records if r["kind"] == "traffic"]
