@@ -73,7 +73,8 @@ class DataConfig:
     """Training text: files or globs (.jsonl, .jsonl.gz, .txt, .txt.gz, .parquet), a save_to_disk
     folder, ``hf:NAME[:SPLIT]`` for a hub dataset, or ``packaged``."""
     valid: tuple[str, ...] = (PACKAGED,)
-    """Held-out text, same forms; partitioned by the same rule. Empty means no validation."""
+    """Held-out text, same forms; partitioned by the same rule. A client may have none of it. Empty
+    means no validation."""
     text_column: str = "text"
     """Column that holds a document; plain text files have one document per line."""
     tokenizer: str = PACKAGED
@@ -91,12 +92,13 @@ class DataConfig:
     """How documents get to clients: by the value of a column, at random, Dirichlet over a column,
     or one entry of ``data.train`` per client."""
     partition_column: str = "journal"
-    """Column for ``column`` and ``dirichlet``. More values than clients are spread by size."""
+    """Column for ``column`` and ``dirichlet``. More values than clients are spread by size; 1, "1"
+    and 1.0 are one value, and rows without a value are an owner of their own."""
     dirichlet_alpha: float = 0.5
     """Concentration of ``dirichlet``; small values give each client few column values."""
     cache_dir: str = ""
     """Where tokenised blocks are kept; empty means ``$XDG_CACHE_HOME/fedpipe``, else
-    ~/.cache/fedpipe."""
+    ~/.cache/fedpipe. New directories are readable for their owner only."""
     num_workers: int = 0
     """Tokeniser threads; 0 means one per core."""
 

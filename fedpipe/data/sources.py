@@ -101,6 +101,7 @@ def resolve(key: str, entries: tuple[str, ...]) -> tuple[Source, ...]:
     Raises:
         CorpusError: An entry names nothing, nothing readable, or something empty.
     """
+    _require_paths(key, entries)
     sources: list[Source] = []
     for index, entry in enumerate(entries):
         if entry.startswith(_HUB):
@@ -164,19 +165,37 @@ def _hub_name(key: str, entry: str) -> str:
     return f"{name}:{split or _HUB_SPLITS[key]}"
 
 
+def _require_paths(key: str, entries: tuple[str, ...]) -> None:
+    """Refuse entries that name nothing, all of them at once."""
+    missing = [
+        repr(entry)
+        for entry in entries
+        if entry != PACKAGED and not entry.startswith(_HUB) and not _could_be_there(entry)
+    ]
+    if missing:
+        does = (
+            "does not exist. Correct the path"
+            if len(missing) == 1
+            else ("do not exist. Correct the paths")
+        )
+        raise CorpusError(
+            f"{key}: expected a file or folder, got {', '.join(missing)}, which {does}."
+        )
+
+
+def _could_be_there(entry: str) -> bool:
+    return Path(entry).exists() or glob.has_magic(entry)
+
+
 def _paths(key: str, entry: str) -> list[str]:
     if Path(entry).exists():
         return [entry]
-    if glob.has_magic(entry):
-        found = sorted(glob.glob(entry, recursive=True))
-        if not found:
-            raise CorpusError(
-                f"{key}: expected files that match {entry!r}, got none. Correct the pattern."
-            )
-        return found
-    raise CorpusError(
-        f"{key}: expected a file or folder, got {entry!r}, which does not exist. Correct the path."
-    )
+    found = sorted(glob.glob(entry, recursive=True))
+    if not found:
+        raise CorpusError(
+            f"{key}: expected files that match {entry!r}, got none. Correct the pattern."
+        )
+    return found
 
 
 def _kind(key: str, path: str) -> Kind:

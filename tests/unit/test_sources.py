@@ -252,6 +252,13 @@ def test_a_folder_that_datasets_did_not_save_is_refused(tmp_path):
         prepare(config(tmp_path, train=(split,)))
 
 
+def test_all_files_that_do_not_exist_are_named_at_once(tmp_path):
+    there = write(tmp_path / "a.txt", "words")
+    message = r"data.train: expected a file or folder, got 'no', 'none', which do not exist\. Cor"
+    with pytest.raises(CorpusError, match=message):
+        resolve("data.train", ("no", there, "packaged", "none"))
+
+
 @pytest.mark.parametrize("entry", ["hf:", "hf::train", "hf:a:b:c"])
 def test_a_misspelt_hub_entry_is_refused(tmp_path, entry):
     with pytest.raises(CorpusError, match=r"data.train: expected hf:NAME or hf:NAME:SPLIT, got '"):
