@@ -227,10 +227,15 @@ def to_yaml(config: RunConfig) -> str:
     return dump(to_dict(config))
 
 
-def diff(a: RunConfig, b: RunConfig) -> list[str]:
-    """Return the dotted keys whose values differ, in the order of the schema."""
-    flat_a, flat_b = dict(_flatten(to_dict(a))), dict(_flatten(to_dict(b)))
-    return [key for key, value in flat_a.items() if value != flat_b[key]]
+def diff(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys whose values differ, in the order of the schema, with both values.
+
+    Args:
+        a: A configuration.
+        b: Another one of the same class.
+    """
+    flat_a, flat_b = dict(_flatten(_to_plain(a))), dict(_flatten(_to_plain(b)))
+    return {key: (value, flat_b[key]) for key, value in flat_a.items() if value != flat_b[key]}
 
 
 def check(config: RunConfig) -> None:

@@ -20,7 +20,7 @@ from fedpipe.data.packing import Packed, pack
 from fedpipe.data.partition import IGNORED, Documents
 from fedpipe.data.reading import Document, read
 from fedpipe.data.sources import Columns, Source
-from fedpipe.data.tokenizer import TokenizerInfo, tokenizer_files
+from fedpipe.data.tokenizer import TokenizerInfo
 from fedpipe.errors import CorpusError
 
 Progress = Callable[[str, int, int], None]
@@ -290,6 +290,6 @@ def _finish(job: Job, directory: Path, prepared: PreparedData) -> None:
     """Copy the tokenizer, so that nothing outside is needed any more, and write the manifest."""
     tokenizer_dir = directory / prepared.tokenizer_dir
     tokenizer_dir.mkdir()
-    for path in tokenizer_files(job.tokenizer):
+    for path in job.tokenizer.files():
         shutil.copyfile(path, tokenizer_dir / path.name)
     save_manifest(prepared, directory)

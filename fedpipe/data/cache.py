@@ -12,15 +12,14 @@ from pathlib import Path
 
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.identity import (
+    FileDigests,
     digest,
     file_digest,
-    file_digests,
     recall,
     remember,
     remembered_digest,
 )
 from fedpipe.data.sources import Source, data_files
-from fedpipe.data.tokenizer import TokenizerInfo, tokenizer_files
 from fedpipe.errors import CorpusError
 from fedpipe.files import sync
 
@@ -55,24 +54,23 @@ def cache_path(config: RunConfig) -> Path:
     return Path(config.data.cache_dir or usual).absolute()
 
 
-def remembered_digests(sources: tuple[Source, ...], root: Path) -> list[str] | None:
+def remembered_digests(sources: tuple[Source, ...], root: Path) -> list[FileDigests] | None:
     """Return what ``content_digests`` would, without reading; None if a file is not known."""
     digests = []
     for source in sources:
-        parts = [_hub_digest(source, root)] if source.kind == "hub" else []
+        digests.append(_of_hub(source, root))
         for path in data_files(source):
             known = remembered_digest(path, root=root)
             if known is None:
                 return None
-            parts.append(known)
-        digests.append(digest(parts))
+            digests[-1].append((Path(path).name, known))
     return digests
 
 
 def content_digests(
     sources: tuple[Source, ...], root: Path, *, progress: Callable[[int, int], None]
-) -> list[str]:
-    """Digest the content of every source; a file is read once per change.
+) -> list[FileDigests]:
+    """Digest the files of every source; a file is read once per change.
 
     A hub dataset has the fingerprint under which it was last opened, or none.
 
@@ -82,19 +80,19 @@ def content_digests(
         progress: Called with the bytes done and in all.
 
     Returns:
-        One digest per source.
+        Names and digests of each source's files, in reading order.
     """
     files = {source: data_files(source) for source in sources}
     total = sum(os.path.getsize(path) for paths in files.values() for path in paths)
     done = 0
     digests = []
     for source, paths in files.items():
-        parts = [_hub_digest(source, root)] if source.kind == "hub" else []
+        digests.append(_of_hub(source, root))
         for path in paths:
-            parts.append(file_digest(path, key=source.key, root=root))
+            content = file_digest(path, key=source.key, root=root)
+            digests[-1].append((Path(path).name, content))
             done += os.path.getsize(path)
             progress(done, total)
-        digests.append(digest(parts))
     return digests
 
 
@@ -104,15 +102,19 @@ def remember_hub(source: Source, fingerprint: str, root: Path) -> None:
 
 
 def cache_key(
-    config: RunConfig, *, tokenizer: TokenizerInfo, sources: tuple[Source, ...], digests: list[str]
+    config: RunConfig,
+    *,
+    tokenizer: FileDigests,
+    sources: tuple[Source, ...],
+    digests: list[FileDigests],
 ) -> str:
     """Digest everything that prepared text depends on: content and settings, not paths.
 
     Args:
         config: The run.
-        tokenizer: Its folder's files are part of the key.
+        tokenizer: Files of its folder.
         sources: Training and held-out sources.
-        digests: Their content.
+        digests: Their files.
 
     Returns:
         The name of the directory for this prepared text.
@@ -122,8 +124,11 @@ def cache_key(
     by_column = data.partition in ("column", "dirichlet")
     settings = {
         "format": FORMAT,
-        "sources": [[s.key, s.entry, s.kind, d] for s, d in zip(sources, digests, strict=True)],
-        "tokenizer": file_digests(tokenizer_files(tokenizer), key="data.tokenizer", root=None),
+        "sources": [
+            [source.key, source.entry, source.kind, [content for _, content in files]]
+            for source, files in zip(sources, digests, strict=True)
+        ],
+        "tokenizer": tokenizer,
         "sequence_length": data.sequence_length,
         "num_masked": data.num_masked,
         "text_column": data.text_column,
@@ -223,5 +228,10 @@ def _writing(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _hub_digest(source: Source, root: Path) -> str:
+def _of_hub(source: Source, root: Path) -> FileDigests:
+    return [(f"hf:{source.path}", hub_digest(source, root))] if source.kind == "hub" else []
+
+
+def hub_digest(source: Source, root: Path) -> str:
+    """Recall the fingerprint of a hub dataset; empty where it has never been opened."""
     return str(recall(f"hub:{source.path}", root).get("digest", ""))

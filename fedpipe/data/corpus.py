@@ -6,6 +6,9 @@ The names that the rest of fedpipe uses are all here.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.assembly import Job, Progress, Sources, assemble
@@ -25,9 +28,11 @@ from fedpipe.data.cache import (
     cache_root,
     content_digests,
     discard,
+    hub_digest,
     remember_hub,
     remembered_digests,
 )
+from fedpipe.data.identity import FileDigests, file_digests
 from fedpipe.data.reading import check, open_dataset
 from fedpipe.data.sources import Columns, Source, resolve
 from fedpipe.data.tokenizer import TokenizerInfo, tokenizer_info
@@ -35,17 +40,30 @@ from fedpipe.errors import CorpusError
 
 __all__ = [
     "BlockReader",
+    "Identity",
     "PreparedData",
     "Progress",
     "Shard",
     "TokenizerInfo",
     "check_sources",
     "find_prepared",
+    "identify",
     "load_prepared",
     "prepare",
+    "prepared_under",
     "token_counts",
     "tokenizer_info",
 ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """What the text and the tokenizer of a run are, wherever they lie."""
+
+    key: str
+    """Of the prepared text: equal ones mean equal blocks."""
+    files: dict[str, FileDigests]
+    """By ``data.train``, ``data.valid`` and ``data.tokenizer``, in reading order."""
 
 
 def check_sources(config: RunConfig) -> None:
@@ -81,24 +99,67 @@ def prepare(config: RunConfig, *, progress: Progress | None = None) -> PreparedD
     Raises:
         CorpusError: Text, tokenizer, partition or cache cannot be used.
     """
-    job = Job(
+    job = _job(config, progress)
+    key = _identify(job).key
+    if (found := prepared_under(key, root=job.root)) is not None:
+        return found
+    _check(job)
+    # Opening a hub dataset may have shown another revision than the one remembered.
+    key = _identify(job).key
+    if (found := prepared_under(key, root=job.root)) is not None:
+        return found
+    with building(job.root, key) as directory:
+        assemble(job, directory)
+    return load_prepared(str(job.root / "prepared" / key))
+
+
+def identify(config: RunConfig, *, progress: Progress | None = None) -> Identity:
+    """Find out what the text and the tokenizer of a run are now; nothing is prepared.
+
+    Args:
+        config: The run.
+        progress: Called while files are hashed.
+
+    Returns:
+        Their identity.
+
+    Raises:
+        CorpusError: A file cannot be read.
+    """
+    job = _job(config, progress)
+    _open_hub(job, [s for s in _all(job) if s.kind == "hub" and not hub_digest(s, job.root)])
+    return _identify(job)
+
+
+def prepared_under(key: str, *, root: Path) -> PreparedData | None:
+    """Find prepared text in the cache; what is damaged there is removed.
+
+    Args:
+        key: ``Identity.key``.
+        root: The cache directory.
+
+    Returns:
+        The prepared text, None where there is none.
+    """
+    directory = root / "prepared" / key
+    if not directory.exists():
+        return None
+    if (directory / MANIFEST).is_file():
+        prepared = load_prepared(str(directory))
+        if is_complete(prepared):
+            return prepared
+    discard(directory)
+    return None
+
+
+def _job(config: RunConfig, progress: Progress | None) -> Job:
+    return Job(
         config=config,
         sources=_resolve(config),
         tokenizer=tokenizer_info(config),
         root=cache_root(config),
         progress=progress or _silent,
     )
-    key = _key(job)
-    if (found := _find(job, key)) is not None:
-        return found
-    _check(job)
-    # Opening a hub dataset may have shown another revision than the one remembered.
-    key = _key(job)
-    if (found := _find(job, key)) is not None:
-        return found
-    with building(job.root, key) as directory:
-        assemble(job, directory)
-    return load_prepared(str(job.root / "prepared" / key))
 
 
 def find_prepared(config: RunConfig) -> PreparedData | None:
@@ -116,7 +177,8 @@ def find_prepared(config: RunConfig) -> PreparedData | None:
         digests = remembered_digests(every, root)
         if digests is None:
             return None
-        key = cache_key(config, tokenizer=tokenizer_info(config), sources=every, digests=digests)
+        files = _tokenizer_digests(tokenizer_info(config))
+        key = cache_key(config, tokenizer=files, sources=every, digests=digests)
         return load_prepared(str(root / "prepared" / key))
     except CorpusError:
         return None
@@ -151,18 +213,31 @@ def _all(job: Job) -> tuple[Source, ...]:
     return (*job.sources["data.train"], *job.sources["data.valid"])
 
 
-def _key(job: Job) -> str:
+def _identify(job: Job) -> Identity:
+    sources = _all(job)
     digests = content_digests(
-        _all(job), job.root, progress=lambda done, total: job.progress("hash", done, total)
+        sources, job.root, progress=lambda done, total: job.progress("hash", done, total)
     )
-    known: dict[str, Source] = {}
-    for source, digest in zip(_all(job), digests, strict=True):
+    known: dict[tuple[str, ...], Source] = {}
+    for source, own in zip(sources, digests, strict=True):
+        content = tuple(digest for _, digest in own)
         # A hub dataset that was never opened has no content yet.
-        if source.key == "data.valid" and source.kind != "hub" and digest in known:
-            raise _same_text(source, known[digest])
+        if source.key == "data.valid" and source.kind != "hub" and content in known:
+            raise _same_text(source, known[content])
         if source.key == "data.train":
-            known[digest] = source
-    return cache_key(job.config, tokenizer=job.tokenizer, sources=_all(job), digests=digests)
+            known[content] = source
+    tokenizer = _tokenizer_digests(job.tokenizer)
+    files: dict[str, FileDigests] = {key: [] for key in job.sources}
+    for source, own in zip(sources, digests, strict=True):
+        files[source.key] += own
+    return Identity(
+        key=cache_key(job.config, tokenizer=tokenizer, sources=sources, digests=digests),
+        files=files | {"data.tokenizer": tokenizer},
+    )
+
+
+def _tokenizer_digests(info: TokenizerInfo) -> FileDigests:
+    return file_digests(info.files(), key="data.tokenizer", root=None)
 
 
 def _same_text(valid: Source, train: Source) -> CorpusError:
@@ -172,27 +247,19 @@ def _same_text(valid: Source, train: Source) -> CorpusError:
     )
 
 
-def _find(job: Job, key: str) -> PreparedData | None:
-    directory = job.root / "prepared" / key
-    if not directory.exists():
-        return None
-    if (directory / MANIFEST).is_file():
-        prepared = load_prepared(str(directory))
-        if is_complete(prepared):
-            return prepared
-    discard(directory)
-    return None
-
-
 def _check(job: Job) -> None:
     """Do the quick checks, and open what only opening can check."""
     for source in _all(job):
         check(source, columns=job.columns)
-        if source.kind == "hub":
-            job.progress(f"fetch {source.path}", 0, 1)
-            dataset = open_dataset(source)
-            remember_hub(source, getattr(dataset, "_fingerprint", ""), job.root)
-            job.progress(f"fetch {source.path}", 1, 1)
+    _open_hub(job, [source for source in _all(job) if source.kind == "hub"])
+
+
+def _open_hub(job: Job, sources: Iterable[Source]) -> None:
+    for source in sources:
+        job.progress(f"fetch {source.path}", 0, 1)
+        dataset = open_dataset(source)
+        remember_hub(source, getattr(dataset, "_fingerprint", ""), job.root)
+        job.progress(f"fetch {source.path}", 1, 1)
 
 
 def _silent(phase: str, done: int, total: int) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from fedpipe.errors import CorpusError
 
 FileDigests = list[tuple[str, str]]
 """Names of files, without their folders, and the digests of their bytes."""
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
 
 # A file changed twice within the resolution of its time stamp would keep its old digest.
 _SETTLED_S = 2.0
@@ -90,6 +93,16 @@ def file_digests(paths: Iterable[str | Path], *, key: str, root: Path | None) ->
     return [(Path(path).name, file_digest(path, key=key, root=root)) for path in ordered]
 
 
+def model_files(folder: Path) -> list[Path]:
+    """List the files of a Hugging Face folder that a model is read from, the tokenizer's not."""
+    return _listed(folder, ("config.json", *_WEIGHTS))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """List the files of a Hugging Face folder that a tokenizer of any kind is read from."""
+    return _listed(folder, _TOKENIZER)
+
+
 def digest(content: object) -> str:
     """Digest what JSON can hold: SHA-256, hexadecimal."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -120,6 +133,10 @@ def remember(name: str, content: dict[str, Any], root: Path | None) -> None:
 
 def _stamp(location: str, status: os.stat_result) -> list[str | int]:
     return [location, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _listed(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
 def _memo(name: str, root: Path) -> Path:

@@ -55,6 +55,11 @@ class TokenizerInfo:
     warnings: tuple[str, ...] = ()
     """What is wrong with a small part of the vocabulary."""
 
+    def files(self) -> list[Path]:
+        """List the files of the folder that an exported model takes along."""
+        paths = (Path(self.directory, name) for name in FILES)
+        return [path for path in paths if path.is_file()]
+
 
 def tokenizer_info(config: RunConfig) -> TokenizerInfo:
     """Read the vocabulary of ``data.tokenizer``.
@@ -108,12 +113,6 @@ def tokenizer_info(config: RunConfig) -> TokenizerInfo:
         special_ids=tuple(sorted(special)),
         warnings=check_entries(ids, content, folder=folder, special=special),
     )
-
-
-def tokenizer_files(info: TokenizerInfo) -> list[Path]:
-    """List the files of a tokenizer's folder that an exported model takes along."""
-    paths = (Path(info.directory, name) for name in FILES)
-    return [path for path in paths if path.is_file()]
 
 
 def _special_names(folder: Path) -> dict[str, str]:

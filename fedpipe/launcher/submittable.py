@@ -38,7 +38,7 @@ from fedpipe.metrics.sweep_report import read_result
 from fedpipe.workflows.evaluate import gather as evaluations
 from fedpipe.workflows.evaluate.setup import read_evaluation, set_up_evaluation
 from fedpipe.workflows.reproduce.setup import plan_reproduction
-from fedpipe.workflows.run_dir import is_done, reserve, resolve_config
+from fedpipe.workflows.run_dir import check_same_content, is_done, reserve, resolve_config
 from fedpipe.workflows.sweep import gather, prepare_texts, set_up_sweep
 from fedpipe.workflows.throughput import page
 from fedpipe.workflows.throughput.report import single_replica
@@ -143,6 +143,7 @@ def pipeline_run(request: RunRequest) -> Run:
 
     arguments = (request.config_path, request.overrides, request.run_dir)
     config, run_dir, _ = resolve_config(*arguments, preset=request.preset, choose_cut=ask_the_job)
+    check_same_content(run_dir, config)
     pretrains = request.task == "pretrain"
     grid = Grid.from_config(config if pretrains else single_replica(config))
     return Run(

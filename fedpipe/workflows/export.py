@@ -28,7 +28,6 @@ from fedpipe.config.load import load_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, token_counts
-from fedpipe.data.corpus import prepare
 from fedpipe.data.validation import validation_batch
 from fedpipe.errors import CheckpointError
 from fedpipe.files import replace_folder, write_text
@@ -38,6 +37,7 @@ from fedpipe.models.lengths import longest_input, num_positions
 from fedpipe.models.split import StageSpec, merge, model_stages, part_of
 from fedpipe.models.stage import Stage, build_stage, masked_lm_class
 from fedpipe.printable import printable
+from fedpipe.workflows.run_dir import prepared_text
 
 if TYPE_CHECKING:  # its module imports scipy if it is not fedpipe.models.modeling that imports it
     from transformers import PreTrainedModel
@@ -90,7 +90,7 @@ def export_checkpoint(
         checkpoint: One of its checkpoints; None means the first weights, before any training.
         target: The folder; it has all of its files or is absent.
     """
-    data = prepare(config)
+    data = prepared_text(run_dir, config)
     shape = resolve(
         config.model,
         vocab_size=data.vocab_size,

@@ -23,18 +23,34 @@ from fedpipe.checkpoint import CHECKPOINTS, Checkpoint, Position, find_latest, s
 from fedpipe.config import load
 from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.schema import RunConfig
-from fedpipe.data.corpus import check_sources, prepare
+from fedpipe.data.cache import cache_root
+from fedpipe.data.corpus import (
+    PreparedData,
+    Progress,
+    check_sources,
+    identify,
+    prepare,
+    prepared_under,
+)
+from fedpipe.data.identity import file_digests, model_files
 from fedpipe.errors import CheckpointError
 from fedpipe.files import write_text
 from fedpipe.metrics.summary import TEXT_FILE
-from fedpipe.metrics.writer import METRICS_FILE
 from fedpipe.workflows.plan import build_plan, render
+from fedpipe.workflows.resume import (
+    DEEPSPEED_FILE,
+    INPUTS_FILE,
+    Inputs,
+    check_config,
+    check_deepspeed,
+    check_inputs,
+    has_begun,
+    may_change,
+    read_inputs,
+)
 from fedpipe.workflows.text_facts import render_text, text_facts
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "submitit")
-
-MAY_CHANGE = ("pipeline.hang_timeout_s",)
-"""Keys whose value may be another one when a run is resumed: no result depends on them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +110,9 @@ def set_up(
         even.append(config)
         return config.pipeline.cut
 
-    config, directory, resumed, plan = reserve(*arguments, preset=preset, choose_cut=ask_later)
+    config, directory, resumed, plan = reserve(
+        *arguments, preset=preset, choose_cut=ask_later, progress=progress
+    )
     on_checked()
     if even:
         cut = choose_cut(even[0])
@@ -103,6 +121,7 @@ def set_up(
     checkpoint = resume_from(directory, notify=notify) if resumed else None
     notify(plan)
     data = prepare(config, progress=progress)
+    record_inputs(directory, inputs_of(config), notify=notify)
     facts = text_facts(data)
     notify(render_text(facts))
     write_text(directory / "plan.txt", f"{plan}\n{render_text(facts)}\n")
@@ -115,6 +134,24 @@ def set_up(
         checkpoint=checkpoint,
         started_at=started_at,
     )
+
+
+def prepared_text(directory: Path, config: RunConfig) -> PreparedData:
+    """Return the text that a run has been trained on, whatever its files hold meanwhile.
+
+    Args:
+        directory: Of the run.
+        config: Its configuration.
+
+    Raises:
+        FedPipeError: The cache does not hold it any more, and the files are others.
+    """
+    before = read_inputs(directory)
+    found = prepared_under(before.prepared, root=cache_root(config)) if before else None
+    if found is not None:
+        return found
+    check_same_content(directory, config)
+    return prepare(config)
 
 
 def resume_from(directory: Path, *, notify: Callable[[str], None]) -> Checkpoint | None:
@@ -150,16 +187,18 @@ def reserve(
     *,
     preset: str | None = None,
     choose_cut: load.ChooseCut = load.keep_cut,
+    progress: Progress | None = None,
 ) -> tuple[RunConfig, Path, bool, str]:
     """Check a run and write its configuration down; whoever has the directory can then run it.
 
-    Arguments are those of ``resolve_config``.
+    Arguments are those of ``resolve_config``, and ``progress``, which is called while the files of
+    a run that has begun are hashed.
 
     Returns:
         The configuration, the directory, whether a run was there already, and the plan for people.
 
     Raises:
-        FedPipeError: Anything a user can get wrong, but for the text itself.
+        FedPipeError: Anything a user can get wrong, but for the text of a new run.
     """
     config, directory, resumed = resolve_config(
         config_path, overrides, run_dir, preset=preset, choose_cut=choose_cut
@@ -171,27 +210,71 @@ def reserve(
     check_writable(directory)
     with locked(directory):  # of a running command: its checkpoints come and go
         pass
-    if resumed and _has_begun(directory):
-        _check_same_deepspeed(directory, deepspeed_dict)
+    check_same_content(directory, config, progress=progress)
     write_text(directory / "config.yaml", load.to_yaml(config))
-    write_text(directory / "deepspeed.json", json.dumps(deepspeed_dict, indent=2) + "\n")
+    write_text(directory / DEEPSPEED_FILE, json.dumps(deepspeed_dict, indent=2) + "\n")
     write_text(directory / "plan.txt", plan + "\n")
     return config, directory, resumed, plan
 
 
-def _check_same_deepspeed(directory: Path, deepspeed_dict: dict[str, Any]) -> None:
-    """Refuse to resume with another DeepSpeed JSON under the old name."""
-    path = directory / "deepspeed.json"
-    if not path.is_file():
+def inputs_of(config: RunConfig, *, progress: Progress | None = None) -> Inputs:
+    """Find out what a run reads now: text, tokenizer and first weights.
+
+    Args:
+        config: The run.
+        progress: Called while files are hashed.
+
+    Raises:
+        CorpusError: A file cannot be read.
+    """
+    identity = identify(config, progress=progress)
+    files = dict(identity.files)
+    if config.model.path:
+        paths = model_files(Path(config.model.path).expanduser())
+        files["model.path"] = file_digests(paths, key="model.path", root=cache_root(config))
+    return Inputs(prepared=identity.key, files=files)
+
+
+def check_same_content(
+    directory: Path, config: RunConfig, *, progress: Progress | None = None
+) -> None:
+    """Refuse to go on with other text, another tokenizer, first weights or DeepSpeed JSON.
+
+    Args:
+        directory: Of a run; one that has not begun may read what it likes.
+        config: What it is to be gone on with.
+        progress: Called while files are hashed.
+
+    Raises:
+        FedPipeError: The content is another one, or cannot be read.
+    """
+    if not has_begun(directory):
         return
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    changed = [k for k in sorted(saved | deepspeed_dict) if saved.get(k) != deepspeed_dict.get(k)]
-    if changed:
-        raise CheckpointError(
-            f"{directory}: expected the DeepSpeed JSON of the run that is there, got other values "
-            f"of {', '.join(changed)} in deepspeed.config. Restore the file, or choose a new "
-            "--run-dir."
+    check_deepspeed(directory, deepspeed_config(config))
+    if (before := read_inputs(directory)) is not None:
+        check_inputs(directory, before, inputs_of(config, progress=progress))
+
+
+def record_inputs(directory: Path, now: Inputs, *, notify: Callable[[str], None]) -> None:
+    """Write down what a run begins with; one that has begun must have begun with the same.
+
+    Args:
+        directory: Of the run.
+        now: What it reads.
+        notify: Told where nobody knows what a run has begun with.
+
+    Raises:
+        CheckpointError: It has begun with something else.
+    """
+    if has_begun(directory):
+        if (before := read_inputs(directory)) is not None:
+            check_inputs(directory, before, now)
+            return
+        notify(
+            f"warning: {directory} does not say what it began with: today's text and models are"
+            f" taken for the same, and written down in {INPUTS_FILE}"
         )
+    write_text(directory / INPUTS_FILE, now.to_json())
 
 
 def resolve_config(
@@ -221,30 +304,21 @@ def resolve_config(
     directory = Path(run_dir or Path("runs") / name)
 
     def settled_or_chosen(config: RunConfig) -> tuple[int, ...]:
-        if _has_begun(directory) and os.path.isfile(directory / "config.yaml"):
-            saved_cut = load.load_config(str(directory / "config.yaml"), []).pipeline.cut
+        if has_begun(directory) and os.path.isfile(directory / "config.yaml"):
+            saved_cut = load.read_config(str(directory / "config.yaml"), []).pipeline.cut
             if len(saved_cut) == len(config.pipeline.cut):
                 return saved_cut
         return choose_cut(config)
 
     config = load.load_config(base, overrides, preset=preset, choose_cut=settled_or_chosen)
     if os.path.isfile(directory / "config.yaml"):
-        saved_config = load.load_config(str(directory / "config.yaml"), [])
-        changed = [key for key in load.diff(saved_config, config) if key not in MAY_CHANGE]
-        if changed and _has_begun(directory):
-            raise CheckpointError(
-                f"{directory}: expected the configuration of the run that is there, got other "
-                f"values of {', '.join(changed)}. Resume with --run-dir alone, or choose a "
-                "new --run-dir."
-            )
+        saved_config = load.read_config(str(directory / "config.yaml"), [])
+        if has_begun(directory):
+            free = may_change("pretrain", [directory])
+            check_config(directory, saved_config, config, may_change=free)
         return config, directory, True
     check_new(directory)
     return config, directory, False
-
-
-def _has_begun(directory: Path) -> bool:
-    """Whether a run has left more than its configuration, which nothing depends on yet."""
-    return any((directory / name).exists() for name in (METRICS_FILE, CHECKPOINTS))
 
 
 def check_new(directory: Path) -> None:

@@ -28,9 +28,10 @@ from fedpipe.metrics.sweep_report import Row, draw_sweep, read_result, short_nam
 from fedpipe.printable import printable
 from fedpipe.workflows.grid import Grid, check_grid, parse_grid
 from fedpipe.workflows.plan import build_plan
+from fedpipe.workflows.resume import check_config, may_change
 from fedpipe.workflows.run_dir import (
-    MAY_CHANGE,
     check_new,
+    check_same_content,
     check_writable,
     describe_environment,
     is_done,
@@ -117,7 +118,7 @@ def set_up_sweep(
     cells = make_cells(grid, directory / "cells", configure)
     check_distinct(cells)
     if saved is not None:
-        _check_same(directory, saved, grid, cells[0].config)
+        _check_same(directory, saved, grid, cells)
     _write(directory, grid, cells)
     return Sweep(directory=directory, grid=grid, cells=cells)
 
@@ -236,7 +237,7 @@ def _read_saved(directory: Path) -> tuple[Grid, dict[str, Any]] | None:
 
 
 def _check_same(
-    directory: Path, saved: tuple[Grid, dict[str, Any]], grid: Grid, config: RunConfig
+    directory: Path, saved: tuple[Grid, dict[str, Any]], grid: Grid, cells: Sequence[Cell]
 ) -> None:
     """Refuse another sweep than that of the directory."""
     way_out = "Continue it with --run-dir alone, or choose a new --run-dir."
@@ -245,13 +246,25 @@ def _check_same(
             f"{directory}: expected the grid of the sweep that is there, "
             f"{shlex.join(_axes(saved[0]))}, got {shlex.join(_axes(grid))}. {way_out}"
         )
-    before = load.from_dict(saved[1], source=str(directory / SWEEP_FILE))
-    changed = [key for key in load.diff(before, config) if key not in MAY_CHANGE]
-    if changed:
-        raise CheckpointError(
-            f"{directory}: expected the configuration of the sweep that is there, got other values "
-            f"of {', '.join(changed)}. {way_out}"
-        )
+    check_config(
+        directory, load.from_dict(saved[1], source=str(directory / SWEEP_FILE)), cells[0].config,
+        may_change=may_change("pretrain", [cell.run_dir for cell in cells]),
+        what="configuration of the sweep", way_out=way_out,
+    )  # fmt: skip
+    check_cells(cells)
+
+
+def check_cells(cells: Iterable[Cell]) -> None:
+    """Refuse to go on where a cell, done or not, has begun with other content than there is now.
+
+    Raises:
+        FedPipeError: There is such a cell; it is named.
+    """
+    for cell in cells:
+        try:
+            check_same_content(cell.run_dir, cell.config)
+        except FedPipeError as error:
+            raise type(error)(f"cell {cell.name}: {error}") from error
 
 
 def _axes(grid: Grid) -> list[str]:

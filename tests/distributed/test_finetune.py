@@ -405,7 +405,9 @@ def test_sequences_beyond_what_the_model_was_trained_on_are_named(
 
 def test_a_directory_with_another_run_is_refused(tmp_path: Path, base: list[str]) -> None:
     run(set_up(tmp_path, base, "federation.num_rounds=1"))
-    with pytest.raises(CheckpointError, match=r"other values of seed, method.rank\. Resume with"):
+    with pytest.raises(
+        CheckpointError, match=r"of seed \(1 instead of 0\), method.rank \(4 instead of 8\)\."
+    ):
         set_up(tmp_path, base, "federation.num_rounds=1", "seed=1", "method.rank=4")
 
 

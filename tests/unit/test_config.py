@@ -124,8 +124,11 @@ def test_yaml_lists_every_key() -> None:
 def test_diff_names_exactly_the_keys_that_differ() -> None:
     a = load_config(None, [])
     b = load_config(None, ["optimizer.lr=0.5", "federation.average.aux_head=false", "seed=9"])
-    assert diff(a, a) == []
-    assert diff(a, b) == ["seed", "federation.average.aux_head", "optimizer.lr"]
+    assert diff(a, a) == {}
+    assert diff(a, b) == {
+        "seed": (0, 9), "federation.average.aux_head": (True, False),
+        "optimizer.lr": (a.optimizer.lr, 0.5),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_the_fedbiobert_presets_differ_in_size_and_cut_only(name: str) -> None:
 
 def test_the_6_6_baseline_differs_in_objective_and_schedule_only() -> None:
     base, ours = preset("fedbert-6-6"), preset("fedbiobert-6-6")
-    assert diff(base, ours) == [
+    assert list(diff(base, ours)) == [
         "name", "pipeline.objective", "pipeline.schedule", "pipeline.micro_batch_size",
         "pipeline.num_micro_batches",
     ]  # fmt: skip
@@ -91,7 +91,7 @@ def test_the_base_model_has_the_published_parts() -> None:
 
 
 def test_fedberts_two_strategies_differ_in_the_server_only() -> None:
-    assert diff(preset("fedbert"), preset("fedbert-parallel")) == [
+    assert list(diff(preset("fedbert"), preset("fedbert-parallel"))) == [
         "name", "federation.num_replicas", "federation.server",
     ]  # fmt: skip
 

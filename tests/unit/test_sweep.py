@@ -171,7 +171,9 @@ def test_another_sweep_in_the_same_directory_is_refused(tmp_path: Path) -> None:
         CheckpointError, match=r"grid of the sweep that is there, .*seed=0,1, got seed=0,1,2\. Con"
     ):
         set_up(tmp_path, "seed=0,1,2")
-    with pytest.raises(CheckpointError, match=r"got other values of optimizer\.lr\. Continue it"):
+    with pytest.raises(
+        CheckpointError, match=r"got other values of optimizer\.lr \(1\.0 instead of .*\. Con"
+    ):
         set_up(tmp_path, overrides=("optimizer.lr=1",))
     patient = set_up(tmp_path, overrides=("pipeline.hang_timeout_s=7",))
     saved = (patient.cells[0].run_dir / "config.yaml").read_text("utf-8")

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpipe.config.half_files import check_fetched, check_weights, read_json_object
-from fedpipe.data.identity import digest, file_digests
+from fedpipe.data.identity import digest, file_digests, model_files, tokenizer_files
 from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.models.lengths import longest_input, num_positions
 
 DEFAULT = "runs/quickstart"
 """Where ``make pretrain`` leaves a model."""
 _EXPORT = "export"
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-_TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
 _FAST = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 """One of these, and transformers can make a tokenizer."""
 _USUAL_POSITIONS = 512
@@ -112,12 +110,12 @@ def _check(path: str) -> Path:
             "one that fedpipe export or save_pretrained wrote."
         )
     check_weights(folder, key="--model")
-    if not _listed(folder, _FAST):
+    if not any(path for pattern in _FAST for path in folder.glob(pattern)):
         raise CheckpointError(
             f"--model: expected a tokenizer (tokenizer.json) in {folder}, got none. Save it there "
             "with AutoTokenizer.from_pretrained(NAME).save_pretrained(DIR)."
         )
-    for file in _listed(folder, _TOKENIZER):
+    for file in tokenizer_files(folder):
         check_fetched(file, key="--model", error=CheckpointError)
     config = read_json_object(folder / "config.json", key="--model", error=CheckpointError)
     if not isinstance(config.get("model_type"), str):
@@ -130,8 +128,8 @@ def _check(path: str) -> Path:
 
 def _read(folder: Path, name: str, *, root: Path) -> ModelFolder:
     config = read_json_object(folder / "config.json", key="--model", error=CheckpointError)
-    tokenizer = _listed(folder, _TOKENIZER)
-    files = [str(folder / "config.json"), *_listed(folder, _WEIGHTS), *tokenizer]
+    tokenizer = tokenizer_files(folder)
+    files = [*model_files(folder), *tokenizer]
     positions = num_positions(config) or _USUAL_POSITIONS
     return ModelFolder(
         name=name,
@@ -142,10 +140,6 @@ def _read(folder: Path, name: str, *, root: Path) -> ModelFolder:
         num_positions=positions,
         usual_length=min(longest_input(folder, key="--model") or positions, positions),
     )
-
-
-def _listed(folder: Path, patterns: Sequence[str]) -> list[str]:
-    return sorted({str(path) for pattern in patterns for path in folder.glob(pattern)})
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,15 @@ from fedpipe.data.clients import (
     number_labels,
     tag_labels,
 )
+from fedpipe.data.identity import FileDigests, file_digests
 from fedpipe.data.tasks.encoding import Encoded, encode
 from fedpipe.data.tasks.files import find_files
-from fedpipe.data.tasks.reading import Example, read_task
+from fedpipe.data.tasks.reading import Example, hub_fingerprint, read_task
 from fedpipe.data.tasks.registry import Task, find_task, tag_names
 from fedpipe.errors import ConfigError, CorpusError
 from fedpipe.files import replace_folder
 from fedpipe.models.tuned import Kind
-from fedpipe.workflows.finetune.texts import SENTIMENT_TASKS, column_values, read_texts
+from fedpipe.workflows.finetune.texts import SENTIMENT_TASKS, column_values, read_texts, text_files
 
 DATA = "data"
 """Folder of a run with its tokenised examples."""
@@ -159,10 +161,8 @@ def prepare_examples(config: FinetuneConfig, tokenizer: Any) -> TuningData:
         CorpusError: The task's files are wrong, or there are too few examples for the clients.
     """
     task = tuning_task(config)
-    try:
+    with _named_as_task():
         splits, columns = _read(config, task)
-    except CorpusError as error:
-        raise CorpusError(str(error).replace("evaluation.data", "task.data")) from error
     limits = (config.task.max_train_examples, config.task.max_test_examples)
     chosen = [
         _drawn(len(examples), limit, seed=config.seed)
@@ -196,6 +196,34 @@ def prepare_examples(config: FinetuneConfig, tokenizer: Any) -> TuningData:
         test_sequences=[_sequences(test, mine) for mine in owned_test],
         facts=tuple(facts),
     )
+
+
+def task_content(config: FinetuneConfig) -> FileDigests:
+    """Digest the files of a task.
+
+    Args:
+        config: Names the task, and where it lies.
+
+    Raises:
+        FedPipeError: There is no such task, or its files cannot be read.
+    """
+    task = tuning_task(config)
+    with _named_as_task():
+        if task is None:
+            return file_digests(text_files(config.task), key="task.data", root=None)
+        files = find_files(task, config.task.data, alone=True)
+        if files.format == "hub":
+            return [(files.folder, hub_fingerprint(files))]
+        return file_digests(files.paths(), key="task.data", root=None)
+
+
+@contextmanager
+def _named_as_task() -> Iterator[None]:
+    """Name the key as it is called in fine-tuning."""
+    try:
+        yield
+    except CorpusError as error:
+        raise CorpusError(str(error).replace("evaluation.data", "task.data")) from error
 
 
 def _read(

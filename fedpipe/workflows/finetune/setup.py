@@ -19,29 +19,45 @@ from fedpipe.config.finetune import (
     load_finetune,
 )
 from fedpipe.config.half_files import check_fetched, check_weights
+from fedpipe.data.identity import file_digests, model_files, tokenizer_files
+from fedpipe.data.tasks.prepare import FORMAT
 from fedpipe.data.tokenizer import FILES, SAMPLES
-from fedpipe.errors import CheckpointError, ConfigError, CorpusError
+from fedpipe.errors import ConfigError, CorpusError
 from fedpipe.files import write_text
-from fedpipe.metrics.writer import METRICS_FILE
 from fedpipe.models.lengths import longest_input, num_positions
 from fedpipe.models.lower import check_first_layer
 from fedpipe.models.peft import Counts, attach, load_adapter, trainable
 from fedpipe.models.tuned import build_model, check_family
 from fedpipe.models.tuned_stage import check_cut
-from fedpipe.workflows.finetune.examples import DATA, TuningData, kind_of, prepare_examples
+from fedpipe.workflows.finetune.examples import (
+    DATA,
+    TuningData,
+    kind_of,
+    prepare_examples,
+    task_content,
+)
 from fedpipe.workflows.finetune.plan import render_plan
+from fedpipe.workflows.resume import (
+    DEEPSPEED_FILE,
+    Inputs,
+    check_config,
+    check_deepspeed,
+    check_inputs,
+    has_begun,
+    may_change,
+    read_inputs,
+)
 from fedpipe.workflows.run_dir import (
     check_new,
     check_writable,
     describe_environment,
     locked,
+    record_inputs,
     resume_from,
 )
 
 UNTRAINED = "untrained"
 """Value of ``model.path``: the quick start's model with random weights, packaged tokenizer."""
-MAY_CHANGE = ("hang_timeout_s", "federation.num_replicas")
-"""Keys that may have other values when a run is resumed: no result depends on them."""
 _QUICKSTART_EXPORT = Path("runs/quickstart/export")
 
 
@@ -96,16 +112,20 @@ def set_up_finetune(
     check_first_layer(model_config, config.method.first_layer)
     if config.is_cut:
         check_cut(model_config, config.pipeline.cut[-1])
-        engine_config(config.deepspeed.config, config.stages)  # read, and refused if it is wrong
+    deepspeed_dict = _deepspeed(config)
     check_writable(directory)
     with locked(directory):  # of a running command: its checkpoints come and go
         pass
+    check_same_tuning(directory, config)
     data = prepare_examples(config, tokenizer)
     check_lengths(config, data, model_config)
     counts, trained = count_parameters(config, model_config, data)
     plan = render_plan(config, data, counts, trained=trained, model_config=model_config)
     write_text(directory / "config.yaml", finetune_yaml(config))
+    if config.is_cut:
+        write_text(directory / DEEPSPEED_FILE, json.dumps(deepspeed_dict, indent=2) + "\n")
     write_text(directory / "plan.txt", plan + "\n")
+    record_inputs(directory, tuning_inputs(config), notify=notify)
     write_text(directory / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
     data.save(directory / DATA)
     checkpoint = resume_from(directory, notify=notify) if resumed else None
@@ -146,35 +166,57 @@ def resolve_finetune(
     config = load_finetune(base, overrides, preset=preset)
     directory = Path(run_dir or Path("runs") / config.name)
     own = directory / "config.yaml"
-    begun = any((directory / name).exists() for name in (METRICS_FILE, CHECKPOINTS))
-    if os.path.isfile(own) and begun:
+    if os.path.isfile(own) and has_begun(directory):
         before = load_finetune(str(own), [])
         path = before.model.path if config.model.path == QUICKSTART else config.model.path
         config = replace(config, model=replace(config.model, path=path))
-        changed = [key for key in changed_keys(before, config) if key not in MAY_CHANGE]
-        if changed:
-            raise CheckpointError(
-                f"{directory}: expected the configuration of the run that is there, got other"
-                f" values of {', '.join(changed)}. Resume with --run-dir alone, or choose a new"
-                " --run-dir."
-            )
+        check_config(directory, before, config, may_change=may_change("finetune", [directory]))
         return config, directory, True
     if not os.path.isfile(own):
         check_new(directory)
     return replace(config, model=replace(config.model, path=_model_path(config))), directory, False
 
 
-def changed_keys(a: FinetuneConfig, b: FinetuneConfig) -> list[str]:
-    """Return the dotted keys whose values differ."""
-    lines = [finetune_yaml(config).splitlines() for config in (a, b)]
-    section, changed = "", []
-    for one, other in zip(*lines, strict=True):
-        key = one.split(":")[0]
-        if not key.startswith(" "):
-            section = key
-        if one != other:
-            changed.append(key if key == section else f"{section}.{key.strip()}")
-    return changed
+def check_same_tuning(directory: Path, config: FinetuneConfig) -> None:
+    """Refuse to go on with another task, base model, adapter or DeepSpeed JSON.
+
+    Args:
+        directory: Of a run; one that has not begun may read what it likes.
+        config: What it is to be gone on with.
+
+    Raises:
+        FedPipeError: The content is another one, or cannot be read.
+    """
+    if not has_begun(directory):
+        return
+    check_deepspeed(directory, _deepspeed(config))
+    if (before := read_inputs(directory)) is not None:
+        check_inputs(directory, before, tuning_inputs(config))
+
+
+def tuning_inputs(config: FinetuneConfig) -> Inputs:
+    """Find out what a fine-tuning reads now: examples, base model with tokenizer, adapter.
+
+    Raises:
+        FedPipeError: A file cannot be read.
+    """
+    path = config.model.path
+    base = SAMPLES / "tokenizer" if path == UNTRAINED else Path(path)
+    files = {
+        "task.data": task_content(config),
+        "model.path": file_digests(
+            [*model_files(base), *tokenizer_files(base)], key="model.path", root=None
+        ),
+    }
+    if config.method.path:
+        adapter = sorted(file for file in Path(config.method.path).rglob("*") if file.is_file())
+        files["method.path"] = file_digests(adapter, key="method.path", root=None)
+    return Inputs(prepared=f"examples-{FORMAT}", files=files)
+
+
+def _deepspeed(config: FinetuneConfig) -> dict[str, Any]:
+    """Return what the stages' engines are given; empty without a cut."""
+    return engine_config(config.deepspeed.config, config.stages) if config.is_cut else {}
 
 
 def _model_path(config: FinetuneConfig) -> str:

@@ -59,12 +59,22 @@ def read_texts(
         CorpusError: A file is missing or cannot be read.
     """
     splits, columns = [], []
-    for names in (_TRAIN, _TEST):
-        rows = _rows(_find(Path(task.data), names))
+    for path in text_files(task):
+        rows = _rows(path)
         splits.append([Example((_text(row, where),), 0) for where, row in rows])
         if task.column:
             columns.append([_owner(row, task.column, where) for where, row in rows])
     return splits, (columns[0], columns[1]) if columns else None
+
+
+def text_files(task: TaskConfig) -> tuple[Path, Path]:
+    """Find the files of a language-model task: training texts, and held-out ones.
+
+    Raises:
+        CorpusError: One is missing.
+    """
+    folder = Path(task.data)
+    return _find(folder, _TRAIN), _find(folder, _TEST)
 
 
 def _find(folder: Path, names: Sequence[str]) -> Path:

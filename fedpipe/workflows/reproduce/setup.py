@@ -14,16 +14,17 @@ from fedpipe.config.schema import RunConfig
 from fedpipe.data.corpus import check_sources
 from fedpipe.data.tasks.files import find_files
 from fedpipe.data.tasks.registry import find_task
-from fedpipe.errors import CheckpointError, FedPipeError
+from fedpipe.errors import FedPipeError
 from fedpipe.files import write_text
 from fedpipe.workflows.plan import build_plan
 from fedpipe.workflows.reproduce.variants import Variant, make_variants
-from fedpipe.workflows.run_dir import MAY_CHANGE, check_new, check_writable, is_done
-from fedpipe.workflows.sweep import Cell, write_configs
+from fedpipe.workflows.resume import check_config, may_change
+from fedpipe.workflows.run_dir import check_new, check_writable, is_done
+from fedpipe.workflows.sweep import Cell, check_cells, write_configs
 
 SETTINGS_FILE = "reproduce.yaml"
 """The whole configuration of a reproduction."""
-MODELS, EVALUATION = "models", "evaluation"
+CELLS, MODELS, EVALUATION = "cells", "models", "evaluation"
 UNTRAINED = "untrained"
 TASKS = (
     "bc2gm", "bc5cdr-chemical", "bc5cdr-disease", "ncbi-disease", "jnlpba", "ddi", "gad",
@@ -138,6 +139,7 @@ def plan_reproduction(
         for seed in config.reproduce.seeds
         for variant in variants
     )
+    check_cells(run.cell for run in runs)
     return Reproduction(
         experiment=experiment, directory=directory, config=config, variants=variants, runs=runs
     )
@@ -169,16 +171,14 @@ def _cell(directory: Path, variant: Variant, seed: int) -> Cell:
         build_plan(config)
     except FedPipeError as error:
         raise type(error)(f"{variant.name}: {error}") from error
-    return Cell(name=name, overrides=(), run_dir=directory / "cells" / name, config=config)
+    return Cell(name=name, overrides=(), run_dir=directory / CELLS / name, config=config)
 
 
 def _check_same(directory: Path, before: ReproductionConfig, now: ReproductionConfig) -> None:
     """Refuse another reproduction than that of the directory; its evaluation may be another."""
-    free = (*MAY_CHANGE, "evaluation.")
-    changed = [key for key in load.diff(before, now) if not key.startswith(free)]
-    if changed:
-        raise CheckpointError(
-            f"{directory}: expected the settings of the reproduction that is there, got other "
-            f"values of {', '.join(changed)}. Continue it with --run-dir alone, or choose a new "
-            "--run-dir."
-        )
+    free = may_change("pretrain", directory.glob(f"{CELLS}/*"))
+    check_config(
+        directory, before, now, may_change=(*free, "evaluation."),
+        what="settings of the reproduction",
+        way_out="Continue it with --run-dir alone, or choose a new --run-dir.",
+    )  # fmt: skip

@@ -1,0 +1,417 @@
+"""Runs that are gone on with where what they read has moved, been touched, or become another."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from fedpipe.config.schema import RunConfig
+from fedpipe.data import cache
+from fedpipe.distributed.env import ProcessEnv
+from fedpipe.errors import CheckpointError
+from fedpipe.launcher.external import RunRequest
+from fedpipe.launcher.local import pretrain
+from fedpipe.launcher.submittable import pipeline_run
+from fedpipe.launcher.throughput import throughput
+from fedpipe.metrics.writer import read_metrics
+from fedpipe.workflows.finetune.finish import export_finetuned
+from fedpipe.workflows.finetune.run import finetune
+from fedpipe.workflows.finetune.setup import FinetuneSetup, set_up_finetune
+from fedpipe.workflows.reproduce.setup import Reproduction, plan_reproduction
+from fedpipe.workflows.resume import INPUTS_FILE, MAY_CHANGE
+from fedpipe.workflows.run_dir import RunSetup, inputs_of, prepared_text, record_inputs, set_up
+from fedpipe.workflows.sweep import Sweep, set_up_sweep
+from fedpipe.workflows.throughput.report import ThroughputSettings
+from tests.helpers.distributed import run_distributed
+from tests.helpers.tuned import small_folder, small_task
+
+TIMES = ("seconds", "tokens_per_s", "sync_s", "memory_bytes")
+SIZES = (
+    "model.family=bert", "data.sequence_length=32", "data.partition=iid",
+    "pipeline.cut=[1]", "pipeline.colocate=true", "pipeline.micro_batch_size=4",
+    "pipeline.num_micro_batches=1", "federation.num_clients=2", "federation.num_replicas=1",
+    "federation.clients_per_round=2", "federation.num_rounds=2", "federation.num_local_steps=2",
+    "log.tensorboard=false",
+)  # fmt: skip
+TUNING = (
+    "task.name=imdb", "task.max_length=12", "batch_size=8", "pipeline.cut=[1]",
+    "pipeline.colocate=true", "federation.num_clients=2", "federation.clients_per_round=2",
+    "federation.num_replicas=1", "federation.num_rounds=2",
+)  # fmt: skip
+
+
+class _Killed(Exception):
+    pass
+
+
+def write_texts(folder: Path) -> Path:
+    """Write texts, and a model with its tokenizer; nothing in them says where they are."""
+    small_folder(folder / "model")
+    shutil.copytree(folder / "model", folder / "tokenizer")
+    for name in ("train", "valid"):
+        (folder / name).mkdir()
+    words = ["bad poor dull worse", "good fine great better", "poor fine bad good"]
+    for name, line in zip("abc", words, strict=True):
+        (folder / "train" / f"{name}.txt").write_text(f"{line} {line}\n" * 60)
+    (folder / "valid" / "d.txt").write_text("good great bad poor dull fine\n" * 40)
+    (folder / "engine.json").write_text('{"zero_optimization": {"stage": 0}}')
+    return folder
+
+
+def places(folder: Path) -> dict[str, str]:
+    """What a pre-training is told of where ``write_texts`` has written."""
+    return {
+        "data.train": f"[{folder}/train/*.txt]", "data.valid": f"[{folder}/valid/*.txt]",
+        "data.tokenizer": str(folder / "tokenizer"), "model.path": str(folder / "model"),
+        "deepspeed.config": str(folder / "engine.json"), "data.cache_dir": str(folder / "cache"),
+    }  # fmt: skip
+
+
+def options(values: dict[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def go_on(run_dir: Path, *overrides: str, notify: Any = None) -> RunSetup:
+    return set_up(None, overrides, str(run_dir), notify=notify or (lambda line: None))
+
+
+def outcome(run_dir: Path) -> tuple[list[str], dict[str, bytes]]:
+    """Every record without wall times, and the last weights."""
+    lines = [
+        str(sorted((k, v) for k, v in record.items() if k not in TIMES))
+        for record in read_metrics(run_dir / "metrics.jsonl")
+        if record["kind"] != "system"
+    ]
+    last = max((run_dir / "checkpoints").glob("round_*"))
+    assert last.name == "round_000002"
+    return sorted(lines), {file.name: file.read_bytes() for file in last.glob("*.safetensors")}
+
+
+def until_round(number: int) -> Callable[[str, Any], None]:
+    """Kill a run as it has trained a round, before that is saved."""
+
+    def emit(kind: str, record: Any) -> None:
+        if kind == "round" and record["round"] == number:
+            raise _Killed
+
+    return emit
+
+
+def _pretrain(env: ProcessEnv, setup: RunSetup, number: int) -> None:
+    from fedpipe.workflows.pretrain import pretrain
+
+    try:
+        pretrain(setup, env=env, emit=until_round(number))
+    except _Killed:
+        return
+
+
+def train(setup: RunSetup, *, killed_in_round: int = -1) -> None:
+    run_distributed(_pretrain, 1, setup, killed_in_round)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
+    """A run of two rounds; not exported."""
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train(set_up(None, [*SIZES, *options(places(texts))], str(run_dir), notify=lambda line: None))
+    return run_dir
+
+
+def test_whatever_may_change_does_not_change_a_run(
+    texts: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    here = shutil.copytree(texts, tmp_path / "here")
+    run_dir = tmp_path / "run"
+    train(go_on(run_dir, *SIZES, *options(places(here))), killed_in_round=1)
+    for path in here.rglob("*"):
+        path.touch()
+    go_on(run_dir)
+    here.rename(tmp_path / "there")
+    shutil.rmtree(tmp_path / "there/cache")
+    changes = places(tmp_path / "there") | {"pipeline.hang_timeout_s": "7"}
+    assert changes.keys() == set(MAY_CHANGE["pretrain"])
+    resumed = go_on(run_dir, *options(changes))
+    assert resumed.checkpoint is not None and resumed.hang_timeout_s == 7
+    train(resumed)
+    assert outcome(run_dir) == outcome(undisturbed)
+
+
+def written(run_dir: Path) -> dict[Path, int]:
+    """When every file of a run was written, but for its lock."""
+    return {
+        path: path.stat().st_mtime_ns
+        for path in run_dir.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def correct(path: Path) -> None:
+    """Replace a word by another one, and copy the time as well."""
+    status = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"poor", b"peer", 1))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def exchange(folder: Path) -> None:
+    for source, target in ("az", "ba", "zb"):
+        (folder / f"{source}.txt").rename(folder / f"{target}.txt")
+
+
+OTHER_CONTENT: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "corrected": (lambda f: correct(f / "train/a.txt"), r"data\.train \(a\.txt has changed\)"),
+    "gone": (lambda f: (f / "train/b.txt").unlink(), r"data\.train \(b\.txt is gone\)"),
+    "new": (
+        lambda f: (f / "train/e.txt").write_text("dull fine\n" * 40),
+        r"data\.train \(e\.txt is new\)",
+    ),
+    "exchanged": (
+        lambda f: exchange(f / "train"),
+        r"data\.train \(the same files in another order\)",
+    ),
+    "held out": (lambda f: correct(f / "valid/d.txt"), r"data\.valid \(d\.txt has changed\)"),
+    "tokenizer": (
+        lambda f: correct(f / "tokenizer/tokenizer.json"),
+        r"data\.tokenizer \(tokenizer\.json has changed\)",
+    ),
+    "weights": (
+        lambda f: small_folder(f / "model", seed=1),
+        r"model\.path \(model\.safetensors has changed\)",
+    ),
+    "two": (
+        lambda f: [correct(f / "train/a.txt"), small_folder(f / "model", seed=1)],
+        r"data\.train \(a\.txt has changed\), model\.path \(model\.safetensors has changed\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_CONTENT)
+def test_a_run_that_has_begun_refuses_other_content_and_names_the_files(
+    texts: Path, undisturbed: Path, tmp_path: Path, case: str
+) -> None:
+    change, named = OTHER_CONTENT[case]
+    change(shutil.copytree(texts, tmp_path / "texts"))
+    before = written(undisturbed)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"expected the content that the run began with, got another one of {named}\. Rest",
+    ):
+        go_on(undisturbed, *options(places(tmp_path / "texts")))
+    assert written(undisturbed) == before
+
+
+def test_no_command_takes_a_finished_run_for_one_of_other_text(
+    texts: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(undisturbed, tmp_path / "run")
+    (run_dir / "export").mkdir()
+    (run_dir / "report.html").touch()
+    correct(shutil.copytree(texts, tmp_path / "texts") / "train/a.txt")
+    arguments = (None, options(places(tmp_path / "texts")), str(run_dir))
+    request = RunRequest(overrides=arguments[1], run_dir=arguments[2])
+    for command in (
+        lambda: pretrain(*arguments), lambda: pipeline_run(request),
+        lambda: throughput(*arguments, settings=ThroughputSettings()),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=r"got another one of data\.train \(a\.txt has"):
+            command()
+
+
+def test_text_that_is_prepared_in_another_way_is_refused(
+    texts: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
+    with pytest.raises(CheckpointError, match=r"got the same files prepared in another way\. Go"):
+        go_on(undisturbed)
+
+
+def test_a_run_that_has_not_said_what_it_began_with_says_so_once(
+    texts: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(undisturbed, tmp_path / "run")
+    (run_dir / INPUTS_FILE).unlink()
+    moved = options(places(shutil.copytree(texts, tmp_path / "texts")))
+    with pytest.raises(CheckpointError, match=r"got other values of model\.path \(.*, data\.train"):
+        go_on(run_dir, *moved)
+    said: list[str] = []
+    for overrides in ([], moved):
+        go_on(run_dir, *overrides, notify=said.append)
+    (warning,) = (line for line in said if line.startswith("warning: "))
+    assert f"{run_dir} does not say what it began with" in warning
+
+
+def test_a_finished_model_is_exported_with_the_text_of_its_run(
+    texts: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Whoever changes text while a run trains on it still gets what was trained."""
+    here = shutil.copytree(texts, tmp_path / "texts")
+    run_dir = shutil.copytree(undisturbed, tmp_path / "run")
+    config = go_on(run_dir, *options(places(here))).config
+    used = prepared_text(run_dir, config)
+    correct(here / "train/a.txt")
+    assert prepared_text(run_dir, config) == used
+    shutil.rmtree(here / "cache")
+    with pytest.raises(
+        CheckpointError, match=r"got another one of data\.train \(a\.txt has changed"
+    ):
+        prepared_text(run_dir, config)
+
+
+def begin(config: RunConfig, run_dir: Path) -> None:
+    record_inputs(run_dir, inputs_of(config), notify=lambda line: None)
+    (run_dir / "metrics.jsonl").touch()
+
+
+def test_a_sweep_does_not_mix_cells_of_two_texts(texts: Path, tmp_path: Path) -> None:
+    here = shutil.copytree(texts, tmp_path / "here")
+
+    def sweep(*overrides: str) -> Sweep:
+        return set_up_sweep(None, overrides, [], str(tmp_path / "sweep"), preset=None)
+
+    first = set_up_sweep(
+        None, [*SIZES, *options(places(here))], ["seed=0,1"], str(tmp_path / "sweep"), preset=None
+    )
+    begin(first.cells[1].config, first.cells[1].run_dir)
+    there = here.rename(tmp_path / "there")
+    moved = sweep(*options(places(there)))
+    assert moved.cells[0].config.data.train == (f"{there}/train/*.txt",)
+    correct(there / "train/c.txt")
+    with pytest.raises(CheckpointError, match=r"^cell seed=1: .* of data\.train \(c\.txt has cha"):
+        sweep()
+
+
+def test_a_reproduction_does_not_mix_runs_of_two_texts(texts: Path, tmp_path: Path) -> None:
+    here = shutil.copytree(texts, tmp_path / "here")
+
+    def plan(folder: Path) -> Reproduction:
+        own = [o for o in options(places(folder)) if o.startswith(("data.train", "data.valid"))]
+        return plan_reproduction(
+            "fedbiobert", None, [*own, f"data.cache_dir={folder}/cache"], str(tmp_path / "run"),
+            data=None, seeds=None,
+        )  # fmt: skip
+
+    first = plan(here)
+    first.write()
+    cell = first.runs[0].cell
+    begin(cell.config, cell.run_dir)
+    there = here.rename(tmp_path / "there")
+    plan(there).write()
+    correct(there / "train/c.txt")
+    with pytest.raises(CheckpointError, match=rf"^cell {cell.name}: .*\(c\.txt has changed\)"):
+        plan(there)
+
+
+# -- fine-tuning -----------------------------------------------------------------------------------
+
+
+def tuning_places(folder: Path) -> dict[str, str]:
+    return {
+        "model.path": str(folder / "model"), "task.data": str(folder / "task"),
+        "method.path": str(folder / "adapter"), "deepspeed.config": str(folder / "engine.json"),
+    }  # fmt: skip
+
+
+def tune_on(run_dir: Path, *overrides: str, notify: Any = None) -> FinetuneSetup:
+    return set_up_finetune(None, overrides, str(run_dir), notify=notify or (lambda line: None))
+
+
+def tune(setup: FinetuneSetup, *, killed_in_round: int = -1) -> None:
+    alone = ProcessEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, rendezvous="")
+    with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):
+        try:
+            finetune(setup, env=alone, emit=until_round(killed_in_round))
+        except _Killed:
+            return
+
+
+@pytest.fixture(scope="module")
+def tuning(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a task, an adapter to start from and a DeepSpeed JSON."""
+    folder = tmp_path_factory.mktemp("tuning")
+    small_folder(folder / "model")
+    small_task(folder / "task")
+    (folder / "engine.json").write_text('{"zero_optimization": {"stage": 0}}')
+    begin_from = tune_on(
+        folder / "run", *TUNING, "federation.num_rounds=1",
+        *(o for o in options(tuning_places(folder)) if not o.startswith("method.path")),
+    )  # fmt: skip
+    tune(begin_from)
+    export_finetuned(folder / "run")
+    (folder / "run/adapter").rename(folder / "adapter")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, tuning: Path) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    tune(tune_on(run_dir, *TUNING, *options(tuning_places(tuning))))
+    return run_dir
+
+
+def test_whatever_may_change_does_not_change_a_fine_tuning(
+    tuning: Path, tuned: Path, tmp_path: Path
+) -> None:
+    here, run_dir = shutil.copytree(tuning, tmp_path / "here"), tmp_path / "run"
+    tune(tune_on(run_dir, *TUNING, *options(tuning_places(here))), killed_in_round=1)
+    for path in here.rglob("*"):
+        path.touch()
+    tune_on(run_dir)
+    changes = tuning_places(here.rename(tmp_path / "there")) | {"hang_timeout_s": "7"}
+    assert changes.keys() == set(MAY_CHANGE["finetune"])
+    resumed = tune_on(run_dir, *options(changes))
+    assert resumed.checkpoint is not None and resumed.hang_timeout_s == 7
+    tune(resumed)
+    assert outcome(run_dir) == outcome(tuned)
+
+
+def flip(path: Path) -> None:
+    """Give the first example the other label; size and time stay."""
+    status, (first, rest) = path.stat(), path.read_text().split("\n", 1)
+    row = json.loads(first)
+    path.write_text(json.dumps(row | {"label": 1 - row["label"]}) + "\n" + rest)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda f: flip(f / "task/imdb.test.jsonl"), r"task\.data \(imdb\.test\.jsonl has ch.*\)"),
+        (
+            lambda f: small_folder(f / "model", seed=1),
+            r"model\.path \(model\.safetensors has changed\)",
+        ),
+        (
+            lambda f: correct(f / "model/tokenizer.json"),
+            r"model\.path \(tokenizer\.json has changed\)",
+        ),
+        (
+            lambda f: (f / "adapter/README.md").write_text("another"),
+            r"method\.path \(README\.md is new\)",
+        ),
+        (
+            lambda f: (f / "engine.json").write_text('{"zero_optimization": {"stage": 1}}'),
+            r"zero_optimization in deepspeed\.config",
+        ),
+    ],
+    ids=["labels", "weights", "tokenizer", "adapter", "deepspeed"],
+)  # fmt: skip
+def test_a_fine_tuning_that_has_begun_refuses_other_content_and_names_it(
+    tuning: Path, tuned: Path, tmp_path: Path, change: Callable[[Path], Any], named: str
+) -> None:
+    change(shutil.copytree(tuning, tmp_path / "tuning"))
+    before = written(tuned)
+    with pytest.raises(CheckpointError, match=rf"expected the .*, got .* of {named}\. Restore"):
+        tune_on(tuned, *options(tuning_places(tmp_path / "tuning")))
+    assert written(tuned) == before
