@@ -85,8 +85,8 @@ def add_comparison(command: argparse.ArgumentParser) -> None:
         "--compare",
         metavar="RUN",
         nargs=2,
-        help="paired differences between two evaluations (RUN:MODEL where one has several);"
-        " starts nothing",
+        help="differences between two evaluations (RUN:MODEL where one has several, RUN:MODEL,MODEL"
+        " for one method with several seeds of pre-training); starts nothing",
     )
 
 

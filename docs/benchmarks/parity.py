@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import math
 import multiprocessing
 import statistics
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 
 from fedpipe.config.load import from_dict
 from fedpipe.config.schema import RunConfig
+from fedpipe.metrics.intervals import student_half_width
 
 ONE_CLIENT: dict[str, dict[str, Any]] = {
     "federation": {"num_clients": 1, "clients_per_round": 1, "num_replicas": 1},
@@ -86,8 +86,6 @@ CURVES = {
 Run = dict[str, Any]
 Runs = dict[str, dict[int, Run]]
 """By label and seed."""
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Student's t at 97.5 % for n - 1 degrees of freedom."""
 
 
 def methods() -> dict[str, Any]:
@@ -286,7 +284,7 @@ def _sd(values: list[float]) -> float:
 
 def _half_width(values: list[float]) -> float:
     """Half of the 95 % interval of a mean; 0 where one value gives none."""
-    return T_95[len(values)] * _sd(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return student_half_width(values) or 0.0
 
 
 def _gap(gaps: list[float]) -> str:

@@ -37,6 +37,17 @@ def percent(value: Any, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}" if is_number(value) else MISSING
 
 
+def signed(found: Content) -> str:
+    """Write a difference of scores with its interval; one that stands out of a table is strong."""
+    if not is_number(found["value"]):
+        return MISSING
+    text = f"{100 * found['value']:+.1f}"
+    if found["interval"]:
+        low, high = found["interval"]
+        text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return Strong(text) if found["stands_out"] else text
+
+
 def outcome_text(result: Content) -> str:
     """Say what a cell has reached, in a few words."""
     scores = [
@@ -113,9 +124,16 @@ def notes(content: Content) -> list[str]:
     """Say what has to be known to read the table, one sentence each."""
     found = [
         "Scores times 100: mean over the seeds, sd their standard deviation (n - 1), in brackets a "
-        f"95 % percentile bootstrap interval of the mean over {content['num_draws']:,} resampled "
+        f"95 % interval of the mean, {content['intervals']}; {content['num_draws']:,} resampled "
         "test sets. No class is weighted, as in the reference evaluations.",
+        "Each model is one pre-training: an interval says nothing of another that the same method "
+        "would train.",
     ]
+    if len(content["models"]) > 1:
+        found.append(
+            "The best mean of a row stands out, by however little; fedpipe evaluate --compare tests"
+            " differences."
+        )
     tasks = content["tasks"]
     published = [task["name"] for task in tasks if task["test_split"] == "dev"]
     if published:

@@ -16,7 +16,6 @@ from fedpipe.metrics.document import (
     Figure,
     Heading,
     Paragraph,
-    Strong,
     Table,
     aligned,
 )
@@ -31,7 +30,7 @@ from fedpipe.metrics.drawing import (
     VERMILLION,
     Draw,
 )
-from fedpipe.metrics.evaluation_report import percent
+from fedpipe.metrics.evaluation_report import percent, signed
 from fedpipe.metrics.format import MISSING, count, duration, is_number, number
 from fedpipe.metrics.sections import environment_rows
 
@@ -161,21 +160,10 @@ def differences_table(content: Content) -> Table:
     rows = []
     for task in content["tasks"]:
         cells = [found[v["name"], task["name"]] for v in own]
-        rows.append(
-            (task["name"], "last", *(_signed(c["last"], c["last_interval"]) for c in cells))
-        )
-        rows.append(("", "all", *(_signed(c["all"], c["all_interval"]) for c in cells)))
+        rows.append((task["name"], "last", *(signed(cell["last"]) for cell in cells)))
+        rows.append(("", "all", *(signed(cell["all"]) for cell in cells)))
     columns = ("task", "rounds", *(v["title"] for v in own))
     return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(2, len(columns))))
-
-
-def _signed(value: float, interval: Sequence[float] | None) -> str:
-    text = f"{100 * value:+.1f}"
-    if interval is None:
-        return text
-    low, high = interval
-    text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return Strong(text) if low > 0 or high < 0 else text
 
 
 def scores_table(content: Content) -> Table:
@@ -223,8 +211,8 @@ def notes(content: Content) -> list[str]:
         "A speed-up is FedBERT's time to its best score over the time in which fedpipe reaches "
         "that score: on the line between two rounds, at the earliest after the first. Mean and "
         "peak are over the tasks on which it does (their number in brackets). never: not within "
-        "the same tokens; not learnt: FedBERT's best score is not above the untrained "
-        "model's by a 95 % interval of their difference.",
+        "the same tokens; not learnt: FedBERT's mean score over all rounds is not above the "
+        "untrained model's by a 95 % interval of their difference, of which none is chosen.",
     ]
     if shared:
         who = "; ".join(f"{', '.join(names)}: {title}" for title, names in shared.items())
@@ -241,33 +229,48 @@ def notes(content: Content) -> list[str]:
             f"{names}: measured for {rounds} of {count(content['num_rounds'], 'round')}; every "
             "round is the same work, so the clock goes on with the mean of these."
         )
-    if len(content["seeds"]) * len(content["evaluation_seeds"]) == 1:
-        found.append(
-            "One seed of pre-training and of fine-tuning: intervals cover the test examples alone, "
-            "not how training varies."
-        )
     if content["tasks_from"] == "packaged":
         found.append("The task is the packaged slice, which shows that everything works.")
     return found
 
 
 def below(content: Content) -> str:
-    """Say on which tasks fedpipe is below FedBERT at equal tokens by more than chance."""
+    """Say on which tasks fedpipe differs from FedBERT at equal tokens, and how sure that is."""
     titles = {v["name"]: v["title"] for v in content["variants"]}
-    parts = []
-    for key, when in (("last_interval", "after the last round"), ("all_interval", "over all")):
-        worse = [d for d in content["differences"] if d[key] is not None and d[key][1] < 0]
-        better = [d for d in content["differences"] if d[key] is not None and d[key][0] > 0]
-        listed = ", ".join(f"{titles[d['variant']]} on {d['task']}" for d in worse) or "none"
-        parts.append(
-            f"{when}: {len(better)} of {len(content['differences'])} differences above 0, below 0 "
-            f"{listed}"
-        )
-    return (
-        "fedpipe minus FedBERT after the same tokens, scores times 100, with 95 % paired bootstrap "
-        f"intervals; those that leave out 0 stand out. {parts[0][0].upper()}{parts[0][1:]}; "
-        f"{parts[1]}."
+    differences = content["differences"]
+    found = [(d, d[key]) for d in differences for key in ("last", "all")]
+    tested = sum(each["p_value"] is not None for _, each in found)
+    text = (
+        "fedpipe minus FedBERT after the same tokens, scores times 100; in brackets its own 95 % "
+        f"interval, {content['intervals']}. Units are the {count(len(content['seeds']), 'seed')} "
+        "of pre-training, each the mean over its fine-tunings, in pairs. "
     )
+    if tested:
+        text += (
+            f"What stands out differs from 0 after Holm's correction over the {tested} differences "
+            "of the table."
+        )
+    else:
+        text += (
+            "The seeds are too few to test anything: the intervals are over test examples, of "
+            "these models alone."
+        )
+    for key, when in (("last", "After the last round"), ("all", "Over all rounds")):
+        parts = []
+        for name, sign in (("above", 1), ("below", -1)):
+            sided = [d for d in differences if _leaves_out_0(d[key], sign)]
+            strong = [d for d in sided if d[key]["stands_out"]]
+            listed = ", ".join(f"{titles[d['variant']]} on {d['task']}" for d in strong) or "none"
+            parts.append(
+                (f"{name} after correction: {listed}; " if tested else "")
+                + f"{len(sided)} of {len(differences)} whole intervals {name} 0"
+            )
+        text += f" {when}: {'; '.join(parts)}."
+    return text
+
+
+def _leaves_out_0(found: Content, sign: int) -> bool:
+    return bool(found["interval"]) and min(sign * end for end in found["interval"]) > 0
 
 
 def facts(content: Content) -> Facts:

@@ -1,12 +1,12 @@
-"""Scores of tasks, by seqeval, scikit-learn and scipy, and their bootstrap over the test set.
+"""Scores of tasks, by seqeval, scikit-learn and scipy, also of resampled test sets.
 
 A score's interval needs thousands of resampled test sets. Each metric is therefore also written as
 a function of sums over examples (of hits, of entities found and missed, of products): a resampled
 test set is a vector of weights, and all of them together are one matrix product. Tests hold both
 forms together.
 
-Source: percentile bootstrap, Efron and Tibshirani 1993; paired over systems as in Berg-Kirkpatrick
-et al. 2012, https://aclanthology.org/D12-1091.
+Source: the bootstrap, Efron and Tibshirani 1993; the same draws for all systems as in
+Berg-Kirkpatrick et al. 2012, https://aclanthology.org/D12-1091.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Metric:
     """Of the same: what it needs of every example, (E, K), whatever the other examples are."""
     from_sums: Callable[[Array], Array] | None
     """Of sums (..., K); None where the score is no function of sums (ranks)."""
-    in_percent: bool = True
-    """Shown times 100."""
+    lowest: float = 0.0
+    """The least that there is; the most is 1."""
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:
@@ -186,14 +186,16 @@ METRICS = {
         from_sums=lambda sums: _ratio(sums[..., 0], sums[..., 1]),
     ),
     "matthews": Metric(
-        title="Matthews", whole=_matthews, statistics=_confusion, from_sums=_matthews_of_sums
+        title="Matthews", whole=_matthews, statistics=_confusion, from_sums=_matthews_of_sums,
+        lowest=-1.0,
     ),
     "pearson": Metric(
         title="Pearson", whole=_correlation("pearsonr"), statistics=_moments,
-        from_sums=_pearson_of_sums,
+        from_sums=_pearson_of_sums, lowest=-1.0,
     ),
     "spearman": Metric(
-        title="Spearman", whole=_correlation("spearmanr"), statistics=_values, from_sums=None
+        title="Spearman", whole=_correlation("spearmanr"), statistics=_values, from_sums=None,
+        lowest=-1.0,
     ),
 }  # fmt: skip
 """Every metric by its name. NER counts entities by seqeval's strict mode under IOB2."""
@@ -248,43 +250,3 @@ def _rank_correlations(weights: Array, values: Array) -> Array:
     zero = np.zeros(len(rows))
     sums = np.stack([one, zero, zero, (x * x).sum(1), (y * y).sum(1), (x * y).sum(1)], axis=-1)
     return _pearson_of_sums(sums)
-
-
-def interval(values: Array) -> tuple[float, float] | None:
-    """Return the middle 95 % of draws; None where too many are not defined."""
-    known = values[np.isfinite(values)]
-    if 2 * len(known) <= len(values):
-        return None
-    low, high = np.percentile(known, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def paired_differences(
-    metric: Metric,
-    first: Sequence[Array],
-    second: Sequence[Array],
-    *,
-    num_draws: int,
-    same_seeds: bool,
-) -> Array:
-    """Resample the difference of two models' mean scores over test examples and seeds.
-
-    Args:
-        metric: What to compute.
-        first: Statistics of one model, by seed.
-        second: Of the other one, on the same examples.
-        num_draws: Resampled test sets, with resampled seeds each.
-        same_seeds: The seeds are the same, in the same order: they are drawn as pairs.
-
-    Returns:
-        First minus second, (B,).
-    """
-    scores = [draws(metric, each, num_draws=num_draws) for each in (first, second)]
-    rng = np.random.default_rng(SEED + 1)
-    means = []
-    chosen: NDArray[np.int64] | None = None
-    for score in scores:
-        if chosen is None or not same_seeds:
-            chosen = rng.integers(len(score), size=score.shape)
-        means.append(np.take_along_axis(score, chosen, axis=0).mean(axis=0))
-    return np.asarray(means[0] - means[1])

@@ -23,7 +23,7 @@ from fedpipe.metrics.evaluation_report import draw_scores, notes, outcome_text, 
 from fedpipe.metrics.scoring import METRICS
 from fedpipe.metrics.writer import read_metrics
 from fedpipe.workflows.evaluate.cell import run_cell
-from fedpipe.workflows.evaluate.compare import compare, write_comparison
+from fedpipe.workflows.evaluate.compare import compare, how_to_read, write_comparison
 from fedpipe.workflows.evaluate.gather import gather
 from fedpipe.workflows.evaluate.model_folder import check_models, read_models
 from fedpipe.workflows.evaluate.setup import Evaluation, read_evaluation, set_up_evaluation
@@ -235,13 +235,44 @@ def test_two_evaluations_are_compared_in_pairs(whole: Evaluation, tmp_path: Path
     content = compare(f"{folder}:one", f"{folder}:two")
     assert [row["task"] for row in content["rows"]] == ["ncbi-disease", "rte"]
     for row in content["rows"]:
-        assert row["difference"] == pytest.approx(row["first"] - row["second"])
-        assert row["paired_seeds"] and row["seeds"] == [2, 2]
+        assert row["value"] == pytest.approx(row["first"] - row["second"])
+        assert row["paired"] and row["n"] == [2]
     same = compare(f"{folder}:one", f"{folder}:one")
     assert all(row["interval"] == (0.0, 0.0) for row in same["rows"])
     write_comparison(content, tmp_path / "comparison")
     assert (tmp_path / "comparison/comparison.html").is_file()
     write_comparison(content, tmp_path / "comparison")
+
+
+def test_fewer_than_three_trainings_are_not_tested_and_three_are_by_their_own_unit(
+    whole: Evaluation, tmp_path: Path
+) -> None:
+    """Models trained alike with other seeds are the unit; their fine-tunings are averaged."""
+    shutil.copytree(whole.directory, tmp_path / "run")
+    path = tmp_path / "run/evaluation.json"
+    content = json.loads(path.read_text("utf-8"))
+    few = compare(f"{tmp_path}/run:one", f"{tmp_path}/run:two")
+    assert {(row["over"], row["stands_out"]) for row in few["rows"]} == {("test examples", False)}
+    assert "Fewer than 3 fine-tunings" in how_to_read(few)
+    assert "nothing is said of another" in how_to_read(few)
+
+    done = [cell for cell in content["cells"] if cell["task"] == "ncbi-disease"]
+    for method, by in (("good", 0.4), ("bad", 0.0)):
+        for seed in range(3):
+            content["models"].append({"name": f"{method}{seed}"})
+            for cell in (c for c in done if c["model"] == "one"):
+                score = 0.5 + by + 0.01 * seed + 0.1 * cell["seed"]
+                content["cells"].append(
+                    cell | {"model": f"{method}{seed}", "scores": {"entity_f1": score}}
+                )
+    path.write_text(json.dumps(content), encoding="utf-8")
+    sides = [f"{tmp_path}/run:" + ",".join(f"{m}{s}" for s in range(3)) for m in ("good", "bad")]
+    (row,) = compare(*sides)["rows"]
+    assert (row["over"], row["n"], row["paired"]) == ("seeds and test examples", [3, 3], False)
+    assert (row["first"], row["value"]) == (pytest.approx(0.96), pytest.approx(0.4))
+    assert row["stands_out"] and row["interval"][0] > 0
+    (mixed,) = compare(sides[0], f"{tmp_path}/run:one")["rows"]
+    assert (mixed["n"], mixed["p_value"]) == ([3, 1], None), "two fine-tunings are one pre-training"
 
 
 def test_what_cannot_be_compared_is_said(

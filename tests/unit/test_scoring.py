@@ -1,4 +1,4 @@
-"""Scores: the libraries' own; their sums agree; intervals as by brute force."""
+"""Scores: the libraries' own; their sums agree; resampled test sets as by brute force."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from seqeval.scheme import IOB2
 from sklearn import metrics as sklearn_metrics
 
 from fedpipe.data.tasks.registry import TASKS
-from fedpipe.metrics.scoring import METRICS, draws, interval, paired_differences, resamples
+from fedpipe.metrics.scoring import METRICS, draws, resamples
 from fedpipe.workflows.evaluate.cell import positive_classes
 
 RNG = np.random.default_rng(3)
@@ -118,48 +118,3 @@ def test_every_resampled_test_set_is_scored_as_the_library_would(name: str) -> N
             expected.append(metric.whole(*sets, positive))
     assert found.shape == (1, num_draws)
     np.testing.assert_allclose(found[0], expected, atol=1e-9)
-
-
-def test_the_interval_is_that_of_a_plain_bootstrap() -> None:
-    metric = METRICS["accuracy"]
-    rng = np.random.default_rng(5)
-    gold = np.zeros(300, dtype=int)
-    predicted = (rng.random(300) < 0.3).astype(int)
-    found = interval(draws(metric, [metric.statistics(gold, predicted, [])], num_draws=4000)[0])
-    hits = gold == predicted
-    plain = [hits[rng.integers(300, size=300)].mean() for _ in range(4000)]
-    np.testing.assert_allclose(found, np.percentile(plain, [2.5, 97.5]), atol=0.006)
-
-
-def test_an_interval_of_scores_that_are_not_defined_is_none() -> None:
-    assert interval(np.array([np.nan, np.nan, 0.5])) is None
-    assert interval(np.array([0.1, 0.2, np.nan])) is not None
-    assert interval(np.empty(0)) is None
-
-
-def test_paired_differences_use_the_same_test_examples() -> None:
-    metric = METRICS["accuracy"]
-    rng = np.random.default_rng(6)
-    gold = np.zeros(400, dtype=int)
-    one = (rng.random(400) < 0.4).astype(int)
-    other = one.copy()
-    other[np.flatnonzero(one)[:12]] = 0  # right on 12 examples more
-    first, second = ([metric.statistics(gold, x, [])] for x in (other, one))
-    found = interval(paired_differences(metric, first, second, num_draws=1000, same_seeds=True))
-    assert found is not None
-    assert 0 < found[0] < 0.03 < found[1] < 0.06
-    nothing = paired_differences(metric, first, first, num_draws=1000, same_seeds=True)
-    assert not nothing.any()
-    alone = [interval(draws(metric, x, num_draws=1000)[0]) for x in (first, second)]
-    assert alone[0] and alone[1] and alone[0][0] < alone[1][1], "unpaired intervals overlap"
-
-
-def test_paired_differences_resample_seeds_as_pairs_where_they_are_the_same() -> None:
-    metric = METRICS["accuracy"]
-    gold = np.zeros(50, dtype=int)
-    good, bad = np.zeros(50, dtype=int), np.ones(50, dtype=int)
-    seeds = [metric.statistics(gold, predicted, []) for predicted in (good, bad)]
-    paired = paired_differences(metric, seeds, seeds, num_draws=1000, same_seeds=True)
-    assert not paired.any()
-    apart = paired_differences(metric, seeds, seeds[::-1], num_draws=1000, same_seeds=False)
-    assert set(apart) == {-1.0, -0.5, 0.0, 0.5, 1.0}

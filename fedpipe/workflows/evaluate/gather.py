@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from fedpipe.files import write_text
 from fedpipe.metrics.document import Figure, to_html, to_markdown
 from fedpipe.metrics.drawing import render
 from fedpipe.metrics.evaluation_report import blocks, draw_scores
-from fedpipe.metrics.scoring import METRICS, Array, draws, interval
+from fedpipe.metrics.format import is_number
+from fedpipe.metrics.intervals import METHOD, Estimate, Sample, estimate, mean_of, sample
+from fedpipe.metrics.scoring import METRICS, Array
 from fedpipe.metrics.sweep_report import Spread
 from fedpipe.workflows.evaluate.setup import Cell, Evaluation
 from fedpipe.workflows.run_dir import describe_environment
@@ -22,7 +25,7 @@ from fedpipe.workflows.run_dir import describe_environment
 STATISTICS_FILE = "statistics.npz"
 JSON_FILE = "evaluation.json"
 _FIGURE = "evaluation.png"
-_CAPTION = "Scores with 95 % intervals over resampled test sets, mean over seeds."
+_CAPTION = f"Mean scores with 95 % intervals, {METHOD}."
 
 Content = dict[str, Any]
 """What evaluation.json holds."""
@@ -65,8 +68,7 @@ def summarise(evaluation: Evaluation) -> Content:
     num_draws = evaluation.config.evaluation.num_draws
     rows: list[Content] = []
     tasks: list[Content] = []
-    means: dict[str, list[float]] = {model.name: [] for model in evaluation.models}
-    averaged: dict[str, list[Array]] = {model.name: [] for model in evaluation.models}
+    main: dict[str, list[_Scored]] = {model.name: [] for model in evaluation.models}
     for place in evaluation.files:
         task = place.task
         cells = [cell for cell in evaluation.cells if cell.task == task]
@@ -74,20 +76,13 @@ def summarise(evaluation: Evaluation) -> Content:
         for key in _keys(task.metrics, cells):
             row, found = _row(key, cells, results, num_draws=num_draws)
             rows.append(row)
-            if key != task.metrics[0]:
-                continue
-            for name, (mean, drawn) in found.items():
-                means[name].append(mean)
-                averaged[name].append(drawn)
-    complete = {name for name, values in means.items() if len(values) == len(tasks)}
+            if key == task.metrics[0]:
+                for name, scored in found.items():
+                    main[name].append(scored)
+    several = len(tasks) > 1
     average = {
-        name: {
-            "mean": float(np.mean(means[name])),
-            "interval": interval(np.mean(averaged[name], axis=0)),
-        }
-        if name in complete and len(tasks) > 1
-        else None
-        for name in means
+        name: _average(scored) if several and len(scored) == len(tasks) else None
+        for name, scored in main.items()
     }
     environment = describe_environment()
     environment["repeat"] = shlex.join(
@@ -102,6 +97,7 @@ def summarise(evaluation: Evaluation) -> Content:
         "seeds": list(evaluation.config.evaluation.seeds),
         "data": evaluation.config.evaluation.data,
         "num_draws": num_draws,
+        "intervals": METHOD,
         "tasks": tasks,
         "rows": rows,
         "average": average,
@@ -123,12 +119,12 @@ def _keys(metrics: Sequence[str], cells: Sequence[Cell]) -> list[str]:
 
 def _row(
     key: str, cells: Sequence[Cell], results: dict[str, Any], *, num_draws: int
-) -> tuple[Content, dict[str, tuple[float, Array]]]:
-    """One metric of one task, for every model: mean, spread, interval; and its draws."""
+) -> tuple[Content, dict[str, _Scored]]:
+    """One metric of one task, for every model: mean, spread and interval; and its samples."""
     name, _, test_set = key.partition(":")
     metric = METRICS[name]
     models: dict[str, Any] = {}
-    found: dict[str, tuple[float, Array]] = {}
+    found: dict[str, _Scored] = {}
     sizes = set()
     for model in dict.fromkeys(cell.model.name for cell in cells):
         own = [cell for cell in cells if cell.model.name == model]
@@ -139,10 +135,12 @@ def _row(
         if spread is None:
             models[model] = None if not done else {"mean": None, "seeds": seeds, "n": len(done)}
             continue
-        statistics = [read_statistics(c.run_dir, key) for c in own if c.seed in done]
-        drawn = draws(metric, statistics, num_draws=num_draws).mean(axis=0)
-        found[model] = (spread.mean, drawn)
-        models[model] = spread.to_dict() | {"seeds": seeds, "interval": interval(drawn)}
+        known = [cell for cell in own if is_number(seeds.get(cell.seed))]
+        statistics = [read_statistics(cell.run_dir, key) for cell in known]
+        drawn = sample(metric, spread.values, statistics, num_draws=num_draws)
+        found[model] = _Scored(seeds=tuple(cell.seed for cell in known), sample=drawn)
+        models[model] = spread.to_dict() | {"seeds": seeds}
+        models[model] |= _interval(estimate(drawn), lowest=metric.lowest)
     title = metric.title + (f", {test_set}" if test_set else "")
     row = {
         "task": cells[0].task.name, "metric": key, "title": title,
@@ -150,6 +148,32 @@ def _row(
         "models": models,
     }  # fmt: skip
     return row, found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Scored:
+    """A model's sample of a task, by seed."""
+
+    seeds: tuple[int, ...]
+    sample: Sample
+
+
+def _average(scored: Sequence[_Scored]) -> Content | None:
+    """Average tasks seed by seed, over the seeds that all of them have."""
+    shared = [seed for seed in scored[0].seeds if all(seed in each.seeds for each in scored)]
+    if not shared:
+        return None
+    kept = [each.sample.at([each.seeds.index(seed) for seed in shared]) for each in scored]
+    found = estimate(mean_of(kept))
+    return {"mean": found.value, "n": len(shared)} | _interval(found, lowest=-1.0)
+
+
+def _interval(found: Estimate, *, lowest: float) -> Content:
+    """Say how sure a mean is; no score is outside of what its metric can be."""
+    if found.interval is None:
+        return {"interval": None, "over": None}
+    low, high = np.clip(found.interval, lowest, 1.0)
+    return {"interval": [float(low), float(high)], "over": found.over}
 
 
 def _task(format_name: str, folder: str, cells: Sequence[Cell], results: dict[str, Any]) -> Content:

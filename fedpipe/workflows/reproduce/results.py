@@ -11,7 +11,8 @@ import numpy as np
 
 from fedpipe.errors import CheckpointError
 from fedpipe.metrics.format import is_number
-from fedpipe.metrics.scoring import METRICS, Array, interval, paired_differences
+from fedpipe.metrics.intervals import METHOD, Sample, estimate, holm, mean_of, sample
+from fedpipe.metrics.scoring import METRICS
 from fedpipe.metrics.summary import RunSummary
 from fedpipe.metrics.time_to_score import race, speed_up
 from fedpipe.workflows.evaluate.gather import read_statistics
@@ -124,14 +125,18 @@ class _Scores:
         runs = self.plan.of(variant)
         return [c for run in runs for c in self.cells[run.model_name(round_id)]]
 
-    def mean(self, variant: Variant, round_id: int) -> float:
-        """Return the mean score over the seeds."""
-        found = [(c.result() or {})["scores"][self.key] for c in self._cells(variant, round_id)]
-        return float(np.mean([value if is_number(value) else 0.0 for value in found]))
-
-    def statistics(self, variant: Variant, round_id: int) -> list[Array]:
-        """Return what the metric needs of every test example, by seed."""
-        return [read_statistics(c.run_dir, self.key) for c in self._cells(variant, round_id)]
+    def sample(self, variant: Variant, round_id: int) -> Sample:
+        """Resample the scores after a round, by seed of pre-training; one not defined is 0."""
+        cells = self._cells(variant, round_id)
+        scores = [(cell.result() or {})["scores"][self.key] for cell in cells]
+        found = sample(
+            METRICS[self.key],
+            [score if is_number(score) else 0.0 for score in scores],
+            [read_statistics(cell.run_dir, self.key) for cell in cells],
+            num_draws=self.plan.config.evaluation.num_draws,
+        )
+        whole = Sample(scores=found.scores, drawn=np.nan_to_num(found.drawn))
+        return whole.per_unit(len(self.plan.of(variant)))
 
 
 def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Content:
@@ -152,7 +157,9 @@ def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Con
         _variant(v, plan, curves[v.name], scored=source[v.name], far=far.get(v.name))
         for v in plan.variants
     ]
-    tasks, differences = [], []
+    tasks: list[Content] = []
+    differences: list[Content] = []
+    reference = next(v.name for v in plan.variants if v.kind == "fedbert")
     for place in evaluation.files:
         metric = place.task.metrics[0]
         cells: dict[str, list[Cell]] = {}
@@ -160,8 +167,9 @@ def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Con
             if cell.task == place.task:
                 cells.setdefault(cell.model.path.rpartition("/")[2], []).append(cell)
         scores = _Scores(evaluation=evaluation, plan=plan, cells=cells, key=metric)
-        own = {
-            name: [scores.mean(by_name[name], r + 1) for r in range(_rounds(by_name[name]))]
+        untrained = scores.sample(plan.variants[0], 0)
+        by_round = {
+            name: [scores.sample(by_name[name], r + 1) for r in range(_rounds(by_name[name]))]
             for name in dict.fromkeys(source.values())
         }
         any_cell = next(iter(cells.values()))[0]
@@ -169,16 +177,27 @@ def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Con
         tasks.append(
             {
                 "name": place.task.name, "metric": metric, "title": METRICS[metric].title,
-                "untrained": scores.mean(plan.variants[0], 0), "scores": own,
+                "untrained": float(untrained.scores.mean()),
+                "scores": {
+                    name: [float(each.scores.mean()) for each in rounds]
+                    for name, rounds in by_round.items()
+                },
                 "learnt": {
-                    name: _is_learnt(scores, by_name[name], own[name], num_draws=_num_draws(plan))
-                    for name in own
+                    name: _is_learnt(rounds, untrained) for name, rounds in by_round.items()
                 },
                 "num_train": result["num_train"], "num_test": result["num_test"]["test"],
                 "settings": any_cell.settings,
             }
         )  # fmt: skip
-        differences += _differences(scores, plan, source, num_draws=_num_draws(plan))
+        differences += [
+            {"variant": v.name, "task": place.task.name}
+            | _differences(by_round[v.name], by_round[reference])
+            for v in plan.variants
+            if v.kind == "fedpipe" and source[v.name] == v.name
+        ]
+    found = [each[key] for each in differences for key in ("last", "all")]
+    for each, stands_out in zip(found, holm([e["p_value"] for e in found]), strict=True):
+        each["stands_out"] = stands_out
     environment = describe_environment()
     return {
         "experiment": plan.experiment,
@@ -188,7 +207,8 @@ def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Con
         "num_rounds": num_rounds,
         "text": list(plan.config.data.train),
         "tasks_from": plan.config.evaluation.data,
-        "num_draws": _num_draws(plan),
+        "num_draws": plan.config.evaluation.num_draws,
+        "intervals": METHOD,
         "variants": variants,
         "tasks": tasks,
         "speed_ups": _speed_ups(variants, tasks),
@@ -197,21 +217,13 @@ def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Con
     }
 
 
-def _is_learnt(
-    scores: _Scores, variant: Variant, means: Sequence[float], *, num_draws: int
-) -> bool:
-    """Whether the best score is above the untrained model's, by a 95 % paired interval."""
-    best_round = means.index(max(means)) + 1
-    drawn = paired_differences(
-        METRICS[scores.key], scores.statistics(variant, best_round), scores.statistics(variant, 0),
-        num_draws=num_draws, same_seeds=True,
-    )  # fmt: skip
-    found = interval(drawn)
+def _is_learnt(rounds: Sequence[Sample], untrained: Sample) -> bool:
+    """Whether the scores of all rounds are in the mean above the untrained model's.
+
+    The best round would be chosen on the test examples that it is to be judged by.
+    """
+    found = estimate(mean_of(rounds) - untrained).interval
     return found is not None and found[0] > 0
-
-
-def _num_draws(plan: Reproduction) -> int:
-    return plan.config.evaluation.num_draws
 
 
 def _rounds(variant: Variant) -> int:
@@ -301,31 +313,7 @@ def _loss_race(own: Content, baseline: Content, variants: Sequence[Content]) -> 
     }  # fmt: skip
 
 
-def _differences(
-    scores: _Scores, plan: Reproduction, source: dict[str, str], *, num_draws: int
-) -> list[Content]:
+def _differences(own: Sequence[Sample], theirs: Sequence[Sample]) -> Content:
     """Subtract FedBERT's scores from fedpipe's at equal tokens: last round, and mean of all."""
-    reference = next(v for v in plan.variants if v.kind == "fedbert")
-    metric = METRICS[scores.key]
-    rounds = range(1, plan.config.federation.num_rounds + 1)
-    theirs = {r: scores.statistics(reference, r) for r in rounds}
-    found = []
-    own = [v for v in plan.variants if v.kind == "fedpipe" and source[v.name] == v.name]
-    for variant in own:
-        drawn = [
-            paired_differences(
-                metric, scores.statistics(variant, r), theirs[r], num_draws=num_draws,
-                same_seeds=True,
-            )
-            for r in rounds
-        ]  # fmt: skip
-        means = [scores.mean(variant, r) - scores.mean(reference, r) for r in rounds]
-        task = next(iter(scores.cells.values()))[0].task.name
-        found.append(
-            {
-                "variant": variant.name, "task": task,
-                "last": means[-1], "last_interval": interval(drawn[-1]),
-                "all": float(np.mean(means)), "all_interval": interval(np.mean(drawn, axis=0)),
-            }
-        )  # fmt: skip
-    return found
+    by_round = [first - second for first, second in zip(own, theirs, strict=True)]
+    return {"last": estimate(by_round[-1]).to_dict(), "all": estimate(mean_of(by_round)).to_dict()}
