@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedpipe.config.finetune import MethodConfig
+from fedpipe.config.half_files import read_json_object
 from fedpipe.errors import CheckpointError, ConfigError
-from fedpipe.models.tuned import head_names
+from fedpipe.models.tuned import Kind, head_names, is_head_of
 
 ADAPTER = "federation"
 """Name of the adapter in the library, FATE-LLM's."""
@@ -255,9 +256,25 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def load_adapter(
-    model: PreTrainedModel, folder: Path, method: MethodConfig, *, split: bool = False
+    model: PreTrainedModel,
+    folder: Path,
+    method: MethodConfig,
+    *,
+    kind: Kind,
+    labels: Sequence[str] = (),
+    split: bool = False,
 ) -> None:
-    """Fill an attached adapter and head from a folder that ``save_adapter`` wrote.
+    """Fill an attached adapter from a folder that ``save_adapter`` wrote.
+
+    The head keeps its first values unless the folder's is that of the same labels.
+
+    Args:
+        model: With the adapter attached; changed in place.
+        folder: Of the adapter.
+        method: Of the run.
+        kind: Of the task.
+        labels: Of the task.
+        split: See ``adapter_config``.
 
     Raises:
         CheckpointError: The folder is of another method, of a model of other sizes, or damaged.
@@ -265,7 +282,9 @@ def load_adapter(
     try:
         content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         found, wanted = dict(content["config"]), adapter_config(method, split=split)
-        _read_into(model, folder) if _same(found, wanted) else None
+        if _same(found, wanted):
+            with_head = is_head_of(adapter_head(folder), kind, labels)
+            _read_into(model, folder, with_head=with_head)
     except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"method.path: expected an adapter folder, got {folder}"
@@ -284,13 +303,22 @@ def _same(found: dict[str, Any], wanted: Any) -> bool:
     )
 
 
-def _read_into(model: PreTrainedModel, folder: Path) -> None:
+def adapter_head(folder: Path) -> dict[str, Any]:
+    """Read what the head beside an adapter was trained for; empty where there is none."""
+    file = folder / "head_config.json"
+    if not file.is_file():
+        return {}
+    return read_json_object(file, key="method.path", error=CheckpointError)
+
+
+def _read_into(model: PreTrainedModel, folder: Path, *, with_head: bool) -> None:
     state: dict[str, Tensor] = {}
     for file in ("pytorch_adapter.bin", "pytorch_model_head.bin"):
         path = folder / file
         if path.is_file():
             state |= torch.load(path, map_location="cpu", weights_only=True)
-    wanted = trainable(model)
+    heads = set() if with_head else head_names(model)
+    wanted = {name: p for name, p in trainable(model).items() if name not in heads}
     for name, parameter in wanted.items():
         if name not in state or state[name].shape != parameter.shape:
             found = list(state[name].shape) if name in state else "none"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,10 @@ _AUTO: dict[Kind, str] = {
     "causal-lm": "AutoModelForCausalLM",
 }
 _DECODERS = ("gpt2", "llama")
+_NUMBER = ("LABEL_0",)
+"""What transformers calls the output of a regression."""
+_INIT_STD = 0.02
+"""Where a family's configuration says nothing."""
 _IN_A_LAYER = re.compile(r"\.(layers?|h|transformer)\.\d+\.")
 _WITHOUT: dict[tuple[str, Kind], str] = {
     ("bart", "ner"): "transformers has no BART for token classification",
@@ -122,17 +126,20 @@ def build_model(
     kind: Kind,
     *,
     num_labels: int = 0,
+    labels: Sequence[str] = (),
     path: str = "",
     device: str = "cpu",
 ) -> PreTrainedModel:
     """Build a model with the head of a task.
 
     The head's first values come from torch's generator: seed it for equal ones in every process.
+    A folder's own head is taken only where it is one of the same labels.
 
     Args:
         config: Of the family; its labels are replaced.
         kind: Of the task.
         num_labels: Classes or tags; 1 for regression.
+        labels: Their names; empty for regression.
         path: Folder to read the encoder's weights from; "" leaves all at first values.
         device: "meta" allocates nothing.
 
@@ -140,6 +147,7 @@ def build_model(
         ConfigError: The weights cannot be read, or are those of another architecture.
     """
     auto = getattr(transformers, _AUTO[kind])
+    new_head = kind != "causal-lm" and not is_head_of(config.to_dict(), kind, labels)
     if kind != "causal-lm":
         config.num_labels = num_labels
         config.problem_type = "regression" if kind == "regression" else None
@@ -149,7 +157,7 @@ def build_model(
         with torch.device(device):
             return _plain(auto.from_config(config))
     try:
-        model = read_model(auto, path, key="model.path", config=config)
+        model = read_model(auto, path, key="model.path", new_head=new_head, config=config)
     except ConfigError:
         raise
     except Exception as error:  # a damaged file raises whatever it stumbles over
@@ -161,13 +169,34 @@ def build_model(
     return _plain(model)
 
 
-def read_model(auto: Any, path: str, *, key: str, **options: Any) -> Any:
+def is_head_of(saved: Mapping[str, Any], kind: Kind, labels: Sequence[str]) -> bool:
+    """Whether a saved head is that of a task: of its kind, for its labels in their order.
+
+    Args:
+        saved: A model's config.json, or the head_config.json of an adapter.
+        kind: Of the task.
+        labels: Its classes or tags; empty for regression.
+    """
+    suffix = _AUTO[kind].removeprefix("AutoModel")
+    classes = [saved.get("model_class"), *(saved.get("architectures") or ())]
+    of_kind = any(str(name).endswith(suffix) for name in classes)
+    return of_kind and saved_labels(saved) == list(labels or _NUMBER)
+
+
+def saved_labels(saved: Mapping[str, Any]) -> list[str]:
+    """Return the labels that a config.json or head_config.json names, in their order."""
+    ids = saved.get("label2id")
+    return sorted(ids, key=lambda name: int(ids[name])) if isinstance(ids, dict) else []
+
+
+def read_model(auto: Any, path: str, *, key: str, new_head: bool, **options: Any) -> Any:
     """Read a whole model; only what is not the encoder's may be missing, or left over.
 
     Args:
         auto: transformers' class with the head.
         path: Its folder.
         key: That named it.
+        new_head: Draw the head from torch's generator, whatever head is in the folder.
         **options: For ``from_pretrained``.
 
     Returns:
@@ -208,7 +237,25 @@ def read_model(auto: Any, path: str, *, key: str, **options: Any) -> Any:
             f" {len(unused) - 1} more, which transformers {transformers.__version__} does not use."
             " Use the folder of a model that it knows."
         )
+    if new_head:
+        _draw_head(model, set(info["missing_keys"]) | set(other))
     return model
+
+
+@torch.no_grad()
+def _draw_head(model: Any, drawn: set[str]) -> None:
+    """Draw what a folder's head has given, as Devlin et al. 2019 do; ``drawn`` is new already."""
+    prefix = f"{model.base_model_prefix}."
+    std = getattr(model.config, "initializer_range", None) or getattr(
+        model.config, "init_std", _INIT_STD
+    )
+    for path, module in model.named_modules():
+        given = {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)} - drawn
+        if path.startswith(prefix) or not given or not isinstance(module, torch.nn.Linear):
+            continue
+        module.weight.normal_(0.0, std)
+        if module.bias is not None:
+            module.bias.zero_()
 
 
 def _plain(model: Any) -> PreTrainedModel:

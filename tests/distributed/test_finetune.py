@@ -51,10 +51,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*BASE, f"model.path={model}", f"task.data={task}"]
 
 
-def set_up(run_dir: Path, base: list[str], *overrides: str) -> FinetuneSetup:
+def set_up(
+    run_dir: Path,
+    base: list[str],
+    *overrides: str,
+    notify: Callable[[str], None] = lambda line: None,
+) -> FinetuneSetup:
     own = {override.partition("=")[0] for override in overrides}
     kept = [override for override in base if override.partition("=")[0] not in own]
-    return set_up_finetune(None, [*kept, *overrides], str(run_dir), notify=lambda line: None)
+    return set_up_finetune(None, [*kept, *overrides], str(run_dir), notify=notify)
 
 
 def alone() -> ProcessEnv:
@@ -199,6 +204,12 @@ def accuracy(folder: Path, rows: list[dict[str, Any]]) -> float:
     return sum(g == row["label"] for g, row in zip(guesses, rows, strict=True)) / len(rows)
 
 
+def relabel(file: Path) -> None:
+    """Let a head be that of other labels."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content | {"label2id": {"no": 0, "yes": 1}}), encoding="utf-8")
+
+
 def test_a_run_goes_on_from_an_adapter(tmp_path: Path, base: list[str]) -> None:
     run(set_up(tmp_path / "first", base, "federation.num_rounds=1"))
     export_finetuned(tmp_path / "first")
@@ -207,6 +218,13 @@ def test_a_run_goes_on_from_an_adapter(tmp_path: Path, base: list[str]) -> None:
     after = weights(tmp_path / "second", 1)
     for key, tensor in weights(tmp_path / "first", 1).items():
         torch.testing.assert_close(tensor, after[key], atol=1e-6, rtol=0)
+    relabel(tmp_path / "first/adapter/head_config.json")
+    lines: list[str] = []
+    set_up(tmp_path / "relabelled", base, adapter, notify=lines.append)
+    assert (
+        f"method.path: the head in {tmp_path / 'first/adapter'} is that of other labels, 'no, yes':"
+        " it is left there, and the task's head starts anew"
+    ) in lines
     with pytest.raises(CheckpointError, match=r"^method.path: expected an adapter of method.name"):
         set_up(tmp_path / "third", base, adapter, "method.rank=4")
     other = small_folder(tmp_path / "other", "distilbert")

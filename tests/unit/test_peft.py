@@ -10,7 +10,7 @@ from typing import Any
 import adapters
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from fedpipe.config.finetune import MethodConfig
 from fedpipe.errors import CheckpointError, ConfigError
@@ -26,9 +26,12 @@ from fedpipe.models.peft import (
     save_adapter,
     trainable,
 )
-from fedpipe.models.tuned import FAMILIES, base_config, build_model, check_family
+from fedpipe.models.tuned import FAMILIES, base_config, build_model, check_family, head_names
 from fedpipe.workflows.finetune.count import count_rows, count_table
 from tests.helpers.tuned import small_batch, small_config, small_model
+
+NAMES = ("LABEL_0", "LABEL_1", "LABEL_2")
+"""Of transformers, where nobody names labels."""
 
 
 def method(name: str, **changes: Any) -> MethodConfig:
@@ -114,7 +117,7 @@ def test_the_adapter_is_read_by_the_library_alone(family: str, name: str, tmp_pa
     torch.testing.assert_close(logits(plain, batch), logits(model, batch), atol=1e-6, rtol=0)
 
     again = tuned(family, name)
-    load_adapter(again, tmp_path, method(name))
+    load_adapter(again, tmp_path, method(name), kind="classification", labels=NAMES)
     torch.testing.assert_close(logits(again, batch), logits(model, batch), atol=1e-6, rtol=0)
 
 
@@ -231,18 +234,61 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     other = build_model(small_config("bert", hidden_size=16), "classification", num_labels=3)
     attach(other, method("lora"))
     with pytest.raises(CheckpointError, match=r"the adapter of another base model"):
-        load_adapter(other, tmp_path, method("lora"))
+        load_adapter(other, tmp_path, method("lora"), kind="classification", labels=NAMES)
 
 
 def test_an_adapter_of_another_method_or_none_is_refused(tmp_path: Path) -> None:
     model = tuned("bert", "lora")
     with pytest.raises(CheckpointError, match=r"^method.path: expected an adapter folder, got"):
-        load_adapter(model, tmp_path, method("lora"))
+        load_adapter(model, tmp_path, method("lora"), kind="classification")
     save_adapter(model, tmp_path)
     with pytest.raises(
         CheckpointError, match=r"^method.path: expected an adapter of method.name=houlsby"
     ):
-        load_adapter(copy.deepcopy(model), tmp_path, method("houlsby"))
+        load_adapter(copy.deepcopy(model), tmp_path, method("houlsby"), kind="classification")
+
+
+def _named(model: PreTrainedModel, labels: tuple[str, ...]) -> PreTrainedModel:
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {label: index for index, label in enumerate(labels)}
+    return model
+
+
+@pytest.mark.parametrize("labels", [("good", "bad", "so-so"), ("yes", "no"), ("a", "b", "c")])
+def test_the_head_beside_an_adapter_is_taken_for_the_same_labels_only(
+    labels: tuple[str, ...], tmp_path: Path
+) -> None:
+    saved = _named(tuned("roberta", "lora"), ("good", "bad", "so-so"))
+    train(saved, small_batch(), steps=2)
+    save_adapter(saved, tmp_path)
+    model = build_model(small_config("roberta"), "classification", num_labels=len(labels))
+    attach(model, method("lora"))
+    before = {name: p.detach().clone() for name, p in trainable(model).items()}
+    load_adapter(model, tmp_path, method("lora"), kind="classification", labels=labels)
+    for name, parameter in trainable(model).items():
+        taken = name not in head_names(model) or labels == ("good", "bad", "so-so")
+        source = trainable(saved)[name] if taken else before[name]
+        assert torch.equal(parameter, source), name
+    dense = "classifier.dense.weight"
+    assert not torch.equal(trainable(saved)[dense], before[dense])
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert", "distilbert"])
+def test_the_head_of_a_model_folder_is_taken_for_the_same_labels_only(
+    family: str, tmp_path: Path
+) -> None:
+    saved = _named(small_model(family), ("good", "bad", "so-so"))
+    saved.save_pretrained(tmp_path)
+    heads = head_names(saved)
+    for labels in (("good", "bad", "so-so"), ("bad", "good", "so-so"), ("yes", "no")):
+        config = AutoConfig.from_pretrained(tmp_path)
+        model = build_model(
+            config, "classification", num_labels=len(labels), labels=labels, path=str(tmp_path)
+        )
+        own = dict(model.named_parameters())
+        for name, parameter in saved.named_parameters():
+            same = own[name].shape == parameter.shape and torch.equal(own[name], parameter)
+            assert same == (name not in heads or labels[0] == "good"), name
 
 
 def test_every_method_of_every_base_model_is_counted() -> None:

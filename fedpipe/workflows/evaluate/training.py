@@ -76,7 +76,7 @@ def load_model(
     names = dict(enumerate(labels)) or {0: "score"}
     try:
         model = read_model(
-            auto, folder, key="--model", num_labels=len(names), id2label=names,
+            auto, folder, key="--model", new_head=True, num_labels=len(names), id2label=names,
             label2id={name: number for number, name in names.items()},
         )  # fmt: skip
     except ConfigError:

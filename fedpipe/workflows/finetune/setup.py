@@ -18,19 +18,21 @@ from fedpipe.config.finetune import (
     finetune_yaml,
     load_finetune,
 )
-from fedpipe.config.half_files import check_fetched, check_weights
+from fedpipe.config.half_files import check_fetched, check_weights, read_json_object
 from fedpipe.data.identity import file_digests, model_files, tokenizer_files
+from fedpipe.data.lines import shown
 from fedpipe.data.tasks.prepare import FORMAT
 from fedpipe.data.tokenizer import FILES, SAMPLES
 from fedpipe.errors import ConfigError, CorpusError
 from fedpipe.files import write_text
 from fedpipe.models.lengths import longest_input, num_positions
 from fedpipe.models.lower import check_first_layer
-from fedpipe.models.peft import Counts, attach, load_adapter, trainable
-from fedpipe.models.tuned import build_model, check_family
+from fedpipe.models.peft import Counts, adapter_head, attach, load_adapter, trainable
+from fedpipe.models.tuned import build_model, check_family, is_head_of, saved_labels
 from fedpipe.models.tuned_stage import check_cut
 from fedpipe.workflows.finetune.examples import (
     DATA,
+    Meaning,
     TuningData,
     kind_of,
     prepare_examples,
@@ -130,6 +132,8 @@ def set_up_finetune(
     data.save(directory / DATA)
     checkpoint = resume_from(directory, notify=notify) if resumed else None
     notify(plan)
+    for line in new_heads(config, data.meaning):
+        notify(line)
     trained_length = longest_input(Path(config.model.path), key="model.path")
     if trained_length and data.longest > trained_length:
         notify(
@@ -326,6 +330,29 @@ def check_lengths(config: FinetuneConfig, data: TuningData, model_config: Any) -
         )
 
 
+def new_heads(config: FinetuneConfig, meaning: Meaning) -> list[str]:
+    """Say which heads in the folders of a run are not the task's, and are not taken."""
+    if meaning.kind == "causal-lm":
+        return []
+    found = []
+    if config.method.path:
+        found.append(("method.path", config.method.path, adapter_head(Path(config.method.path))))
+    file = Path(config.model.path) / "config.json"
+    if config.model.path != UNTRAINED and not config.model.random_weights and not found:
+        found.append(("model.path", config.model.path, read_json_object(file, key="model.path")))
+    lines = []
+    for key, path, saved in found:
+        classes = [saved.get("model_class"), *(saved.get("architectures") or ())]
+        has_head = any(str(name).endswith("Classification") for name in classes)
+        if has_head and not is_head_of(saved, meaning.kind, meaning.labels):
+            labels = shown(", ".join(saved_labels(saved)[:4]))
+            lines.append(
+                f"{key}: the head in {path} is that of other labels, {labels}: it is left there,"
+                " and the task's head starts anew"
+            )
+    return lines
+
+
 def count_parameters(
     config: FinetuneConfig, model_config: Any, data: TuningData
 ) -> tuple[Counts, dict[str, int]]:
@@ -342,5 +369,8 @@ def count_parameters(
     model = build_model(model_config, meaning.kind, num_labels=meaning.num_outputs, device="meta")
     counts = attach(model, config.method, causal=meaning.kind == "causal-lm", split=split)
     if config.method.path:
-        load_adapter(model, Path(config.method.path), config.method, split=split)
+        load_adapter(
+            model, Path(config.method.path), config.method,
+            kind=meaning.kind, labels=meaning.labels, split=split,
+        )  # fmt: skip
     return counts, {name: p.numel() for name, p in trainable(model).items()}

@@ -313,6 +313,7 @@ def build_tuned(config: FinetuneConfig, meaning: Meaning) -> Any:
         load_model_config(config, tokenizer),
         meaning.kind,
         num_labels=meaning.num_outputs,
+        labels=meaning.labels,
         path="" if path == UNTRAINED or config.model.random_weights else path,
     )
 
@@ -323,7 +324,10 @@ def attach_seeded(model: Any, config: FinetuneConfig, meaning: Meaning) -> Any:
     split, causal = config.is_cut, meaning.kind == "causal-lm"
     counts = attach(model, config.method, causal=causal, split=split)
     if config.method.path:
-        load_adapter(model, Path(config.method.path), config.method, split=split)
+        load_adapter(
+            model, Path(config.method.path), config.method,
+            kind=meaning.kind, labels=meaning.labels, split=split,
+        )  # fmt: skip
     return counts
 
 
