@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedpipe.errors import CheckpointError
+from fedpipe.errors import CheckpointError, OutputError
 from fedpipe.files import patiently, sync, write_atomically, write_text
 from fedpipe.metrics.writer import METRICS_FILE
 
@@ -127,7 +127,7 @@ class CheckpointWriter:
             seconds: That the round under way has taken; counts on rank 0.
 
         Raises:
-            CheckpointError: A rank could not write; no checkpoint appears then.
+            OutputError: A rank could not write; no checkpoint appears then.
 
         Collective: every rank.
         """
@@ -168,7 +168,7 @@ class CheckpointWriter:
             if self._comm.is_master():  # a full disk needs the space
                 shutil.rmtree(aside, ignore_errors=True)
             reason = " ".join(failures[0].split())
-            raise CheckpointError(
+            raise OutputError(
                 f"checkpoint: could not be written ({reason}). Free space or fix the "
                 f"permissions of {self._run_dir}, then resume with --run-dir {self._run_dir}."
             )

@@ -18,6 +18,7 @@ from fedpipe import __version__, options
 from fedpipe.config.finetune import finetune_presets
 from fedpipe.config.load import load_config, preset_names, read_config
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError, LaunchError
+from fedpipe.files import system_errors_named
 from fedpipe.printable import printable
 from fedpipe.terminal import prepare_output
 
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(argv)
         command: Callable[[argparse.Namespace], int] = args.run
-        code = command(args)
+        with system_errors_named():
+            code = command(args)
         sys.stdout.flush()
         return code
     except FedPipeError as error:

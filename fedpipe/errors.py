@@ -8,6 +8,7 @@
     ``FederationError``   replicas that cannot be averaged
     ``LaunchError``       a process that did not finish
         ``TrainingError`` numbers of the training that are no longer finite
+        ``OutputError``   files that the system does not let us write
 
 The command line prints a ``FedPipeError`` in one line and ends with 2 (a ``LaunchError`` with 1);
 anything else is a bug and keeps its traceback.
@@ -53,3 +54,7 @@ class LaunchError(FedPipeError):
 
 class TrainingError(LaunchError):
     """The training cannot go on: a loss, a gradient or a weight is no longer finite."""
+
+
+class OutputError(CheckpointError, LaunchError):
+    """The system refuses a file: the disk is full, for example. The same command goes on later."""

@@ -9,17 +9,59 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedpipe.errors import OutputError
+
 T = TypeVar("T")
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_SYSTEM = {
+    *_NO_ROOM, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE,
+    errno.ENFILE, errno.ENOMEM, errno.ENAMETOOLONG, errno.ENOLCK, errno.ENODEV,
+}  # fmt: skip
+"""What the machine refuses; anything else that the system says is a bug of ours."""
 
 _PASSING = {errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EAGAIN}
 """What a network file system answers while a server or a path to it changes."""
 _WAITS_S = (0.2, 0.5, 1.0, 2.0)
+_PROBE_BYTES = 2**20
+
+
+@contextmanager
+def system_errors_named() -> Iterator[None]:
+    """Turn what the machine refuses into one line; also a decorator.
+
+    Raises:
+        OutputError: In the place of an ``OSError`` whose cause lies outside of this program.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _SYSTEM:
+            raise
+        way_out = "Free space there" if error.errno in _NO_ROOM else "Mend that"
+        raise OutputError(
+            f"{error.filename or 'a file'}: expected to be let read or write it, got"
+            f" {error.strerror}. {way_out}, then give the same command again."
+        ) from error
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an ``OSError`` without a file's name say this one: a full write does not know its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def patiently(look: Callable[[], T]) -> T:
@@ -63,7 +105,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> tuple[int, str
     """
     aside = path.with_name(f".{path.name}.part")
     try:
-        write(aside)
+        with naming(path):
+            _write(aside, write)
         with open(aside, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
@@ -73,6 +116,28 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> tuple[int, str
         aside.unlink(missing_ok=True)  # a full disk needs the space
         raise
     return size, digest
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file; where a library fails for a reason of the system, raise that."""
+    try:
+        write(path)
+    except Exception as error:
+        _raise_cause(error, path)
+        raise
+
+
+def _raise_cause(error: Exception, path: Path) -> None:
+    """Raise what the system said to a library that has failed to write, if that was it."""
+    if isinstance(error, OSError):
+        return
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+    if path.is_file():  # torch does not pass it on
+        with open(path, "ab") as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -92,9 +157,14 @@ def replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        write(aside)
-        for path in (*aside.rglob("*"), aside):
-            sync(path)
+        with naming(folder):
+            try:
+                write(aside)
+            except Exception as error:
+                _raise_cause(error, folder)
+                raise
+            for path in (*aside.rglob("*"), aside):
+                sync(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

@@ -50,8 +50,16 @@ def cache_root(config: RunConfig) -> Path:
 
 def cache_path(config: RunConfig) -> Path:
     """Tell where the cache directory is, whether it exists or not; see ``cache_root``."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fedpipe")
-    return Path(config.data.cache_dir or usual).absolute()
+    if config.data.cache_dir:
+        return Path(config.data.cache_dir).absolute()
+    try:
+        usual = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise CorpusError(
+            "data.cache_dir: expected a directory, got none, and there is no home directory to keep"
+            " prepared text in. Set data.cache_dir, or the variable HOME."
+        ) from None
+    return Path(usual, "fedpipe").absolute()
 
 
 def remembered_digests(sources: tuple[Source, ...], root: Path) -> list[FileDigests] | None:

@@ -22,6 +22,7 @@ from fedpipe.distributed.env import ProcessEnv, detect, num_gpus, threads_per_pr
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import EXIT_INTERRUPTED, StopSignals, Watch
 from fedpipe.errors import FedPipeError, LaunchError, TopologyError
+from fedpipe.files import system_errors_named
 from fedpipe.launcher.cut import choose_cut, measure_here
 from fedpipe.launcher.local import run_console
 from fedpipe.launcher.orphan import stopped_with_launcher
@@ -109,6 +110,7 @@ def main(task: str = "pretrain", arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+@system_errors_named()
 def run_rank(
     request: RunRequest,
     *,

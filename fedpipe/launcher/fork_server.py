@@ -5,14 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 from collections.abc import Sequence
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
 from typing import Any
 
 from fedpipe.distributed.env import num_gpus
 from fedpipe.distributed.watch import STOP_SIGNALS
+from fedpipe.errors import LaunchError
 from fedpipe.launcher.worker import PRELOAD
 
+_LONGEST_SOCKET = 107
+"""Bytes of a path in sockaddr_un (unix(7)), the last one being zero."""
+_SOCKET_NAME = len("/pymp-12345678/listener-12345678")
+"""What multiprocessing appends to the directory for temporary files."""
 _USERS_THREADS = os.environ.get("OMP_NUM_THREADS", "")
 """What the user asks for; the server gets a default that this process then has, too."""
 
@@ -41,6 +47,7 @@ def fork_server(preload: Sequence[str] = PRELOAD) -> Any:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
+    _find_room_for_sockets()
     resource_tracker.ensure_running()  # it changes the mask, so not below
     # A terminal and a scheduler send signals to all processes of a run. The server must outlive
     # them; its children inherit the mask and take it off when they can stop in order.
@@ -50,3 +57,36 @@ def fork_server(preload: Sequence[str] = PRELOAD) -> Any:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
+
+
+def _find_room_for_sockets() -> None:
+    """Let multiprocessing keep its sockets where their path is short enough for the system.
+
+    Raises:
+        LaunchError: There is no such place.
+    """
+    usual = tempfile.tempdir
+    for folder in (*_usual_folder(), "/tmp", "/var/tmp", "/dev/shm"):
+        if len(os.fsencode(folder)) + _SOCKET_NAME > _LONGEST_SOCKET:
+            continue
+        tempfile.tempdir = folder
+        try:
+            util.get_temp_dir()  # makes a folder, and remembers it for this process and its own
+            return
+        except OSError:
+            continue
+        finally:
+            tempfile.tempdir = usual
+    raise LaunchError(
+        f"TMPDIR: expected a writable directory whose path has at most"
+        f" {_LONGEST_SOCKET - _SOCKET_NAME} bytes, got {os.environ.get('TMPDIR', '')!r}. Set"
+        " TMPDIR=/tmp and make room there: a socket's path cannot be longer."
+    )
+
+
+def _usual_folder() -> list[str]:
+    """Directory for temporary files, if there is any that can be written."""
+    try:
+        return [tempfile.gettempdir()]
+    except FileNotFoundError:
+        return []

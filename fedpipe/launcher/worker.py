@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.watch import StopSignals, Watch
-from fedpipe.errors import FedPipeError
+from fedpipe.files import system_errors_named
 from fedpipe.launcher.ranks import Setup
 from fedpipe.terminal import prepare_output
 from fedpipe.workflows.run_dir import RunSetup
@@ -80,15 +81,17 @@ def run_rank(
         with Watch(signals=StopSignals(), report=report) as watch:
             _TASKS[task](setup, env, emit, watch, *args)
     except BaseException as error:
-        if not isinstance(error, FedPipeError):
-            traceback.print_exc()
         emit("error", f"{type(error).__name__}: {error}")
+        with suppress(OSError):  # the log may lie on the disk that is full
+            traceback.print_exc()
         sys.exit(1)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
 
 
+@system_errors_named()
 def _pretrain(setup: RunSetup, env: ProcessEnv, emit: Emit, watch: Watch) -> None:
     from fedpipe.workflows.pretrain import pretrain
 
@@ -100,6 +103,7 @@ def _pretrain(setup: RunSetup, env: ProcessEnv, emit: Emit, watch: Watch) -> Non
         finish(setup)
 
 
+@system_errors_named()
 def _throughput(setup: RunSetup, env: ProcessEnv, emit: Emit, watch: Watch, settings: Any) -> None:
     from fedpipe.data.blocks import load_prepared
     from fedpipe.workflows.throughput.measure import measure
@@ -110,6 +114,7 @@ def _throughput(setup: RunSetup, env: ProcessEnv, emit: Emit, watch: Watch, sett
         emit("measurement", measurement)
 
 
+@system_errors_named()
 def _finetune(setup: Any, env: ProcessEnv, emit: Emit, watch: Watch) -> None:
     from fedpipe.metrics.finetune_report import write_finetune_report
     from fedpipe.workflows.finetune.finish import export_finetuned

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.errors import CheckpointError
+from fedpipe.files import naming
 from fedpipe.metrics.mirror import TensorBoardMirror
 
 METRICS_FILE = "metrics.jsonl"
@@ -52,16 +53,20 @@ class MetricsWriter:
         cleaned = [finite(record) for record in records]
         lines = (json.dumps(r, allow_nan=False, separators=(",", ":")) for r in cleaned)
         pending = "".join(line + "\n" for line in lines).encode("ascii")
-        while pending:  # a second turn only where the file system takes part of a write
-            pending = pending[os.write(self._fd, pending) :]
+        with naming(self._path):
+            while pending:  # a second turn only where the file system takes part of a write
+                pending = pending[os.write(self._fd, pending) :]
         if self._mirror is not None:
-            self._mirror.add(cleaned)
+            with naming(self._path.with_name("tensorboard")):
+                self._mirror.add(cleaned)
 
     def flush(self) -> None:
         """Return once everything written is on the disk."""
-        os.fsync(self._fd)
+        with naming(self._path):
+            os.fsync(self._fd)
         if self._mirror is not None:
-            self._mirror.flush()
+            with naming(self._path.with_name("tensorboard")):
+                self._mirror.flush()
 
     def truncate(self, offset: int) -> None:
         """Forget every record after a checkpoint.

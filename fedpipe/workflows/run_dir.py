@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -369,12 +370,18 @@ def locked(run_dir: Path) -> Iterator[None]:
     """Keep every other command out of a run directory.
 
     Raises:
-        CheckpointError: Another command is at work there.
+        CheckpointError: Another command is at work there, or the file system has no locks.
     """
     with open(run_dir / ".lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise CheckpointError(
+                    f"--run-dir: expected a file system that can lock a file, got {run_dir} on one"
+                    f" that cannot ({error.strerror}). Choose a directory on another, or have it"
+                    " mounted with locks (on NFS: a lock service, or the option local_lock=flock)."
+                ) from None
             raise CheckpointError(
                 f"--run-dir: expected a run that no other process works on, got {run_dir} in use. "
                 "Wait for it, stop it, or choose another directory."

@@ -13,7 +13,8 @@ REPOSITORY = Path(__file__).parents[2]
 MODULES = sorted((REPOSITORY / "fedpipe").rglob("*.py"))
 LEVELS = (
     ("printable",),
-    ("errors", "files"),
+    ("errors",),
+    ("files",),
     ("log", "terminal", "config"),
     ("distributed",),
     ("data", "models", "metrics"),
