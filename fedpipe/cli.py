@@ -122,18 +122,21 @@ def _parser() -> argparse.ArgumentParser:
         if name == "reproduce":
             options.add_reproduction(command)
         elif name == "evaluate":
-            command.add_argument("--config", metavar="FILE", help="YAML with a section evaluation")
+            options.add_path(
+                command, "--config", metavar="FILE", help="YAML with a section evaluation"
+            )
         else:
             studies = tuning if name == "finetune" else presets
             command.add_argument("--preset", metavar="NAME", help=studies)
-            command.add_argument(
+            options.add_path(
+                command,
                 "--config",
                 metavar="FILE",
                 help="YAML, laid over the preset; default: the quick start",
             )
         default = _DEFAULT_DIRS.get(name, "runs/NAME")
-        command.add_argument(
-            "--run-dir", metavar="DIR", help=f"directory of the run; default: {default}"
+        options.add_path(
+            command, "--run-dir", metavar="DIR", help=f"directory of the run; default: {default}"
         )
         command.add_argument(
             "overrides", metavar="section.key=value", nargs="*", help="wins over the file"

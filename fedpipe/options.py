@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from typing import Any
 
+from fedpipe.config.paths import expanded
 from fedpipe.config.reproduce import EXPERIMENTS, SCALES
+
+
+def add_path(command: argparse.ArgumentParser, name: str, **keywords: Any) -> None:
+    """Add an option whose value is a path; ``~`` is a home directory, after ``=``, too."""
+    command.add_argument(name, type=partial(expanded, key=name), **keywords)
 
 
 def add_measurement(command: argparse.ArgumentParser) -> None:
@@ -26,8 +34,8 @@ def add_measurement(command: argparse.ArgumentParser) -> None:
 
 def add_job(command: argparse.ArgumentParser) -> None:
     """Where a job runs."""
-    command.add_argument(
-        "--profile", metavar="FILE", help="what a node of the site is; see slurm/profiles"
+    add_path(
+        command, "--profile", metavar="FILE", help="what a node of the site is; see slurm/profiles"
     )
     command.add_argument(
         "--cluster",
@@ -61,7 +69,8 @@ def add_parallel(command: argparse.ArgumentParser) -> None:
 
 def add_evaluation(command: argparse.ArgumentParser) -> None:
     """Models, tasks and seeds."""
-    command.add_argument(
+    add_path(
+        command,
         "--model",
         metavar="FOLDER",
         action="append",
@@ -71,7 +80,8 @@ def add_evaluation(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tasks", metavar="NAME,NAME", help="tasks, see docs/evaluation.md; default: ncbi-disease"
     )
-    command.add_argument(
+    add_path(
+        command,
         "--data",
         metavar="DIR",
         help="folder with the tasks' files, or hf:NAME; default: a packaged slice",
@@ -81,7 +91,8 @@ def add_evaluation(command: argparse.ArgumentParser) -> None:
 
 def add_comparison(command: argparse.ArgumentParser) -> None:
     """Two evaluations to subtract."""
-    command.add_argument(
+    add_path(
+        command,
         "--compare",
         metavar="RUN",
         nargs=2,
@@ -97,7 +108,8 @@ def add_reproduction(command: argparse.ArgumentParser) -> None:
         help=f"what to reproduce: {', '.join(EXPERIMENTS)}",
     )  # fmt: skip
     add_scale(command)
-    command.add_argument(
+    add_path(
+        command,
         "--data",
         metavar="DIR",
         help="folder with the files of the eight tasks; default: a packaged slice of one",

@@ -143,7 +143,7 @@ def _batch_keys(pipeline: PipelineConfig, data_parallel_degree: int) -> dict[str
 
 def _read(file: str) -> dict[str, Any]:
     try:
-        text = Path(file).expanduser().read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8")
         found = json.loads(text, object_pairs_hook=_refuse_duplicates)
     except OSError as error:
         raise ConfigError(

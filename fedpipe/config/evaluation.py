@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fedpipe.config.paths import UserPath
 from fedpipe.config.require import require
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -18,11 +19,11 @@ PACKAGED_TASKS = "packaged"
 class EvaluationConfig:
     """``fedpipe evaluate``; fields that are ``null`` take the published value of each task."""
 
-    models: tuple[str, ...] = ()
+    models: tuple[UserPath, ...] = ()
     """Hugging Face folders (or run directories with an export); empty means runs/quickstart."""
     tasks: tuple[str, ...] = ("ncbi-disease",)
     """Names of tasks; docs/evaluation.md lists them."""
-    data: str = PACKAGED_TASKS
+    data: UserPath = PACKAGED_TASKS
     """Folder with the tasks' files, ``hf:NAME`` or ``hf:NAME:CONFIG`` for Hugging Face datasets, or
     ``packaged``."""
     seeds: tuple[int, ...] = (0,)

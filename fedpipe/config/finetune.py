@@ -11,6 +11,7 @@ from typing import Literal, cast
 from fedpipe.config.evaluation import Precision
 from fedpipe.config.federation import FederationConfig
 from fedpipe.config.load import build, dump_config, lay_over
+from fedpipe.config.paths import UserPath
 from fedpipe.config.require import require
 from fedpipe.config.schema import (
     CheckpointConfig,
@@ -38,7 +39,7 @@ Method = Literal[
 class BaseModelConfig:
     """The model that is fine-tuned."""
 
-    path: str = QUICKSTART
+    path: UserPath = QUICKSTART
     """Hugging Face folder with weights and tokenizer; quickstart is runs/quickstart/export, or
     where that is not there a small RoBERTa with random weights."""
     random_weights: bool = False
@@ -55,7 +56,7 @@ class MethodConfig:
     name: Method = "lora"
     """full trains everything; the others freeze the model and train an adapter of the adapters
     library and the task's head."""
-    path: str = ""
+    path: UserPath = ""
     """Adapter folder to start from, RUN_DIR/adapter of another run; empty starts anew."""
     first_layer: int = 0
     """First layer with an adapter. Every example runs through those below once, without dropout;
@@ -111,7 +112,7 @@ class TaskConfig:
 
     name: str = "ncbi-disease"
     """A task that ``fedpipe evaluate`` knows, or ``causal-lm`` for the texts of ``task.data``."""
-    data: str = "packaged"
+    data: UserPath = "packaged"
     """Folder with the task's files, ``hf:NAME`` or ``hf:NAME:CONFIG``, or ``packaged``."""
     max_length: int = 128
     """Tokens per example; longer ones are cut."""

@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.model_shape import resolve
+from fedpipe.config.paths import expanded, is_path
 from fedpipe.config.require import require
 from fedpipe.config.schema import RunConfig
 from fedpipe.config.tree import Node, dump, merge, parse, parse_override, read_text, wrap
@@ -347,7 +348,7 @@ def _build(cls: type, node: Node, *, key: str, root: type | None = None) -> Any:
             f"{key}: expected a section with keys, got {node.plain()!r} in {node.where}. Write"
             f" {key}.KEY=VALUE, or the keys indented below {key.rpartition('.')[2]}:."
         )
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     names = [field.name for field in fields(cls)]
     values = {}
     for name, child in node.value.items():
@@ -363,6 +364,8 @@ def _build(cls: type, node: Node, *, key: str, root: type | None = None) -> Any:
 def _value(kind: Any, node: Node, *, key: str, root: type) -> Any:
     if is_dataclass(kind):
         return _build(cast(type, kind), node, key=key, root=root)
+    if is_path(kind):
+        return expanded(_scalar(str, node, key=key), key=key)
     origin, arguments, value = get_origin(kind), get_args(kind), node.value
     if origin in (Union, UnionType):
         if value is None:

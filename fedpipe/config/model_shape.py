@@ -159,7 +159,7 @@ def _new_model(model: ModelConfig, *, vocab_size: int, num_positions: int) -> di
 
 def _read_folder(model: ModelConfig, *, pad_id: int | None) -> dict[str, Any]:
     """Read the sizes of ``model.path``, and refuse what the stages would not compute exactly."""
-    folder = Path(model.path).expanduser()
+    folder = Path(model.path)
     if not folder.is_dir():
         raise ConfigError(
             f"model.path: expected a Hugging Face folder, got {model.path!r}, which is not there."

@@ -13,6 +13,7 @@ from fedpipe.config.evaluation import EvaluationConfig as EvaluationConfig
 from fedpipe.config.families import FamilyName
 from fedpipe.config.federation import AverageConfig as AverageConfig
 from fedpipe.config.federation import FederationConfig as FederationConfig
+from fedpipe.config.paths import UserPath
 from fedpipe.config.require import require
 
 PACKAGED = "packaged"
@@ -27,7 +28,7 @@ class ModelConfig:
     """Whose embeddings, layers and masked-LM head to use; a folder in ``path`` must agree."""
     size: Literal["tiny", "small", "base", "large"] = "tiny"
     """tiny 4 x 128, small 4 x 512, base 12 x 768, large 24 x 1024 (layers x hidden)."""
-    path: str = ""
+    path: UserPath = ""
     """Hugging Face folder to continue from: its config.json, weights and sizes are used."""
     num_hidden_layers: int | None = None
     """Encoder layers."""
@@ -69,15 +70,15 @@ class ModelConfig:
 class DataConfig:
     """Text, its tokens and who owns it."""
 
-    train: tuple[str, ...] = (PACKAGED,)
+    train: tuple[UserPath, ...] = (PACKAGED,)
     """Training text: files or globs (.jsonl, .jsonl.gz, .txt, .txt.gz, .parquet), a save_to_disk
     folder, ``hf:NAME[:SPLIT]`` for a hub dataset, or ``packaged``."""
-    valid: tuple[str, ...] = (PACKAGED,)
+    valid: tuple[UserPath, ...] = (PACKAGED,)
     """Held-out text, same forms; partitioned by the same rule. A client may have none of it. Empty
     means no validation."""
     text_column: str = "text"
     """Column that holds a document; plain text files have one document per line."""
-    tokenizer: str = PACKAGED
+    tokenizer: UserPath = PACKAGED
     """Folder with a tokenizer.json (Hugging Face), or ``packaged``."""
     sequence_length: int = 128
     """Tokens per block, with the two special tokens; every block is full."""
@@ -96,7 +97,7 @@ class DataConfig:
     and 1.0 are one value, and rows without a value are an owner of their own."""
     dirichlet_alpha: float = 0.5
     """Concentration of ``dirichlet``; small values give each client few column values."""
-    cache_dir: str = ""
+    cache_dir: UserPath = ""
     """Where tokenised blocks are kept; empty means ``$XDG_CACHE_HOME/fedpipe``, else
     ~/.cache/fedpipe. New directories are readable for their owner only."""
     num_workers: int = 0
@@ -366,7 +367,7 @@ class LogConfig:
 class DeepSpeedConfig:
     """The pure DeepSpeed part."""
 
-    config: str = ""
+    config: UserPath = ""
     """DeepSpeed JSON (precision, ZeRO <= 1, timers, profiler); empty means plain fp32. Batch sizes
     and optimizer are this file's and are filled in."""
 

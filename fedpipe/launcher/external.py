@@ -85,8 +85,8 @@ def main(task: str = "pretrain", arguments: Sequence[str] | None = None) -> int:
     prepare_output()
     parser = argparse.ArgumentParser(description=f"one rank of `fedpipe {task}`")
     parser.add_argument("--preset")
-    parser.add_argument("--config")
-    parser.add_argument("--run-dir")
+    for name in ("--config", "--run-dir"):
+        parser.add_argument(name, type=os.path.expanduser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(arguments)

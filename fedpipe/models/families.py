@@ -176,7 +176,7 @@ def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str
 
 def _num_positions(path: str) -> int:
     """Rows of the position table that config.json speaks of; -1 where it does not."""
-    config = read_json_object(Path(path).expanduser() / "config.json", key="model.path")
+    config = read_json_object(Path(path) / "config.json", key="model.path")
     return int(config.get("max_position_embeddings", -1))
 
 
@@ -206,7 +206,7 @@ def _candidates(name: str, *, family: Family) -> list[str]:
 
 
 def _read_tensors(path: str, wanted: set[str]) -> dict[str, torch.Tensor]:
-    folder = Path(path).expanduser()
+    folder = Path(path)
     found: dict[str, torch.Tensor] = {}
     for file in weight_files(folder, key="model.path"):
         try:

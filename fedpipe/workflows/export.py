@@ -126,7 +126,7 @@ def _trained_length(config: RunConfig) -> int:
     length = config.data.sequence_length
     if not config.model.path:
         return length
-    folder = Path(config.model.path).expanduser()
+    folder = Path(config.model.path)
     positions = num_positions(read_json_object(folder / "config.json", key="model.path"))
     before = longest_input(folder, key="model.path") or positions
     return max(length, min(before, positions))

@@ -231,7 +231,7 @@ def inputs_of(config: RunConfig, *, progress: Progress | None = None) -> Inputs:
     identity = identify(config, progress=progress)
     files = dict(identity.files)
     if config.model.path:
-        paths = model_files(Path(config.model.path).expanduser())
+        paths = model_files(Path(config.model.path))
         files["model.path"] = file_digests(paths, key="model.path", root=cache_root(config))
     return Inputs(prepared=identity.key, files=files)
 

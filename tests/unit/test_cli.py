@@ -185,3 +185,13 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_option_that_is_a_path_may_begin_at_home(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert main(["report", "--run-dir=~/x"]) == 2
+    assert "got '/home/me/x' without a config.yaml." in capsys.readouterr().err
+    assert main(["evaluate", "--model=~nobody-here/x"]) == 2
+    assert "--model: expected the home directory of a known user" in capsys.readouterr().err

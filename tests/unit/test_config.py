@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from dataclasses import replace
@@ -10,7 +11,17 @@ from pathlib import Path
 import pytest
 
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
-from fedpipe.config.load import check, diff, from_dict, load_config, to_dict, to_yaml
+from fedpipe.config.finetune import FinetuneConfig
+from fedpipe.config.load import (
+    build,
+    check,
+    diff,
+    dump_config,
+    from_dict,
+    load_config,
+    to_dict,
+    to_yaml,
+)
 from fedpipe.config.model_shape import ModelShape, resolve
 from fedpipe.config.schema import (
     DataConfig,
@@ -20,6 +31,7 @@ from fedpipe.config.schema import (
     OptimizerConfig,
     RunConfig,
 )
+from fedpipe.config.tree import parse, parse_override
 from fedpipe.errors import ConfigError, FedPipeError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -90,6 +102,57 @@ def test_words_that_yaml_1_1_reads_as_something_else_stay_words(word: str) -> No
     config = load_config(None, [f"name={word}"])
     assert config.name == word
     assert from_dict(to_dict(config)) == config
+
+
+PATHS = {
+    RunConfig: ["model.path", "data.train", "data.valid", "data.tokenizer", "data.cache_dir",
+                "evaluation.models", "evaluation.data", "deepspeed.config"],
+    FinetuneConfig: ["model.path", "method.path", "task.data"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("root", PATHS, ids=lambda root: root.__name__)
+def test_every_path_of_every_configuration_may_begin_at_home(
+    root: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    found = []
+    for key, value in _values(root()):
+        text = "[~/a, b]" if isinstance(value, list) else "~/a"
+        if not isinstance(value, (str, list)):
+            continue
+        for node in (parse_override(f"{key}={text}"), parse(_nested(key, text), source="f")):
+            with contextlib.suppress(ConfigError):  # a list of numbers, or of few words
+                after = dict(_values(build(root, node)))[key]
+                if after == (["/home/me/a", "b"] if isinstance(value, list) else "/home/me/a"):
+                    found.append(key)
+    assert sorted(found) == sorted([*PATHS[root], *PATHS[root]])
+
+
+def test_a_home_that_nobody_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^data.cache_dir: expected the home directory of a kno"):
+        load_config(None, ["data.cache_dir=~nobody-here/x"])
+    assert load_config(None, ["data.cache_dir=./~x"]).data.cache_dir == "./~x"
+
+
+def _values(config: object) -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+
+    def visit(prefix: str, values: dict[str, object]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                visit(f"{prefix}{name}.", value)
+            else:
+                found.append((f"{prefix}{name}", value))
+
+    visit("", parse(dump_config(config), source="").plain())
+    return found
+
+
+def _nested(key: str, text: str) -> str:
+    *sections, name = key.split(".")
+    lines = [f"{'  ' * depth}{section}:" for depth, section in enumerate(sections)]
+    return "\n".join([*lines, f"{'  ' * len(sections)}{name}: {text}"])
 
 
 ODD_TEXTS = ["", "1e5", "null", "true", "0x1F", "a: b", "- x", "#", "'", '"', "\n", " a ", "[", "é"]

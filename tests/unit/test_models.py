@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from fedpipe.config.families import FAMILIES as DECLARED
+from fedpipe.config.load import load_config
 from fedpipe.config.model_shape import ModelShape, resolve
 from fedpipe.config.schema import ModelConfig, PipelineConfig
 from fedpipe.errors import CheckpointError, ConfigError
@@ -555,9 +556,10 @@ def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     model = _random_model("roberta", tied=False)
     model.save_pretrained(tmp_path / "model")
     monkeypatch.setenv("HOME", str(tmp_path))
-    shape = resolve(ModelConfig(path="~/model"), vocab_size=VOCAB, sequence_length=LENGTH)
-    config = hf_config(shape, pad_id=1, cls_id=2, sep_id=3)
-    _assert_equals(_stages(config, (2,), path="~/model"), model)
+    config = load_config(None, ["model.path=~/model", "data.sequence_length=12"])
+    shape = resolve(config.model, vocab_size=VOCAB, sequence_length=LENGTH)
+    hf = hf_config(shape, pad_id=1, cls_id=2, sep_id=3)
+    _assert_equals(_stages(hf, (2,), path=config.model.path), model)
 
 
 def test_sinusoidal_positions_have_the_deviation_of_the_others_and_show_distance() -> None:

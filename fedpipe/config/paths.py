@@ -1,0 +1,39 @@
+"""Paths that users write: ``~`` is a home directory wherever a path can stand."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+from fedpipe.errors import ConfigError
+
+_MARK = "path"
+UserPath = Annotated[str, _MARK]
+"""Type of a field that holds a path, or a name that is none, such as ``packaged``."""
+
+
+def is_path(kind: object) -> bool:
+    """Whether the type of a field is ``UserPath``."""
+    return _MARK in getattr(kind, "__metadata__", ())
+
+
+def expanded(path: str, *, key: str) -> str:
+    """Write a home directory out.
+
+    Args:
+        path: What the user has written.
+        key: Of the configuration, or the option.
+
+    Returns:
+        The path; one that does not begin with ``~`` as it is.
+
+    Raises:
+        ConfigError: It begins with a user who is not known here.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ConfigError(
+            f"{key}: expected the home directory of a known user, got {path!r}. Write the path out,"
+            " or ./ before a file whose name begins with ~."
+        )
+    return found
