@@ -23,6 +23,7 @@ from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.watch import StopSignals, Watch
+from fedpipe.errors import FedPipeError
 from fedpipe.files import system_errors_named
 from fedpipe.launcher.ranks import Setup
 from fedpipe.terminal import prepare_output
@@ -61,13 +62,6 @@ def run_rank(
     import torch
 
     _die_with_parent()
-    _redirect_output(setup, env)
-    prepare_output()
-    random.seed(env.rank)
-    bind(env)
-    torch.set_num_threads(threads)  # the fork server has imported torch already, with one
-    log.setup(rank=env.rank)
-
     sending = threading.Lock()
 
     def emit(kind: str, value: Any) -> None:
@@ -78,12 +72,20 @@ def run_rank(
         emit("activity", activity)
 
     try:
+        with system_errors_named():
+            _redirect_output(setup, env)
+        prepare_output()
+        random.seed(env.rank)
+        bind(env)
+        torch.set_num_threads(threads)  # the fork server has imported torch already, with one
+        log.setup(rank=env.rank)
         with Watch(signals=StopSignals(), report=report) as watch:
             _TASKS[task](setup, env, emit, watch, *args)
     except BaseException as error:
         emit("error", f"{type(error).__name__}: {error}")
-        with suppress(OSError):  # the log may lie on the disk that is full
-            traceback.print_exc()
+        if not isinstance(error, FedPipeError):
+            with suppress(OSError):  # the log may lie on the disk that is full
+                traceback.print_exc()
         sys.exit(1)
     finally:
         with suppress(OSError):

@@ -13,7 +13,7 @@ from fedpipe.errors import CheckpointError
 from fedpipe.metrics.document import Paragraph, Table
 from fedpipe.metrics.drawing import spread
 from fedpipe.metrics.report import write_report
-from fedpipe.metrics.sections import ledger
+from fedpipe.metrics.sections import ledger, refused_section
 from fedpipe.metrics.summary import RunSummary, smooth
 from fedpipe.metrics.timeline_plot import middle_window, write_timeline_plot
 from tests.helpers.records import make_events, make_records, make_run_dir
@@ -160,6 +160,18 @@ def test_a_run_inside_its_first_round_has_a_loss_figure(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in steps))
     write_report(tmp_path)
     assert (tmp_path / "loss.png").is_file()
+
+
+def test_updates_that_were_left_out_are_listed_with_the_reason(tmp_path: Path) -> None:
+    path = make_run_dir(tmp_path, complete=False)
+    assert refused_section(RunSummary.load(path)) == []
+    fault = {"client": 3, "stage": 1, "step": 4, "what": "grad_norm"}
+    with open(path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"kind": "round", "round": 6, "refused": [fault]}) + "\n")
+    _, text, table = refused_section(RunSummary.load(path))
+    assert isinstance(text, Paragraph) and text.text.startswith("1 update held numbers that are")
+    why = "its gradient norm is not finite at local step 5, stage 1"
+    assert isinstance(table, Table) and table.rows == (("7", "3", why),)
 
 
 def test_losses_that_are_null_everywhere_leave_the_figure_out(tmp_path: Path) -> None:
