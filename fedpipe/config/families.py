@@ -29,6 +29,8 @@ class Family:
     """Fields that the stages honour with one value only, with what to do about another one."""
     harmless: frozenset[str]
     """Fields that neither the encoder nor the masked-LM head depends on."""
+    layer_tensors: frozenset[str]
+    """What a folder's encoder layer may hold."""
 
     def first_position(self, pad_id: int) -> int:
         """Return the row of the position table that the first token of a sequence reads."""
@@ -75,6 +77,18 @@ _HARMLESS = frozenset(
     " tie_encoder_decoder top_k top_p typical_p".split()
 )
 
+_MODULES = (
+    "attention.self.query", "attention.self.key", "attention.self.value",
+    "attention.output.dense", "attention.output.LayerNorm", "intermediate.dense", "output.dense",
+    "output.LayerNorm",
+)  # fmt: skip
+_LAYER_TENSORS = frozenset(
+    f"{module}.{name}"
+    for module in _MODULES
+    for name in ("weight", "bias", *(("gamma", "beta") if module.endswith("Norm") else ()))
+)
+"""gamma and beta are what the original BERT calls a LayerNorm's weight and bias."""
+
 FAMILIES: dict[FamilyName, Family] = {
     "roberta": Family(
         positions_after_padding=True,
@@ -83,6 +97,7 @@ FAMILIES: dict[FamilyName, Family] = {
         pad_token_id=1,
         fixed=_FIXED,
         harmless=_HARMLESS,
+        layer_tensors=_LAYER_TENSORS,
     ),
     "bert": Family(
         positions_after_padding=False,
@@ -91,6 +106,7 @@ FAMILIES: dict[FamilyName, Family] = {
         pad_token_id=0,
         fixed=_FIXED,
         harmless=_HARMLESS,
+        layer_tensors=_LAYER_TENSORS,
     ),
 }
 """By ``model_type``."""

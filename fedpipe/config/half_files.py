@@ -98,12 +98,15 @@ def weight_files(folder: Path, *, key: str) -> list[Path]:
     return []
 
 
-def check_weights(folder: Path, *, key: str) -> None:
+def check_weights(folder: Path, *, key: str) -> list[str]:
     """Refuse weights that are not all there, without reading them.
 
     Args:
         folder: Of Hugging Face.
         key: That named it.
+
+    Returns:
+        Names of the tensors; none of files that only torch can read.
 
     Raises:
         ConfigError: There are none, a shard is missing, or a file is cut short.
@@ -114,6 +117,7 @@ def check_weights(folder: Path, *, key: str) -> None:
             f"{key}: expected weights in {str(folder)!r}, got none of {', '.join(WEIGHT_FILES)}."
             " Download them, or save the model there with save_pretrained."
         )
+    names: list[str] = []
     for file in files:
         if not file.is_file():
             raise ConfigError(
@@ -122,9 +126,10 @@ def check_weights(folder: Path, *, key: str) -> None:
             )
         check_fetched(file, key=key)
         if file.suffix == ".safetensors":
-            _check_safetensors(file, key=key)
+            names += _check_safetensors(file, key=key)
         elif _starts_as_zip(file) != zipfile.is_zipfile(file) or not file.stat().st_size:
             raise ConfigError(f"{key}: expected whole weights in {file}, got a part. {_AGAIN}")
+    return names
 
 
 def _starts_as_zip(file: Path) -> bool:
@@ -132,14 +137,15 @@ def _starts_as_zip(file: Path) -> bool:
         return content.read(2) == b"PK"
 
 
-def _check_safetensors(file: Path, *, key: str) -> None:
+def _check_safetensors(file: Path, *, key: str) -> list[str]:
     """Compare the size with what the header says: 8 bytes of length, JSON, then the tensors."""
     size = file.stat().st_size
     with open(file, "rb") as content:
         length = int.from_bytes(content.read(8), "little")
         try:
             header = json.loads(content.read(length) if 8 + length <= size else b"")
-            ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+            header.pop("__metadata__", None)
+            ends = [tensor["data_offsets"][1] for tensor in header.values()]
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as problem:
             raise ConfigError(
                 f"{key}: expected readable weights in {file}, got no safetensors. {_AGAIN}"
@@ -149,3 +155,4 @@ def _check_safetensors(file: Path, *, key: str) -> None:
         raise ConfigError(
             f"{key}: expected {whole:,} bytes of weights in {file}, got {size:,}. {_AGAIN}"
         )
+    return list(header)

@@ -6,6 +6,7 @@ Pure arithmetic over a ``config.json``; counts and FLOPs let the plan speak with
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _ACTIVATIONS = (
     "gelu", "gelu_10", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "mish",
     "quick_gelu", "relu", "relu2", "sigmoid", "silu", "swish", "tanh",
 )  # fmt: skip
+_LAYER = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.(.+)$")
 _SHORTEST_BLOCK = 8
 """Tokens; what ``data.sequence_length`` is at least."""
 _MAX_VOCAB_PADDING = 127
@@ -191,8 +193,27 @@ def _read_folder(model: ModelConfig, *, pad_id: int | None) -> dict[str, Any]:
             f" {padding}: the positions of a {model.family} model begin after it. Set"
             " data.tokenizer to the folder of the model's own tokenizer."
         )
-    check_weights(folder, key="model.path")
-    return {name: found.get(name, default) for name, default in family.defaults.items()}
+    sizes = {name: found.get(name, default) for name, default in family.defaults.items()}
+    _check_tensors(model, sizes["num_hidden_layers"], check_weights(folder, key="model.path"))
+    return sizes
+
+
+def _check_tensors(model: ModelConfig, num_layers: object, names: list[str]) -> None:
+    """Refuse tensors of layers that would be left out, such as an adapter's."""
+    known = FAMILIES[model.family].layer_tensors
+    found = [(name, match) for name in names if (match := _LAYER.search(name))]
+    unknown = sorted(
+        name
+        for name, match in found
+        if match[2] not in known or (isinstance(num_layers, int) and int(match[1]) >= num_layers)
+    )
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise ConfigError(
+            f"model.path: expected the tensors of {num_layers} {model.family} layers (config.json)"
+            f" in {model.path}, got {unknown[0]}{more}. Use the folder of a whole model, with every"
+            " adapter merged into it."
+        )
 
 
 def _check_model_type(model: ModelConfig, found: object, file: Path) -> None:

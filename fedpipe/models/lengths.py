@@ -8,7 +8,7 @@ from typing import Any
 from fedpipe.config.half_files import read_json_object
 from fedpipe.errors import CheckpointError
 
-_OFFSET_FAMILIES = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer")
+OFFSET_FAMILIES = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer")
 """Their positions begin after that of the padding."""
 
 _NO_LIMIT = 1_000_000
@@ -27,7 +27,7 @@ def num_positions(model_config: dict[str, Any]) -> int:
     positions = int(
         model_config.get("max_position_embeddings") or model_config.get("n_positions") or 0
     )
-    if positions and model_config["model_type"] in _OFFSET_FAMILIES:
+    if positions and model_config["model_type"] in OFFSET_FAMILIES:
         positions -= int(model_config.get("pad_token_id") or 0) + 1
     return positions
 

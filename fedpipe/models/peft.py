@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedpipe.config.finetune import MethodConfig
-from fedpipe.config.half_files import read_json_object
+from fedpipe.config.half_files import check_fetched, read_json_object
 from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.models.tuned import Kind, head_names, is_head_of
 
@@ -279,6 +279,9 @@ def load_adapter(
     Raises:
         CheckpointError: The folder is of another method, of a model of other sizes, or damaged.
     """
+    for file in sorted(folder.glob("*")):
+        if file.is_file():
+            check_fetched(file, key="method.path", error=CheckpointError)
     try:
         content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         found, wanted = dict(content["config"]), adapter_config(method, split=split)

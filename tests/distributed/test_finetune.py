@@ -204,6 +204,16 @@ def accuracy(folder: Path, rows: list[dict[str, Any]]) -> float:
     return sum(g == row["label"] for g, row in zip(guesses, rows, strict=True)) / len(rows)
 
 
+def test_a_tokenizer_that_pads_with_another_token_than_roberta_is_refused(
+    tmp_path: Path, base: list[str]
+) -> None:
+    """Its positions begin after the padding token: they would all be shifted."""
+    model = small_folder(tmp_path / "model", "roberta")  # of pad token 1; the tokenizer's is 0
+    match = r"^model.path: expected a tokenizer that pads with token 1 .* begin, got 0\. Save"
+    with pytest.raises(ConfigError, match=match):
+        set_up(tmp_path / "run", base, f"model.path={model}")
+
+
 def relabel(file: Path) -> None:
     """Let a head be that of other labels."""
     content = json.loads(file.read_text(encoding="utf-8"))

@@ -372,6 +372,26 @@ def test_a_field_that_the_stages_do_not_honour_is_refused_by_name(
     assert text.startswith("model.path: expected ")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "roberta.encoder.layer.2.output.dense.bias",
+        "roberta.encoder.layer.1.attention.self.distance_embedding.weight",
+        "encoder.layer.0.output.adapters.a.adapter_down.0.weight",
+    ],
+)
+def test_a_tensor_of_a_layer_that_would_be_left_out_is_refused(name: str, tmp_path: Path) -> None:
+    path = folder_with(tmp_path, ROBERTA)
+    names = ["roberta.encoder.layer.1.output.LayerNorm.gamma", "lm_head.bias", name]
+    header = json.dumps({n: {"data_offsets": [0, 0]} for n in names}).encode()
+    weights = len(header).to_bytes(8, "little") + header
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    assert (
+        f"model.path: expected the tensors of 2 roberta layers (config.json) in {path}, got {name}."
+        in message([f"model.path={path}", "pipeline.cut=[1]"])
+    )
+
+
 def test_a_tokenizer_that_pads_with_another_token_moves_no_position(tmp_path: Path) -> None:
     roberta = ModelConfig(path=folder_with(tmp_path, ROBERTA))
     sizes = {"vocab_size": 50265, "sequence_length": 128}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpipe.config.finetune import BaseModelConfig, FinetuneConfig
+from fedpipe.config.finetune import BaseModelConfig, FinetuneConfig, MethodConfig
 from fedpipe.config.half_files import check_weights
 from fedpipe.config.load import from_dict, load_config
 from fedpipe.config.schema import RunConfig
@@ -18,6 +18,7 @@ from fedpipe.data.sources import folder_files, resolve
 from fedpipe.data.tasks.files import find_files
 from fedpipe.data.tasks.registry import find_task
 from fedpipe.errors import ConfigError, FedPipeError
+from fedpipe.models.peft import load_adapter
 from fedpipe.workflows.evaluate.model_folder import check_models
 from fedpipe.workflows.finetune.setup import check_model_folder
 
@@ -85,7 +86,14 @@ def tokenizer(folder: Path) -> None:
     tokenizer_info(config_of(tokenizer=model(folder, tokenizer__json=POINTER)))
 
 
+def adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "pytorch_adapter.bin").write_bytes(POINTER)
+    load_adapter(None, folder, MethodConfig(), kind="ner")  # type: ignore[arg-type]
+
+
 POINTERS = [
+    ("method.path", adapter),
     ("model.path", pretrained("config__json")),
     ("model.path", pretrained("model__safetensors")),
     ("model.path", tuned("config__json")),

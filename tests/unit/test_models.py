@@ -455,6 +455,9 @@ def test_every_field_that_transformers_writes_by_default_is_accepted(
     assert {name: found.get(name) for name in declared.defaults} == declared.defaults
     assert found["pad_token_id"] == declared.pad_token_id
     assert all(value == found.get(name) for name, (value, _) in declared.fixed.items())
+    layer = {name for name, _ in FAMILIES[family].layer_class(_config(family)).named_parameters()}
+    renamed = {name for name in declared.layer_tensors if name.endswith(("gamma", "beta"))}
+    assert layer == declared.layer_tensors - renamed and len(renamed) == 4
     _random_model(family, tied=True).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(found | {"torch_dtype": "float32"}))
     resolve(ModelConfig(family=family, path=str(tmp_path)), vocab_size=1, sequence_length=LENGTH)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from fedpipe.data.tasks.prepare import FORMAT
 from fedpipe.data.tokenizer import FILES, SAMPLES
 from fedpipe.errors import ConfigError, CorpusError
 from fedpipe.files import write_text
-from fedpipe.models.lengths import longest_input, num_positions
+from fedpipe.models.lengths import OFFSET_FAMILIES, longest_input, num_positions
 from fedpipe.models.lower import check_first_layer
 from fedpipe.models.peft import Counts, adapter_head, attach, load_adapter, trainable
 from fedpipe.models.tuned import build_model, check_family, is_head_of, saved_labels
@@ -304,7 +304,14 @@ def load_model_config(config: FinetuneConfig, tokenizer: Any) -> Any:
             f"model.path: expected a config.json of transformers in {path}, got"
             f" {' '.join(str(error).split())[:120]}. Save the model again."
         ) from error
-    result.pad_token_id = tokenizer.pad_token_id
+    own, padding = result.pad_token_id, tokenizer.pad_token_id
+    if result.model_type in OFFSET_FAMILIES and own not in (None, padding):
+        raise ConfigError(
+            f"model.path: expected a tokenizer that pads with token {own} (pad_token_id of {path}),"
+            f" after which the positions of {result.model_type} begin, got {padding}. Save the"
+            " model's own tokenizer there."
+        )
+    result.pad_token_id = padding
     return result
 
 
