@@ -23,6 +23,7 @@ from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import EXIT_INTERRUPTED, StopSignals, Watch
 from fedpipe.errors import FedPipeError, LaunchError, TopologyError
 from fedpipe.files import system_errors_named
+from fedpipe.launcher.attempts import note_attempt, position_of
 from fedpipe.launcher.cut import choose_cut, measure_here
 from fedpipe.launcher.local import run_console
 from fedpipe.launcher.orphan import stopped_with_launcher
@@ -99,7 +100,7 @@ def main(task: str = "pretrain", arguments: Sequence[str] | None = None) -> int:
         with Signals().caught(), stopped_with_launcher():
             env = detect()
             rank = env.rank
-            return run_rank(request, env=env, signals=StopSignals()).code
+            return run_rank(request, env=env, signals=StopSignals(), on_set_up=_note_start).code
     except FedPipeError as error:
         if rank == 0:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
@@ -108,6 +109,17 @@ def main(task: str = "pretrain", arguments: Sequence[str] | None = None) -> int:
         if rank == 0:
             sys.stdout.write("interrupted; give the same command again\n")
         return EXIT_INTERRUPTED
+
+
+def _note_start(setup: RunSetup) -> None:
+    """Refuse to have a job of a script requeued for ever; what starts it by hand is not a requeue.
+
+    Raises:
+        LaunchError: It has got nowhere in its last starts.
+    """
+    if "SLURM_RESTART_COUNT" in os.environ:
+        position = position_of(setup.checkpoint)
+        note_attempt(setup.run_dir, position, job_id=os.environ["SLURM_JOB_ID"])
 
 
 @system_errors_named()

@@ -7,7 +7,6 @@ stopped or not.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -18,20 +17,16 @@ from typing import Any
 
 import submitit
 
-from fedpipe.checkpoint import Checkpoint, Position, find_latest
+from fedpipe.checkpoint import Position, find_latest
 from fedpipe.config.reproduce import EXPERIMENTS
 from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv, detect
 from fedpipe.distributed.watch import EXIT_INTERRUPTED, StopSignals
-from fedpipe.errors import LaunchError
+from fedpipe.launcher.attempts import note_attempt, position_of
 from fedpipe.launcher.external import Ended, RunRequest, run_rank
 from fedpipe.launcher.supervisor import Interrupted, Signals
 from fedpipe.terminal import prepare_output
 
-ATTEMPTS_FILE = "logs/attempts.jsonl"
-"""Where every start of every job of a run left off, below the run directory."""
-MAX_IDLE_ATTEMPTS = 3
-"""So often in a row a job may be started and stopped without having saved anything new."""
 STARTS = "fedpipe starts as"
 """Opens the part of a job's log that belongs to one attempt."""
 _KILLED_WITHIN_S = 900.0
@@ -94,7 +89,7 @@ class RankJob(_Job):
             env=detect(),
             signals=StopSignals(),
             on_set_up=lambda setup: note_attempt(
-                setup.run_dir, _position(setup.checkpoint), job_id=job.job_id
+                setup.run_dir, position_of(setup.checkpoint), job_id=job.job_id
             ),
         )
 
@@ -154,52 +149,11 @@ def own_gpu(environ: Mapping[str, str], *, local_rank: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": visible[local_rank]}
 
 
-def _position(checkpoint: Checkpoint | None) -> Position:
-    return checkpoint.position if checkpoint else Position()
-
-
 def _position_below(run_dir: Path) -> Position:
     """Where a command stands: rounds and steps of all runs below, and cells that are scored."""
     runs = [run_dir, *run_dir.glob("cells/*")]
-    positions = [_position(find_latest(run)[0]) for run in runs]
+    positions = [position_of(find_latest(run)[0]) for run in runs]
     scored = len(list(run_dir.glob("evaluation/cells/*/result.json")))
     return Position(
         round_id=scored + sum(p.round_id for p in positions), step=sum(p.step for p in positions)
     )
-
-
-def note_attempt(run_dir: Path, position: Position, *, job_id: str) -> None:
-    """Write down where a job starts, and refuse to go on for ever without getting anywhere.
-
-    Args:
-        run_dir: Directory of the run, before it trains.
-        position: Where it goes on.
-        job_id: The same for every attempt of a requeued job.
-
-    Raises:
-        LaunchError: Its last ``MAX_IDLE_ATTEMPTS`` starts were all from where it stands now.
-    """
-    here = {"job": job_id, "round": position.round_id, "step": position.step}
-    path = run_dir / ATTEMPTS_FILE
-    path.parent.mkdir(exist_ok=True)
-    last = _attempts(path)[-MAX_IDLE_ATTEMPTS:]
-    if len(last) == MAX_IDLE_ATTEMPTS and all(entry == here for entry in last):
-        raise LaunchError(
-            f"expected progress, got {MAX_IDLE_ATTEMPTS} starts in a row that were "
-            f"stopped before anything new was saved (all from {position}). Raise timeout_min, set "
-            "checkpoint.every_steps in a new run, or see what stops it; then submit again."
-        )
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(here) + "\n")
-
-
-def _attempts(path: Path) -> list[Any]:
-    if not path.is_file():
-        return []
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:  # a job was killed while it wrote
-            entries.append(None)
-    return entries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from tests.helpers.cli import REPOSITORY
 from tests.helpers.runs import (
+    LONG,
     TINY,
     TWO_REPLICAS,
     job_id,
@@ -106,6 +108,24 @@ def test_a_job_of_a_wrong_size_says_so_and_does_not_come_back(
         "TopologyError: num_replicas (2) x num_stages (2) x data_parallel_degree (1) = 4 processes,"
         " but WORLD_SIZE is 2. Start 4, or set federation.num_replicas=1." in job.log()
     )
+
+
+def test_a_job_that_cannot_save_is_not_requeued_for_ever(cluster: Cluster, folder: Path) -> None:
+    run_dir = folder / "unsaved"
+    job = Job(cluster, "pretrain.sbatch", run_dir, *LONG)
+    job.wait_for_round(1)
+    (run_dir / "checkpoints").touch()  # a file, where a folder must be
+    start = json.dumps({"job": job.id, "round": 0, "step": 0})
+    (run_dir / "logs").mkdir()
+    (run_dir / "logs" / "attempts.jsonl").write_text(f"{start}\n" * 3)
+    cluster.run("scancel", "--batch", "--signal=USR2", job.id)
+    assert job.end() == "FAILED", job.log()
+    assert (
+        "LaunchError: expected progress, got 3 starts in a row that were stopped before anything "
+        "new was saved (all from the start). Raise the job's time, " in job.log()
+    )
+    restarts = cluster.run("scontrol", "--oneliner", "show", "job", job.id).stdout
+    assert " Restarts=1 " in restarts
 
 
 def test_the_five_lines_of_the_readme_train_on_two_nodes_as_on_one_machine(

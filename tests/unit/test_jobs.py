@@ -14,9 +14,10 @@ import submitit
 from fedpipe.checkpoint import Position
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CorpusError, LaunchError, TopologyError
+from fedpipe.launcher.attempts import note_attempt
 from fedpipe.launcher.external import RunRequest
 from fedpipe.launcher.follow import Progress, conclude, find_failure
-from fedpipe.launcher.jobs import STARTS, job_of, note_attempt, own_gpu
+from fedpipe.launcher.jobs import STARTS, job_of, own_gpu
 from fedpipe.launcher.slurm import JobState
 from fedpipe.metrics.console import RunConsole
 
