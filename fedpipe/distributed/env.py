@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -145,10 +145,47 @@ def num_gpus(environ: Mapping[str, str] = os.environ) -> int:
     """
     if environ.get("DS_ACCELERATOR") == "cpu" or version("torch").endswith("+cpu"):
         return 0
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
-    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+    return count_visible(environ.get("CUDA_VISIBLE_DEVICES"), gpus_of_driver())
+
+
+def gpus_of_driver(root: Path = Path("/")) -> list[str]:
+    """Return the UUIDs of the GPUs of this host, "" for an unknown one, in the driver's order."""
+    paths = [path for path in root.glob("dev/nvidia[0-9]*") if path.name[6:].isdigit()]
+    uuids = {}
+    for file in root.glob("proc/driver/nvidia/gpus/*/information"):
+        fields = dict(re.findall(r"^([^:\n]+):\s*(.*?)\s*$", file.read_text("utf-8"), re.M))
+        uuids[fields.get("Device Minor", "")] = fields.get("GPU UUID", "")
+    minors = sorted((path.name[6:] for path in paths), key=int)
+    return [uuids.get(minor, "") for minor in minors]
+
+
+def count_visible(names: str | None, gpus: Sequence[str]) -> int:
+    """Count the GPUs that ``CUDA_VISIBLE_DEVICES`` leaves, as CUDA does.
+
+    Args:
+        names: Indices, UUIDs or beginnings of them, MIG devices, separated by commas; None where
+            the variable is not set.
+        gpus: From ``gpus_of_driver``.
+
+    Returns:
+        Those before the first name that is of no GPU, or that is there twice. A MIG device is taken
+        to exist where there is a GPU, because the driver's files do not name it.
+    """
+    if names is None:
+        return len(gpus)
+    seen: set[str] = set()
+    for name in (part.strip() for part in names.split(",")):
+        if name.isdecimal():
+            exists = int(name) < len(gpus)
+            name = str(int(name))
+        elif name.startswith("MIG-"):
+            exists = bool(gpus)
+        else:
+            exists = name.startswith("GPU-") and any(uuid.startswith(name) for uuid in gpus)
+        if not exists or name in seen:
+            break
+        seen.add(name)
+    return len(seen)
 
 
 def cores_from_slurm(environ: Mapping[str, str] = os.environ) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -170,21 +171,54 @@ def test_slurms_cores_count_before_the_launchers_and_never_more_than_a_process_m
 
 
 @pytest.mark.parametrize(
-    ("build", "variables", "expected"),
-    [
-        ("2.13.0", {"CUDA_VISIBLE_DEVICES": ""}, 0),
-        ("2.13.0", {"CUDA_VISIBLE_DEVICES": "-1"}, 0),
-        ("2.13.0", {"CUDA_VISIBLE_DEVICES": "0,1"}, 2),
-        ("2.13.0", {"CUDA_VISIBLE_DEVICES": "0,1", "DS_ACCELERATOR": "cuda"}, 2),
-        ("2.13.0", {"CUDA_VISIBLE_DEVICES": "0,1", "DS_ACCELERATOR": "cpu"}, 0),
-        ("2.13.0+cpu", {"CUDA_VISIBLE_DEVICES": "0,1"}, 0),
-    ],
+    ("build", "variables"),
+    [("2.13.0", {"DS_ACCELERATOR": "cpu"}), ("2.13.0+cpu", {}), ("2.13.0", {})],
 )
-def test_gpus_are_counted_as_torch_may_use_them(
-    build: str, variables: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+def test_no_gpu_is_counted_where_torch_or_the_user_or_the_driver_has_none(
+    build: str, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(env, "version", lambda name: build)
-    assert env.num_gpus(variables) == expected
+    if not variables and build == "2.13.0" and env.gpus_of_driver():
+        pytest.skip("this machine has GPUs")
+    assert env.num_gpus({"CUDA_VISIBLE_DEVICES": "0,1"} | variables) == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (None, 3),
+        ("", 0),
+        ("-1", 0),
+        ("NoDevFiles", 0),
+        ("none", 0),
+        ("0,1", 2),
+        (" 2 , 0 ", 2),
+        ("0,3,1", 1),  # CUDA stops at the first that is not there
+        ("1,1", 1),
+        ("0,NoDevFiles", 1),
+        ("GPU-aa", 1),
+        ("GPU-aa01,GPU-bb02", 2),
+        ("GPU-ff", 0),
+        ("MIG-1234,MIG-5678", 2),
+    ],
+)
+def test_a_name_counts_as_a_gpu_only_where_there_is_one(names: str | None, expected: int) -> None:
+    assert env.count_visible(names, ["GPU-aa01", "GPU-bb02", ""]) == expected
+    assert env.count_visible(names, []) == 0
+
+
+def test_gpus_are_those_of_the_drivers_files(tmp_path: Path) -> None:
+    for minor in (0, 1, 10, 2):
+        folder = tmp_path / "proc/driver/nvidia/gpus" / f"0000:{minor:02}:00.0"
+        folder.mkdir(parents=True)
+        (folder / "information").write_text(
+            f"Model: \t\t NVIDIA H200\nGPU UUID: \t GPU-{minor}\nDevice Minor: \t {minor}\n"
+        )
+    (tmp_path / "dev").mkdir()
+    for name in ("nvidia0", "nvidia2", "nvidia10", "nvidiactl", "nvidia-uvm"):  # of a container
+        (tmp_path / "dev" / name).touch()
+    assert env.gpus_of_driver(tmp_path) == ["GPU-0", "GPU-2", "GPU-10"]
+    assert env.gpus_of_driver(tmp_path / "elsewhere") == []
 
 
 def test_the_launcher_is_the_parent() -> None:
