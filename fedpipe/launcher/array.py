@@ -20,7 +20,7 @@ from fedpipe.launcher.external import RunRequest
 from fedpipe.launcher.follow import conclude, state_of
 from fedpipe.launcher.profile import JobShape, Profile
 from fedpipe.launcher.slurm import cells_in_queue
-from fedpipe.launcher.submit import Cluster, plan_job, result_here, send, slurm_job
+from fedpipe.launcher.submit import Cluster, check_folder, plan_job, result_here, send, slurm_job
 from fedpipe.metrics.format import count
 from fedpipe.workflows.run_dir import locked
 
@@ -95,6 +95,7 @@ def submit_array(
         FedPipeError: What the user can mend; nothing has been submitted.
         LaunchError: Cells have failed; the others are done.
     """
+    check_folder(array.directory)
     jobs = _read_jobs(array.directory) if cluster == "slurm" else {}
     queued = cells_in_queue(list(jobs.values()))
     new = [cell for cell in array.pending() if jobs.get(cell.name) not in queued]

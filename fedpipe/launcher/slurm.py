@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedpipe.errors import ConfigError, LaunchError
@@ -13,6 +14,24 @@ from fedpipe.launcher.profile import JobShape, Profile
 
 _TIMEOUT_S = 60.0
 _SINFO = "%P|%D|%c|%G|%l|%a"
+_OF_CALLER = (
+    "SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SINFO_", "SQUEUE_", "SACCT_", "SCONTROL_",
+    "SUBMITIT_", "PMI", "OMPI_", "TORCHELASTIC_",
+)  # fmt: skip
+"""Beginnings of variables that say what job, step or rank the caller is, or change answers."""
+_RANK = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK",
+    "CROSS_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE",
+    "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+"""Say how to reach SLURM."""
+_USER = ("ACCOUNT", "QOS", "RESERVATION", "WCKEY")
+"""What a user's own settings may say to sbatch where a profile says nothing."""
+_OF_ALLOCATION = (
+    "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "GPU_DEVICE_ORDINAL",
+)  # fmt: skip
+"""SLURM sets them for a job with GPUs, and a job without would inherit them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +176,27 @@ def _minutes(limit: str) -> float:
     return (days * 24 + hours) * 60 + minutes + seconds / 60
 
 
+def of_login_node(environ: Mapping[str, str], *, profile: Profile | None = None) -> dict[str, str]:
+    """Return what the caller's environment would be on a login node, outside of any job or rank.
+
+    sbatch takes its variables before what a job's script says, and a job inherits what the caller
+    has: an interactive allocation's memory per core, or a torchrun's port, would be the job's.
+
+    Args:
+        environ: The caller's.
+        profile: Of the job; ``SBATCH_ACCOUNT`` and the like stay where it does not name one.
+    """
+    kept = set(_SITE)
+    if profile is not None:
+        kept |= {f"SBATCH_{name}" for name in _USER if profile.get(name.lower()) is None}
+    dropped = set(_RANK) | set(_OF_ALLOCATION if "SLURM_JOB_ID" in environ else ())
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in kept or not (name in dropped or name.startswith(_OF_CALLER))
+    }
+
+
 def job_state(job_id: str) -> JobState | None:
     """Ask the controller about a job, and the accounting once the controller has forgotten it.
 
@@ -214,8 +254,9 @@ def _ask(*command: str) -> str:
     """
     try:
         result = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True
-        )
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True,
+            env=of_login_node(os.environ),
+        )  # fmt: skip
     except subprocess.CalledProcessError as error:
         what = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
         raise LaunchError(f"{command[0]}: expected an answer, got: {what}. Ask the site.") from None

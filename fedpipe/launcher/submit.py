@@ -20,7 +20,7 @@ from fedpipe.launcher.external import RunRequest
 from fedpipe.launcher.follow import Closing, Shows, follow
 from fedpipe.launcher.jobs import job_of
 from fedpipe.launcher.profile import SIGNAL_DELAY_S, JobShape, Profile, load_profile
-from fedpipe.launcher.slurm import cells_in_queue, check_site
+from fedpipe.launcher.slurm import cells_in_queue, check_site, of_login_node
 from fedpipe.metrics.console import RunConsole
 
 Cluster = Literal["slurm", "local", "debug"]
@@ -83,6 +83,7 @@ def submit(
         LaunchError: The job failed.
     """
     run_dir = run.run_dir
+    check_folder(run_dir)
     profile, shape = plan_job(
         run.grid, workers=run.workers, profile_path=profile_path, cluster=cluster
     )
@@ -197,7 +198,10 @@ def send(
         **_parameters(profile, shape, name=name, cluster=cluster, parallel=parallel)
     )
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit shows what it raises as well
+        with (
+            contextlib.redirect_stderr(io.StringIO()),  # submitit shows what it raises as well
+            _environment_of(cluster, profile),
+        ):
             return list(executor.submit_array([job_of(request) for request in requests]))
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         text = " ".join(str(error).split())
@@ -272,11 +276,36 @@ def result_here(job: Any) -> int:
 
 
 @contextlib.contextmanager
+def _environment_of(cluster: Cluster, profile: Profile) -> Iterator[None]:
+    """Hand a job of SLURM the environment of a login node, whatever the caller is part of."""
+    with _kept_environment():
+        if cluster == "slurm":
+            clean = of_login_node(os.environ, profile=profile)
+            os.environ.clear()
+            os.environ.update(clean)
+        yield
+
+
+@contextlib.contextmanager
 def _kept_environment() -> Iterator[None]:
-    """Put the environment back that a job in this process changes."""
+    """Put the environment back afterwards."""
     before = dict(os.environ)
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a directory that SLURM or submitit would not read as it is written.
+
+    Raises:
+        ConfigError: sbatch's own patterns and escapes are in its name.
+    """
+    found = sorted({c for c in str(folder.absolute()) if c in "%\\" or not c.isprintable()})
+    if found:
+        raise ConfigError(
+            f"--run-dir: expected a path without % and \\ and on one line, got "
+            f"{str(folder)!r}. SLURM reads a pattern or an escape there: choose another directory."
+        )

@@ -92,6 +92,15 @@ def test_the_launch_script_with_cluster_submits_and_says_what_is_wrong_before_it
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
+        (
+            ("pretrain", "--run-dir", "50%j"),
+            "--run-dir: expected a path without % and \\ and",
+        ),
+        (
+            ("pretrain", "--run-dir", "a\nb"),
+            "--run-dir: expected a path without % and \\ and",
+        ),
+        (("sweep", "--run-dir", "a\\b", "--grid", "seed=0"), "--run-dir: expected a path without"),
         (("pretrain", "--grid", "seed=0,1"), "--grid: expected submit sweep or finetune, got "),
         (("evaluate", "--grid", "seed=0,1"), "--grid: expected submit sweep or finetune, got "),
         (("sweep", "--seeds", "0"), "--seeds: expected submit evaluate or reproduce, got submit"),

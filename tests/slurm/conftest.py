@@ -13,6 +13,18 @@ from tests.helpers.slurm import Cluster
 
 PROFILE = "timeout_min: 30\ncpus_per_task: 1\nmem_gb: 2\ntasks_per_node: "
 
+# As if typed by hand in another job's allocation, in a rank of torchrun: none of it is the job's.
+CALLER = {
+    "SLURM_JOB_ID": "1", "SLURM_JOBID": "1", "SLURM_NTASKS": "7", "SLURM_NPROCS": "7",
+    "SLURM_NNODES": "5", "SLURM_MEM_PER_CPU": "9999999", "SLURM_CPUS_PER_TASK": "9",
+    "SLURM_CPU_BIND": "nonsense", "SLURM_EXPORT_ENV": "NONE", "SLURM_RESTART_COUNT": "3",
+    "SLURM_DISTRIBUTION": "cyclic", "SBATCH_PARTITION": "none", "SBATCH_TIMELIMIT": "0:01",
+    "SRUN_CPUS_PER_TASK": "9", "SQUEUE_STATES": "FAILED", "SINFO_PARTITION": "none",
+    "CUDA_VISIBLE_DEVICES": "3", "RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1",
+    "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "1",
+    "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "4",
+}  # fmt: skip
+
 Submit = Callable[..., Command]
 
 
@@ -64,7 +76,7 @@ def submit(cluster: Cluster, folder: Path) -> Iterator[Submit]:
                 *options,
                 *arguments,
                 folder=folder,
-                environment=cluster.environment,
+                environment=cluster.environment | CALLER,
             )  # fmt: skip
         )
         return commands[-1]

@@ -29,7 +29,7 @@ from tests.slurm.conftest import PROFILE, Submit
 def test_a_cancelled_job_is_saved_and_a_killed_rank_is_named_with_its_log(
     submit: Submit, cluster: Cluster, folder: Path
 ) -> None:
-    run_dir = folder / "failing"
+    run_dir = folder / 'it\'s "f\u00e4iling" $HOME'
     command = submit(run_dir, *TINY, *LONG, "--follow")
     after_rounds(command, run_dir, 1)
     again = submit(run_dir).finish()
