@@ -27,10 +27,12 @@ counted but not enforced, and a GPU is a number in CUDA_VISIBLE_DEVICES.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import os
 import pwd
+import random
 import shlex
 import shutil
 import signal
@@ -45,6 +47,8 @@ from pathlib import Path
 
 PACKAGES = "munge slurmctld slurmd slurm-client slurmdbd mariadb-server-core iproute2"
 PROGRAMS = "munged slurmctld slurmd sbatch slurmdbd mariadbd ip unshare"
+SSH_PACKAGES, SSH_PROGRAMS = "openssh-server pdsh", "sshd pdsh"
+"""What tests need besides, to start ranks over ssh: a cluster does without."""
 COMMANDS = {"srun", "salloc", "sbatch", "sacct", "squeue", "sinfo", "scontrol", "scancel"}
 START_S = 60.0
 """How long one daemon may take to answer: it takes a second, but test machines are busy."""
@@ -158,7 +162,7 @@ if [ ! -e $policy ]; then
 fi
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
-apt-get install -y -qq --no-install-recommends {PACKAGES} >/dev/null
+apt-get install -y -qq --no-install-recommends {PACKAGES} {SSH_PACKAGES} >/dev/null
 """
 
 
@@ -230,24 +234,25 @@ class Cluster:
 # --- install and up --------------------------------------------------------------------------
 
 
-def missing_programs() -> str:
+def missing_programs(programs: str = PROGRAMS) -> str:
     """Programs that a cluster needs and this machine lacks."""
-    return " ".join(p for p in PROGRAMS.split() if not shutil.which(p, path=SYSTEM_PATH))
+    return " ".join(p for p in programs.split() if not shutil.which(p, path=SYSTEM_PATH))
 
 
 def install() -> int:
     """Install what is missing; where that is not possible say so and succeed."""
-    missing = missing_programs()
+    missing = missing_programs(f"{PROGRAMS} {SSH_PROGRAMS}")
     if not missing:
         return 0
     root = [] if os.geteuid() == 0 else ["sudo", "-n"]
     if not (shutil.which("apt-get") and (not root or works(*root, "true"))):
         print(
             f"*** TESTS ON SLURM WILL BE SKIPPED: no {missing}. As root on Debian: apt-get install "
-            f"--no-install-recommends {PACKAGES} ***"
+            f"--no-install-recommends {PACKAGES} {SSH_PACKAGES} ***"
         )
         return 0
-    print(f"installing {PACKAGES} for tests on SLURM; their services stay off", flush=True)
+    packages = f"{PACKAGES} {SSH_PACKAGES}"
+    print(f"installing {packages} for tests on SLURM; their services stay off", flush=True)
     return subprocess.run([*root, "sh", "-c", INSTALL]).returncode
 
 
@@ -304,11 +309,16 @@ def free_subnet(cluster: Cluster) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on right now."""
-    sockets = [socket.create_server(("", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in sockets]
-    for listener in sockets:
-        listener.close()
+    """Ports that nobody listens on right now, below those that a connection may get by itself."""
+    ports: list[int] = []
+    for port in random.sample(range(10_000, 32_000), 1000):
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):  # in use
+                listener.bind(("", port))
+                ports.append(port)
+        if len(ports) == count:
+            break
     return ports
 
 
