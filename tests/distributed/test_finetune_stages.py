@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import adapters
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,14 +16,17 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.errors import ConfigError
+from fedpipe.federation.turns import TuningTurn, draw_round
 from fedpipe.metrics.finetune_report import write_finetune_report
 from fedpipe.models.split import stage_specs
 from fedpipe.models.tuned_stage import TunedStage
+from fedpipe.pipeline.stage_engine import StageEngine
 from fedpipe.workflows.finetune.examples import DATA, TuningData
 from fedpipe.workflows.finetune.finish import export_finetuned, learnt
 from fedpipe.workflows.finetune.micro_batches import task_messages
 from fedpipe.workflows.finetune.run import finetune
 from fedpipe.workflows.finetune.setup import FinetuneSetup
+from fedpipe.workflows.finetune.staged import StagedTuner
 from tests.distributed.test_finetune import BASE, accuracy, records, run, set_up
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tuned import small_folder, small_task
@@ -197,3 +201,43 @@ def test_a_family_that_cannot_be_cut_is_refused(tmp_path: Path, base: list[str])
     with pytest.raises(ConfigError, match=r"^pipeline.cut: expected a model of roberta or bert"):
         set_up(tmp_path / "run", base, *CUT, f"model.path={other}")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_client_whose_loss_is_nan_on_one_stage_is_left_out_on_both(
+    tmp_path: Path, base: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two clients the other's weights are the average then."""
+    loss, train, end_turn = StageEngine._loss, StagedTuner.train, StagedTuner.end_turn
+    hosted: list[int] = []
+    trained: dict[int, list[dict[str, torch.Tensor]]] = {}
+
+    def train_and_note(tuner: StagedTuner, turn: TuningTurn, **keywords: Any) -> Any:
+        hosted[:] = [turn.client_id]
+        return train(tuner, turn, **keywords)
+
+    def bad_loss(engine: StageEngine, batch: Any) -> Any:
+        value = loss(engine, batch)
+        return value * torch.nan if (engine.spec.stage_id, hosted) == (0, [bad]) else value
+
+    def end_and_note(tuner: StagedTuner, turn: TuningTurn, **keywords: Any) -> None:
+        trained[turn.client_id] = [
+            {n: p.detach().clone() for n, p in engine.stage.named_parameters() if p.requires_grad}
+            for engine in tuner.stages
+        ]
+        end_turn(tuner, turn, **keywords)
+
+    monkeypatch.setattr(StageEngine, "_loss", bad_loss)
+    monkeypatch.setattr(StagedTuner, "train", train_and_note)
+    monkeypatch.setattr(StagedTuner, "end_turn", end_and_note)
+    options = ("federation.num_rounds=1", "federation.clients_per_round=2")
+    setup = set_up(tmp_path, base, *CUT, *PLAIN[1:], *options, "method.name=houlsby")
+    bad, other = draw_round(setup.config, 0, 5)[0]
+    run(setup)
+    (record,) = records(tmp_path, "round")
+    assert record["refused"] == [{"client": bad, "stage": 0, "step": 0, "what": "loss"}]
+    assert np.isfinite(record["loss"])
+    shares = {turn["client"]: turn["weight"] for turn in records(tmp_path, "turn")}
+    assert shares == {bad: 0.0, other: 1.0}
+    for averaged, own in zip(stages(tmp_path, 1), trained[other], strict=True):
+        for name, tensor in averaged.items():
+            torch.testing.assert_close(tensor, own[name], atol=1e-6, rtol=0, msg=name)
