@@ -148,7 +148,9 @@ def _stages(
         travelling = 0 if handed_on else averaged
         # Weights, gradients and the round's global weights; what averaging needs beside them.
         averaging = averaging_floats(travelling, federation=config.federation)
-        state = _FLOAT32 * (3 * parameters - lent + moments + averaging)
+        # A turn that is refused gives its moments back, where they are handed on.
+        before = moments if handed_on and spec.role is StageRole.SERVER else 0
+        state = _FLOAT32 * (3 * parameters - lent + moments + before + averaging)
         plans.append(
             StagePlan(
                 spec=spec,
