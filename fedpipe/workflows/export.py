@@ -327,11 +327,7 @@ def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[
     counts = token_counts(data).astype(np.float64)
     counts[list(data.special_ids)] = 0
     unigram = (counts + 1) / (counts + 1).sum()
-    # BPE and WordPiece mark word starts differently; a token is a whole word if the next one starts
-    # a word too.
-    tokens = [t or "" for t in tokenizer.convert_ids_to_tokens(range(data.vocab_size))]
-    starts_word = _word_starts(tokens)
-    whole = np.array([t.lstrip("\u0120").isalpha() for t in tokens]) & starts_word
+    starts_word, is_word = word_tokens(tokenizer, data.vocab_size)
     examples = []
     rng = np.random.default_rng(config.seed)
     clients = [shard.client_id for shard in data.valid if shard.num_blocks]
@@ -341,7 +337,7 @@ def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[
         ids = block.input_ids[0].copy()
         ids[block.positions[0]] = block.labels[0]  # the text as it was
         inner = np.arange(8, len(ids) - 8)
-        fits = whole[ids[inner]] & starts_word[ids[inner + 1]] & (unigram[ids[inner]] < COMMON)
+        fits = is_word[ids[inner]] & starts_word[ids[inner + 1]] & (unigram[ids[inner]] < COMMON)
         if not fits.any():
             continue
         position = int(rng.choice(inner[fits]))
@@ -366,11 +362,22 @@ def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[
     return examples
 
 
-def _word_starts(tokens: Sequence[str]) -> np.ndarray:
-    """By token id, whether the token begins a word (byte-level BPE or WordPiece)."""
-    if any(t.startswith("##") for t in tokens):
-        return np.array([not t.startswith("##") for t in tokens])
-    return np.array([t.startswith("\u0120") for t in tokens])  # byte-level BPE's leading space
+def word_tokens(tokenizer: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tell which tokens begin a word, and which of those are a word where the next one begins one.
+
+    Args:
+        tokenizer: Byte-level BPE or WordPiece, which mark the beginning of words differently.
+        vocab_size: Of the run; an id may have no entry.
+
+    Returns:
+        Two arrays (V,) of bool, by token id.
+    """
+    tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(range(vocab_size))]
+    if any(token.startswith("##") for token in tokens):
+        starts = np.array([not token.startswith("##") for token in tokens])
+    else:
+        starts = np.array([token.startswith("\u0120") for token in tokens])  # a leading space
+    return starts, starts & np.array([token.lstrip("\u0120").isalpha() for token in tokens])
 
 
 def _top(probabilities: np.ndarray, tokenizer: Any, k: int = 3) -> list[list[Any]]:

@@ -7,7 +7,7 @@ from fedpipe.config.schema import DataConfig, RunConfig
 from fedpipe.data.corpus import prepare, tokenizer_info
 from fedpipe.data.tokenizer import SAMPLES, TokenizerInfo
 from fedpipe.errors import CorpusError
-from fedpipe.workflows.export import cut_texts
+from fedpipe.workflows.export import cut_texts, word_tokens
 from fedpipe.workflows.plan import build_plan, render
 
 BERT = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "word": 5}
@@ -172,6 +172,16 @@ def test_equal_lines_of_a_vocabulary_are_found_when_it_is_read(tmp_path):
         info_of(folder_of(tmp_path, ids, sorted(ids, key=ids.__getitem__)))
     with pytest.raises(CorpusError, match=r"expected an entry for every id in .*, got 7 of 14 ids"):
         info_of(folder_of(tmp_path / "b", {**words(0), "x": 13}))
+
+
+def test_an_id_without_an_entry_is_no_word_of_the_samples(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_text("\n".join([*BERT, "##s", "42", "last", "last"]))
+    tokenizer = transformers.BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    assert tokenizer.convert_ids_to_tokens([8]) == [None]
+    starts, words = word_tokens(tokenizer, 10)
+    assert starts[5:].tolist() == [True, False, True, True, True]
+    assert words[5:].tolist() == [True, False, False, False, True]
 
 
 @pytest.mark.parametrize(
