@@ -26,6 +26,8 @@ class FedPipeError(Exception):
     def __init__(self, message: str) -> None:
         """Take the message, and make it safe to show."""
         super().__init__(printable(message))
+        self.told = False
+        """Another process of the run has shown it."""
 
 
 class ConfigError(FedPipeError):
@@ -58,3 +60,19 @@ class TrainingError(LaunchError):
 
 class OutputError(CheckpointError, LaunchError):
     """The system refuses a file: the disk is full, for example. The same command goes on later."""
+
+
+def error_named(kind: str, text: str) -> FedPipeError | None:
+    """Make an error again that another process has told by the name of its class.
+
+    Args:
+        kind: Name of the class.
+        text: Its message.
+
+    Returns:
+        The error; None if it is none of this tree.
+    """
+    classes: list[type[FedPipeError]] = [FedPipeError]
+    for known in classes:  # and theirs
+        classes += known.__subclasses__()
+    return next((known(text) for known in classes if known.__name__ == kind), None)

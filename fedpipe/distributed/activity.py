@@ -23,6 +23,22 @@ class Activity:
     """The client that it hosts."""
 
 
+class Ticks:
+    """A clock that stands still while its process is stopped."""
+
+    def __init__(self) -> None:
+        """Start at 0."""
+        self._now = 0.0
+        self._looked_at: float | None = None
+
+    def __call__(self, clock_s: float) -> float:
+        """Return the time; ``clock_s`` is that of a clock that goes on steadily."""
+        if self._looked_at is not None:
+            self._now += min(clock_s - self._looked_at, _LONGEST_TICK_S)
+        self._looked_at = clock_s
+        return self._now
+
+
 class Roll:
     """The last activity of every rank, and since when it has not changed."""
 
@@ -32,12 +48,11 @@ class Roll:
         Args:
             timeout_s: After this a rank hangs; 0 means never.
         """
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._activities: dict[int, Activity] = {}
         self._heard_at: dict[int, float] = {}
         self._changed_at: dict[int, float] = {}
-        self._now = 0.0
-        self._looked_at: float | None = None
+        self._now, self._ticks = 0.0, Ticks()
 
     def hear(self, rank: int, activity: Activity) -> None:
         """Take a sign of life."""
@@ -46,8 +61,10 @@ class Roll:
             self._activities[rank] = activity
             self._changed_at[rank] = self._now
 
-    def name(self, rank: int, grid: Grid) -> str:
-        """Name a rank by all that it holds."""
+    def name(self, rank: int, grid: Grid | None) -> str:
+        """Name a rank by all that it holds, as far as that is known."""
+        if grid is None:
+            return f"rank {rank}"
         stages, replica, _ = grid.coordinates(rank)
         client_id = self._activities.get(rank, Activity()).client_id
         client = "" if client_id is None else f", client {client_id}"
@@ -67,20 +84,18 @@ class Roll:
         Returns:
             The rank and what is wrong with it, or None.
         """
-        if self._looked_at is not None:
-            self._now += min(clock_s - self._looked_at, _LONGEST_TICK_S)
-        self._looked_at = clock_s
+        self._now = self._ticks(clock_s)
         heard = [rank for rank in running if rank in self._activities]
-        if not self._timeout_s or not heard:
+        if not self.timeout_s or not heard:
             return None
         since = {
             rank: (self._heard_at if self._activities[rank].waiting else self._changed_at)[rank]
             for rank in heard
         }
         rank = min(heard, key=since.__getitem__)  # who stopped first: others may stop for it
-        if self._now - since[rank] < self._timeout_s:
+        if self._now - since[rank] < self.timeout_s:
             return None
         doing, silent_s = self._activities[rank].doing, self._now - self._heard_at[rank]
-        if silent_s >= self._timeout_s / 2:
+        if silent_s >= self.timeout_s / 2:
             return rank, f"no sign of life for {silent_s:.0f} s, last seen in {doing}"
         return rank, f"in {doing} for {self._now - since[rank]:.0f} s"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterable
@@ -19,19 +20,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fedpipe.distributed.board import Board
 from fedpipe.distributed.device import identity, own_device
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid, check_devices
 
-TIMEOUT_S = 600.0
-"""After this a rank that waits for a dead or hung peer gives up."""
+NO_LIMIT = timedelta(days=365)
+"""Time-out of every group and store. How long a rank may take is for the watch to judge, which
+knows what each rank does; torch's own time-outs would also end a wait for a healthy rank."""
 
 
-def tcp_store(env: ProcessEnv, *, is_master: bool = False) -> dist.Store:
-    """Connect to the store of a ``tcp`` rendezvous; a master hosts it as long as it lives."""
+def _new_group(ranks: list[int], **how: Any) -> Any:
+    """As torch's, whose own time-out for a group is half an hour."""
+    return dist.new_group(ranks, timeout=NO_LIMIT, **how)
+
+
+def tcp_store(env: ProcessEnv) -> dist.Store:
+    """Connect to the store of a ``tcp`` rendezvous; returns only when its host has answered."""
     host, port = env.address
-    timeout = timedelta(seconds=TIMEOUT_S)
-    return dist.TCPStore(host, port, is_master=is_master, timeout=timeout)
+    return dist.TCPStore(host, port, is_master=False, timeout=NO_LIMIT)
+
+
+def host_store(listener: socket.socket) -> dist.Store:
+    """Host the store of a ``tcp`` rendezvous as long as the result lives.
+
+    Args:
+        listener: Bound and listening; the store takes it over.
+    """
+    address, port = listener.getsockname()[:2]
+    host = "127.0.0.1" if address in ("::", "0.0.0.0") else address
+    return dist.TCPStore(
+        host, port, is_master=True, timeout=NO_LIMIT, wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )  # fmt: skip
 
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -72,7 +93,12 @@ class Comm:
     """The process groups of one process, and the bytes it has sent through them."""
 
     def __init__(
-        self, grid: Grid, env: ProcessEnv, *, edges: Iterable[tuple[int, int, bool]]
+        self,
+        grid: Grid,
+        env: ProcessEnv,
+        *,
+        edges: Iterable[tuple[int, int, bool]],
+        board: Board | None = None,
     ) -> None:
         """Join the run.
 
@@ -80,6 +106,7 @@ class Comm:
             grid: The process grid.
             env: This process' place in it.
             edges: Source stage, target stage, and whether gradients come back.
+            board: Where the ranks have met already; None makes one over the rendezvous.
 
         Raises:
             TopologyError: The processes do not fill the grid.
@@ -93,7 +120,7 @@ class Comm:
         self.device = own_device(env.local_rank)
         self.sent_bytes: Counter[str] = Counter()
         self._counting = threading.Lock()
-        self._init_process_group()
+        self._init_process_group(board)
         if self.device.type == "cuda":
             self._check_devices()
         self._channels: dict[tuple[int, int], Channel] = {}
@@ -107,27 +134,27 @@ class Comm:
         dist.all_gather_object(devices, identity(self.device))
         check_devices(devices)
 
-    def _init_process_group(self) -> None:
-        timeout = timedelta(seconds=TIMEOUT_S)
+    def _init_process_group(self, board: Board | None) -> None:
         scheme, _, path = self.env.rendezvous.partition("://")
         store: dist.Store
-        board: dist.Store | None = None
         if self.env.world_size == 1:
             store = dist.HashStore()
         elif scheme == "file":
             store = dist.FileStore(path, self.env.world_size)
         else:
             store = tcp_store(self.env)
-            # A connection of its own: one that waits for a peer is closed to other threads.
-            board = tcp_store(self.env)
-        self._board = dist.PrefixStore(f"board/{self.env.attempt}", board or store)
+            if board is None:
+                # A connection of its own: one that waits for a peer is closed to other threads.
+                board = Board(tcp_store(self.env), attempt=self.env.attempt)
+        self.board = board or Board(store, attempt=self.env.attempt)
+        """Where the ranks leave short texts for each other."""
         dist.init_process_group(
             # control, checkpoint votes and records stay on gloo whatever carries the tensors
             backend="cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"fedpipe/{self.env.attempt}", store),
             rank=self.rank,
             world_size=self.env.world_size,
-            timeout=timeout,
+            timeout=NO_LIMIT,
         )
         self._attach_deepspeed()
 
@@ -153,7 +180,7 @@ class Comm:
         group after the number of groups that the rank has, which differs between an edge's ends.
         """
         grid = self.grid
-        self._self_group = dist.new_group([self.rank], use_local_synchronization=True)
+        self._self_group = _new_group([self.rank], use_local_synchronization=True)
         replicas = list(
             itertools.product(range(grid.num_replicas), range(grid.data_parallel_degree))
         )
@@ -161,14 +188,14 @@ class Comm:
         for (source, target, backward), (replica, data) in itertools.product(edges, replicas):
             for ends in [(source, target), (target, source)][: 1 + backward]:
                 ranks = [grid.rank(stage, replica, data) for stage in ends]
-                group = dist.new_group(ranks)
+                group = _new_group(ranks)
                 if (replica, data) == (self.replica, self.data) and self.rank in ranks:
                     channel = Channel(group, source=ranks[0], target=ranks[1])
                     self._channels[ends] = channel
         self._own_replica: Any = None
         for replica in range(grid.num_replicas):
             ranks = grid.replica_ranks(replica)
-            group = dist.new_group(ranks) if len(ranks) > 1 else None
+            group = _new_group(ranks) if len(ranks) > 1 else None
             if replica == self.replica:
                 self._own_replica = group
         for stage, (replica, data) in itertools.product(range(grid.num_virtual_stages), replicas):
@@ -179,7 +206,7 @@ class Comm:
 
     def _keep(self, groups: dict[int, Any], stage: int, ranks: list[int]) -> None:
         """Create a group; remember it where this rank belongs to it."""
-        group = dist.new_group(ranks) if len(ranks) > 1 else None
+        group = _new_group(ranks) if len(ranks) > 1 else None
         if self.rank in ranks:
             groups[stage] = group
 
@@ -343,16 +370,6 @@ class Comm:
         least = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._own_replica)
         return int(least)
-
-    def post(self, key: str, value: str) -> None:
-        """Leave a short text for every rank, from any thread; waits for nobody."""
-        self._board.set(key, value)
-
-    def posted(self, keys: list[str]) -> list[str] | None:
-        """Texts that were posted under some keys, None until all are there; waits for nobody."""
-        if not self._board.check(keys):
-            return None
-        return [text.decode() for text in self._board.multi_get(keys)]
 
     def barrier(self) -> None:
         """Wait for every rank. Collective: every rank."""

@@ -8,23 +8,32 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from fedpipe.distributed.activity import Activity
+from fedpipe.distributed.signals import SignalThread, no_action
 from fedpipe.distributed.stopping import Moment, StopPoint
+from fedpipe.errors import FedPipeError
 
 if TYPE_CHECKING:
+    from fedpipe.distributed.board import Board
     from fedpipe.distributed.comm import Comm
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""Ask a run to stop: a scheduler's, Ctrl-C, and a cluster's warning ahead of time."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+"""Ask a run to stop: a scheduler, Ctrl-C, a cluster's warning ahead of time, a closed terminal."""
 EXIT_INTERRUPTED = 75
 """EX_TEMPFAIL of sysexits.h: the same command goes on where this one ended."""
 _PERIOD_S = 0.25
 _REPEATED_S = 3.0
 """A launcher may pass on the signal that the terminal has sent already; later ones are meant."""
 _REQUEST = "stop/requested"
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Return those of ``STOP_SIGNALS`` that count here: nohup has a process ignore SIGHUP."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP)]
 
 
 class StopSignals:
@@ -34,13 +43,15 @@ class StopSignals:
         """Catch nothing yet."""
         self._asked_at: float | None = None
         self._before: dict[int, Any] = {}
+        self._thread: SignalThread | None = None
         self.number = 0
         """The first signal that has come; 0 while there is none."""
 
     def catch(self) -> None:
         """Catch the signals from now on, also those that were blocked. Main thread only."""
-        for number in STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._take)
+        self._thread = SignalThread(self._take)
+        for number in stop_signals():
+            self._before[number] = signal.signal(number, no_action)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def release(self) -> None:
@@ -48,6 +59,9 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+        if self._thread is not None:
+            self._thread.close()
+            self._thread = None
 
     @property
     def catches(self) -> bool:
@@ -59,7 +73,9 @@ class StopSignals:
         """One has come."""
         return self._asked_at is not None
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _take(self, number: int) -> None:
+        if number not in STOP_SIGNALS:
+            return
         if self._asked_at is None:
             self.number = number
             self._asked_at = time.monotonic()
@@ -67,35 +83,76 @@ class StopSignals:
             os._exit(EXIT_INTERRUPTED)
 
 
+class Report(Protocol):
+    """Takes what a watch sees."""
+
+    def __call__(self, activity: Activity) -> None:
+        """Take what the rank does, a few times a second and whenever it changes."""
+
+    def meet(self, board: Board) -> None:
+        """Take where the ranks leave texts for each other, as soon as that is there."""
+
+    def lost(self, failure: Exception, *, taking_part: Callable[[], bool]) -> None:
+        """Take that the others cannot be reached any more; may end the process."""
+
+    def leave(self) -> None:
+        """Take that this rank's part is over, and that the others may be gone."""
+
+    def failed(self, error: BaseException) -> BaseException:
+        """Take what the rank's work ends with, before it does; return what is to be raised."""
+
+
+class Quiet:
+    """A report that nobody reads, or that a function takes."""
+
+    def __init__(self, tell: Callable[[Activity], None] = lambda activity: None) -> None:
+        """Remember who is told."""
+        self._tell = tell
+
+    def __call__(self, activity: Activity) -> None:
+        """Tell."""
+        self._tell(activity)
+
+    def meet(self, board: Board) -> None:
+        """Nothing to do."""
+
+    def lost(self, failure: Exception, *, taking_part: Callable[[], bool]) -> None:
+        """A supervisor sees the ranks end."""
+
+    def leave(self) -> None:
+        """Nothing to do."""
+
+    def failed(self, error: BaseException) -> BaseException:
+        """A supervisor hears of it otherwise."""
+        return error
+
+
 class Watch:
     """Reports what a rank does, and finds where the run stops when any of its ranks is asked to.
 
-    One thread, which looks a few times a second; the ranks meet in the store of their process
-    group, so it works under every launcher, and the work itself never asks the store.
+    One thread, which looks a few times a second; the ranks meet on their board, so it works under
+    every launcher, and the work itself never asks the store.
     """
 
-    def __init__(
-        self,
-        *,
-        signals: StopSignals | None = None,
-        report: Callable[[Activity, Comm | None], None] = lambda activity, comm: None,
-    ) -> None:
+    def __init__(self, *, signals: StopSignals | None = None, report: Report | None = None) -> None:
         """Make a watch; ``with`` starts and ends its thread.
 
         Args:
             signals: Caught as soon as the rank has joined the run; None for a process that is not
                 asked itself.
-            report: Told what the rank does, a few times a second, by the watch's thread or
-                another; with the run's groups while the rank takes part in it.
+            report: Told what the rank does, by the watch's thread or another.
         """
         self.stop = StopPoint()
         self.stop_signal = 0
         """The signal that stops the run, whichever rank it reached; 0 while there is none."""
+        self.board: Board | None = None
+        """Where the ranks have met, before they join the run."""
         self.activity: Callable[[], Activity] = Activity
         """Says what the rank does; called in the watch's thread."""
-        self._signals, self._report = signals or StopSignals(), report
+        self._signals, self._report = signals or StopSignals(), report or Quiet()
         self._catches = signals is not None
         self._comm: Comm | None = None
+        self._left = False
         self._requested = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -111,24 +168,35 @@ class Watch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """End the thread."""
+        """End the thread; raises in the place of an error what explains it."""
+        known = error and self._report.failed(error)
         self._closed.set()
         self._thread.join(timeout=_PERIOD_S)  # it may wait for a store that has gone
+        if known is not None and known is not error:
+            raise known from None
+
+    def meet(self, board: Board) -> None:
+        """Watch the other ranks from now on: they are there, and sign what they say."""
+        self.board = board
+        self._report.meet(board)
 
     def join_run(self, comm: Comm) -> None:
         """Take part in agreements from now on, and catch signals."""
+        if self.board is None:
+            self.meet(comm.board)
         self._comm = comm
         if self._catches:
             self._signals.catch()
 
     def leave_run(self) -> None:
         """Take part in nothing more: the run is over and the others may be gone."""
-        self._comm = None
+        self._comm, self._left = None, True
+        self._report.leave()
         self.activity = partial(Activity, doing="finishing")
 
     def beat(self) -> None:
         """Report now: what the rank does has just changed."""
-        self._report(self.activity(), self._comm)
+        self._report(self.activity())
 
     def _run(self) -> None:
         while not self._closed.wait(_PERIOD_S):
@@ -137,25 +205,32 @@ class Watch:
                 comm = self._comm
                 if comm is not None and self.stop.end is None:
                     self._look_for_stop(comm)
-            except RuntimeError as failure:  # the store is gone, with the process that hosted it
+            except (ConnectionError, FedPipeError) as failure:
+                # The store is gone, with the process that hosted it, or somebody else writes there.
                 self.stop.fail(failure)
                 self._comm = None
+                self._report.lost(failure, taking_part=self._takes_part)
+
+    def _takes_part(self) -> bool:
+        """Whether the rank's work is still under way."""
+        return not (self._left or self._closed.is_set())
 
     def _look_for_stop(self, comm: Comm) -> None:
+        board = comm.board
         if not self._requested:
             if self._signals.asked:
-                comm.post(_REQUEST, str(self._signals.number))
-            requests = comm.posted([_REQUEST])
+                board.post(_REQUEST, self._signals.number)
+            requests = board.posted([_REQUEST])
             if requests is None:
                 return
             self._requested = True
             self.stop_signal = int(requests[0])
-            comm.post(f"stop/{comm.rank}", "{} {}".format(*self.stop.freeze()))
-        texts = comm.posted([f"stop/{rank}" for rank in range(comm.env.world_size)])
-        if texts is not None:
-            self.stop.settle(max(_moment(text) for text in texts))
+            board.post(f"stop/{comm.rank}", self.stop.freeze())
+        moments = board.posted([f"stop/{rank}" for rank in range(comm.env.world_size)])
+        if moments is not None:
+            self.stop.settle(max(_moment(moment) for moment in moments))
 
 
-def _moment(text: str) -> Moment:
-    round_id, step = map(int, text.split())
+def _moment(value: list[int]) -> Moment:
+    round_id, step = map(int, value)
     return round_id, step

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.distributed.env import num_gpus
-from fedpipe.distributed.watch import EXIT_INTERRUPTED, STOP_SIGNALS
+from fedpipe.distributed.watch import EXIT_INTERRUPTED, STOP_SIGNALS, stop_signals
 from fedpipe.errors import ConfigError
 from fedpipe.launcher.cells import (
     CellRunner,
@@ -202,7 +202,7 @@ class _Process:
 def _work(run_dir: str, log: str, index: int, cores: frozenset[int], threads: int) -> None:
     """Run a cell in this process, which ends with it; what it says goes to its log."""
     os.setsid()
-    for number in STOP_SIGNALS:
+    for number in stop_signals():
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     save_when_the_parent_dies()

@@ -6,10 +6,8 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpipe import log
+from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv, detect, num_gpus, threads_per_process
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import EXIT_INTERRUPTED, StopSignals, Watch
-from fedpipe.errors import FedPipeError, LaunchError, TopologyError
+from fedpipe.errors import FedPipeError, LaunchError
 from fedpipe.files import system_errors_named
 from fedpipe.launcher.attempts import note_attempt, position_of
 from fedpipe.launcher.cut import choose_cut, measure_here
@@ -34,17 +33,18 @@ from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.samples import samples_text
 from fedpipe.metrics.writer import METRICS_FILE, finite
 from fedpipe.terminal import prepare_output
-from fedpipe.workflows.run_dir import RunSetup, locked, resolve_config, set_up
+from fedpipe.workflows.run_dir import RunSetup, check_writable, locked, resolve_config, set_up
 from fedpipe.workflows.throughput.report import Measurement, ThroughputSettings, single_replica
 
 if TYPE_CHECKING:
     from fedpipe.config.schema import RunConfig
     from fedpipe.distributed.meeting import Meeting
+    from fedpipe.launcher.peers import Peers
 
 _LAST_SIGNAL_S = 2.0
 """A signal to all ranks may reach the host of the store this much earlier than another one."""
-_SHARED_WITHIN_S = 5.0
-"""A network file system shows a new file, asked for the first time, within this."""
+_AT_ONCE_S = 10.0
+"""A rank that is asked to stop before it trains, and waits inside torch, is ended after this."""
 _LOOK_S = 0.5
 
 
@@ -81,7 +81,7 @@ def main(task: str = "pretrain", arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when the run is done, 75 when it was interrupted and can be resumed, 2 for a user's error,
-        1 for a failure (one line on stderr, rank 0's).
+        1 for a failure, on every rank (one line on stderr, of the rank that has found it).
     """
     prepare_output()
     parser = argparse.ArgumentParser(description=f"one rank of `fedpipe {task}`")
@@ -97,13 +97,13 @@ def main(task: str = "pretrain", arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     rank = 0
     try:
-        with Signals().caught(), stopped_with_launcher():
+        with Signals(at_once_s=_AT_ONCE_S).caught(), stopped_with_launcher():
             env = detect()
             rank = env.rank
             return run_rank(request, env=env, signals=StopSignals(), on_set_up=_note_start).code
     except FedPipeError as error:
-        if rank == 0:
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        if not error.told:
+            sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
         return 1 if isinstance(error, LaunchError) else 2
     except Interrupted:
         if rank == 0:
@@ -153,30 +153,57 @@ def run_rank(
     log.setup(rank=env.rank)
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
     measure = partial(measure_here, threads=threads_per_process(env.local_world_size))
+    arguments = (request.config_path, request.overrides, request.run_dir)
+    started_at = time.monotonic()
     with contextlib.ExitStack() as stack:
 
-        def prepare() -> tuple[RunSetup, str]:
-            arguments = (request.config_path, request.overrides, request.run_dir)
-            config = resolve_config(*arguments, preset=request.preset)[0]
+        def choose() -> Path:
+            config, run_dir, _ = resolve_config(*arguments, preset=request.preset)
             _grid(request.task, config).check_world_size(env.world_size)
+            stack.enter_context(_new(run_dir))
+            return run_dir
+
+        def prepare() -> dict[str, Any]:
             setup = set_up(
                 *arguments, preset=request.preset, notify=console.text,
                 choose_cut=partial(choose_cut, measure=measure, notify=console.text),
             )  # fmt: skip
             stack.enter_context(locked(setup.run_dir))
             on_set_up(setup)
-            return setup, _leave_token(setup, stack)
+            return setup.to_message()
 
         from fedpipe.distributed.meeting import Meeting
+        from fedpipe.launcher.peers import Peers
 
         _use_cores(env)
-        with _late_signal(signals):
-            meeting = Meeting(env)  # rank 0's hosts the store: it must live as long as the run
-            setup, token = meeting.from_rank_0(prepare)
-            _check_shared(meeting, setup, token)
+        peers = Peers(env)
+        watch = stack.enter_context(Watch(signals=signals, report=peers))
+        stack.enter_context(_late_signal(signals))
+        # Rank 0's hosts the store: it must live as long as the run.
+        meeting = Meeting(env, notify=console.text)
+        meeting.share_secret(choose)
+        if meeting.board is not None:
+            watch.activity = partial(Activity, doing="preparing the text")
+            watch.meet(meeting.board)
+        setup = RunSetup.from_message(meeting.from_rank_0(prepare), started_at=started_at)
+        peers.know(_grid(request.task, setup.config), timeout_s=setup.hang_timeout_s)
+        _check_shared(meeting, setup)
         if request.task == "throughput":
-            return _throughput(setup, request.settings, env=env, console=console)
-        return _pretrain(setup, env=env, signals=signals)
+            return _throughput(setup, request.settings, env=env, console=console, watch=watch)
+        return _pretrain(setup, env=env, signals=signals, peers=peers, watch=watch)
+
+
+@contextlib.contextmanager
+def _new(run_dir: Path) -> Iterator[None]:
+    """Make a directory, and take it away again where nothing has come into it."""
+    made = not run_dir.exists()
+    check_writable(run_dir)
+    try:
+        yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()
 
 
 @contextlib.contextmanager
@@ -187,9 +214,13 @@ def _late_signal(signals: StopSignals) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError:
+    except (RuntimeError, ConnectionError) as error:
         if not signals.catches:
             time.sleep(_LAST_SIGNAL_S)
+        if isinstance(error, ConnectionError):
+            raise LaunchError(
+                f"{error}. See the log of rank 0, and start all ranks again."
+            ) from None
         raise
 
 
@@ -197,33 +228,20 @@ def _grid(task: str, config: RunConfig) -> Grid:
     return Grid.from_config(single_replica(config) if task == "throughput" else config)
 
 
-def _leave_token(setup: RunSetup, stack: contextlib.ExitStack) -> str:
-    """Write a file that every rank must find, and take it away at the end."""
-    token = setup.run_dir / f".meeting-{uuid.uuid4().hex}.part"
-    token.touch()
-    stack.callback(token.unlink, missing_ok=True)
-    return token.name
-
-
-def _check_shared(meeting: Meeting, setup: RunSetup, token: str) -> None:
-    """Refuse folders that not every rank sees.
+def _check_shared(meeting: Meeting, setup: RunSetup) -> None:
+    """Refuse a folder of the text that not every rank sees.
 
     Raises:
         TopologyError: On every rank.
     """
-    deadline = time.monotonic() + _SHARED_WITHIN_S
-    needed = {"--run-dir": setup.run_dir / token, "data.cache_dir": Path(setup.data_dir)}
-    while missing := [key for key, path in needed.items() if not path.exists()]:
-        if time.monotonic() > deadline:
-            break
+    from fedpipe.distributed.meeting import SHARED_WITHIN_S, not_shared
+
+    deadline = time.monotonic() + SHARED_WITHIN_S
+    while not (there := Path(setup.data_dir).exists()) and time.monotonic() < deadline:
         time.sleep(_LOOK_S)
-    host = socket.gethostname()
-    for objection in meeting.agree(f"{missing[0]} {host}" if missing else ""):
-        key, _, where = objection.partition(" ")
-        raise TopologyError(
-            f"{key}: expected a folder that all nodes share, got {needed[key].parent}, which is "
-            f"another one on {where}. Choose a folder of the network file system."
-        )
+    folder = str(Path(setup.data_dir).parent)
+    for objection in meeting.agree("text", "" if there else folder):
+        raise not_shared("data.cache_dir", folder, objection.rpartition(" ")[2])
 
 
 def _use_cores(env: ProcessEnv) -> None:
@@ -234,13 +252,14 @@ def _use_cores(env: ProcessEnv) -> None:
         torch.set_num_threads(threads_per_process(env.local_world_size))
 
 
-def _pretrain(setup: RunSetup, *, env: ProcessEnv, signals: StopSignals) -> Ended:
-    from fedpipe.launcher.peers import Peers
+def _pretrain(
+    setup: RunSetup, *, env: ProcessEnv, signals: StopSignals, peers: Peers, watch: Watch
+) -> Ended:
     from fedpipe.workflows.pretrain import pretrain
 
     console = run_console(setup, interactive=False)
-    recorder = ProgressRecorder(setup, show=console.step) if env.rank == 0 else None
-    peers = Peers(timeout_s=setup.config.pipeline.hang_timeout_s, on_steps=recorder)
+    if env.rank == 0:
+        peers.on_steps = ProgressRecorder(setup, show=console.step)
     shows: dict[str, Callable[[Any], None]] = {
         "step": peers.saw, "round": console.round, "eval": console.evaluation,
         "note": console.text,
@@ -251,8 +270,7 @@ def _pretrain(setup: RunSetup, *, env: ProcessEnv, signals: StopSignals) -> Ende
             shows[kind](record)
 
     try:
-        with Watch(signals=signals, report=peers) as watch, _late_signal(signals):
-            stopped_at = pretrain(setup, env=env, emit=emit, watch=watch)
+        stopped_at = pretrain(setup, env=env, emit=emit, watch=watch)
     finally:
         signals.release()
     if stopped_at is None and env.rank == 0:
@@ -300,7 +318,12 @@ class ProgressRecorder:
 
 
 def _throughput(
-    setup: RunSetup, settings: ThroughputSettings, *, env: ProcessEnv, console: RunConsole
+    setup: RunSetup,
+    settings: ThroughputSettings,
+    *,
+    env: ProcessEnv,
+    console: RunConsole,
+    watch: Watch,
 ) -> Ended:
     from fedpipe.data.blocks import load_prepared
     from fedpipe.workflows.throughput.measure import measure
@@ -311,7 +334,11 @@ def _throughput(
 
     data = load_prepared(setup.data_dir)
     config = single_replica(setup.config)
-    measurement: Measurement | None = measure(config, data, env=env, settings=settings, emit=emit)
+    watch.activity = partial(Activity, doing="measuring")
+    measurement: Measurement | None = measure(
+        config, data, env=env, settings=settings, emit=emit, board=watch.board
+    )
+    watch.leave_run()
     if measurement is not None:
         conclude(setup, measurement, settings, console=console)
     return Ended(code=0)

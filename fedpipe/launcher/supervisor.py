@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,8 +15,9 @@ from types import FrameType
 from typing import Any
 
 from fedpipe.distributed.env import ProcessEnv, num_gpus, threads_per_process
+from fedpipe.distributed.signals import SignalThread
 from fedpipe.distributed.topology import Grid, check_gpus
-from fedpipe.distributed.watch import STOP_SIGNALS
+from fedpipe.distributed.watch import EXIT_INTERRUPTED, stop_signals
 from fedpipe.launcher.cut import choose_cut, measure_in_a_process
 from fedpipe.launcher.fork_server import fork_server, num_threads
 from fedpipe.launcher.ranks import Ranks, Setup
@@ -42,30 +45,47 @@ class Interrupted(BaseException):
 class Signals:
     """What the signals mean to the supervisor: stop at once, or first of all ask the ranks to."""
 
-    def __init__(self) -> None:
-        """Nobody has asked yet."""
+    def __init__(self, *, at_once_s: float | None = None) -> None:
+        """Nobody has asked yet.
+
+        Args:
+            at_once_s: After this a process ends that is to stop at once and does not, because its
+                main thread waits inside torch; None leaves that to it.
+        """
+        self._at_once_s = at_once_s
         self.patient = False
         """The ranks train: they can be asked to save and stop."""
         self.asked = False
         """They are to be, or have been, asked."""
         self.number = 0
         """The first signal that has come; 0 while there is none."""
+        self._ended = threading.Event()
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
         """Turn the signals into ``Interrupted``, the first one while patient into ``asked``."""
-        before = {number: signal.signal(number, self._take) for number in STOP_SIGNALS}
+        thread = SignalThread(self._insist)
+        before = {number: signal.signal(number, self._take) for number in stop_signals()}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            thread.close()
+            self._ended.set()
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.number = self.number or number
         if self.asked or not self.patient:
             raise Interrupted
         self.asked = True
+
+    def _insist(self, number: int) -> None:
+        """End the process if its main thread does not. Called in a thread of its own."""
+        if self._at_once_s is None or self.patient or number not in stop_signals():
+            return
+        if not self._ended.wait(self._at_once_s):
+            os._exit(EXIT_INTERRUPTED)
 
 
 def set_up_here(

@@ -16,21 +16,18 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedpipe import log
 from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv
-from fedpipe.distributed.watch import StopSignals, Watch
+from fedpipe.distributed.watch import Quiet, StopSignals, Watch
 from fedpipe.errors import FedPipeError
 from fedpipe.files import system_errors_named
 from fedpipe.launcher.ranks import Setup
 from fedpipe.terminal import prepare_output
 from fedpipe.workflows.run_dir import RunSetup
-
-if TYPE_CHECKING:
-    from fedpipe.distributed.comm import Comm
 
 PRELOAD = ("fedpipe.workflows.pretrain", "fedpipe.workflows.export", "fedpipe.metrics.report")
 """Modules that a rank needs and that take seconds to import."""
@@ -68,7 +65,7 @@ def run_rank(
         with sending:  # stages may be threads, and the watch is one
             pipe.send((kind, value))
 
-    def report(activity: Activity, comm: Comm | None) -> None:
+    def report(activity: Activity) -> None:
         emit("activity", activity)
 
     try:
@@ -79,7 +76,7 @@ def run_rank(
         bind(env)
         torch.set_num_threads(threads)  # the fork server has imported torch already, with one
         log.setup(rank=env.rank)
-        with Watch(signals=StopSignals(), report=report) as watch:
+        with Watch(signals=StopSignals(), report=Quiet(report)) as watch:
             _TASKS[task](setup, env, emit, watch, *args)
     except BaseException as error:
         emit("error", f"{type(error).__name__}: {error}")

@@ -69,7 +69,9 @@ def pretrain(
         with Watch() as watch:
             return pretrain(setup, env=env, emit=emit, watch=watch)
     config = setup.config
-    comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
+    comm = Comm(
+        Grid.from_config(config), env, edges=pipeline_edges(config.pipeline), board=watch.board
+    )
     try:
         watch.join_run(comm)
         run = Pretraining(setup, comm=comm, emit=emit, watch=watch)

@@ -13,8 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "num
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSetup:
-    """What every process of a run needs to know; picklable."""
+    """What every process of a run needs to know; picklable, and handed to other hosts as JSON."""
 
     config: RunConfig
     run_dir: Path
@@ -71,6 +71,37 @@ class RunSetup:
     def hang_timeout_s(self) -> float:
         """Seconds without a sign of life after which a process is taken for hung."""
         return self.config.pipeline.hang_timeout_s
+
+    def to_message(self) -> dict[str, Any]:
+        """What JSON can hold of it."""
+        checkpoint = self.checkpoint and asdict(self.checkpoint) | {
+            "path": str(self.checkpoint.path)
+        }
+        return {
+            "config": load.to_dict(self.config), "run_dir": str(self.run_dir),
+            "data_dir": self.data_dir, "checkpoint": checkpoint,
+        }  # fmt: skip
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any], *, started_at: float) -> RunSetup:
+        """Make it again from ``to_message``; a clock counts on its own host only.
+
+        Args:
+            message: Of another rank.
+            started_at: When this process began.
+
+        Raises:
+            ConfigError: The message was made by another version.
+        """
+        config = load.from_dict(message["config"], source="the message of rank 0")
+        saved = message["checkpoint"]
+        checkpoint = saved and Checkpoint(
+            **saved | {"path": Path(saved["path"]), "position": Position(**saved["position"])}
+        )
+        return cls(
+            config=config, run_dir=Path(message["run_dir"]), data_dir=str(message["data_dir"]),
+            checkpoint=checkpoint or None, started_at=started_at,
+        )  # fmt: skip
 
 
 def set_up(

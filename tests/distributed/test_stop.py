@@ -19,7 +19,7 @@ from fedpipe.data.blocks import PreparedData, save_manifest
 from fedpipe.distributed.activity import Activity, Roll
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
-from fedpipe.distributed.watch import StopSignals, Watch
+from fedpipe.distributed.watch import Quiet, StopSignals, Watch
 from fedpipe.errors import CheckpointError
 from fedpipe.metrics.writer import read_metrics
 from fedpipe.workflows.run_dir import RunSetup
@@ -79,8 +79,9 @@ def _pretrain_over_tcp(
     from fedpipe.distributed.meeting import Meeting
 
     env = replace(env, rendezvous=f"tcp://127.0.0.1:{port}", hosts_store=env.rank == 0)
-    meeting = Meeting(env)
-    return _pretrain(env, meeting.from_rank_0(lambda: setup), moment)
+    meeting = Meeting(env, notify=lambda line: None)
+    message = meeting.from_rank_0(setup.to_message)
+    return _pretrain(env, RunSetup.from_message(message, started_at=setup.started_at), moment)
 
 
 def _run(
@@ -255,7 +256,8 @@ def _get_stuck(env: ProcessEnv, setup: RunSetup) -> list[tuple[float, Activity]]
         return forward(stage, *args)
 
     Stage.forward = sleeping  # type: ignore[method-assign]
-    with Watch(report=lambda activity, comm: reports.append((time.monotonic(), activity))) as watch:
+    report = Quiet(lambda activity: reports.append((time.monotonic(), activity)))
+    with Watch(report=report) as watch:
         pretrain(setup, env=env, emit=lambda kind, record: None, watch=watch)
     return reports
 
@@ -293,7 +295,7 @@ def _refused(env: ProcessEnv, port: int) -> str:
         raise CheckpointError("--run-dir: in use.")
 
     env = replace(env, rendezvous=f"tcp://127.0.0.1:{port}", hosts_store=env.rank == 0)
-    meeting = Meeting(env)
+    meeting = Meeting(env, notify=lambda line: None)
     with pytest.raises(CheckpointError, match=r"^--run-dir: in use\.$") as caught:
         meeting.from_rank_0(prepare)
     return str(caught.value)

@@ -114,7 +114,8 @@ def test_interrupted_in_every_phase_a_run_ends_as_if_nothing_had_been(
         steps,
     ), steps
     interrupt("resumed", signal.SIGINT, lambda output: "resuming" in output, group=True)
-    interrupt("validation", signal.SIGTERM, lambda output: _has(run_dir, "round", 1), group=True)
+    # A terminal that is closed.
+    interrupt("validation", signal.SIGHUP, lambda output: _has(run_dir, "round", 1), group=True)
     saved = sorted(path.name for path in run_dir.glob("checkpoints/round_*"))
     assert saved and not any(path.name.endswith(".tmp") for path in run_dir.rglob("*"))
     interrupt("export", signal.SIGTERM, lambda output: "writing the model" in output, group=False)
@@ -184,7 +185,12 @@ def test_a_killed_rank_is_named_with_its_client(running: Command) -> None:
 class Ranks:
     """The processes that srun would start, each with its own exit code."""
 
-    def __init__(self, *arguments: str, folder: Path) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        folder: Path,
+        script: Path = REPOSITORY / "launch" / "pretrain.py",
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -200,7 +206,7 @@ class Ranks:
             with open(path, "wb") as output:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, str(REPOSITORY / "launch" / "pretrain.py"), *arguments],
+                        [sys.executable, str(script), *arguments],
                         env=environment,
                         stdout=output,
                         stderr=output,
@@ -277,5 +283,67 @@ def test_under_srun_a_frozen_rank_is_named_and_a_signal_before_training_ends_wit
         assert ranks.processes[0].wait(TIMEOUT_S) == 1
         error = ranks.output(0).splitlines()[-1]
         assert re.match(r"LaunchError: rank 1 \(stage 1, replica 0.*\) hangs: no sign of ", error)
+    finally:
+        ranks.kill()
+
+
+@pytest.mark.parametrize(
+    ("rank", "number", "message"),
+    [
+        (
+            1, signal.SIGKILL,
+            r"rank 1 \(stage 1, replica 0(, client \d)?\) has ended without a word, last seen in .*"
+            r"round \d+.*: its peer, rank 0, lost the connection\. It was killed, ",
+        ),
+        (
+            0, signal.SIGSTOP,
+            r"rank 0 \(stage 0, replica 0\) hangs: the store of the run at 127\.0\.0\.1:\d+, which "
+            r"it or its launcher hosts, has not answered for \d+ s\. See its log; ",
+        ),
+    ],
+    ids=["killed", "host of the store frozen"],
+)  # fmt: skip
+def test_under_srun_the_other_rank_ends_and_names_the_one_to_blame(
+    rank: int, number: signal.Signals, message: str, folder: Path, arguments: tuple[str, ...],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """No launcher that would end it, no time-out of a collective, and rank 0 cannot say a thing."""
+    ranks = Ranks(
+        "--run-dir", str(tmp_path / "run"), *arguments, *LONG, *ONE_REPLICA,
+        "pipeline.hang_timeout_s=5", folder=folder,
+    )  # fmt: skip
+    try:
+        ranks.wait_for("validation")
+        ranks.processes[rank].send_signal(number)
+        assert ranks.processes[1 - rank].wait(60) == 1
+        error = ranks.output(1 - rank).splitlines()[-1]
+        assert re.match(f"LaunchError: {message}", error), error
+    finally:
+        ranks.kill()
+
+
+def test_under_srun_what_a_rank_cannot_work_with_ends_every_rank_with_2(
+    folder: Path, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The last rank finds it in training; it says so, and the others end as it does."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, sys\n"
+        "from fedpipe.errors import CorpusError\n"
+        "from fedpipe.launcher.external import main\n"
+        "if os.environ['SLURM_PROCID'] == '1':\n"
+        "    from fedpipe.workflows.pretrain import Pretraining\n"
+        "    def refuse(self, round_id):\n"
+        "        raise CorpusError('data.valid: expected text, got none. Name another file.')\n"
+        "    Pretraining._validate = refuse\n"
+        "sys.exit(main())\n"
+    )
+    run_dir = str(tmp_path / "run")
+    command = ("--run-dir", run_dir, *arguments, *LONG, *ONE_REPLICA)
+    ranks = Ranks(*command, folder=folder, script=script)
+    try:
+        assert ranks.finish() == [2] * WORLD_SIZE, [ranks.output(r) for r in range(WORLD_SIZE)]
+        line = "CorpusError: data.valid: expected text, got none. Name another file."
+        assert ranks.output(1).splitlines() == [line]
     finally:
         ranks.kill()

@@ -63,7 +63,8 @@ def finetune(
         with Watch() as watch:
             return finetune(setup, env=env, emit=emit, watch=watch)
     federation, pipeline = setup.config.federation, setup.config.stages
-    comm = Comm(Grid.of(pipeline, federation), env, edges=pipeline_edges(pipeline))
+    grid = Grid.of(pipeline, federation)
+    comm = Comm(grid, env, edges=pipeline_edges(pipeline), board=watch.board)
     try:
         watch.join_run(comm)
         run = Finetuning(setup, comm=comm, emit=emit, watch=watch)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
+from fedpipe.distributed.board import Board
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.device import device_name
 from fedpipe.distributed.env import ProcessEnv
@@ -120,6 +121,7 @@ def measure(
     env: ProcessEnv,
     settings: ThroughputSettings,
     emit: Callable[[str, Any], None],
+    board: Board | None = None,
 ) -> Measurement | None:
     """Measure every schedule on one replica.
 
@@ -129,6 +131,7 @@ def measure(
         env: This process' place.
         settings: How long.
         emit: Told of every repetition, on rank 0.
+        board: Where the ranks have met already, if they have.
 
     Returns:
         What was measured on rank 0, None elsewhere.
@@ -136,7 +139,7 @@ def measure(
     Collective: every process; as many as stages (one with ``pipeline.colocate``).
     """
     config = single_replica(config)
-    comm = Comm(Grid.from_config(config), env, edges=edges_of_all_peers(config))
+    comm = Comm(Grid.from_config(config), env, edges=edges_of_all_peers(config), board=board)
     try:
         peers = build_peers(config, data, comm=comm, settings=settings)
         return _measure(
