@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -148,6 +149,79 @@ class OwnStream:
         with torch.cuda.stream(self._stream):
             yield
         outer.wait_stream(self._stream)
+
+
+class Draws:
+    """What a thread draws from torch's generators: the same whatever other threads draw.
+
+    torch has one generator per process and device, and dropout takes no other. So a thread that
+    shares its process with others puts its own state there while it draws.
+    """
+
+    def __init__(self, device: torch.device, *, shared: bool) -> None:
+        """Start where the generators are.
+
+        Args:
+            device: Where it draws, beside the CPU.
+            shared: Other threads draw, too.
+        """
+        self._device, self._shared = device, shared
+        self._own = rng_state(device)
+
+    def seed(self, seed: int) -> None:
+        """Start anew."""
+        with self.under_way():
+            torch.manual_seed(seed)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Where it goes on."""
+        return self._own if self._shared else rng_state(self._device)
+
+    @state.setter
+    def state(self, state: dict[str, Tensor]) -> None:
+        if self._shared:
+            self._own = state
+        else:
+            set_rng_state(state, self._device)
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Draw; the other threads wait until this one has done so. Scoring draws nothing."""
+        if not self._shared or not torch.is_grad_enabled():
+            yield
+            return
+        with _GENERATORS:
+            set_rng_state(self._own, self._device)
+            try:
+                yield
+            finally:
+                self._own = rng_state(self._device)
+
+
+_GENERATORS = threading.Lock()
+"""Held by the thread whose state torch's generators have."""
+
+
+def same_draws(device: torch.device) -> tuple[AbstractContextManager[None], ...]:
+    """Return contexts of a computation and of its repetition, which draws the same once more.
+
+    Args:
+        device: Where it draws, beside the CPU.
+    """
+    return nullcontext(), _repeated(rng_state(device), device)
+
+
+@contextmanager
+def _repeated(state: dict[str, Tensor], device: torch.device) -> Iterator[None]:
+    # In a backward pass, where no thread draws of its own.
+    with _GENERATORS:
+        before = rng_state(device)
+        set_rng_state(state, device)
+        try:
+            yield
+        finally:
+            set_rng_state(before, device)
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+from fedpipe.distributed.device import same_draws
 from fedpipe.models.families import FAMILIES, Family, initialise, load_pretrained
 from fedpipe.models.masked import gather_masked, run_masked
 from fedpipe.models.split import AUX_HEADS, StageSpec
@@ -52,7 +53,13 @@ class StageModule(nn.Module, ABC):
 
     def _checkpointed(self, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         if self.activation_checkpointing and self.training:
-            return checkpoint(run, *inputs, use_reentrant=False)
+            return checkpoint(
+                run,
+                *inputs,
+                use_reentrant=False,
+                preserve_rng_state=False,  # which a thread beside this one could change meanwhile
+                context_fn=partial(same_draws, next(self.parameters()).device),
+            )
         return run(*inputs)
 
     @abstractmethod

@@ -8,12 +8,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedpipe.config.schema import PipelineConfig
-from fedpipe.distributed.device import OwnStream
+from fedpipe.distributed.device import Draws, OwnStream
 from fedpipe.models.split import placement
 from fedpipe.pipeline import schedule as ops
 from fedpipe.pipeline.p2p import QueueLink
@@ -35,6 +36,31 @@ class SplitPipelineEngine:
         held = placement([stage.spec for stage in stages])
         self._threads = [[by_id[spec.stage_id] for spec in specs] for specs in held]
         self._streams = [OwnStream(threads[0].device) for threads in self._threads]
+        for together in self._threads if len(self._threads) > 1 else ():
+            draws = Draws(together[0].device, shared=True)
+            for stage in together:
+                stage.draws = draws
+
+    def seed_draws(self, seed: Callable[[tuple[int, ...]], int]) -> None:
+        """Seed what the stages draw, as if every thread were a process.
+
+        Args:
+            seed: Of the ids of the stages that are computed together.
+        """
+        for held in self._threads:
+            held[0].draws.seed(seed(tuple(stage.spec.stage_id for stage in held)))
+
+    @property
+    def draws(self) -> dict[str, Any]:
+        """Where the stages go on drawing, for ``torch.save``."""
+        states = [held[0].draws.state for held in self._threads]
+        return {"threads": states} if len(states) > 1 else states[0]
+
+    @draws.setter
+    def draws(self, state: dict[str, Any]) -> None:
+        states = state.get("threads", [state])
+        for held, own in zip(self._threads, states, strict=True):
+            held[0].draws.state = own
 
     def train(
         self,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedpipe.config.deepspeed import stage_precision
 from fedpipe.config.schema import PipelineConfig
-from fedpipe.distributed.device import Readout, autocast, finish, to_device
+from fedpipe.distributed.device import Draws, Readout, autocast, finish, to_device
 from fedpipe.models.stage import StageModule, trainable
 from fedpipe.pipeline import schedule as ops
 from fedpipe.pipeline.optimizer import clip_
@@ -126,6 +126,8 @@ class StageEngine:
         Collective: every data-parallel rank of the stage constructs it.
         """
         self.stage, self.links, self.device = stage.to(device), links, device
+        self.draws = Draws(device, shared=False)
+        """Of the thread that this stage is computed in."""
         self.spec = stage.spec
         self._pipeline = pipeline
         self.schedule: str = pipeline.schedule
@@ -299,11 +301,12 @@ class StageEngine:
     def _forward_pass(self, cmd: ops.ForwardPass) -> None:
         batch = self._batches[cmd.micro_batch]
         assert batch.targets is not None
-        batch.outputs = self.engine(batch.inputs, batch.targets[0])
-        if self.links.home_out is not None:
-            assert batch.outputs is not None
-            with autocast(self.device, self._precision):
-                batch.masked = self.stage.masked(batch.outputs, batch.targets[0])
+        with self.draws.under_way():
+            batch.outputs = self.engine(batch.inputs, batch.targets[0])
+            if self.links.home_out is not None:
+                assert batch.outputs is not None
+                with autocast(self.device, self._precision):
+                    batch.masked = self.stage.masked(batch.outputs, batch.targets[0])
 
     def _send_activation(self, cmd: ops.SendActivation) -> None:
         batch = self._batches[cmd.micro_batch]
@@ -419,7 +422,7 @@ class StageEngine:
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         assert batch.outputs is not None and batch.targets is not None
-        with autocast(self.device, self._precision):
+        with self.draws.under_way(), autocast(self.device, self._precision):
             return self.stage.loss(batch.outputs, batch.targets)
 
     def _set_boundary(self, micro_batch: int) -> None:

@@ -17,7 +17,6 @@ from fedpipe.checkpoint import CLIENTS, Checkpoint, CheckpointWriter, client_fil
 from fedpipe.config.finetune import FinetuneConfig
 from fedpipe.config.schema import PipelineConfig, RunConfig
 from fedpipe.distributed.comm import Comm
-from fedpipe.distributed.device import rng_state, set_rng_state
 from fedpipe.distributed.wire import TensorSpec
 from fedpipe.federation.cohort import Turn
 from fedpipe.federation.refusal import NO_FAULT, Refused, stopped
@@ -166,10 +165,8 @@ class HostedStages:
             else:
                 engine.load_optimizer_state(state.get("optimizer"))
         # Dropout; nothing else draws from torch's generator.
-        stages = tuple(self._stage_ids)
-        torch.manual_seed(
-            stable_seed(self._settings.seed, round_id, turn.client_id, stages, self.comm.data)
-        )
+        of_turn, rank = (self._settings.seed, round_id, turn.client_id), self.comm.data
+        self.engine.seed_draws(lambda stages: stable_seed(*of_turn, stages, rank))
 
     def end_turn(
         self,
@@ -306,7 +303,7 @@ class HostedStages:
         residuals = {s: dict(sync.residuals) for s, sync in self.synchronizers.items()}
         own: dict[str, Any] = {"residuals": residuals}
         if sent is not None:
-            own |= {"sent": dict(sent), "rng": rng_state(self.comm.device)}
+            own |= {"sent": dict(sent), "rng": self.engine.draws}
             own["stages"] = {
                 engine.spec.stage_id: {
                     # Without what DeepSpeed has hung on them, process groups among it.
@@ -367,7 +364,7 @@ class HostedStages:
             if state.get("turn_start") is not None:
                 self._turn_start[stage_id] = state["turn_start"]
         self.refused = [Refused(**fault) for fault in own.get("refused", [])]
-        set_rng_state(own["rng"], self.comm.device)
+        self.engine.draws = own["rng"]
         return dict(own["sent"])
 
 
