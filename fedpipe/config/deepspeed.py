@@ -88,7 +88,8 @@ def engine_config(
         data_parallel_degree: Ranks that share a client's batch.
 
     Returns:
-        The file's content with batch sizes, ``gradient_clipping`` 0 and quiet logging filled in.
+        The file's content with batch sizes, ``gradient_clipping`` 0 and quiet logging filled in,
+        and any optimizer allowed under ZeRO.
 
     Raises:
         ConfigError: The file is missing or invalid, or a key couples stages or clients, belongs to
@@ -108,11 +109,15 @@ def engine_config(
                 f" {given[key]!r}. Remove it: batch sizes are the YAML's and are filled in."
             )
     quiet = {"steps_per_print": None, "wall_clock_breakdown": False}
+    # DeepSpeed has a list of optimizers to use with ZeRO, which SGD is not on. All of the YAML's
+    # update a parameter from its own gradient alone, which is what ZeRO needs.
+    sharded = given.get("zero_optimization", {}).get("stage", 0) > 0
+    zero = {"zero_allow_untested_optimizer": True} if sharded else {}
     if "torch_autocast" in given and "dtype" in given["torch_autocast"]:
         # One spelling, torch's, of the several that DeepSpeed reads.
         given["torch_autocast"]["dtype"] = "bfloat16"
     # 0.0 is no default: DeepSpeed's own is 1.0, and its norm sums over stages and clients.
-    return {**quiet, **given, **batch, "gradient_clipping": 0.0}
+    return {**quiet, **given, **zero, **batch, "gradient_clipping": 0.0}
 
 
 def autocast_dtype(deepspeed: dict[str, Any]) -> str | None:
