@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from importlib import resources
 from importlib.resources.abc import Traversable
 from types import NoneType, UnionType
@@ -348,7 +348,7 @@ def _build(cls: type, node: Node, *, key: str, root: type | None = None) -> Any:
             f"{key}: expected a section with keys, got {node.plain()!r} in {node.where}. Write"
             f" {key}.KEY=VALUE, or the keys indented below {key.rpartition('.')[2]}:."
         )
-    hints = get_type_hints(cls, include_extras=True)
+    hints = _type_hints(cls)
     names = [field.name for field in fields(cls)]
     values = {}
     for name, child in node.value.items():
@@ -399,6 +399,10 @@ def _scalar(kind: type, node: Node, *, key: str) -> Any:
     if value is None:
         raise _type_error(key, _EXPECTATION[kind], node, "Leave the key out for its default.")
     raise _type_error(key, _EXPECTATION[kind], node, _WAY_OUT[kind])
+
+
+# Once for each class: it takes longer than all the rest.
+_type_hints = cache(partial(get_type_hints, include_extras=True))
 
 
 _EXPECTATION = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

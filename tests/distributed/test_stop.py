@@ -173,13 +173,6 @@ MODES = {
         "pipeline": {"cut": [1, 3], "head_location": "client", "num_micro_batches": 1},
         "federation": {"num_replicas": 1, "clients_per_round": 1, "num_local_steps": 40},
     },
-    "back-propagation": {
-        "pipeline": {"objective": "end_to_end", "schedule": "1f1b", "in_flight": 4},
-        "federation": {"num_replicas": 1, "clients_per_round": 1, "num_local_steps": 40},
-    },
-    "shared server": {
-        "federation": {"server": "shared", "clients_per_round": 2, "num_local_steps": 40},
-    },
     "data-parallel": {
         "federation": {
             "data_parallel_degree": 2, "num_replicas": 1, "clients_per_round": 1,
@@ -190,10 +183,13 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_stops_in_the_middle_of_a_round_and_resumes_bit_for_bit(
+def test_ranks_that_one_of_them_tells_stop_in_the_middle_of_a_round_and_resume_bit_for_bit(
     mode: str, tmp_path: Path
 ) -> None:
-    """The one process that gets the signal tells the others, over TCP as on a cluster."""
+    """The one process that gets the signal tells the others, over TCP as on a cluster.
+
+    What every option does to a stop is ``test_options.py``'s.
+    """
     data = tiny_data(tmp_path / "data")
     config = _config(**MODES[mode], **{"validation": {"every_rounds": 2}})
     config = replace(config, federation=replace(config.federation, num_rounds=2))

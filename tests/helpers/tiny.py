@@ -36,15 +36,17 @@ def tiny_config(**sections: dict[str, Any]) -> RunConfig:
     return from_dict(base)
 
 
-def tiny_data(folder: Path, *, num_clients: int = 3, identical: bool = False) -> PreparedData:
+def tiny_data(
+    folder: Path, *, num_clients: int = 3, identical: bool = False, length: int = LENGTH
+) -> PreparedData:
     """Random blocks for every client; ``identical`` gives all clients the same ones."""
     rng = np.random.default_rng(5)
     folder.mkdir(parents=True, exist_ok=True)
     shards: dict[str, list[Shard]] = {"train": [], "valid": []}
     for split, num_blocks in (("train", 40), ("valid", 5)):
-        blocks = _blocks(rng, num_blocks)
+        blocks = _blocks(rng, num_blocks, length)
         for client_id in range(num_clients):
-            blocks = blocks if identical else _blocks(rng, num_blocks + client_id)
+            blocks = blocks if identical else _blocks(rng, num_blocks + client_id, length)
             path = folder / f"{split}_{client_id}.bin"
             blocks.astype("<u2").tofile(path)
             shards[split].append(
@@ -55,7 +57,7 @@ def tiny_data(folder: Path, *, num_clients: int = 3, identical: bool = False) ->
                     num_left_out=0,
                     num_documents=1,
                     num_tokens=blocks.size,
-                    sequence_length=LENGTH,
+                    sequence_length=length,
                     dtype="<u2",
                     values=(),
                 )
@@ -71,7 +73,7 @@ def tiny_data(folder: Path, *, num_clients: int = 3, identical: bool = False) ->
         pad_id=1,
         special_ids=(0, 1, 2, 3, 4),
         tokenizer_dir="",
-        sequence_length=LENGTH,
+        sequence_length=length,
         num_ignored_documents=0,
         num_masked=1,
         num_held_out=0,
@@ -79,9 +81,9 @@ def tiny_data(folder: Path, *, num_clients: int = 3, identical: bool = False) ->
     )
 
 
-def _blocks(rng: np.random.Generator, num_blocks: int) -> np.ndarray:
+def _blocks(rng: np.random.Generator, num_blocks: int, length: int) -> np.ndarray:
     # A skewed distribution, so that a few steps already lower the loss.
-    words = 5 + (rng.pareto(1.0, size=(num_blocks, LENGTH)) * 4).astype(np.int64) % (VOCAB - 5)
+    words = 5 + (rng.pareto(1.0, size=(num_blocks, length)) * 4).astype(np.int64) % (VOCAB - 5)
     words[:, 0], words[:, -1] = 0, 2
     return words
 

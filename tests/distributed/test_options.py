@@ -1,0 +1,171 @@
+"""Whatever the options: training as in plain PyTorch and resuming bit for bit, or a refusal."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedpipe.checkpoint import Position, find_latest
+from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import PreparedData, load_prepared, save_manifest
+from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.stopping import Moment
+from fedpipe.federation.cohort import plan_round
+from fedpipe.metrics.writer import read_metrics
+from fedpipe.workflows.run_dir import RunSetup
+from tests.helpers import options
+from tests.helpers.distributed import run_distributed
+from tests.helpers.options import Settings
+from tests.helpers.reference import train_plainly
+from tests.helpers.tiny import tiny_data
+
+STEP = ("round", "step", "client", "stage")
+FINE, COARSE = 2e-5, 5e-3
+"""Nats that a loss may be off: in float32, and where something is rounded to 8 bits or 16."""
+TIMES = ("seconds", "tokens_per_s", "sync_s")
+
+
+def _pretrain(env: ProcessEnv, setup: RunSetup, stop: Moment | None) -> Position | None:
+    from fedpipe.distributed.watch import Watch
+    from fedpipe.workflows.pretrain import pretrain
+
+    with Watch() as watch:
+        if stop is not None:  # as the ranks agree upon when one is asked to
+            watch.stop.freeze()
+            watch.stop.settle(stop)
+        return pretrain(setup, env=env, emit=lambda kind, record: None, watch=watch)
+
+
+def _run(
+    config: RunConfig, data: PreparedData, run_dir: Path, stop: Moment | None = None
+) -> Position | None:
+    run_dir.mkdir(exist_ok=True)
+    checkpoint, passed_over = find_latest(run_dir)
+    assert passed_over == []
+    setup = RunSetup(
+        config=config, run_dir=run_dir, data_dir=data.directory, checkpoint=checkpoint,
+        started_at=time.monotonic(),
+    )  # fmt: skip
+    ends = run_distributed(_pretrain, config.world_size, setup, stop, timeout_s=300.0)
+    (end,) = set(ends)
+    return end
+
+
+def _records(run_dir: Path) -> list[dict[str, Any]]:
+    records = read_metrics(run_dir / "metrics.jsonl")
+    records = [
+        {k: v for k, v in r.items() if k not in TIMES} for r in records if r["kind"] != "system"
+    ]
+    return sorted(records, key=lambda r: [str(r.get(k)) for k in ("kind", *STEP)])
+
+
+def _state(run_dir: Path) -> dict[str, Any]:
+    """Everything that the last checkpoint holds, clients' own files included."""
+    final, _ = find_latest(run_dir)
+    assert final is not None
+    files = [f for f in final.path.iterdir() if f.suffix == ".safetensors"]
+    state: dict[str, Any] = {f.name: f.read_bytes() for f in files}
+    for file in [*final.path.glob("*.pt"), *run_dir.glob("clients/*/*.pt")]:
+        state[file.name] = torch.load(file, weights_only=True)
+    return state
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
+
+
+def _tolerances(config: RunConfig) -> tuple[float, float]:
+    """Nats that a loss may be off in the first round, and in later ones."""
+    federation = config.federation
+    formats = {*config.pipeline.wire, federation.wire, autocast_dtype(deepspeed_config(config))}
+    if not formats & {"bf16", "int8", "bfloat16"}:
+        return FINE, FINE
+    # fedadam and fedyogi divide a change by its own size, and so magnify what rounding leaves.
+    magnified = federation.server_optimizer.name in ("fedadam", "fedyogi")
+    return COARSE, 10 * COARSE if magnified else COARSE
+
+
+def _assert_as_in_plain_pytorch(
+    config: RunConfig, data: PreparedData, records: list[dict[str, Any]]
+) -> None:
+    (expected,) = run_distributed(train_plainly, 1, config, data, timeout_s=300.0)
+    tolerances = _tolerances(config)
+    steps = {
+        tuple(r[k] for k in STEP): (r["loss"], r["grad_norm"])
+        for r in records
+        if r["kind"] == "step"
+    }
+    assert steps.keys() == expected.keys()
+    for key in (key for key in expected if key[1] < 2):  # later ones amplify what rounding leaves
+        (loss, norm), tolerance = expected[key], tolerances[key[0] > 0]
+        found_loss, found_norm = steps[key]
+        assert (found_loss is None) == (loss is None), key
+        message = f"{dict(zip(STEP, key, strict=True))}: {steps[key]}, expected {expected[key]}"
+        assert loss is None or math.isclose(found_loss, loss, abs_tol=tolerance), message
+        assert math.isclose(found_norm, norm, rel_tol=50 * tolerance), message
+
+
+def _check(settings: Settings, folder: Path) -> None:
+    config = options.build(settings)
+    federation = config.federation
+    data = tiny_data(
+        folder / "data", num_clients=federation.num_clients, length=config.data.sequence_length
+    )
+    save_manifest(data, Path(data.directory))
+    data = load_prepared(data.directory)
+    assert _run(config, data, folder / "undisturbed") is None
+    records = _records(folder / "undisturbed")
+    _assert_as_in_plain_pytorch(config, data, records)
+
+    last = federation.num_rounds - 1
+    turns = plan_round(config, round_id=last, blocks_per_client=[s.num_blocks for s in data.train])
+    longest = max(
+        sum(t.num_steps for t in turns if t.replica_id == r) for r in range(federation.num_replicas)
+    )
+    if longest > 1:
+        stop = last, longest - 1
+        assert _run(config, data, folder / "stopped", stop) == Position(round_id=last, step=stop[1])
+        assert _run(config, data, folder / "stopped") is None
+        assert _records(folder / "stopped") == records
+        assert _same(_state(folder / "stopped"), _state(folder / "undisturbed"))
+
+
+SINGLES = options.singles()
+COVERING, REFUSED = options.recorded()
+
+
+@pytest.mark.matrix(sample=4)
+@pytest.mark.parametrize("settings", SINGLES, ids=map(options.show, SINGLES))
+def test_every_value_of_every_option(settings: Settings, tmp_path: Path) -> None:
+    _check(settings, tmp_path)
+
+
+@pytest.mark.matrix(sample=4)
+@pytest.mark.parametrize("settings", COVERING, ids=[f"row {i}" for i in range(len(COVERING))])
+def test_every_two_values_together(settings: Settings, tmp_path: Path) -> None:
+    _check(settings, tmp_path)
+
+
+def test_every_pair_of_values_is_in_a_row_or_refused_by_name() -> None:
+    """The rows are generated; FEDPIPE_RECORD=1 does so again."""
+    held = set().union(*map(options.held_by, COVERING))
+    held |= {options.pair(a, b) for a, b, _ in REFUSED}
+    missing = [(a, b) for a, b in options.all_pairs() if options.pair(a, b) not in held]
+    assert not missing, f"{missing[0]} is in no row: FEDPIPE_RECORD=1 pytest {__file__}"
+    for row in COVERING:
+        options.build(row)
+    for a, b, key in REFUSED:
+        settings, refusal = options.complete(a | b)
+        assert settings is None and options.named(refusal) == key != "", (a, b, refusal)

@@ -1,0 +1,306 @@
+"""The options of a pre-training and their combinations, derived from the schema.
+
+Every field of ``RunConfig`` that a rank reads is an option. Its values come from its type: each
+choice, both truth values, the neighbours of a whole number, half of a number. A value that others
+must accompany gets the fewest that the configuration accepts, found by following what its own
+refusals name. ``covering`` makes configurations that hold every pair of values between them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from operator import attrgetter
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from fedpipe.config.load import check, from_dict
+from fedpipe.config.schema import RunConfig
+from fedpipe.errors import ConfigError
+
+Settings = dict[str, Any]
+"""Dotted key -> value, where it is not the base's."""
+
+BASE: dict[str, dict[str, Any]] = {
+    "model": {
+        "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "intermediate_size": 32, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+        "max_position_embeddings": 40,
+    },
+    "data": {"sequence_length": 16, "partition": "iid"},
+    "pipeline": {"cut": [1], "micro_batch_size": 2, "num_micro_batches": 2},
+    "federation": {
+        "num_clients": 5, "num_replicas": 2, "clients_per_round": 3, "num_rounds": 2,
+        "num_local_steps": 2,
+    },
+    "optimizer": {"lr": 1e-2, "warmup_ratio": 0.25},
+    "log": {"tensorboard": False},
+}  # fmt: skip
+"""Three clients on two replicas of two stages: a replica hosts a second client in a round."""
+
+ELSEWHERE = (
+    "name", "log.", "evaluation.",  # other commands and what is shown
+    "data.train", "data.valid", "data.text_column", "data.tokenizer", "data.partition",
+    "data.dirichlet_alpha", "data.cache_dir", "data.num_workers",  # read before a rank starts
+    "pipeline.hang_timeout_s",  # read by who watches the ranks
+)  # fmt: skip
+"""Beginnings of keys that no rank reads."""
+ALONE = ("pipeline.compile",)
+"""Options that take a compiler minutes: tried with everything else as it is."""
+_ZERO = '"zero_optimization": {"stage": 1}'
+_BF16 = '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
+FILES = {
+    "deepspeed.config": {
+        "zero": f"{{{_ZERO}}}", "bf16": f"{{{_BF16}}}", "zero and bf16": f"{{{_ZERO}, {_BF16}}}",
+    },
+}  # fmt: skip
+"""Values of texts that name a file: what is in it."""
+LARGEST_WORLD = 8
+"""Processes of a configuration that was not asked for more."""
+_DEEPEST = 4
+_KEY = re.compile(r"[a-z_0-9]+(?:\.[a-z_0-9]+)+")
+_NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
+
+
+def build(settings: Mapping[str, Any]) -> RunConfig:
+    """Return the checked configuration.
+
+    Raises:
+        ConfigError: It is refused.
+    """
+    tree: dict[str, Any] = {name: dict(section) for name, section in BASE.items()}
+    for key, value in settings.items():
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = str(_file(key, value)) if key in FILES else value
+    config = from_dict(tree)
+    check(config)
+    return config
+
+
+@cache
+def _file(key: str, name: str) -> Path:
+    file = Path(tempfile.mkdtemp(prefix="options-")) / f"{name}.json"
+    file.write_text(FILES[key][name])
+    atexit.register(shutil.rmtree, file.parent)
+    return file
+
+
+@cache
+def values() -> dict[str, tuple[Any, ...]]:
+    """Return the values of every option that are not the base's."""
+    base = build({})
+    found: dict[str, tuple[Any, ...]] = {}
+    for key, kind, value in _leaves(base):
+        if not key.startswith(ELSEWHERE):
+            others = FILES[key] if key in FILES else _others(kind, value)
+            distinct = [v for v in others if v != _plain(value)]
+            if distinct:
+                found[key] = tuple(_first_of_its_kind(distinct))
+    return found
+
+
+def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    hints = get_type_hints(type(section))
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", hints[field.name], value
+
+
+def _others(kind: Any, value: Any) -> list[Any]:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        kind = next(a for a in arguments if a is not NoneType)
+        return _others(kind, value) if value is not None or kind is bool else []
+    if origin is Literal:
+        return list(arguments)
+    if origin is tuple:
+        (element, _) = arguments
+        if get_origin(element) is Literal:
+            return [[choice] for choice in get_args(element)]
+        halves = [_others(element, v)[0] for v in value]  # of whole numbers, one less
+        return [halves] if element is float else [list(value[:-1]), halves, [*value, value[-1] + 1]]
+    if kind is bool:
+        return [True, False]
+    if kind is int:
+        return [value - 1, value + 1]
+    if kind is float:
+        return [value / 2 if value else 0.25]
+    return []
+
+
+def _base(key: str) -> Any:
+    return attrgetter(key)(build({}))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _first_of_its_kind(given: list[Any]) -> list[Any]:
+    return [v for i, v in enumerate(given) if not any(v is w or v == w for w in given[:i])]
+
+
+def complete(wanted: Settings) -> tuple[Settings | None, str]:
+    """Find the fewest settings beside some wanted ones with which they are accepted.
+
+    Returns:
+        Both together, or None if there are none; and what refuses the wanted ones alone.
+    """
+    refusal = ""
+    queue, seen = deque([wanted]), {_identity(wanted)}
+    while queue:
+        settings = queue.popleft()
+        try:
+            build(settings)
+            return settings, refusal
+        except ConfigError as error:
+            refusal = refusal or str(error)
+            if len(settings) - len(wanted) == _DEEPEST:
+                continue
+            for key, value in _ways_out(str(error)):
+                further = settings | {key: value}
+                if key not in settings and _identity(further) not in seen:
+                    seen.add(_identity(further))
+                    queue.append(further)
+    return None, refusal
+
+
+def _ways_out(refusal: str) -> Iterator[tuple[str, Any]]:
+    """Values of the options that a refusal names: their own, and numbers that it names."""
+    numbers = sorted({int(number) for number in _NUMBER.findall(refusal)})
+    for key in dict.fromkeys(_KEY.findall(refusal)):
+        of_key = values().get(key, ())
+        yield from ((key, value) for value in of_key)
+        if any(type(value) is int for value in of_key):
+            yield from ((key, number) for number in numbers if number not in of_key)
+
+
+def _identity(settings: Settings) -> str:
+    return str(sorted(settings.items()))
+
+
+@cache
+def singles() -> list[Settings]:
+    """Return every value of every option, with the settings that it needs."""
+    found = []
+    for key, given in values().items():
+        for value in given:
+            settings, refusal = complete({key: value})
+            if settings is None:  # a number out of range: the refusal says what the range is
+                numbers = {int(n) for n in _NUMBER.findall(refusal)} - {value, _base(key)}
+                ranges = (complete({key: number})[0] for number in sorted(numbers))
+                settings = next((s for s in ranges if s is not None), None)
+            if settings is not None and settings not in found:
+                found.append(settings)
+    return found
+
+
+def all_pairs() -> list[tuple[Settings, Settings]]:
+    """Return every two values of different options."""
+    leading = [dict([next(iter(single.items()))]) for single in singles()]
+    leading = [choice for choice in leading if not choice.keys() & set(ALONE)]
+    return [(a, b) for a, b in itertools.combinations(leading, 2) if a.keys() != b.keys()]
+
+
+def covering() -> tuple[list[Settings], list[tuple[Settings, Settings, str]]]:
+    """Find configurations that hold every pair between them; greedy, the same at every call.
+
+    Returns:
+        The configurations; the pairs that are refused, with the key that the refusal names first.
+    """
+    left, refused = {}, []
+    for a, b in all_pairs():
+        settings, refusal = complete(a | b)
+        if settings is None:
+            refused.append((a, b, named(refusal)))
+        else:
+            left[pair(a, b)] = settings
+    leading: dict[str, list[Any]] = {}
+    for single in singles():
+        key, value = next(iter(single.items()))
+        if key not in ALONE:
+            leading.setdefault(key, []).append(value)
+    draw, rows = random.Random(0), []
+    while left:
+        row = dict(left[min(left)])
+        for key in draw.sample(sorted(leading), len(leading)):
+            if key not in row:
+                row |= _most_useful(key, leading[key], row, left)
+        rows.append(row)
+        for held in held_by(row):
+            left.pop(held, None)
+    return rows, refused
+
+
+def _most_useful(key: str, given: list[Any], row: Settings, left: Mapping[Any, Any]) -> Settings:
+    """The value that adds the most missing pairs to a configuration, as far as it fits in."""
+    gains = [
+        (sum(pair({key: value}, {k: v}) in left for k, v in row.items()), index)
+        for index, value in enumerate(given)
+    ]
+    for gain, index in sorted(gains, reverse=True):
+        if gain and _accepted(row | {key: given[index]}):
+            return {key: given[index]}
+    return {}
+
+
+def held_by(row: Settings) -> set[tuple[str, str]]:
+    """Return the pairs in a configuration."""
+    return {pair(dict([a]), dict([b])) for a, b in itertools.combinations(row.items(), 2)}
+
+
+def named(refusal: str) -> str:
+    """Return the first option that a refusal names; "" for none."""
+    return next((key for key in _KEY.findall(refusal) if key in values()), "")
+
+
+def pair(a: Settings, b: Settings) -> tuple[str, str]:
+    """Name two choices, in one order."""
+    first, second = sorted((show(a), show(b)))
+    return first, second
+
+
+def _accepted(settings: Settings) -> bool:
+    try:
+        return build(settings).world_size <= LARGEST_WORLD
+    except ConfigError:
+        return False
+
+
+def show(settings: Settings) -> str:
+    """Write settings as overrides on a command line."""
+    return " ".join(f"{key}={value}" for key, value in settings.items()).replace("'", "")
+
+
+RECORD = Path(__file__).parents[1] / "golden" / "options.jsonl"
+
+
+def recorded() -> tuple[list[Settings], list[tuple[Settings, Settings, str]]]:
+    """Read what ``covering`` returned last; FEDPIPE_RECORD=1 calls it again, for ten seconds."""
+    if os.environ.get("FEDPIPE_RECORD") == "1":
+        rows, refused = covering()
+        entries = [
+            *({"row": r} for r in rows),
+            *({"refused": [a, b], "by": k} for a, b, k in refused),
+        ]
+        RECORD.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    entries = [json.loads(line) for line in RECORD.read_text().splitlines()]
+    rows = [entry["row"] for entry in entries if "row" in entry]
+    return rows, [(*entry["refused"], entry["by"]) for entry in entries if "refused" in entry]
