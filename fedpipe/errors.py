@@ -62,6 +62,17 @@ class OutputError(CheckpointError, LaunchError):
     """The system refuses a file: the disk is full, for example. The same command goes on later."""
 
 
+def is_users(error: FedPipeError) -> bool:
+    """Whether the user can mend it: the same command again would find the same."""
+    return not isinstance(error, LaunchError)
+
+
+def error_in(line: str) -> FedPipeError | None:
+    """Make an error again from ``Class: message``; None if the line does not say one."""
+    kind, _, text = line.partition(": ")
+    return error_named(kind, text)
+
+
 def error_named(kind: str, text: str) -> FedPipeError | None:
     """Make an error again that another process has told by the name of its class.
 

@@ -13,7 +13,7 @@ import submitit
 
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
-from fedpipe.errors import FedPipeError
+from fedpipe.errors import FedPipeError, is_users
 from fedpipe.files import write_text
 from fedpipe.launcher.cells import check_all_done
 from fedpipe.launcher.external import RunRequest
@@ -129,13 +129,15 @@ def submit_array(
         elif follows:
             failed = _follow(array, jobs, show=show)
         else:
-            failed = []
+            failed = {}
     except KeyboardInterrupt:
         show("the cells at work go on; the same command takes up the others")
         return EXIT_INTERRUPTED
     show(array.gather())
     if failed:
-        check_all_done(array.task, array, way_out="The same command submits them again")
+        refused = {name: error for name, error in failed.items() if is_users(error)}
+        way_out = "The same command submits them again"
+        check_all_done(array.task, array, way_out=way_out, refused=refused)
     waited = follows or cluster != "slurm"
     if waited or not array.pending():
         return EXIT_INTERRUPTED if array.pending() else 0
@@ -166,11 +168,11 @@ def _run_here(
     cluster: Cluster,
     parallel: int,
     show: Callable[[str], None],
-) -> list[str]:
-    """Run cells as jobs of this machine, so many at a time; return the names of those that fail."""
+) -> dict[str, FedPipeError]:
+    """Run cells as jobs of this machine, some at a time; return the errors of those that fail."""
     waiting = [(cell, profile, shape) for cells, profile, shape in arrays for cell in cells]
     running: list[tuple[ArrayCell, Any]] = []
-    failed: list[str] = []
+    failed: dict[str, FedPipeError] = {}
     while waiting or running:
         while waiting and len(running) < parallel:
             cell, profile, shape = waiting.pop(0)
@@ -178,38 +180,45 @@ def _run_here(
             show(f"{time.strftime('%H:%M:%S')} cell {cell.name}: job {job.job_id} on {cluster}")
             running.append((cell, job))
         for cell, job in running.copy():
-            code = _ended(array, cell, job, show=show)
-            if code is not None:
+            ended = _ended(array, cell, job, show=show)
+            if ended is not None:
                 running.remove((cell, job))
-                failed += [cell.name] if code == 1 else []
+                if isinstance(ended, FedPipeError):
+                    failed[cell.name] = ended
         if running:
             time.sleep(_LOOK_S)
     return failed
 
 
-def _follow(array: Array, jobs: dict[str, str], *, show: Callable[[str], None]) -> list[str]:
-    """Wait for the cells in the queue; return the names of those that have failed."""
+def _follow(
+    array: Array, jobs: dict[str, str], *, show: Callable[[str], None]
+) -> dict[str, FedPipeError]:
+    """Wait for the cells in the queue; return the errors of those that have failed."""
     waiting = {cell.name: cell for cell in array.pending()}
-    failed: list[str] = []
+    failed: dict[str, FedPipeError] = {}
     while waiting:
         queued = cells_in_queue([jobs[name] for name in waiting])
         for name in [name for name in waiting if jobs[name] not in queued]:
             cell = waiting[name]
             job = slurm_job(array.directory, jobs[name], num_tasks=cell.grid.world_size)
-            code = _ended(array, cell, job, show=show)
-            if code is not None:
+            ended = _ended(array, cell, job, show=show)
+            if ended is not None:
                 del waiting[name]
-                failed += [name] if code == 1 else []
+                if isinstance(ended, FedPipeError):
+                    failed[name] = ended
         time.sleep(_PERIOD_S)
     return failed
 
 
-def _ended(array: Array, cell: ArrayCell, job: Any, *, show: Callable[[str], None]) -> int | None:
-    """Say how a cell has ended: 0, 75, 1; None if it has not, or nobody can tell just now.
+def _ended(
+    array: Array, cell: ArrayCell, job: Any, *, show: Callable[[str], None]
+) -> int | FedPipeError | None:
+    """Say how a cell has ended: 0, 75, or its error; None if it has not, or nobody can tell now.
 
     A job of this process is run to its end.
     """
     lines: list[str] = []
+    code: int | FedPipeError
     try:
         if isinstance(job, submitit.DebugJob):
             code = result_here(job)
@@ -221,7 +230,7 @@ def _ended(array: Array, cell: ArrayCell, job: Any, *, show: Callable[[str], Non
                 job, state, run_dir=cell.run_dir, grid=cell.grid, show=lines.append, closing=list
             )
     except FedPipeError as error:
-        code, lines = 1, [str(error)]
+        code, lines = error, [str(error)]
     if code == 0:
         lines = [f"done, {array.outcome(cell.name)}"]
     show(f"{time.strftime('%H:%M:%S')} cell {cell.name}: {(lines or ['interrupted'])[-1]}")

@@ -9,17 +9,19 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from fedpipe.errors import FedPipeError, LaunchError
+from fedpipe.errors import FedPipeError, LaunchError, error_in, is_users
 from fedpipe.launcher.supervisor import Interrupted, Signals
 from fedpipe.metrics.console import RunConsole
 from fedpipe.metrics.format import count, duration
 
 _LIBC = ctypes.CDLL(None)
+_USERS_ERROR = 2
+"""A cell's exit code, as the command line's."""
 _LOOK_S = 0.1
 _PATIENCE_S = 20.0
 """How long a cell may take to stop at once before it is killed."""
@@ -158,9 +160,13 @@ class CellRunner:
         self._logs, self._start, self._outcome = logs, start, outcome
         self._gather, self._look, self._console = gather, look, console
         self._num_failed, self._outdated, self._next_table = 0, False, 0.0
+        self._refused: dict[str, FedPipeError] = {}
 
-    def run(self, signals: Signals) -> None:
+    def run(self, signals: Signals) -> dict[str, FedPipeError]:
         """Run all that wait.
+
+        Returns:
+            What cells found that the user can mend, by their names.
 
         Raises:
             Interrupted: Asked to stop; the cells have. (Not where all of them were done by then.)
@@ -191,6 +197,7 @@ class CellRunner:
         if asked and (self._waiting or self._num_failed):
             self._gather()
             raise Interrupted
+        return self._refused
 
     def _fill(self) -> None:
         """Start cells where cores are free."""
@@ -215,6 +222,9 @@ class CellRunner:
             self._num_failed += 1
             if not asked:
                 reason = process.reason().rstrip(".")
+                error = error_in(process.reason()) if process.code == _USERS_ERROR else None
+                if error is not None:
+                    self._refused[process.name] = error
                 self._say(process.name, f"failed: {reason}. Full log: {process.log}")
         self._outdated |= bool(ended)
         return bool(ended)
@@ -248,19 +258,44 @@ def interrupted(plan: Plan | None, command: str) -> str:
     return f"interrupted after {done} of {cells}; resume with: {command}"
 
 
-def check_all_done(task: str, plan: Plan, *, way_out: str) -> None:
+def check_all_done(
+    task: str, plan: Plan, *, way_out: str, refused: Mapping[str, FedPipeError] | None = None
+) -> None:
     """Name the cells that are left.
+
+    Args:
+        task: What a user calls all of them.
+        plan: What they belong to.
+        way_out: For those that failed.
+        refused: What cells found that the user can mend, by their names.
 
     Raises:
         LaunchError: There are some.
+        FedPipeError: There are only some that the user can mend: the error of the first of them.
     """
     left = plan.pending()
+    check_refused([cell.name for cell in left], refused or {})
     if left:
         raise LaunchError(
             f"{task}: expected {count(len(plan.cells), 'finished cell')}, got "
             f"{len(plan.cells) - len(left)}: not done are {', '.join(cell.name for cell in left)}."
             f" {way_out}"
         )
+
+
+def check_refused(left: Sequence[str], refused: Mapping[str, FedPipeError]) -> None:
+    """Raise what the user can mend, where nothing else is in the way.
+
+    Args:
+        left: Names of the cells that are not done.
+        refused: What cells found that the user can mend, by their names.
+
+    Raises:
+        FedPipeError: The error of the first of the cells, if each of them has one.
+    """
+    if left and all(name in refused for name in left):
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise type(refused[left[0]])(f"cell {left[0]}{more}: {refused[left[0]]}")
 
 
 def divide(cores: list[int], num_slots: int) -> list[set[int]]:
@@ -278,7 +313,7 @@ def last_line(log: Path) -> str | None:
 
 @contextlib.contextmanager
 def saying_to(log: str, *, anew: bool = False) -> Iterator[None]:
-    """Send what this process says to a log; a user's error ends it with 1, and its line there.
+    """Send what this process says to a log; an error of ours ends it with its code and one line.
 
     Args:
         log: The file; written to its end, or with ``anew`` from its beginning.
@@ -293,7 +328,7 @@ def saying_to(log: str, *, anew: bool = False) -> Iterator[None]:
     except FedPipeError as error:
         sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
         sys.stderr.flush()
-        sys.exit(1)
+        sys.exit(_USERS_ERROR if is_users(error) else 1)
 
 
 def save_when_the_parent_dies() -> None:

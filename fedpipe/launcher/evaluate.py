@@ -14,7 +14,7 @@ from typing import Any
 
 from fedpipe.distributed.env import num_gpus
 from fedpipe.distributed.watch import EXIT_INTERRUPTED, STOP_SIGNALS, stop_signals
-from fedpipe.errors import ConfigError
+from fedpipe.errors import ConfigError, FedPipeError
 from fedpipe.launcher.cells import (
     CellRunner,
     Slot,
@@ -91,9 +91,10 @@ def evaluate(
                 on_checked=lambda: fork_server(PRELOAD),
             )  # fmt: skip
             pending = plan.pending()
+            refused: dict[str, FedPipeError] = {}
             if pending:
                 with locked(directory):
-                    run_cells(
+                    refused = run_cells(
                         plan, pending, signals, console=console, parallel=parallel,
                         gather=partial(gather, plan),
                     )  # fmt: skip
@@ -104,7 +105,7 @@ def evaluate(
         console.close()
     content = gather(plan)
     console.text(terminal_text(content))
-    check_all_done("evaluate", plan, way_out=f"Run them again with: {command}")
+    check_all_done("evaluate", plan, way_out=f"Run them again with: {command}", refused=refused)
     if not pending:
         console.text(f"nothing to do: all {count(len(plan.cells), 'cell')} are done")
     console.text(f"report  {directory / 'evaluation.html'}")
@@ -119,7 +120,7 @@ def run_cells(
     console: RunConsole,
     parallel: int,
     gather: Callable[[], object],
-) -> None:
+) -> dict[str, FedPipeError]:
     """Run cells of an evaluation; one that fails does not take the others along.
 
     Args:
@@ -129,6 +130,9 @@ def run_cells(
         console: Shows what happens.
         parallel: Cells at a time.
         gather: Writes tables of what is done.
+
+    Returns:
+        What cells found that the user can mend, by their names.
 
     Raises:
         Interrupted: Asked to stop; the cells have.
@@ -146,7 +150,7 @@ def run_cells(
         console=console,
         look=_Progress(pending, console).look,
     )
-    runner.run(signals)
+    return runner.run(signals)
 
 
 def run_one(run_dir: str) -> int:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from fedpipe.distributed.env import num_gpus
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
-from fedpipe.errors import LaunchError
+from fedpipe.errors import FedPipeError, LaunchError, error_in
 from fedpipe.files import write_text
-from fedpipe.launcher.cells import last_line, save_when_the_parent_dies, saying_to
+from fedpipe.launcher.cells import check_refused, last_line, save_when_the_parent_dies, saying_to
 from fedpipe.launcher.evaluate import PRELOAD, run_cells
 from fedpipe.launcher.fork_server import fork_server
 from fedpipe.launcher.local import train
@@ -131,12 +131,14 @@ def _run(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
     _export(plan, models)
     evaluation = _evaluation(plan, models, console)
     cells = evaluation.pending()
+    refused: dict[str, FedPipeError] = {}
     if cells:
         parallel = num_gpus() or len(os.sched_getaffinity(0))
-        run_cells(
+        refused = run_cells(
             evaluation, cells, signals, console=console, parallel=parallel, gather=lambda: None
         )
     left = [cell.name for cell in evaluation.pending()]
+    check_refused(left, refused)
     if left:
         raise _unfinished(plan, "scored model", len(evaluation.cells), left)
     _write(plan, summarise(plan, evaluation, curves))
@@ -208,6 +210,9 @@ def _export(plan: Reproduction, models: Sequence[tuple[TrainingRun, int]]) -> No
         process.join()
     if process.exitcode != 0:
         reason = last_line(log) or "it was killed"
+        error = error_in(reason) if process.exitcode == 2 else None
+        if error is not None:
+            raise error
         raise LaunchError(f"writing the models failed: {reason.rstrip('.')}. Full log: {log}")
 
 

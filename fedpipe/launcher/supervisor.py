@@ -137,6 +137,7 @@ def supervise(
     Raises:
         TopologyError: There are more processes than GPUs.
         LaunchError: A rank failed or hangs; all have been stopped.
+        FedPipeError: What a rank found that the user can mend; all have been stopped.
         Interrupted: The ranks have stopped because a signal asked them to, or (from the handler) a
             signal stops all at once.
     """

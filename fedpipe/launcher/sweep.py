@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedpipe.distributed.watch import EXIT_INTERRUPTED
-from fedpipe.errors import ConfigError
+from fedpipe.errors import ConfigError, FedPipeError
 from fedpipe.launcher.cells import (
     CellRunner,
     again,
@@ -59,11 +59,13 @@ def sweep(
         with signals.caught():
             plan = set_up_sweep(config_path, overrides, axes, run_dir, preset=preset)
             pending = plan.pending()
+            refused: dict[str, FedPipeError] = {}
             if pending:
                 with locked(plan.directory):
                     prepare_texts(pending, progress=console.preparing)
                     console.close()
-                    _runner(plan, pending, parallel=parallel, console=console).run(signals)
+                    runner = _runner(plan, pending, parallel=parallel, console=console)
+                    refused = runner.run(signals)
     except Interrupted:
         command = again("sweep", plan.directory, parallel=parallel) if plan else ""
         console.text(interrupted(plan, command))
@@ -72,7 +74,7 @@ def sweep(
         console.close()
     console.text(gather(plan))
     command = again("sweep", plan.directory, parallel=parallel)
-    check_all_done("sweep", plan, way_out=f"Run them again with: {command}")
+    check_all_done("sweep", plan, way_out=f"Run them again with: {command}", refused=refused)
     nothing = "" if pending else "nothing to do: "
     console.text(f"{nothing}all {count(len(plan.cells), 'cell')} of {plan.directory} are done")
     console.text(f"report  {plan.directory / 'sweep.md'}")

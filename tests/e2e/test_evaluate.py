@@ -65,10 +65,7 @@ def test_an_evaluation_survives_a_killed_cell_and_a_signal_and_keeps_what_is_don
     failed = fedpipe(
         "evaluate", "--run-dir", str(run_dir), "--tasks", "ncbi-disease", folder=tmp_path
     )
-    assert failed.code == 1, failed.out + failed.err
+    assert failed.code == 2, failed.out + failed.err
     assert failed.out.count(" started") == 1
     assert "failed: CheckpointError: --model: expected an encoder that transformers" in failed.out
-    assert failed.error.startswith(
-        f"LaunchError: evaluate: expected 2 finished cells, got 1: not done are {CELLS[0]}. Run "
-        f"them again with: fedpipe evaluate --run-dir {run_dir}"
-    )
+    assert failed.error.startswith(f"CheckpointError: cell {CELLS[0]}: --model: expected an enc")

@@ -270,7 +270,10 @@ class Finetuning:
     def _activity(self) -> Activity:
         """What this process does; called in the watch's thread."""
         client_id = self._client_id if self._client_id >= 0 else None
-        return Activity(doing=f"{self._phase or 'starting'}", client_id=client_id)
+        phase, computes = self._phase or "starting", self.tuner.computes
+        if computes is None:
+            return Activity(doing=phase, client_id=client_id)
+        return Activity(doing=f"{phase}, {computes}", waiting=False, client_id=client_id)
 
 
 def merge_turns(parts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -107,6 +107,17 @@ class StagedTuner(HostedStages):
         self.end_turn(turn, round_id=round_id, last_round=last_round, writer=writer)
         return losses
 
+    @property
+    def computes(self) -> str | None:
+        """What a stage of this process computes now; None where all of them wait."""
+        under_way = [engine.doing for engine in self.stages if engine.doing is not None]
+        for step, instruction in under_way:
+            if not instruction.waits:
+                micro_batch = getattr(instruction, "micro_batch", 0)
+                what = f"{instruction.trace_name} of micro-batch {micro_batch}"
+                return f"local step {step + 1}, {what}"
+        return None
+
     def _training_source(self, turn: TuningTurn, *, round_id: int) -> MicroBatchSource | None:
         if not self.reads_text:
             return None

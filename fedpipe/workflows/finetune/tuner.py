@@ -72,6 +72,7 @@ class Tuner:
             self._lower = LowerLayers(self.model, config.method.first_layer)
             self._recall_train = Recall(self._lower, data.train, run_dir)
             self._recall_test = Recall(self._lower, data.test, run_dir)
+        self._num_batches, self._computing = 0, False
         self.sent_numel = sum(p.numel() for n, p in self.parameters.items() if n not in kept)
         self.refused: list[Refused] = []
         """Clients of the round under way whose updates this worker has left out."""
@@ -117,6 +118,7 @@ class Tuner:
             loss, norm = self._step(mine[rows], optimizer)
             losses.append(loss)
             norms.append(norm)
+        self._computing = False
         numbers = {"loss": torch.stack(losses).tolist(), "grad_norm": torch.stack(norms).tolist()}
         fault = self._first_fault(turn, numbers, round_id=round_id)
         if fault is not None:
@@ -168,7 +170,14 @@ class Tuner:
         optimizer.step()
         return loss.detach(), norm
 
+    @property
+    def computes(self) -> str | None:
+        """The batch that it computes now, or computed last of a turn or a scoring; None between."""
+        return f"batch {self._num_batches}" if self._computing else None
+
     def _forward(self, split: Encoded, sequences: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        self._num_batches += 1
+        self._computing = True
         meaning = self.data.meaning
         device = self._comm.device
         inputs, labels = labelled_batch(
@@ -262,6 +271,7 @@ class Tuner:
             logits, labels = self._forward(test, rows)
             for row, value in zip(rows, _predictions(logits, labels, meaning), strict=True):
                 outputs[int(row)] = value
+        self._computing = False
         return statistics(meaning, test, sequences, outputs)
 
     def sent_over_edges(self) -> dict[str, int]:

@@ -1,0 +1,117 @@
+"""An error keeps its meaning, whichever process finds it: 2 is the user's, 1 a failure."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedpipe.distributed.activity import Activity
+from fedpipe.distributed.topology import Grid
+from fedpipe.errors import CorpusError, LaunchError, OutputError, error_in, error_named, is_users
+from fedpipe.launcher.cells import CellRunner, Slot, check_all_done, saying_to
+from fedpipe.launcher.ranks import Ranks
+from fedpipe.launcher.supervisor import Signals
+from fedpipe.metrics.console import RunConsole
+
+GRID = Grid(num_stages=1, num_replicas=2, data_parallel_degree=1)
+
+
+def _ranks(tmp_path: Path, error: str) -> Ranks:
+    """Two ranks: the first has lost its peer, the second has said why it ends."""
+    ranks = Ranks("pretrain", SimpleNamespace(run_dir=tmp_path, hang_timeout_s=9.0), grid=GRID)
+    ranks.processes = [SimpleNamespace(exitcode=1), SimpleNamespace(exitcode=1)]  # type: ignore[list-item]
+    ranks.hear(0, "error", "RuntimeError: Connection closed by peer [127.0.0.1]:1")
+    ranks.hear(1, "activity", Activity(doing="starting"))
+    ranks.hear(1, "error", error)
+    return ranks
+
+
+def test_what_a_rank_finds_that_the_user_can_mend_is_said_as_it_is(tmp_path: Path) -> None:
+    found = _ranks(
+        tmp_path, "CorpusError: data.train: expected text, got none. Name one."
+    ).failure()
+    assert type(found) is CorpusError
+    assert str(found) == "data.train: expected text, got none. Name one."
+
+
+@pytest.mark.parametrize("error", ["ValueError: 3", "OutputError: disk: expected room, got none"])
+def test_a_failure_names_its_rank_and_the_command_that_goes_on(error: str, tmp_path: Path) -> None:
+    found = _ranks(tmp_path, error).failure()
+    assert type(found) is LaunchError
+    assert str(found).startswith(f"rank 1 (stage 0, replica 1) failed: {error}. Full log: ")
+    assert str(found).endswith(f"Run it again with: fedpipe pretrain --run-dir {tmp_path}")
+
+
+def test_an_error_is_made_again_by_its_name() -> None:
+    assert type(error_in("OutputError: a: b")) is OutputError
+    assert error_in("ValueError: a: b") is None and error_named("", "a") is None
+    assert is_users(CorpusError("a")) and not is_users(OutputError("a"))
+
+
+class _Forked:
+    """A cell that ends as its process would."""
+
+    def __init__(self, error: Exception | None, log: Path) -> None:
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            sys.stderr = sys.__stderr__  # pytest's own does not go to the descriptor
+            try:
+                with saying_to(str(log)):
+                    if error is not None:
+                        raise error
+                os._exit(0)
+            except SystemExit as end:
+                os._exit(int(str(end.code)))
+        self._code: int | None = None
+
+    @property
+    def code(self) -> int | None:
+        with suppress(ChildProcessError):
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._code = os.waitstatus_to_exitcode(status)
+        return self._code
+
+    def wait(self, timeout_s: float | None) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("errors", "kind", "match"),
+    [
+        ([CorpusError("data: a, got b."), None], CorpusError, r"^cell 0: data: a, got b\.$"),
+        ([CorpusError("a."), CorpusError("b.")], CorpusError, r"^cell 0 and 1 more: a\.$"),
+        (
+            [CorpusError("a."), OutputError("b.")],
+            LaunchError,
+            r"^sweep: expected 2 .* 0, 1\. Again$",
+        ),
+    ],
+)
+def test_cells_that_the_user_can_mend_end_with_the_error_itself(
+    errors: list[Any], kind: type, match: str, tmp_path: Path
+) -> None:
+    cells = [SimpleNamespace(name=str(index)) for index in range(2)]
+    left = [cell for cell, error in zip(cells, errors, strict=True) if error]
+
+    def start(name: str, slot: Slot, log: Path) -> _Forked:
+        return _Forked(errors[int(name)], log)
+
+    runner = CellRunner(
+        cells, cells, parallel=1, logs=tmp_path / "logs", start=start, gather=lambda: None,
+        outcome=lambda name: "", console=RunConsole(
+            num_rounds=0, steps_per_round=0, num_stages=0, stream=sys.stderr, interactive=False
+        ),
+    )  # fmt: skip
+    refused = runner.run(Signals())
+    plan = SimpleNamespace(directory=tmp_path, cells=cells, pending=lambda: left)
+    with pytest.raises(kind, match=match) as caught:
+        check_all_done("sweep", plan, way_out="Again", refused=refused)
+    assert type(caught.value) is kind
