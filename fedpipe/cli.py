@@ -182,7 +182,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     _show(render(build_plan(config)))
     if data := find_prepared(config):
-        _show(render_text(text_facts(data)))
+        _show(render_text(text_facts(data), config))
     if args.measure:
         from fedpipe.launcher.cut import choose_cut, measure_here
 

@@ -113,6 +113,27 @@ def plan_round(
     )
 
 
+def idle_pct(config: RunConfig, blocks_per_client: Sequence[int], *, num_rounds: int = 20) -> float:
+    """Share of the replicas' time in which they wait for the busiest one of their round.
+
+    Args:
+        config: Federation, seed and batch; equal replicas.
+        blocks_per_client: Blocks that each client owns.
+        num_rounds: The first rounds of the run, so many at most, are looked at.
+
+    Returns:
+        Percent of the local steps that could have been made.
+    """
+    made = possible = 0
+    for round_id in range(min(num_rounds, config.federation.num_rounds)):
+        steps = [0] * config.federation.num_replicas
+        for turn in plan_round(config, round_id=round_id, blocks_per_client=blocks_per_client):
+            steps[turn.replica_id] += turn.num_steps
+        made += sum(steps)
+        possible += max(steps) * len(steps)
+    return 100 * (1 - made / possible)
+
+
 def client_history(
     config: RunConfig, *, before: int, blocks_per_client: Sequence[int]
 ) -> ClientHistory:

@@ -32,6 +32,8 @@ _SETTLE_S = 15.0
 _FULL_BYTES = 1 << 20
 """A disk with less is taken for full."""
 _SRUN_ERROR = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$", re.MULTILINE)
+_VERDICT = re.compile(r"^LaunchError: rank .*$", re.MULTILINE)
+"""What rank 0 says of a rank that hangs, before it ends without a result."""
 _OUR_ERROR = re.compile(r"^(?:fedpipe\.errors\.)?([A-Z]\w*(?:Error|Exception|Exit)\b.*)$", re.M)
 
 
@@ -246,13 +248,19 @@ def find_failure(job: Any) -> Failure | None:
             if error is not None:
                 errors[rank] = (result.stat().st_mtime, _last_error(str(error)))
     first = sorted(errors, key=lambda rank: errors[rank][0])
-    ours = [rank for rank in first if errors[rank][1].partition(":")[0] in _OURS]
     original = [rank for rank in first if not LOST_PEER.search(errors[rank][1])]
+    ours = [rank for rank in original if errors[rank][1].partition(":")[0] in _OURS]
     for rank in ours or original:
         return Failure(rank=rank, what=errors[rank][1])
-    for node, tasks, what in _SRUN_ERROR.findall(_text(log_of(job, 0)).rpartition(STARTS)[2]):
+    log = _text(log_of(job, 0)).rpartition(STARTS)[2]
+    verdicts = _VERDICT.findall(log)
+    for node, tasks, what in _SRUN_ERROR.findall(log):
+        if what.startswith("Exited with exit code") and verdicts:
+            break
         if not what.startswith("Exited with exit code") or not errors:
             return Failure(rank=int(re.split("[,-]", tasks)[0]), what=f"{what} on {node}")
+    if verdicts:
+        return Failure(rank=0, what=verdicts[-1])
     if first:
         return Failure(rank=first[0], what=errors[first[0]][1])
     return None

@@ -155,8 +155,8 @@ def set_up(
     data = prepare(config, progress=progress)
     record_inputs(directory, inputs_of(config), notify=notify)
     facts = text_facts(data)
-    notify(render_text(facts))
-    write_text(directory / "plan.txt", f"{plan}\n{render_text(facts)}\n")
+    notify(render_text(facts, config))
+    write_text(directory / "plan.txt", f"{plan}\n{render_text(facts, config)}\n")
     write_text(directory / TEXT_FILE, json.dumps(facts, indent=1) + "\n")
     write_text(directory / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
     return RunSetup(

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
+from fedpipe.federation.cohort import idle_pct
 from fedpipe.metrics.format import count
 from fedpipe.workflows.plan import Row, aligned_rows
 
 _LISTED = 5
 """Clients that a row lists; text.json and the report have them all."""
+_IDLE_PCT = 10.0
+"""Less is not worth a line."""
 _NAMED = 3
 """Owners of a client that are listed by name."""
 
@@ -54,11 +58,12 @@ def text_facts(data: PreparedData) -> dict[str, Any]:
     }
 
 
-def render_text(facts: dict[str, Any]) -> str:
+def render_text(facts: dict[str, Any], config: RunConfig) -> str:
     """Write the counts as lines that go on where the plan ends.
 
     Args:
         facts: From ``text_facts``.
+        config: Of the run.
 
     Returns:
         One or more indented lines; no newline at the end.
@@ -76,7 +81,17 @@ def render_text(facts: dict[str, Any]) -> str:
     ]
     if any("held_out_blocks" in row for row in clients):
         rows += _held_out(facts)
+    rows += _idle(config, blocks)
     return "\n".join(aligned_rows(rows))
+
+
+def _idle(config: RunConfig, blocks: Sequence[int]) -> list[Row]:
+    """Say where replicas wait because clients have unequal turns; the plan counts empty ones."""
+    idle = idle_pct(config, blocks) if config.federation.num_local_epochs else 0.0
+    if idle < _IDLE_PCT:
+        return []
+    why = "num_local_epochs makes the longest turns last; num_local_steps makes them equal"
+    return [("warning", f"replicas idle {idle:.0f} % of their time", why)]
 
 
 def _held_out(facts: dict[str, Any]) -> list[Row]:

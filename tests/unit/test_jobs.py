@@ -119,6 +119,17 @@ def test_of_a_killed_rank_srun_tells_but_not_of_an_earlier_attempt(
     assert failure is not None and (failure.rank, failure.what) == (1, "Killed on node2")
 
 
+def test_what_a_rank_says_of_one_that_hangs_is_the_reason(job: Any, tmp_path: Path) -> None:
+    verdict = "LaunchError: rank 1 (stage 1, replica 0) hangs: in forward for 120 s."
+    log = tmp_path / "logs" / "4711_0_log.err"
+    log.write_text(
+        f"{STARTS} job 4711\n{verdict}\nsrun: error: node1: task 0: Exited with exit code 1\n"
+    )
+    _raises(job, 1, "RuntimeError: [gloo] Connection reset by peer")
+    with pytest.raises(LaunchError, match=r"^job 4711: rank 1 \(stage 1, replica 0\) hangs: i"):
+        _conclude(job, tmp_path)
+
+
 def test_an_interrupted_job_is_no_failure(job: Any, tmp_path: Path) -> None:
     for state, what in (
         ("CANCELLED", "was cancelled; "),

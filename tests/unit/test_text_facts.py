@@ -17,7 +17,7 @@ from fedpipe.metrics.report import write_report
 from fedpipe.workflows.text_facts import render_text, text_facts
 from tests.helpers.corpora import run_maker
 from tests.helpers.records import make_run_dir
-from tests.helpers.tiny import tiny_data
+from tests.helpers.tiny import tiny_config, tiny_data
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def data(tmp_path: Path) -> PreparedData:
 
 
 def test_the_plan_counts_what_was_left_out_and_what_is_in_both_splits(data: PreparedData) -> None:
-    lines = render_text(text_facts(data)).splitlines()
+    lines = render_text(text_facts(data), tiny_config()).splitlines()
     assert [re.split("  +", line)[1:] for line in lines] == [
         ["text", "3 documents, 123 blocks to train on", "40 to 42 blocks per client"],
         ["1,234 blocks left out, with fewer than 2 ordinary tokens", "client 1: 1,234"],
@@ -43,8 +43,23 @@ def test_the_plan_counts_what_was_left_out_and_what_is_in_both_splits(data: Prep
         ["1 client without held-out text", "client 2"],
         ["1 block left out, with fewer than 2 ordinary tokens", "client 2: 1"],
     ]
-    alone = render_text(text_facts(dataclasses.replace(data, valid=())))
+    alone = render_text(text_facts(dataclasses.replace(data, valid=())), tiny_config())
     assert "held out" not in alone
+
+
+def test_replicas_that_wait_for_a_client_of_much_text_are_warned_of(data: PreparedData) -> None:
+    uneven = [
+        dataclasses.replace(s, num_blocks=n) for s, n in zip(data.train, (80, 8, 8), strict=1)
+    ]
+    facts = text_facts(dataclasses.replace(data, train=tuple(uneven)))
+    federation = {"num_clients": 3, "clients_per_round": 2, "num_replicas": 2, "num_rounds": 9}
+    epochs = tiny_config(federation=federation | {"num_local_epochs": 1.0})
+    # Of three rounds two have the client of 20 steps beside one of 2, the others two of 2.
+    warning = render_text(facts, epochs).splitlines()[-1]
+    assert re.match(
+        r"  warning  replicas idle [34]\d % of their time +num_local_epochs makes", warning
+    )
+    assert "idle" not in render_text(facts, tiny_config(federation=federation))
 
 
 def test_the_report_shows_the_text_of_every_client(data: PreparedData, tmp_path: Path) -> None:
@@ -71,9 +86,9 @@ def test_the_plan_knows_text_that_was_prepared_before(
     assert main(arguments) == 0
     assert not Path(config.data.cache_dir).exists()
     assert "to train on" not in capsys.readouterr().out
-    prepared = prepare(load_config(None, arguments[1:]))
+    prepared = prepare(known := load_config(None, arguments[1:]))
     assert main(arguments) == 0
-    assert capsys.readouterr().out.endswith(render_text(text_facts(prepared)) + "\n")
+    assert capsys.readouterr().out.endswith(render_text(text_facts(prepared), known) + "\n")
     with open(config.data.train[0], "a", encoding="utf-8") as file:
         file.write("\n")
     assert main(arguments) == 0
