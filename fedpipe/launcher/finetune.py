@@ -19,7 +19,14 @@ from fedpipe.launcher.fork_server import fork_server
 from fedpipe.launcher.supervisor import Interrupted, Signals, supervise
 from fedpipe.launcher.worker import FINETUNE_PRELOAD
 from fedpipe.metrics.console import RunConsole, refused_lines
-from fedpipe.workflows.finetune.grid import EXAMPLE, Cell, read_cells, write_cells
+from fedpipe.workflows.finetune.grid import (
+    EXAMPLE,
+    Cell,
+    again,
+    is_grid,
+    read_cells,
+    write_cells,
+)
 from fedpipe.workflows.grid import check_grid, parse_grid
 from fedpipe.workflows.run_dir import locked
 
@@ -102,7 +109,7 @@ def _is_run(run_dir: str | None) -> bool:
 
 
 def _is_grid(run_dir: str | None) -> bool:
-    return run_dir is not None and (Path(run_dir) / "cells.json").is_file()
+    return run_dir is not None and is_grid(Path(run_dir))
 
 
 def _way_back(run_dir: str | None) -> str:
@@ -159,7 +166,7 @@ def choose_cells(
     preset: str | None,
     axes: Sequence[str],
 ) -> tuple[Path, list[Cell]] | None:
-    """Find the grid that is asked for, checked cell by cell, and write a new one down.
+    """Find the grid that is asked for, checked cell by cell, and write it down.
 
     Args:
         config_path: YAML, or None.
@@ -173,17 +180,40 @@ def choose_cells(
         Its directory and its cells; None where a single run is asked for.
 
     Raises:
-        FedPipeError: What the user can mend.
+        FedPipeError: What the user can mend; of a grid that is there, other values of keys that
+            may not change.
     """
     chosen = any(override.startswith("method.name=") for override in overrides)
     if not (config_path or preset or axes or chosen or _is_run(run_dir) or _is_grid(run_dir)):
         axes = EXAMPLE
-    if not axes:
-        return (Path(run_dir), read_cells(Path(run_dir))) if run_dir and _is_grid(run_dir) else None
+    saved = read_cells(Path(run_dir)) if run_dir and is_grid(Path(run_dir)) else []
+    if not (axes or saved):
+        return None
+    cells = _cells(config_path, overrides, preset, axes) if axes else saved
+    if saved and run_dir and not (axes and (config_path or preset)):
+        known = {cell.name: cell for cell in saved}
+        cells = [
+            again(
+                known[cell.name], Path(run_dir), config_path=config_path, preset=preset,
+                overrides=cell.overrides if axes else overrides,
+            )
+            if cell.name in known else cell
+            for cell in cells
+        ]  # fmt: skip
+    first = load_finetune(cells[0].config_path, cells[0].overrides, preset=cells[0].preset)
+    directory = Path(run_dir or Path("runs") / first.name)
+    write_cells(directory, cells)
+    return directory, cells
+
+
+def _cells(
+    config_path: str | None, overrides: Sequence[str], preset: str | None, axes: Sequence[str]
+) -> list[Cell]:
+    """Return the product of a grid."""
     grid = parse_grid(axes)
     check_grid(grid, overrides)
     keys = [key for key, _ in grid]
-    cells = [
+    return [
         Cell(
             name=_name(keys, values),
             config_path=config_path, preset=preset,
@@ -191,25 +221,13 @@ def choose_cells(
         )
         for values in product(*(values for _, values in grid))
     ]  # fmt: skip
-    configs = [load_finetune(c.config_path, c.overrides, preset=c.preset) for c in cells]
-    directory = Path(run_dir or Path("runs") / configs[0].name)
-    write_cells(directory, cells)
-    return directory, cells
-
-
-def arguments_of(cell: Cell, directory: Path) -> tuple[str | None, list[str], str, str | None]:
-    """Return configuration, overrides, directory and preset of a cell; begun, its own count."""
-    path = str(directory / cell.name)
-    if _is_run(path):
-        return None, [], path, None
-    return cell.config_path, cell.overrides, path, cell.preset
 
 
 def _grid(directory: Path, cells: Sequence[Cell], console: RunConsole, signals: Signals) -> None:
     """Run the cells of a grid that are not done, one after another."""
     for index, cell in enumerate(cells):
         console.text(f"{time.strftime('%H:%M:%S')} run {index + 1}/{len(cells)}: {cell.name}")
-        _one(*arguments_of(cell, directory), console, signals)
+        _one(None, [], str(directory / cell.name), None, console, signals)
 
 
 def _name(keys: Sequence[str], values: Sequence[str]) -> str:

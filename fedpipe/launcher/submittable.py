@@ -18,7 +18,6 @@ from fedpipe.errors import ConfigError
 from fedpipe.launcher.array import Array, ArrayCell, submit_array
 from fedpipe.launcher.external import RunRequest
 from fedpipe.launcher.finetune import (
-    arguments_of,
     check_library,
     choose_cells,
     compare_runs,
@@ -278,7 +277,7 @@ def finetuning(request: RunRequest, axes: Sequence[str]) -> Run | Array:
     if study is None:
         return _finetuning_run(*arguments, request.preset)
     directory, cells = study
-    runs = {cell.name: _finetuning_run(*arguments_of(cell, directory)) for cell in cells}
+    runs = {c.name: _finetuning_run(None, [], str(directory / c.name), None) for c in cells}
 
     def prepare(names: Sequence[str]) -> None:
         for name in names:
@@ -309,9 +308,15 @@ def _finetuning_run(
 ) -> Run:
     if run_dir is None or not (Path(run_dir) / "config.yaml").is_file():
         load_finetune(config_path, overrides, preset=preset)  # before anything is imported
-    from fedpipe.workflows.finetune.setup import is_finetuned, resolve_finetune, set_up_finetune
+    from fedpipe.workflows.finetune.setup import (
+        check_same_tuning,
+        is_finetuned,
+        resolve_finetune,
+        set_up_finetune,
+    )
 
     config, directory, _ = resolve_finetune(config_path, overrides, run_dir, preset=preset)
+    check_same_tuning(directory, config)
     num_rounds = config.federation.num_rounds
 
     def write() -> str:

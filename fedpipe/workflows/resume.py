@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedpipe.checkpoint import CHECKPOINTS
+from fedpipe.config.finetune import QUICKSTART, FinetuneConfig
 from fedpipe.config.load import diff
 from fedpipe.data.identity import FileDigests
 from fedpipe.errors import CheckpointError
@@ -31,10 +32,12 @@ PATHS = {
 """Keys that say where something lies: it may lie elsewhere, as long as its content is the same."""
 MAY_CHANGE = {
     "pretrain": ("pipeline.hang_timeout_s", "data.cache_dir", *PATHS["pretrain"]),
-    "finetune": ("hang_timeout_s", *PATHS["finetune"]),
+    "finetune": ("hang_timeout_s", "federation.num_replicas", *PATHS["finetune"]),
 }
 """By command, the keys whose values may be others when a run is gone on with; no result depends on
-them. A sweep's and a reproduction's are those of the pre-trainings that they consist of."""
+them, but for the rounding of sums over another number of replicas. A sweep's and a reproduction's
+are those of the pre-trainings that they consist of; ``throughput`` measures what a pre-training's
+directory says, and ``submit`` sends what the other commands run."""
 
 _SHOWN = 60
 """Characters of a value in a message."""
@@ -117,6 +120,32 @@ def check_config(
             f"{directory}: expected the {what} that is there, got other values of {named}. "
             f"{way_out}"
         )
+
+
+def check_tuning(directory: Path, before: FinetuneConfig, now: FinetuneConfig) -> FinetuneConfig:
+    """Refuse another configuration than that of the fine-tuning in a directory.
+
+    The number of replicas must stay where averages are compressed: each replica owes to the next
+    round what it has rounded off.
+
+    Args:
+        directory: Of the run.
+        before: Its configuration.
+        now: The one that it is to be gone on with.
+
+    Returns:
+        The latter, with the model that ``quickstart`` meant when the run began.
+
+    Raises:
+        CheckpointError: Other values; each is named, with the old and the new one.
+    """
+    if now.model.path == QUICKSTART:
+        now = replace(now, model=replace(now.model, path=before.model.path))
+    free = set(may_change("finetune", [directory]))
+    if before.federation.wire != "fp32":
+        free -= {"federation.num_replicas"}
+    check_config(directory, before, now, may_change=free)
+    return now
 
 
 def check_inputs(directory: Path, before: Inputs, now: Inputs) -> None:

@@ -11,17 +11,22 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from fedpipe.config.finetune import load_finetune
 from fedpipe.config.schema import RunConfig
 from fedpipe.data import cache
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.errors import CheckpointError
 from fedpipe.launcher.external import RunRequest
+from fedpipe.launcher.finetune import choose_cells
 from fedpipe.launcher.local import pretrain
 from fedpipe.launcher.submittable import pipeline_run
 from fedpipe.launcher.throughput import throughput
 from fedpipe.metrics.writer import read_metrics
 from fedpipe.workflows.finetune.finish import export_finetuned
+from fedpipe.workflows.finetune.grid import Cell, config_of
 from fedpipe.workflows.finetune.run import finetune
 from fedpipe.workflows.finetune.setup import FinetuneSetup, set_up_finetune
 from fedpipe.workflows.reproduce.setup import Reproduction, plan_reproduction
@@ -369,7 +374,7 @@ def test_whatever_may_change_does_not_change_a_fine_tuning(
         path.touch()
     tune_on(run_dir)
     changes = tuning_places(here.rename(tmp_path / "there")) | {"hang_timeout_s": "7"}
-    assert changes.keys() == set(MAY_CHANGE["finetune"])
+    assert changes.keys() == set(MAY_CHANGE["finetune"]) - {"federation.num_replicas"}
     resumed = tune_on(run_dir, *options(changes))
     assert resumed.checkpoint is not None and resumed.hang_timeout_s == 7
     tune(resumed)
@@ -415,3 +420,105 @@ def test_a_fine_tuning_that_has_begun_refuses_other_content_and_names_it(
     with pytest.raises(CheckpointError, match=rf"expected the .*, got .* of {named}\. Restore"):
         tune_on(tuned, *options(tuning_places(tmp_path / "tuning")))
     assert written(tuned) == before
+
+
+WHOLE = (*(o for o in TUNING if not o.startswith("pipeline.")), "federation.num_clients=5")
+
+
+def _tune_on_rank(env: ProcessEnv, setup: FinetuneSetup) -> None:
+    finetune(setup, env=env, emit=lambda kind, record: None)
+
+
+@pytest.mark.matrix(sample=2)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("method.lora_average=product",),
+        (
+            "method.name=full", "federation.server_optimizer.name=fedyogi",
+            "federation.optimizer_state=keep", "federation.average.final_head=false",
+        ),
+        (
+            "federation.aggregation.rule=krum", "federation.aggregation.num_byzantine=1",
+            "federation.aggregation.weighting=uniform",
+        ),
+        ("pipeline.cut=[1]", "pipeline.colocate=true"),
+    ],
+    ids=["product", "fedyogi, kept", "krum", "cut"],
+)  # fmt: skip
+def test_a_fine_tuning_goes_on_with_another_number_of_replicas(
+    tuning: Path, tmp_path: Path, mode: tuple[str, ...]
+) -> None:
+    """The sums of a round are added up in another order, and that is all."""
+    own = [
+        *WHOLE, "federation.clients_per_round=5", f"model.path={tuning}/model",
+        f"task.data={tuning}/task", *mode,
+    ]  # fmt: skip
+    tune(tune_on(tmp_path / "one", *own))
+    tune(tune_on(tmp_path / "run", *own), killed_in_round=1)
+    resumed = tune_on(tmp_path / "run", "federation.num_replicas=2")
+    assert resumed.checkpoint is not None
+    run_distributed(_tune_on_rank, 2, resumed)
+    for file in (tmp_path / "one/checkpoints/round_000002").glob("*.safetensors"):
+        resumed_weights = load_file(tmp_path / "run/checkpoints/round_000002" / file.name)
+        for name, tensor in load_file(file).items():
+            torch.testing.assert_close(resumed_weights[name], tensor, atol=2e-5, rtol=0)
+
+
+def test_replicas_that_owe_what_they_have_rounded_off_are_not_counted_anew(
+    tuning: Path, tmp_path: Path
+) -> None:
+    own = (
+        *WHOLE, f"model.path={tuning}/model", f"task.data={tuning}/task", "federation.wire=int8",
+        "federation.num_replicas=2",
+    )  # fmt: skip
+    run_distributed(_tune_on_rank, 2, tune_on(tmp_path, *own, "federation.num_rounds=1"))
+    for replicas in (1, 4):
+        with pytest.raises(
+            CheckpointError,
+            match=rf"values of federation\.num_replicas \({replicas} instead of 2\)",
+        ):
+            tune_on(tmp_path, f"federation.num_replicas={replicas}")
+
+
+def test_a_grid_applies_what_may_change_and_refuses_the_rest_by_name(
+    tuning: Path, tmp_path: Path
+) -> None:
+    here = shutil.copytree(tuning, tmp_path / "tuning")
+    file = tmp_path / "tuning.yaml"
+    file.write_text("seed: 3\n")
+    own = [*WHOLE, f"model.path={here}/model", f"task.data={here}/task"]
+
+    def cells(
+        *overrides: str, axes: tuple[str, ...] = (), config: Path | None = None
+    ) -> list[Cell]:
+        found = choose_cells(
+            str(config) if config else None, overrides, str(tmp_path / "grid"), preset=None,
+            axes=axes,
+        )  # fmt: skip
+        assert found is not None
+        return found[1]
+
+    axes = ("method.name=lora,full",)
+    grid = cells(*own, axes=axes, config=file)
+    begun = tmp_path / "grid" / grid[1].name
+    tune(tune_on(begun, "federation.num_rounds=2"), killed_in_round=1)
+    for asked in ({}, {"axes": axes}, {"axes": axes, "config": file}):
+        cells(*(own if "config" in asked else ()), "hang_timeout_s=7", **asked)
+        again = cells("hang_timeout_s=9", "federation.num_replicas=2")
+        configs = [load_finetune(str(config_of(c, tmp_path / "grid")), []) for c in again]
+        assert [c.hang_timeout_s for c in configs] == [9, 9]
+        assert [c.federation.num_replicas for c in configs] == [2, 2]
+        assert [c.method.name for c in configs] == ["lora", "full"]
+    for overrides, named in (
+        (("batch_size=4",), r"^cell lora: .* of batch_size \(4 instead of 8\)\. Resume"),
+        (("method.name=full",), r'^cell lora: .* of method\.name \("full" instead of "lora"\)'),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            cells(*overrides)
+    file.write_text("seed: 4\n")
+    with pytest.raises(CheckpointError, match=r"^cell lora: .* of seed \(4 instead of 3\)"):
+        cells(*own, "federation.num_replicas=2", "hang_timeout_s=9", axes=axes, config=file)
+    flip(here / "task/imdb.train.jsonl")
+    with pytest.raises(CheckpointError, match=r"^cell full: .* of task\.data \(imdb\.train\.jsonl"):
+        cells()

@@ -42,11 +42,10 @@ from fedpipe.workflows.finetune.plan import render_plan
 from fedpipe.workflows.resume import (
     DEEPSPEED_FILE,
     Inputs,
-    check_config,
     check_deepspeed,
     check_inputs,
+    check_tuning,
     has_begun,
-    may_change,
     read_inputs,
 )
 from fedpipe.workflows.run_dir import (
@@ -172,10 +171,7 @@ def resolve_finetune(
     own = directory / "config.yaml"
     if os.path.isfile(own) and has_begun(directory):
         before = load_finetune(str(own), [])
-        path = before.model.path if config.model.path == QUICKSTART else config.model.path
-        config = replace(config, model=replace(config.model, path=path))
-        check_config(directory, before, config, may_change=may_change("finetune", [directory]))
-        return config, directory, True
+        return check_tuning(directory, before, config), directory, True
     if not os.path.isfile(own):
         check_new(directory)
     return replace(config, model=replace(config.model, path=_model_path(config))), directory, False
