@@ -125,7 +125,8 @@ def _exported_losses(run_dir: Path, exports: dict[int, Path]) -> dict[int, tuple
         tokenizer = AutoTokenizer.from_pretrained(export)
         assert tokenizer.mask_token_id == data.mask_id
         assert tokenizer.model_max_length == config.data.sequence_length
-        assert model.config.max_position_embeddings == config.data.sequence_length + 2
+        first = 2 if config.model.family == "roberta" else 0
+        assert model.config.max_position_embeddings == config.data.sequence_length + first
         assert model.config.vocab_size == len(tokenizer)
         count = min(config.validation.max_blocks_per_client, data.valid[client_id].num_blocks)
         batch = validation_batch(data, config, client_id, first=0, count=count)
