@@ -83,7 +83,7 @@ def tokenizer_info(config: RunConfig) -> TokenizerInfo:
         )
     content = _read_json(folder / "tokenizer.json")
     added = content.get("added_tokens") or []
-    ids = read_entries(content, file=folder / "tokenizer.json")
+    ids = read_entries(content, file=folder / "tokenizer.json", key="data.tokenizer")
     names = _special_names(folder)
     found = ((part, _find(part, names, ids)) for part in _USUAL_NAMES)
     parts = {part: token_id for part, token_id in found if token_id is not None}
@@ -111,7 +111,7 @@ def tokenizer_info(config: RunConfig) -> TokenizerInfo:
         mask_id=parts["mask_token"],
         pad_id=parts["pad_token"],
         special_ids=tuple(sorted(special)),
-        warnings=check_entries(ids, content, folder=folder, special=special),
+        warnings=check_entries(ids, content, folder=folder, special=special, key="data.tokenizer"),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedpipe.config.half_files import read_json_object
 from fedpipe.errors import CorpusError
 
 _TOO_MANY = 0.1
@@ -16,12 +17,36 @@ _SPACES = (" ", "\u2581")
 """A space, and what SentencePiece writes for it."""
 
 
-def read_entries(content: Mapping[str, Any], *, file: Path) -> dict[str, int]:
+def check_tokenizer(folder: Path, *, key: str) -> tuple[str, ...]:
+    """Check the tokenizer.json of a model's folder, if it has one, as ``check_entries`` does.
+
+    Args:
+        folder: Of Hugging Face.
+        key: That named it.
+
+    Returns:
+        A line for every fault of a few entries.
+
+    Raises:
+        CorpusError: The file cannot be read, or a large part of the vocabulary is at fault.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return ()
+    content = read_json_object(file, key=key, error=CorpusError)
+    ids = read_entries(content, file=file, key=key)
+    added = content.get("added_tokens") or []
+    special = {token["id"] for token in added if token.get("special")}
+    return check_entries(ids, content, folder=folder, special=special, key=key)
+
+
+def read_entries(content: Mapping[str, Any], *, file: Path, key: str) -> dict[str, int]:
     """Read the id of every entry, added ones included.
 
     Args:
         content: Of a tokenizer.json.
         file: Where it was read, for errors.
+        key: That named its folder.
 
     Returns:
         Ids by entry; every id occurs once.
@@ -36,31 +61,36 @@ def read_entries(content: Mapping[str, Any], *, file: Path) -> dict[str, int]:
     ids = {**vocab, **{token["content"]: token["id"] for token in added}}
     again = "Save the tokenizer again with transformers or tokenizers."
     if not ids:
-        raise CorpusError(f"data.tokenizer: expected a vocabulary in {file}, got none. {again}")
+        raise CorpusError(f"{key}: expected a vocabulary in {file}, got none. {again}")
     for entry, token_id in ids.items():
         if type(token_id) is not int or token_id < 0:
             raise CorpusError(
-                f"data.tokenizer: expected whole numbers, 0 or more, as ids in {file}, got"
+                f"{key}: expected whole numbers, 0 or more, as ids in {file}, got"
                 f" {token_id!r} for {entry!r}. {again}"
             )
     (token_id, times), *_ = Counter(ids.values()).most_common(1)
     if times > 1:
         shared = [repr(entry) for entry, other in ids.items() if other == token_id]
         raise CorpusError(
-            f"data.tokenizer: expected an id of its own for every entry in {file}, got {token_id}"
+            f"{key}: expected an id of its own for every entry in {file}, got {token_id}"
             f" for {' and '.join(shared[:3])}. {again}"
         )
     unknown = model.get("unk_token")
     if model.get("type") in ("WordPiece", "WordLevel") and unknown not in ids:
         raise CorpusError(
-            f"data.tokenizer: expected the entry {unknown!r}, which stands for unknown words, in"
+            f"{key}: expected the entry {unknown!r}, which stands for unknown words, in"
             f" {file}, got none. {again}"
         )
     return ids
 
 
 def check_entries(
-    ids: Mapping[str, int], content: Mapping[str, Any], *, folder: Path, special: Collection[int]
+    ids: Mapping[str, int],
+    content: Mapping[str, Any],
+    *,
+    folder: Path,
+    special: Collection[int],
+    key: str,
 ) -> tuple[str, ...]:
     """Compare the entries with the normaliser, with their ids and with vocab.txt.
 
@@ -69,6 +99,7 @@ def check_entries(
         content: Of the tokenizer.json.
         folder: That holds it.
         special: Ids that are no text.
+        key: That named the folder.
 
     Returns:
         A line for every fault of a few entries.
@@ -83,10 +114,10 @@ def check_entries(
         got = f"{num:,} of {size:,} {found}"
         if num > _TOO_MANY * size:
             raise CorpusError(
-                f"data.tokenizer: expected {expected} in {str(folder)!r}, got {got}. {way_out}"
+                f"{key}: expected {expected} in {str(folder)!r}, got {got}. {way_out}"
             )
         if num:
-            warnings.append(f"data.tokenizer: {got}")
+            warnings.append(f"{key}: {got}")
 
     size = max(ids.values()) + 1
     known = set(ids.values())

@@ -6,6 +6,7 @@ import pytest
 from fedpipe.config.schema import DataConfig, RunConfig
 from fedpipe.data.corpus import prepare, tokenizer_info
 from fedpipe.data.tokenizer import SAMPLES, TokenizerInfo
+from fedpipe.data.vocabulary import check_tokenizer
 from fedpipe.errors import CorpusError
 from fedpipe.workflows.export import cut_texts, word_tokens
 from fedpipe.workflows.plan import build_plan, render
@@ -138,7 +139,10 @@ def test_a_cased_vocabulary_with_a_lower_casing_normaliser_is_refused(tmp_path):
         f"'{tmp_path}', got 5 of 36 entries that can never occur, such as ('The', 'the'). Save the "
         "tokenizer with its own normaliser: do_lower_case=False of a cased vocabulary."
     )
+    with pytest.raises(CorpusError, match=r"^--model: expected entries that the tokenizer's norm"):
+        check_tokenizer(tmp_path, key="--model")  # of a model that is fine-tuned or evaluated
     assert info_of(folder_of(tmp_path, vocab, normalizer=CASED)).warnings == ()
+    assert check_tokenizer(tmp_path, key="--model") == ()
 
 
 def test_a_few_entries_that_cannot_occur_are_counted_and_shown_in_the_plan(tmp_path):

@@ -22,6 +22,7 @@ from fedpipe.data.identity import digest
 from fedpipe.data.tasks.files import TaskFiles, find_files
 from fedpipe.data.tasks.prepare import PreparedTask, prepare_task, task_digest
 from fedpipe.data.tasks.registry import Task, find_task
+from fedpipe.data.vocabulary import check_tokenizer
 from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.files import write_text
 from fedpipe.metrics.format import count
@@ -164,6 +165,8 @@ def set_up_evaluation(
     check_writable(directory)
     with locked(directory):  # nobody else may be at work on its cells
         pass
+    for line in dict.fromkeys(w for f in folders for w in check_tokenizer(f, key="--model")):
+        notify(f"warning {line}")
     on_checked()
     root = cache_root(config)
     models = read_models(folders, root=root)

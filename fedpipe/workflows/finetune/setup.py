@@ -23,6 +23,7 @@ from fedpipe.data.identity import file_digests, model_files, tokenizer_files
 from fedpipe.data.lines import shown
 from fedpipe.data.tasks.prepare import FORMAT
 from fedpipe.data.tokenizer import FILES, SAMPLES
+from fedpipe.data.vocabulary import check_tokenizer
 from fedpipe.errors import ConfigError, CorpusError
 from fedpipe.files import write_text
 from fedpipe.models.lengths import OFFSET_FAMILIES, longest_input, num_positions
@@ -106,7 +107,7 @@ def set_up_finetune(
     config, directory, resumed = resolve_finetune(config_path, overrides, run_dir, preset=preset)
     check_federation(config)
     kind = kind_of(config)
-    check_model_folder(config)
+    warnings = check_model_folder(config)
     tokenizer = load_tuning_tokenizer(config)
     model_config = load_model_config(config, tokenizer)
     check_family(model_config.model_type, kind)
@@ -131,6 +132,8 @@ def set_up_finetune(
     data.save(directory / DATA)
     checkpoint = resume_from(directory, notify=notify) if resumed else None
     notify(plan)
+    for line in warnings:
+        notify(f"warning {line}")
     for line in new_heads(config, data.meaning):
         notify(line)
     trained_length = longest_input(Path(config.model.path), key="model.path")
@@ -238,20 +241,25 @@ def check_federation(config: FinetuneConfig) -> None:
         )
 
 
-def check_model_folder(config: FinetuneConfig) -> None:
-    """Refuse a folder whose files were not fetched whole.
+def check_model_folder(config: FinetuneConfig) -> tuple[str, ...]:
+    """Refuse a folder whose files were not fetched whole, or whose vocabulary is another one's.
+
+    Returns:
+        A line for every fault of a few entries of the vocabulary.
 
     Raises:
+        CorpusError: The vocabulary does not fit its own rules.
         ConfigError: A file of the model or of its tokenizer is a pointer, empty or cut short.
     """
     folder = Path(config.model.path)
     if config.model.path == UNTRAINED or not folder.is_dir():
-        return
+        return ()
     for name in ("config.json", *FILES):
         if (folder / name).is_file():
             check_fetched(folder / name, key="model.path")
     if not config.model.random_weights:
         check_weights(folder, key="model.path")
+    return check_tokenizer(folder, key="model.path")
 
 
 def load_tuning_tokenizer(config: FinetuneConfig) -> Any:
