@@ -560,14 +560,6 @@ def test_a_client_may_have_nothing_held_out_but_not_all_of_them(
     with pytest.raises(CorpusError, match=r"^task.split: expected held-out examples for at least"):
         set_up(tmp_path / "other", base, *overrides)
 
-    rows = [json.dumps({"text": "good", "label": 1, "site": f"s{i % 3}"}) for i in range(9)]
-    (tmp_path / "task").mkdir()
-    (tmp_path / "task/imdb.train.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    (tmp_path / "task/imdb.test.jsonl").write_text("\n".join(rows[::3]), encoding="utf-8")
-    with pytest.raises(CorpusError, match=r"^task.split: expected training and held-out examples"):
-        set_up(tmp_path / "run", base, f"task.data={tmp_path / 'task'}", "task.split=column",
-               "task.column=site", "federation.num_clients=3")  # fmt: skip
-
 
 def _spoil(monkeypatch: pytest.MonkeyPatch, client_id: int, *, round_id: int = 1) -> None:
     """Let the second loss of a client be NaN in one round."""
