@@ -1,4 +1,4 @@
-"""Paths that users write: ``~`` is a home directory wherever a path can stand."""
+"""Paths that users write: ``~`` is a home directory wherever a path can stand, all are text."""
 
 from __future__ import annotations
 
@@ -28,8 +28,15 @@ def expanded(path: str, *, key: str) -> str:
         The path; one that does not begin with ``~`` as it is.
 
     Raises:
-        ConfigError: It begins with a user who is not known here.
+        ConfigError: It begins with a user who is not known here, or cannot be written down.
     """
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:  # Python's stand-ins for bytes that the locale has no letter for
+        raise ConfigError(
+            f"{key}: expected a path that is UTF-8, got {path!r}. Rename it, or set LC_ALL=C.UTF-8 "
+            "where it is."
+        ) from None
     found = os.path.expanduser(path)
     if found.startswith("~"):
         raise ConfigError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpipe import log
+from fedpipe.config.paths import expanded
 from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv, detect, num_gpus, threads_per_process
@@ -87,16 +88,16 @@ def main(task: str = "pretrain", arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=f"one rank of `fedpipe {task}`")
     parser.add_argument("--preset")
     for name in ("--config", "--run-dir"):
-        parser.add_argument(name, type=os.path.expanduser)
+        parser.add_argument(name, type=partial(expanded, key=name))
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args(arguments)
-    request = RunRequest(
-        task=task, config_path=args.config, overrides=args.overrides, run_dir=args.run_dir,
-        preset=args.preset,
-    )  # fmt: skip
     rank = 0
     try:
+        args = parser.parse_args(arguments)
+        request = RunRequest(
+            task=task, config_path=args.config, overrides=args.overrides, run_dir=args.run_dir,
+            preset=args.preset,
+        )  # fmt: skip
         with Signals(at_once_s=_AT_ONCE_S).caught(), stopped_with_launcher():
             env = detect()
             rank = env.rank

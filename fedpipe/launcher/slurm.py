@@ -14,11 +14,12 @@ from fedpipe.launcher.profile import JobShape, Profile
 
 _TIMEOUT_S = 60.0
 _SINFO = "%P|%D|%c|%G|%l|%a"
-_OF_CALLER = (
-    "SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SINFO_", "SQUEUE_", "SACCT_", "SCONTROL_",
-    "SUBMITIT_", "PMI", "OMPI_", "TORCHELASTIC_",
+_OF_JOB = (
+    "SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SINFO_", "SQUEUE_", "SACCT_", "SCONTROL_", "SUBMITIT_",
 )  # fmt: skip
-"""Beginnings of variables that say what job, step or rank the caller is, or change answers."""
+"""Beginnings of variables that say what job or step the caller is, or that change answers."""
+_OF_RANK = ("PMI", "OMPI_", "TORCHELASTIC_")
+"""Beginnings of variables that say what rank the caller is; the others of them follow."""
 _RANK = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK",
     "CROSS_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE",
@@ -176,11 +177,24 @@ def _minutes(limit: str) -> float:
     return (days * 24 + hours) * 60 + minutes + seconds / 60
 
 
+def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment that makes nobody a rank of the caller's own run.
+
+    Args:
+        environ: The caller's, which a torchrun, an mpirun or a job may have started.
+    """
+    return {
+        name: value
+        for name, value in environ.items()
+        if name not in _RANK and not name.startswith(_OF_RANK)
+    }
+
+
 def of_login_node(environ: Mapping[str, str], *, profile: Profile | None = None) -> dict[str, str]:
     """Return what the caller's environment would be on a login node, outside of any job or rank.
 
     sbatch takes its variables before what a job's script says, and a job inherits what the caller
-    has: an interactive allocation's memory per core, or a torchrun's port, would be the job's.
+    has: an interactive allocation's memory per core would be the job's.
 
     Args:
         environ: The caller's.
@@ -189,11 +203,11 @@ def of_login_node(environ: Mapping[str, str], *, profile: Profile | None = None)
     kept = set(_SITE)
     if profile is not None:
         kept |= {f"SBATCH_{name}" for name in _USER if profile.get(name.lower()) is None}
-    dropped = set(_RANK) | set(_OF_ALLOCATION if "SLURM_JOB_ID" in environ else ())
+    dropped = _OF_ALLOCATION if "SLURM_JOB_ID" in environ else ()
     return {
         name: value
-        for name, value in environ.items()
-        if name in kept or not (name in dropped or name.startswith(_OF_CALLER))
+        for name, value in without_rank(environ).items()
+        if name in kept or not (name in dropped or name.startswith(_OF_JOB))
     }
 
 

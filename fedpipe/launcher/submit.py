@@ -20,7 +20,7 @@ from fedpipe.launcher.external import RunRequest
 from fedpipe.launcher.follow import Closing, Shows, follow
 from fedpipe.launcher.jobs import job_of
 from fedpipe.launcher.profile import SIGNAL_DELAY_S, JobShape, Profile, load_profile
-from fedpipe.launcher.slurm import cells_in_queue, check_site, of_login_node
+from fedpipe.launcher.slurm import cells_in_queue, check_site, of_login_node, without_rank
 from fedpipe.metrics.console import RunConsole
 
 Cluster = Literal["slurm", "local", "debug"]
@@ -277,12 +277,12 @@ def result_here(job: Any) -> int:
 
 @contextlib.contextmanager
 def _environment_of(cluster: Cluster, profile: Profile) -> Iterator[None]:
-    """Hand a job of SLURM the environment of a login node, whatever the caller is part of."""
+    """Hand a job the environment of a login node, or of this machine's user, not of a rank."""
     with _kept_environment():
-        if cluster == "slurm":
-            clean = of_login_node(os.environ, profile=profile)
-            os.environ.clear()
-            os.environ.update(clean)
+        here = without_rank(os.environ)
+        clean = of_login_node(here, profile=profile) if cluster == "slurm" else here
+        os.environ.clear()
+        os.environ.update(clean)
         yield
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from fedpipe import __version__, errors
 from fedpipe.cli import main
+from fedpipe.launcher.external import main as rank
 
 REPOSITORY = Path(__file__).parents[2]
 COMMANDS = (
@@ -195,3 +196,12 @@ def test_an_option_that_is_a_path_may_begin_at_home(
     assert "got '/home/me/x' without a config.yaml." in capsys.readouterr().err
     assert main(["evaluate", "--model=~nobody-here/x"]) == 2
     assert "--model: expected the home directory of a known user" in capsys.readouterr().err
+
+
+def test_a_path_that_cannot_be_written_down_is_refused_before_it_is_made(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")  # as Python reads a name in Latin-1
+    assert main(["pretrain", f"--run-dir={name}"]) == rank("pretrain", [f"--run-dir={name}"]) == 2
+    error = "ConfigError: --run-dir: expected a path that is UTF-8, got 'caf\\udce9'. Rename it, "
+    assert [line[: len(error)] for line in capsys.readouterr().err.splitlines()] == [error] * 2

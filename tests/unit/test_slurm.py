@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpipe.launcher.profile import Profile
-from fedpipe.launcher.slurm import of_login_node
+from fedpipe.launcher.slurm import of_login_node, without_rank
 from tests.slurm.conftest import CALLER
 
 LOGIN = {
@@ -14,6 +14,12 @@ LOGIN = {
 
 def test_a_job_gets_the_environment_of_a_login_node_whatever_the_caller_is_part_of() -> None:
     assert of_login_node(LOGIN | CALLER) == LOGIN
+
+
+def test_a_job_of_this_machine_keeps_the_callers_cores_and_is_no_rank_of_the_callers() -> None:
+    kept = without_rank(LOGIN | CALLER)
+    assert kept["SLURM_CPUS_PER_TASK"] == "9"
+    assert not {name for name in kept if name.startswith(("TORCHELASTIC", "MASTER", "RANK"))}
 
 
 def test_gpus_that_a_user_has_chosen_outside_of_a_job_stay_chosen() -> None:
