@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from fedpipe.distributed.stopping import Moment, StopPoint
 from fedpipe.distributed.watch import STOP_SIGNALS, StopSignals
+from fedpipe.launcher.supervisor import Interrupted, Signals
 
 
 def test_a_rank_that_is_not_asked_to_stop_commits_as_far_as_it_wants() -> None:
@@ -151,3 +153,44 @@ def test_a_second_signal_ends_the_process_with_75_unless_it_follows_at_once(
 
 def test_nothing_is_asked_before_a_signal_comes() -> None:
     assert not StopSignals().asked
+
+
+def test_a_closed_terminal_asks_to_stop_unless_nohup_has_it_ignored() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(Interrupted), Signals().caught():
+            signal.raise_signal(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        asked = StopSignals()
+        with Signals().caught():
+            asked.catch()
+            signal.raise_signal(signal.SIGHUP)
+            asked.release()
+        assert not asked.asked
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_is_heard_in_a_thread_and_not_in_a_forked_child() -> None:
+    """A pool of processes ends its children with SIGTERM: that is none to their parent."""
+    asked = StopSignals()
+    asked.catch()
+    try:
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        time.sleep(0.1)
+        assert not asked.asked
+        signal.raise_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 5
+        while not asked.asked and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert asked.number == signal.SIGTERM
+    finally:
+        asked.release()
