@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ def _assert_as_in_plain_pytorch(
 
 def _check(settings: Settings, folder: Path) -> None:
     config = options.build(settings)
+    if config.pipeline.compile and shutil.which("g++") is None:
+        pytest.skip("torch compiles with a C++ compiler")
     federation = config.federation
     data = tiny_data(
         folder / "data", num_clients=federation.num_clients, length=config.data.sequence_length
@@ -159,7 +162,11 @@ def test_every_two_values_together(settings: Settings, tmp_path: Path) -> None:
 
 
 def test_every_pair_of_values_is_in_a_row_or_refused_by_name() -> None:
-    """The rows are generated; FEDPIPE_RECORD=1 does so again."""
+    """The rows are generated; FEDPIPE_RECORD=1 does so again. No choice is refused in itself."""
+    usable = {options.show(choice) for choice, _ in options.choices()}
+    for key, given in options.values().items():
+        for value in given:
+            assert type(value) is int or options.show({key: value}) in usable, (key, value)
     held = set().union(*map(options.held_by, COVERING))
     held |= {options.pair(a, b) for a, b, _ in REFUSED}
     missing = [(a, b) for a, b in options.all_pairs() if options.pair(a, b) not in held]

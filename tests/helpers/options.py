@@ -54,6 +54,7 @@ ELSEWHERE = (
     "data.train", "data.valid", "data.text_column", "data.tokenizer", "data.partition",
     "data.dirichlet_alpha", "data.cache_dir", "data.num_workers",  # read before a rank starts
     "pipeline.hang_timeout_s",  # read by who watches the ranks
+    "model.size",  # sizes that the base has of its own
 )  # fmt: skip
 """Beginnings of keys that no rank reads."""
 ALONE = ("pipeline.compile",)
@@ -197,8 +198,8 @@ def _identity(settings: Settings) -> str:
 
 
 @cache
-def singles() -> list[Settings]:
-    """Return every value of every option, with the settings that it needs."""
+def choices() -> list[tuple[Settings, Settings]]:
+    """Return every value of every option, alone and with the settings that it needs."""
     found = []
     for key, given in values().items():
         for value in given:
@@ -207,16 +208,24 @@ def singles() -> list[Settings]:
                 numbers = {int(n) for n in _NUMBER.findall(refusal)} - {value, _base(key)}
                 ranges = (complete({key: number})[0] for number in sorted(numbers))
                 settings = next((s for s in ranges if s is not None), None)
-            if settings is not None and settings not in found:
-                found.append(settings)
+            if settings is not None:
+                found.append(({key: settings[key]}, settings))
     return found
+
+
+def singles() -> list[Settings]:
+    """Return the configurations of ``choices``, each once."""
+    return _first_of_its_kind([settings for _, settings in choices()])
 
 
 def all_pairs() -> list[tuple[Settings, Settings]]:
     """Return every two values of different options."""
-    leading = [dict([next(iter(single.items()))]) for single in singles()]
-    leading = [choice for choice in leading if not choice.keys() & set(ALONE)]
-    return [(a, b) for a, b in itertools.combinations(leading, 2) if a.keys() != b.keys()]
+    return [(a, b) for a, b in itertools.combinations(_paired(), 2) if a.keys() != b.keys()]
+
+
+def _paired() -> list[Settings]:
+    alone = _first_of_its_kind([choice for choice, _ in choices()])
+    return [choice for choice in alone if not choice.keys() & set(ALONE)]
 
 
 def covering() -> tuple[list[Settings], list[tuple[Settings, Settings, str]]]:
@@ -233,9 +242,8 @@ def covering() -> tuple[list[Settings], list[tuple[Settings, Settings, str]]]:
         else:
             left[pair(a, b)] = settings
     leading: dict[str, list[Any]] = {}
-    for single in singles():
-        key, value = next(iter(single.items()))
-        if key not in ALONE:
+    for choice in _paired():
+        for key, value in choice.items():
             leading.setdefault(key, []).append(value)
     draw, rows = random.Random(0), []
     while left:
