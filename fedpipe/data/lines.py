@@ -38,16 +38,30 @@ def json_rows(
         if not line or line.isspace():
             continue
         where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise CorpusError(
-                f"{key}: expected a JSON object per line, got {shown(line)} in {where}. Correct "
-                "the line, or rename the file if it is not JSON lines."
-            )
-        yield where, line, row
+        yield where, line, json_row(line, where, key=key)
+
+
+def json_row(line: str, where: str, *, key: str) -> dict[str, Any]:
+    """Read a JSON line.
+
+    Args:
+        line: A line that is not empty.
+        where: It stands.
+        key: Of the configuration, for errors.
+
+    Raises:
+        CorpusError: It is no JSON object.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise CorpusError(
+            f"{key}: expected a JSON object per line, got {shown(line)} in {where}. Correct "
+            "the line, or rename the file if it is not JSON lines."
+        )
+    return row
 
 
 def text_lines(

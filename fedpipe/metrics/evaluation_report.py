@@ -175,6 +175,10 @@ def _limits(task: Content) -> list[str]:
     ]
     if drawn:
         found.append(f"{task['name']}: drawn were {', '.join(drawn)}.")
+    found += [
+        f"{task['name']}: left out of {split} as unusable: {rows}"
+        for split, rows in task["left_out"].items()
+    ]
     cut = [
         f"{model} {splits['test']:,}" for model, splits in task["truncated"].items()
         if splits["test"]

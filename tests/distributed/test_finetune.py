@@ -405,12 +405,27 @@ def test_what_cannot_work_is_refused_before_the_first_round(
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_an_unknown_label_is_refused_with_its_place(tmp_path: Path, base: list[str]) -> None:
+def test_a_bad_row_is_left_out_with_its_owner_and_said_and_many_are_refused(
+    tmp_path: Path, base: list[str]
+) -> None:
     task = small_task(tmp_path / "task")
-    with open(task / "imdb.train.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"text": "good", "label": "meh"}\n')
-    with pytest.raises(CorpusError, match=r"^task.data: expected one of negative, positive as lab"):
-        set_up(tmp_path / "run", base, f"task.data={task}")
+    path = task / "imdb.train.jsonl"
+    rows = path.read_text("utf-8")
+    bad = '{"text": "good", "label": "meh", "site": "s0"}\n'
+    path.write_text(bad + rows, encoding="utf-8")
+    own = (f"task.data={task}", "task.split=column", "task.column=site", "federation.num_clients=5")
+    set_up(tmp_path / "run", base, *own)
+    plan = (tmp_path / "run/plan.txt").read_text("utf-8")
+    expected = "1 of 97 rows; first: expected one of negative, positive as label of imdb, got 'meh'"
+    assert f"left out of train: {expected} in imdb.train.jsonl:1." in plan
+    data = TuningData.load(tmp_path / "run" / DATA)
+    assert [fact.num_examples for fact in data.facts] == [20, 19, 19, 19, 19]
+    path.write_text(6 * bad + rows, encoding="utf-8")
+    with pytest.raises(
+        CorpusError,
+        match=r"^task.data: expected one of negative, positive as label .*:1\. .* 6 of 102 rows",
+    ):
+        set_up(tmp_path / "other", base, *own)
 
 
 def test_sequences_beyond_what_the_model_was_trained_on_are_named(

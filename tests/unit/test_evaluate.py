@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedpipe.cli import main
 from fedpipe.config.load import from_dict
+from fedpipe.data import identity
 from fedpipe.data.tasks.encoding import Encoded
 from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.launcher import evaluate as launcher
@@ -192,6 +194,64 @@ def test_what_is_done_is_kept_and_what_changes_runs_again(
     # a result that was cut short counts as none
     (copy / "cells/one_ncbi-disease_seed=0/result.json").write_text('{"key":', encoding="utf-8")
     assert len(set_up(home, copy, **shared).pending()) == 1
+
+
+def test_files_that_change_under_their_size_and_time_are_scored_again(
+    home: Path, whole: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "_SETTLED_S", -1.0)  # digests are remembered at once
+    for name in ("models", "data"):
+        shutil.copytree(home / name, tmp_path / name)
+    shutil.copytree(whole.directory, tmp_path / "run")
+    own = {"models": [str(tmp_path / "models/one")], "data": str(tmp_path / "data"), "seeds": [0]}
+
+    def pending() -> int:
+        return len(set_up(home, tmp_path / "run", **own).pending())
+
+    def change(path: Path, old: bytes, new: bytes) -> None:
+        status = path.stat()
+        content = path.read_bytes()
+        assert old in content and len(old) == len(new)
+        path.write_bytes(content.replace(old, new))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert path.stat().st_size == status.st_size
+
+    assert pending() == 0
+    tags = (b'"O", "B-Disease"', b'"B-Disease", "O"')
+    labels = (tmp_path / "data/ner/ncbi_disease.test.jsonl", *tags)
+    weights = (tmp_path / "models/one/model.safetensors", b"\x3d", b"\x3c")
+    for path, old, new in (labels, weights):
+        before = path.read_bytes()
+        change(path, old, new)
+        assert pending() == 1, path.name
+        path.write_bytes(before)
+        assert pending() == 0
+
+
+def test_rows_that_are_left_out_are_on_the_console_and_on_the_page(
+    home: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(home / "data/glue", tmp_path / "data")
+    path = tmp_path / "data/rte.dev.jsonl.gz"
+    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    write_jsonl(path, [*rows, rows[0] | {"label": None}])
+    said: list[str] = []
+    config = from_dict({
+        "data": {"cache_dir": str(home / "cache")},
+        "evaluation": {
+            "models": [str(home / "models/one")], "tasks": ["rte"], "data": str(tmp_path / "data"),
+            **FAST, "num_epochs": 1,
+        },
+    })  # fmt: skip
+    evaluation = set_up_evaluation(config, tmp_path / "run", notify=said.append)
+    expected = (
+        "1 of 31 rows; first: expected a label in every row, got none in rte.dev.jsonl.gz:31."
+    )
+    assert f"left out of test: {expected}" in said[0]
+    content = gather(evaluation)
+    (task,) = content["tasks"]
+    assert (task["left_out"].keys(), task["examples"]["test"]) == ({"test"}, 30)
+    assert any(expected in note for note in notes(content))
 
 
 def test_a_part_of_the_examples_is_drawn_and_said(home: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,11 @@ CONLL = "-DOCSTART-\tX\tO\n\na\tB-Disease\nb\tO\n\nc\tO\n"
 def read(
     name: str, data: Path | str, *, typed: bool = False, alone: bool = False
 ) -> tuple[dict[str, list[Example]], str]:
-    return read_task(find_files(find_task(name), str(data), alone=alone), typed=typed)
+    splits, test, left_out = read_task(
+        find_files(find_task(name), str(data), alone=alone), typed=typed
+    )
+    assert not left_out
+    return splits, test
 
 
 def write(folder: Path, **texts: str) -> Path:
@@ -360,6 +365,118 @@ def test_what_is_wrong_with_a_task_is_said_in_one_line(
         read(name, tmp_path)
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith((".", "?"))
+
+
+FIRST = "index\tsentence1\tsentence2\tlabel\n"
+GOOD = "{n}\ta\tb\tentailment\n"
+
+
+def glue(bad: str, *, rows: int = 50) -> Callable[[Path], None]:
+    """RTE's tables, a bad line among those of the training split."""
+    good = "".join(GOOD.format(n=n) for n in range(rows - 1))
+    return tables(train__tsv=FIRST + bad + good, dev__tsv=FIRST + good)
+
+
+def lines(task: str, bad: Any, good: dict[str, Any], *, rows: int = 50) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        write_jsonl(folder / f"{task}.train.jsonl", [bad, *[good] * (rows - 1)])
+        write_jsonl(folder / f"{task}.dev.jsonl", [good])
+
+    return make
+
+
+TAGGED: dict[str, Any] = NER[0]
+NAN = float("nan")
+BAD_ROWS: list[tuple[str, Callable[[Path], None], str]] = [
+    ("rte", glue("0\ta\n"), r"expected the 4 columns of the header, got 2 in train\.tsv:2"),
+    ("rte", glue("0\ta\t \tentailment\n"), "expected text in column 'text_pair', got   in"),
+    ("rte", lines("rte", PAIR | {"label": None}, PAIR), r"got none in rte\.train\.jsonl:1"),
+    ("rte", lines("rte", PAIR | {"label": NAN}, PAIR), "expected a label in every row, got none"),
+    ("rte", lines("rte", PAIR | {"label": " "}, PAIR), "expected a label in every row, got none"),
+    (
+        "rte",
+        lines("rte", PAIR | {"label": "None"}, PAIR),
+        "expected a label in every row, got none",
+    ),
+    ("rte", lines("rte", PAIR | {"label": [1]}, PAIR), r"as label of rte, got \[1\] in"),
+    ("rte", lines("rte", PAIR | {"label": "\u00b2"}, PAIR), "as label of rte, got '\u00b2' in"),
+    ("rte", lines("rte", PAIR | {"text": None}, PAIR), "expected text in column 'text', got None"),
+    (
+        "rte",
+        lines("rte", PAIR | {"text": ["a"]}, PAIR),
+        r"expected text in column 'text', got \['a",
+    ),
+    ("rte", lines("rte", PAIR | {"text": {"a": 1}}, PAIR), "expected text in column 'text', got {"),
+    ("rte", lines("rte", [1], PAIR), r"expected a JSON object per line, got '\[1\]' in"),
+    ("stsb", lines("stsb", PAIR | {"label": True}, PAIR), "a number as label of stsb, got True"),
+    (
+        "ncbi-disease",
+        lines("ncbi-disease", TAGGED | {"tags": ["O", None]}, TAGGED),
+        "as label of ncbi-disease, got None in",
+    ),
+    (
+        "ncbi-disease",
+        lines("ncbi-disease", TAGGED | {"tokens": ["a", None]}, TAGGED),
+        "expected words, got 'None' among them in",
+    ),
+    (
+        "ncbi-disease",
+        lines("ncbi-disease", TAGGED | {"tokens": [["a"], "b"]}, TAGGED),
+        "expected words, got",
+    ),
+    (
+        "ncbi-disease",
+        conll(train__tsv="a\tO\nb\n\n" + 49 * "a\tO\n\n", test__tsv=CONLL),
+        r"expected a token, a tab and a tag, got 'b' in train\.tsv:2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "expected"), BAD_ROWS)
+def test_a_bad_row_of_50_is_left_out_and_said_with_its_place(
+    name: str, make: Callable[[Path], None], expected: str, tmp_path: Path
+) -> None:
+    make(tmp_path)
+    splits, _, left_out = read_task(
+        find_files(find_task(name), str(tmp_path), alone=False), typed=False
+    )
+    assert len(splits["train"]) == 49
+    assert list(left_out) == ["train"]
+    assert re.match(rf"1 of 50 rows; first: .*{expected}", left_out["train"]), left_out
+
+
+@pytest.mark.parametrize(("bad", "rows"), [(1, 19), (3, 59), (29, 58)])
+def test_more_than_5_percent_of_bad_rows_are_refused_with_the_first(
+    bad: int, rows: int, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "rte.train.jsonl", [PAIR])
+    labels = [1] * (rows - bad) + [None] * bad
+    write_jsonl(tmp_path / "rte.test.jsonl", [PAIR | {"label": label} for label in labels])
+    write_jsonl(tmp_path / "rte.dev.jsonl", [PAIR])
+    with pytest.raises(
+        CorpusError,
+        match=rf"expected a label in every row, got none in .*rte\.test\.jsonl:{rows - bad + 1}\. Use a "
+        rf"file with labels\. So it is with {bad} of {rows} rows; up to 5 % are left out\.$",
+    ):
+        read("rte", tmp_path)
+
+
+def test_one_missing_label_does_not_replace_the_test_split(tmp_path: Path) -> None:
+    labels = [None, *[1] * 49]
+    for split in ("train", "dev"):
+        write_jsonl(tmp_path / f"rte.{split}.jsonl", [PAIR])
+    write_jsonl(tmp_path / "rte.test.jsonl", [PAIR | {"label": label} for label in labels])
+    files = find_files(find_task("rte"), str(tmp_path), alone=False)
+    splits, test, left_out = read_task(files, typed=False)
+    assert (test, len(splits["test"]), len(splits["dev"])) == ("test", 49, 1)
+    assert left_out["test"].startswith("1 of 50 rows; first: expected a label in every row")
+
+
+def test_labels_are_compared_by_value(tmp_path: Path) -> None:
+    labels = [1, "1", 1.0, "1.0", "not_entailment", " not_entailment"]
+    for split in ("train", "dev"):
+        write_jsonl(tmp_path / f"rte.{split}.jsonl", [PAIR | {"label": x} for x in labels])
+    assert {example.label for example in read("rte", tmp_path)[0]["train"]} == {1}
 
 
 def test_a_line_that_is_no_json_object_is_named(tmp_path: Path) -> None:

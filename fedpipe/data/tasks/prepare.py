@@ -13,7 +13,7 @@ from fedpipe.data.tasks.encoding import Encoded, encode, load_tokenizer
 from fedpipe.data.tasks.files import TaskFiles
 from fedpipe.data.tasks.reading import hub_fingerprint, read_task
 
-FORMAT = 1
+FORMAT = 2
 """Raised with every change of what the files look like or how examples become tokens."""
 _MANIFEST = "manifest.json"
 
@@ -34,6 +34,8 @@ class PreparedTask:
     """What the publishers call the test: ``dev`` where no labelled test split is published."""
     largest_id: int
     """Of all tokens."""
+    left_out: dict[str, str]
+    """By split with bad rows: how many of how many, and what is wrong with the first."""
 
     def split(self, name: str) -> Encoded:
         """Read a split."""
@@ -83,7 +85,7 @@ def prepare_task(
     found = _read(directory)
     if found is not None:
         return found
-    splits, test_split = read_task(files, typed=_typed(config, files))
+    splits, test_split, left_out = read_task(files, typed=_typed(config, files))
     tokenizer = load_tokenizer(folder)
     encoded = {
         name: encode(files.task, examples, tokenizer, max_length=max_length)
@@ -95,6 +97,7 @@ def prepare_task(
         sequences={name: split.num_sequences for name, split in encoded.items()},
         truncated={name: split.num_truncated for name, split in encoded.items()},
         test_split=test_split,
+        left_out=left_out,
         largest_id=max(int(split.ids.max()) for split in encoded.values()),
     )
     with building(root, key) as new:

@@ -1,20 +1,29 @@
-"""Labelled examples out of files, every fault named with its file and line. No torch."""
+"""Labelled examples out of files: bad rows are counted, too many are refused. No torch.
+
+Every fault is named with its file and row. Public data sets have some rows that hold no example (a
+line that was cut, a label that nobody gave); one of them neither refuses a file nor replaces a
+split.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fedpipe.data.lines import json_rows, text_lines
+from fedpipe.data.lines import json_row, text_lines
 from fedpipe.data.tasks.files import TaskFiles, check_splits, split_of
 from fedpipe.data.tasks.registry import Task, tag_names
+from fedpipe.data.values import is_missing, name_of, text_of
 from fedpipe.errors import CorpusError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+MAX_BAD_SHARE = 0.05
+"""Of the rows of a split that may be left out; more is no accident, and the file is refused."""
 _KEY = "evaluation.data"
 _SHOWN = 60
 
@@ -27,63 +36,118 @@ class Example:
     """A NER task's words; else the text, and the second one of a pair."""
     label: tuple[int, ...] | int | float
     """A tag per word, a class or a number."""
+    where: str = field(default="", compare=False)
+    """File and row."""
 
 
 Splits = dict[str, list[Example]]
 """Examples of ``train``, of ``dev`` where there is one to choose the epoch on, and of ``test``."""
 
 
-class _Unlabelled(Exception):  # noqa: N818
-    """A row has no label: such splits are kept back by those who publish a task."""
+LeftOut = dict[str, str]
+"""By split with rows that cannot be used: how many, and what is wrong with the first one."""
+Row = tuple[str, Mapping[str, Any] | CorpusError]
+"""Where a row stands, and its columns or what is wrong with it."""
 
 
-def read_task(files: TaskFiles, *, typed: bool) -> tuple[Splits, str]:
-    """Read the examples of all splits.
+class _Unlabelled(CorpusError):
+    """A row has no label: such test splits are kept back by those who publish a task."""
 
-    Where no labelled test split is published (GLUE), the dev split becomes the test.
+
+def read_task(files: TaskFiles, *, typed: bool) -> tuple[Splits, str, LeftOut]:
+    """Read the examples of all splits, without the rows that cannot be used.
+
+    Where no labelled test split is published (GLUE: not one row of it has a label), the dev split
+    becomes the test.
 
     Args:
         files: From ``find_files``.
         typed: Keep several entity types apart.
 
     Returns:
-        The examples, and which split is the test: ``test`` or ``dev``.
+        The examples, which split is the test (``test`` or ``dev``), and what was left out.
 
     Raises:
-        CorpusError: A column is missing, a label unknown, a split empty or missing, or a sentence
-            has another number of tags than of words.
+        CorpusError: A split is empty or missing, or more than ``MAX_BAD_SHARE`` of its rows cannot
+            be used: a column is missing, a label unknown, a sentence has another number of tags
+            than of words.
     """
     task = files.task
     splits: Splits = {}
+    left_out: LeftOut = {}
+
+    def example(row: Mapping[str, Any], where: str) -> Example:
+        return _example(task, row, where, split, typed=typed)
+
     for split, rows in _rows(files):
-        try:
-            splits[split] = [_example(task, row, where, split, typed=typed) for where, row in rows]
-        except _Unlabelled as place:
-            if split == "train":
-                raise CorpusError(
-                    f"evaluation.data: expected a label in every row, got none in {place}. Use a "
-                    "file with labels."
-                ) from None
+        examples, faults, first = usable(rows, example)
+        if split == "test" and not examples and isinstance(first, _Unlabelled):
             continue
-        if not splits[split]:
+        if not examples and first is None:
             raise CorpusError(
                 f"evaluation.data: expected examples in the {split} split of {task.name}, got an "
                 f"empty file in {files.folder}. Fill it or remove it."
             )
+        splits[split] = examples
+        if first is not None:
+            left_out[split] = left_out_text(first, faults, len(examples), folder=files.folder)
     check_splits(task, splits, where=files.folder)
     if "test" in splits:
-        return splits, "test"
+        return splits, "test", left_out
     splits["test"] = splits.pop("dev")
-    return splits, "dev"
+    if "dev" in left_out:
+        left_out["test"] = left_out.pop("dev")
+    return splits, "dev", left_out
+
+
+def usable(
+    rows: Iterable[Row], read: Callable[[Mapping[str, Any], str], Example]
+) -> tuple[list[Example], int, CorpusError | None]:
+    """Read rows, and count those that cannot be read.
+
+    Args:
+        rows: Of a split.
+        read: Makes an example of a row and of where it stands, or raises ``CorpusError``.
+
+    Returns:
+        The examples, the number of rows without one, and what is wrong with the first of these.
+    """
+    examples: list[Example] = []
+    faults: list[CorpusError] = []
+    for where, row in rows:
+        try:
+            if isinstance(row, CorpusError):
+                raise row
+            examples.append(read(row, where))
+        except CorpusError as fault:
+            faults.append(fault)
+    return examples, len(faults), faults[0] if faults else None
+
+
+def left_out_text(first: CorpusError, faults: int, usable: int, *, folder: str) -> str:
+    """Say what is left out of a split.
+
+    Args:
+        first: What is wrong with the first row.
+        faults: Rows that cannot be used.
+        usable: Rows that can.
+        folder: Of the files, which the text does not repeat.
+
+    Raises:
+        CorpusError: It is more than ``MAX_BAD_SHARE``.
+    """
+    whole = faults + usable
+    if faults > MAX_BAD_SHARE * whole:
+        share = f"{100 * MAX_BAD_SHARE:g} %"
+        more = f" So it is with {faults:,} of {whole:,} rows; up to {share} are left out."
+        raise CorpusError(f"{first}{more if whole > 1 else ''}")
+    text = str(first).partition(": ")[2].replace(f"{folder}{os.sep}", "")
+    return f"{faults:,} of {whole:,} rows; first: {text}"
 
 
 def hub_fingerprint(files: TaskFiles) -> str:
     """Identify the content of a dataset of the hub."""
     return " ".join(f"{name}={data._fingerprint}" for name, data in _load_hub(files).items())
-
-
-Row = tuple[str, Mapping[str, Any]]
-"""Where a row stands, and its columns."""
 
 
 def _rows(files: TaskFiles) -> Iterator[tuple[str, Iterator[Row]]]:
@@ -96,7 +160,7 @@ def _rows(files: TaskFiles) -> Iterator[tuple[str, Iterator[Row]]]:
         if files.format == "saved":
             yield split, _dataset_rows(files.task, _load_saved(path), path)
         elif files.format == "jsonl":
-            yield split, ((where, row) for where, _, row in json_rows(path, key=_KEY))
+            yield split, json_lines(path, key=_KEY)
         elif files.format == "conll":
             yield split, _conll_rows(path)
         else:
@@ -108,17 +172,30 @@ def _lines(path: str) -> Iterator[tuple[str, str]]:
         yield f"{path}:{number}", line
 
 
+def json_lines(path: str, *, key: str) -> Iterator[Row]:
+    """Read the rows of a file of JSON lines; one that is none is a bad row."""
+    for number, line in text_lines(path, key=key):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            yield where, json_row(line, where, key=key)
+        except CorpusError as fault:
+            yield where, fault
+
+
 def _conll_rows(path: str) -> Iterator[Row]:
     words: list[str] = []
     tags: list[str] = []
     start = ""
+    fault: CorpusError | None = None
     for where, line in _lines(path):
         if line.startswith("-DOCSTART-"):
             continue
         if line.strip():
             cells = line.split("\t") if "\t" in line else line.split()
             if len(cells) < 2 or not cells[0] or not cells[-1]:
-                raise CorpusError(
+                fault = fault or CorpusError(
                     f"evaluation.data: expected a token, a tab and a tag, got {line[:_SHOWN]!r} in "
                     f"{where}. Correct the line; an empty one ends a sentence."
                 )
@@ -126,10 +203,10 @@ def _conll_rows(path: str) -> Iterator[Row]:
             words.append(cells[0])
             tags.append(cells[-1].strip())
         elif words:
-            yield start, {"tokens": words, "tags": tags}
-            words, tags, start = [], [], ""
+            yield start, fault or {"tokens": words, "tags": tags}
+            words, tags, start, fault = [], [], "", None
     if words:
-        yield start, {"tokens": words, "tags": tags}
+        yield start, fault or {"tokens": words, "tags": tags}
 
 
 def _tsv_rows(task: Task, path: str) -> Iterator[Row]:
@@ -144,11 +221,15 @@ def _tsv_rows(task: Task, path: str) -> Iterator[Row]:
         if not line.strip():
             continue
         if len(cells) < len(columns):
-            raise CorpusError(
-                f"evaluation.data: expected the {len(columns)} columns of the header, got "
-                f"{len(cells)} in {where}. Correct the line."
+            yield (
+                where,
+                CorpusError(
+                    f"evaluation.data: expected the {len(columns)} columns of the header, got "
+                    f"{len(cells)} in {where}. Correct the line."
+                ),
             )
-        yield where, dict(zip(columns, cells, strict=False))
+        else:
+            yield where, dict(zip(columns, cells, strict=False))
 
 
 def _dataset_rows(task: Task, dataset: Dataset, where: str) -> Iterator[Row]:
@@ -164,7 +245,7 @@ def _dataset_rows(task: Task, dataset: Dataset, where: str) -> Iterator[Row]:
 def _named(task: Task, value: Any, names: list[str]) -> Any:
     """Give a class its name, unless the task numbers its classes."""
     if isinstance(value, list):
-        return [names[number] for number in value]
+        return [names[n] if n is not None and n >= 0 else None for n in value]
     if value is None or value < 0:
         return None
     return names[value] if names[value] in task.labels else value
@@ -201,13 +282,13 @@ def _unreadable(what: str, error: Exception) -> CorpusError:
 
 def _example(task: Task, row: Mapping[str, Any], where: str, split: str, *, typed: bool) -> Example:
     if split == "test" and not set(task.label) & set(row):
-        raise _Unlabelled(where)  # as GLUE's test files are
+        raise _unlabelled(where)  # as GLUE's test files are
     label = _cell(task, row, task.label, "label", where)
     if task.kind != "ner":
         texts = [_text(task, row, task.text, where)]
         if task.pair:
             texts.append(_text(task, row, task.pair, where))
-        return Example(tuple(texts), _label(task, label, where))
+        return Example(tuple(texts), _label(task, label, where), where)
     words = _cell(task, row, task.text, "words", where)
     if not (isinstance(words, list) and isinstance(label, list) and words):
         raise CorpusError(
@@ -221,7 +302,19 @@ def _example(task: Task, row: Mapping[str, Any], where: str, split: str, *, type
         )
     tags = tag_names(task, typed=typed)
     numbers = tuple(_tag(task, tag, tags, where, typed=typed) for tag in label)
-    return Example(tuple(map(str, words)), numbers)
+    return Example(tuple(_word(word, where) for word in words), numbers, where)
+
+
+def _word(value: Any, where: str) -> str:
+    """Read a word; one that spells a missing value is a word as any other."""
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, int | float) and not is_missing(value):
+        return str(value)
+    raise CorpusError(
+        f"evaluation.data: expected words, got {str(value)[:_SHOWN]!r} among them in {where}. "
+        "Correct the row."
+    )
 
 
 def _cell(task: Task, row: Mapping[str, Any], names: tuple[str, ...], what: str, where: str) -> Any:
@@ -237,37 +330,49 @@ def _cell(task: Task, row: Mapping[str, Any], names: tuple[str, ...], what: str,
 
 def _text(task: Task, row: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
     value = _cell(task, row, names, "text", where)
-    if isinstance(value, dict) and isinstance(value.get("contexts"), list):
-        value = " ".join(value["contexts"])  # the hub's PubMedQA
-    if not isinstance(value, str):
+    found = None
+    try:
+        if isinstance(value, dict) and isinstance(value.get("contexts"), list):
+            parts = [text_of(part) for part in value["contexts"]]  # the hub's PubMedQA
+            found = text_of(" ".join(part for part in parts if part))
+        else:
+            found = text_of(value)
+    except TypeError:  # neither text nor missing
+        pass
+    if found is None:
         raise CorpusError(
             f"evaluation.data: expected text in column {names[0]!r}, got {str(value)[:_SHOWN]} in "
             f"{where}. Correct the row."
         )
-    return value
+    return found
 
 
 def _label(task: Task, value: Any, where: str) -> int | float:
-    if value is None or value == -1 or value == "-1":
-        raise _Unlabelled(where)
+    if isinstance(value, str) and value in task.labels:
+        return task.labels.index(value)
+    try:
+        text = name_of(value)
+    except TypeError:  # a list, an object, an infinite number
+        text = str(value)
+    if text is None or text == "-1":
+        raise _unlabelled(where)
     if task.kind == "regression":
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            number = math.nan if isinstance(value, bool) else float(text)
+        except ValueError:
             number = math.nan
         if math.isfinite(number):
             return number
         raise _unknown(task, value, "a number", where)
-    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     if text in task.labels:
         return task.labels.index(text)
-    if text.isdigit() and int(text) < len(task.labels):
+    if text.isdecimal() and int(text) < len(task.labels):
         return int(text)
     raise _unknown(task, value, f"one of {', '.join(task.labels)}", where)
 
 
 def _tag(task: Task, tag: Any, tags: tuple[str, ...], where: str, *, typed: bool) -> int:
-    if isinstance(tag, int) and len(task.labels) == 1 and 0 <= tag < len(tags):
+    if type(tag) is int and len(task.labels) == 1 and 0 <= tag < len(tags):
         return tag
     text = str(tag)
     if text == "O":
@@ -283,6 +388,13 @@ def _tag(task: Task, tag: Any, tags: tuple[str, ...], where: str, *, typed: bool
         elif text in tags:
             return tags.index(text)
     raise _unknown(task, tag, f"one of O, {_bio(task)}", where)
+
+
+def _unlabelled(where: str) -> CorpusError:
+    return _Unlabelled(
+        f"evaluation.data: expected a label in every row, got none in {where}. Use a file with "
+        "labels."
+    )
 
 
 def _bio(task: Task) -> str:

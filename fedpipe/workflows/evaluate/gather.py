@@ -186,6 +186,7 @@ def _task(format_name: str, folder: str, cells: Sequence[Cell], results: dict[st
         "examples": first.prepared.examples,
         "truncated": {c.model.name: c.prepared.truncated for c in cells},
         "test_split": first.prepared.test_split,
+        "left_out": first.prepared.left_out,
         "best_epoch_by": "dev" if "dev" in first.prepared.examples else "last",
         "num_train": done[0]["num_train"] if done else None,
         "num_test": done[0]["num_test"] if done else None,

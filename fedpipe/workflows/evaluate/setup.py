@@ -26,6 +26,7 @@ from fedpipe.data.vocabulary import check_tokenizer
 from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.files import write_text
 from fedpipe.metrics.format import count
+from fedpipe.printable import printable
 from fedpipe.workflows.evaluate.model_folder import (
     ModelFolder,
     check_models,
@@ -232,6 +233,8 @@ def _found(place: TaskFiles, prepared: PreparedTask) -> str:
     text = f"task    {place.task.name}: {place.format_name}, {', '.join(sizes)} ({place.folder})"
     if prepared.test_split == "dev":
         text += "; no labelled test split: the dev split is the test, after the last epoch"
+    for split, rows in prepared.left_out.items():
+        text += f"; left out of {split}: {printable(rows)}"
     lost = prepared.truncated["test"]
     return text + (f"; {count(lost, 'test example')} cut" if lost else "")
 

@@ -26,13 +26,15 @@ from fedpipe.data.clients import (
 from fedpipe.data.identity import FileDigests, file_digests
 from fedpipe.data.tasks.encoding import Encoded, encode
 from fedpipe.data.tasks.files import find_files
-from fedpipe.data.tasks.reading import Example, hub_fingerprint, read_task
+from fedpipe.data.tasks.reading import Example, LeftOut, hub_fingerprint, read_task
 from fedpipe.data.tasks.registry import Task, find_task, tag_names
 from fedpipe.errors import ConfigError, CorpusError
 from fedpipe.files import replace_folder
 from fedpipe.models.tuned import Kind
 from fedpipe.workflows.finetune.texts import SENTIMENT_TASKS, column_values, read_texts, text_files
 
+_USED = ("train", "test")
+"""Splits."""
 DATA = "data"
 """Folder of a run with its tokenised examples."""
 
@@ -71,6 +73,8 @@ class TuningData:
     """By client."""
     facts: tuple[ClientFacts, ...]
     """By client."""
+    left_out: tuple[str, ...] = ()
+    """Splits with rows that cannot be used, and how many."""
 
     @property
     def longest(self) -> int:
@@ -96,6 +100,7 @@ class TuningData:
             owners[f"{name}_sizes"] = np.array([len(mine) for mine in owned])
         np.savez(folder / "clients.npz", allow_pickle=False, **owners)
         text = {"meaning": asdict(self.meaning), "facts": [asdict(fact) for fact in self.facts]}
+        text["left_out"] = list(self.left_out)
         (folder / "data.json").write_text(json.dumps(text), encoding="utf-8")
 
     @classmethod
@@ -119,6 +124,7 @@ class TuningData:
             facts=tuple(
                 ClientFacts(**fact | {"missing": tuple(fact["missing"])}) for fact in text["facts"]
             ),
+            left_out=tuple(text.get("left_out", ())),
         )
 
 
@@ -162,7 +168,7 @@ def prepare_examples(config: FinetuneConfig, tokenizer: Any) -> TuningData:
     """
     task = tuning_task(config)
     with _named_as_task():
-        splits, columns = _read(config, task)
+        splits, columns, left_out = _read(config, task)
     limits = (config.task.max_train_examples, config.task.max_test_examples)
     chosen = [
         _drawn(len(examples), limit, seed=config.seed)
@@ -195,6 +201,7 @@ def prepare_examples(config: FinetuneConfig, tokenizer: Any) -> TuningData:
         train_sequences=[_sequences(train, mine) for mine in owned_train],
         test_sequences=[_sequences(test, mine) for mine in owned_test],
         facts=tuple(facts),
+        left_out=tuple(f"{split}: {rows}" for split, rows in left_out.items()),
     )
 
 
@@ -228,16 +235,20 @@ def _named_as_task() -> Iterator[None]:
 
 def _read(
     config: FinetuneConfig, task: Task | None
-) -> tuple[list[list[Example]], tuple[Sequence[str], Sequence[str]] | None]:
+) -> tuple[list[list[Example]], tuple[Sequence[str], Sequence[str]] | None, LeftOut]:
     if task is None:
         return read_texts(config.task)
     files = find_files(task, config.task.data, alone=True)
-    splits, test = read_task(files, typed=False)
+    splits, test, left_out = read_task(files, typed=False)
+    chosen = [splits["train"], splits["test"]]
     columns = None
     if config.task.column:
-        values = [column_values(files, split, config.task.column) for split in ("train", test)]
-        columns = (values[0], values[1])
-    return [splits["train"], splits["test"]], columns
+        first, second = (
+            column_values(files, split, config.task.column, examples)
+            for split, examples in zip(("train", test), chosen, strict=True)
+        )
+        columns = (first, second)
+    return chosen, columns, {name: rows for name, rows in left_out.items() if name in _USED}
 
 
 def _drawn(size: int, limit: int, *, seed: int) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ from fedpipe.metrics.format import bytes_text, count
 from fedpipe.models.peft import Counts
 from fedpipe.models.split import StageRole, StageSpec, owner, part_of, stage_specs
 from fedpipe.models.tuned_stage import local_head_numel
+from fedpipe.printable import printable
 from fedpipe.workflows.finetune.examples import TuningData
 from fedpipe.workflows.finetune.micro_batches import task_messages
 
@@ -56,6 +57,7 @@ def render_plan(
         f"  task     {config.task.name}: {meaning.kind}, "
         + (f"{len(meaning.labels)} labels, " if meaning.labels else "")
         + f"{data.train.num_examples:,} training and {data.test.num_examples:,} held-out examples",
+        *(f"           left out of {printable(rows)}" for rows in data.left_out),
         *_client_lines(config, data.facts),
         f"  round    {federation.clients_per_round} of {federation.num_clients} clients, "
         + _local_work(config)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedpipe.config.finetune import CAUSAL_LM, TaskConfig
-from fedpipe.data.lines import json_rows, shown
+from fedpipe.data.lines import shown
 from fedpipe.data.reading import NO_VALUE
 from fedpipe.data.tasks.files import TaskFiles
-from fedpipe.data.tasks.reading import Example
+from fedpipe.data.tasks.reading import Example, LeftOut, json_lines, left_out_text, usable
 from fedpipe.data.tasks.registry import Defaults, Task
 from fedpipe.data.values import name_of, text_of
 from fedpipe.errors import CorpusError
@@ -45,7 +45,7 @@ _TRAIN, _TEST = ("train",), ("test", "valid", "dev")
 
 def read_texts(
     task: TaskConfig,
-) -> tuple[list[list[Example]], tuple[Sequence[str], Sequence[str]] | None]:
+) -> tuple[list[list[Example]], tuple[Sequence[str], Sequence[str]] | None, LeftOut]:
     """Read the texts of a language-model task.
 
     Args:
@@ -53,18 +53,22 @@ def read_texts(
             the like, gzipped or not, with a column ``text``.
 
     Returns:
-        Examples of the training and of the held-out texts; with ``column`` its values.
+        Examples of the training and of the held-out texts; with ``column`` its values; what was
+        left out.
 
     Raises:
-        CorpusError: A file is missing or cannot be read.
+        CorpusError: A file is missing, cannot be read, or has too many rows without text.
     """
     splits, columns = [], []
-    for path in text_files(task):
-        rows = _rows(path)
-        splits.append([Example((_text(row, where),), 0) for where, row in rows])
+    left_out: LeftOut = {}
+    for name, path in zip(("train", "test"), text_files(task), strict=True):
+        examples, faults, first = usable(json_lines(str(path), key="task.data"), _text)
+        splits.append(examples)
+        if first is not None:
+            left_out[name] = left_out_text(first, faults, len(examples), folder=task.data)
         if task.column:
-            columns.append([_owner(row, task.column, where) for where, row in rows])
-    return splits, (columns[0], columns[1]) if columns else None
+            columns.append(_owners(path, task.column, examples))
+    return splits, (columns[0], columns[1]) if columns else None, left_out
 
 
 def text_files(task: TaskConfig) -> tuple[Path, Path]:
@@ -88,11 +92,14 @@ def _find(folder: Path, names: Sequence[str]) -> Path:
     )
 
 
-def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    return [(where, row) for where, _, row in json_rows(str(path), key="task.data")]
+def _owners(path: Path, column: str, examples: Sequence[Example]) -> list[str]:
+    """Read a column of the rows that the examples are of."""
+    rows = dict(json_lines(str(path), key="task.data"))
+    chosen = ((rows[example.where], example.where) for example in examples)
+    return [_owner(row, column, where) for row, where in chosen if isinstance(row, Mapping)]
 
 
-def _text(row: dict[str, Any], where: str) -> str:
+def _text(row: Mapping[str, Any], where: str) -> Example:
     value = _cell(row, "text", where)
     try:
         text = text_of(value)
@@ -103,10 +110,10 @@ def _text(row: dict[str, Any], where: str) -> str:
             f"task.data: expected text in column 'text' of {where}, got {shown(repr(value))}."
             " Correct the row."
         )
-    return text
+    return Example((text,), 0, where)
 
 
-def _owner(row: dict[str, Any], column: str, where: str) -> str:
+def _owner(row: Mapping[str, Any], column: str, where: str) -> str:
     value = _cell(row, column, where)
     try:
         return name_of(value) or NO_VALUE
@@ -117,7 +124,7 @@ def _owner(row: dict[str, Any], column: str, where: str) -> str:
         ) from error
 
 
-def _cell(row: dict[str, Any], column: str, where: str) -> Any:
+def _cell(row: Mapping[str, Any], column: str, where: str) -> Any:
     if column not in row:
         raise CorpusError(
             f"task.data: expected a column {column!r} in {where}, got {', '.join(row) or 'none'}."
@@ -126,13 +133,16 @@ def _cell(row: dict[str, Any], column: str, where: str) -> Any:
     return row[column]
 
 
-def column_values(files: TaskFiles, split: str, column: str) -> list[str]:
+def column_values(
+    files: TaskFiles, split: str, column: str, examples: Sequence[Example]
+) -> list[str]:
     """Read a column of a split beside the task's own.
 
     Args:
         files: Of the task.
         split: Name of the split.
         column: Of its rows.
+        examples: Of the split; rows without one are left out.
 
     Raises:
         CorpusError: The files are no JSON lines, or a row does not have the column.
@@ -142,4 +152,4 @@ def column_values(files: TaskFiles, split: str, column: str) -> list[str]:
             f"task.column: expected JSON lines, got {files.format_name} in {files.folder}. Use"
             " another task.split."
         )
-    return [_owner(row, column, where) for where, row in _rows(Path(files.splits[split]))]
+    return _owners(Path(files.splits[split]), column, examples)
