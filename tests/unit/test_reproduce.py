@@ -10,6 +10,9 @@ import pytest
 from fedpipe.cli import main
 from fedpipe.config.load import diff
 from fedpipe.config.reproduce import SCALES, load_reproduction
+from fedpipe.metrics.document import Strong
+from fedpipe.metrics.intervals import METHOD
+from fedpipe.metrics.reproduce_report import below, differences_table
 from fedpipe.metrics.time_to_score import best, race, speed_up, time_to
 from fedpipe.workflows.reproduce.variants import make_variants
 
@@ -133,3 +136,33 @@ def test_another_experiment_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_seed_changes_the_seed_alone() -> None:
     system = make_variants(load_reproduction(None, []))[0]
     assert system.with_seed(3) == replace(system.config, seed=3)
+
+
+def test_the_page_names_what_holms_correction_leaves_and_says_where_seeds_are_too_few() -> None:
+    def difference(task: str, low: float, high: float, p: float | None, *, strong: bool) -> dict:
+        found = {
+            "value": (low + high) / 2, "interval": [low, high], "over": "", "n": [3],
+            "p_value": p, "stands_out": strong,
+        }  # fmt: skip
+        return {"variant": "own", "task": task, "last": found, "all": found}
+
+    content = {
+        "variants": [{"name": "own", "title": "fedpipe 2-2"}], "seeds": [0, 1, 2],
+        "intervals": METHOD, "tasks": [{"name": "a"}, {"name": "b"}],
+        "differences": [
+            difference("a", 0.01, 0.02, 0.001, strong=True),
+            difference("b", -0.05, -0.01, 0.03, strong=False),
+        ],
+    }  # fmt: skip
+    text = below(content)
+    assert "Holm's correction over the 4 differences" in text
+    assert (
+        "After the last round: above after correction: fedpipe 2-2 on a; 1 of 2 whole intervals "
+        "above 0; below after correction: none; 1 of 2 whole intervals below 0."
+    ) in text
+    cells = [row[2] for row in differences_table(content).rows]
+    assert [type(cell) is Strong for cell in cells] == [True, True, False, False]
+    for each in content["differences"]:
+        each["last"] |= {"p_value": None, "stands_out": False}
+    text = below(content | {"seeds": [0]})
+    assert "too few to test anything" in text and "after correction" not in text
