@@ -122,11 +122,11 @@ def test_a_node_that_does_not_answer_is_named_and_sigterm_ends_the_others(
 ) -> None:
     (nodes.folder / "absent").write_text("node1 slots=1\nnode9 slots=1\n")
     launcher = _deepspeed(nodes, folder / "absent", hosts="absent")
+    said = ("node9: ssh exited with exit code 255", "waiting for rank 1,")
     wait_until(
-        lambda: "node9: ssh exited with exit code 255" in launcher.output(), what=launcher.output
-    )
-    # The others wait for it, and say so.
-    wait_until(lambda: "waiting for rank 1," in launcher.output(), what=launcher.output)
+        lambda: all(text in launcher.output() for text in said),
+        what=launcher.output, timeout_s=240,
+    )  # fmt: skip
     launcher.send(signal.SIGTERM, "deepspeed")
     assert launcher.wait() == 1, launcher.output()
     _wait_until_nothing_is_left(nodes, launcher)
