@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedpipe.config.schema import PipelineConfig
 from fedpipe.distributed.device import Draws, OwnStream
@@ -36,7 +36,9 @@ class SplitPipelineEngine:
         held = placement([stage.spec for stage in stages])
         self._threads = [[by_id[spec.stage_id] for spec in specs] for specs in held]
         self._streams = [OwnStream(threads[0].device) for threads in self._threads]
-        for together in self._threads if len(self._threads) > 1 else ():
+        # Threads that draw take turns in their forward passes; without dropout nobody draws.
+        several = len(self._threads) > 1 and any(map(_drops_out, stages))
+        for together in self._threads if several else ():
             draws = Draws(together[0].device, shared=True)
             for stage in together:
                 stage.draws = draws
@@ -193,3 +195,8 @@ class SplitPipelineEngine:
             thread.join()
         if failures:
             raise failures[0]
+
+
+def _drops_out(stage: StageEngine) -> bool:
+    """Whether a stage's forward pass draws from torch's generator."""
+    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in stage.stage.modules())
