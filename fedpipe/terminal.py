@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import select
 import sys
 from typing import Any
 
+_STANDARD = {"stdin": 0, "stdout": 1, "stderr": 2}
 OUTPUT = (1, 2)
 """Descriptors of the standard output and error."""
 _NOBODY = (errno.EPIPE, errno.EIO)
@@ -17,15 +19,32 @@ _NOBODY = (errno.EPIPE, errno.EIO)
 def prepare_output() -> None:
     r"""Make writing to the process' standard output and error safe from now on.
 
-    What a terminal cannot show is written as its escape (``\xe9``). What nobody reads any more, as
-    after ``| head``, is dropped. Called once where a process starts; streams that are not the
-    process' own, such as those of a test that captures them, are left alone.
+    What a terminal cannot show is written as its escape (``\xe9``). What nobody reads, as after
+    ``| head`` or with ``>&-``, is dropped. Called once where a process starts; streams that are not
+    the process' own, such as those of a test that captures them, are left alone.
     """
+    _open_closed()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
             stream.flush()
             setattr(sys, name, _safe(stream))
+
+
+def _open_closed() -> None:
+    """Open the standard descriptors that the process was started without.
+
+    The next file or pipe would take the number, and what is meant for people would go there.
+    """
+    for name, number in _STANDARD.items():
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number
+        if getattr(sys, name) is None:
+            stream = open(number, "w" if number in OUTPUT else "r", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
 
 
 def _safe(stream: io.TextIOWrapper) -> io.TextIOWrapper:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from fedpipe.distributed.activity import Roll
 from fedpipe.distributed.topology import Grid
-from fedpipe.errors import FedPipeError, LaunchError, error_in, is_users
+from fedpipe.errors import FedPipeError, LaunchError, TrainingError, error_in, is_users
 
 LOST_PEER = re.compile(r"Connection (closed|reset)|BrokenPipe|Broken pipe|peer")
 """What a rank says whose neighbour has gone: it is not to blame."""
@@ -86,14 +86,15 @@ class Ranks:
     def failure(self) -> FedPipeError:
         """Name the rank that failed first by cause: its neighbours only lost their connection.
 
-        What the user can mend is said as it is: it is no rank's.
+        What the user can mend is said as it is, and so is a training that diverges: it is no
+        rank's, and the same command would find the same.
         """
         failed = [r for r, p in enumerate(self.processes) if p.exitcode not in (None, 0)]
         killed = [r for r in failed if r not in self._errors]
         original = [r for r in failed if not LOST_PEER.search(self._errors.get(r, ""))]
         rank = next(iter(killed or original or failed))
         known = error_in(self._errors.get(rank, ""))
-        if known is not None and is_users(known):
+        if known is not None and (is_users(known) or isinstance(known, TrainingError)):
             return known
         code = self.processes[rank].exitcode or 0
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -13,7 +13,15 @@ import pytest
 
 from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.topology import Grid
-from fedpipe.errors import CorpusError, LaunchError, OutputError, error_in, error_named, is_users
+from fedpipe.errors import (
+    CorpusError,
+    LaunchError,
+    OutputError,
+    TrainingError,
+    error_in,
+    error_named,
+    is_users,
+)
 from fedpipe.launcher.cells import CellRunner, Slot, check_all_done, saying_to
 from fedpipe.launcher.ranks import Ranks
 from fedpipe.launcher.supervisor import Signals
@@ -32,12 +40,14 @@ def _ranks(tmp_path: Path, error: str) -> Ranks:
     return ranks
 
 
-def test_what_a_rank_finds_that_the_user_can_mend_is_said_as_it_is(tmp_path: Path) -> None:
-    found = _ranks(
-        tmp_path, "CorpusError: data.train: expected text, got none. Name one."
-    ).failure()
-    assert type(found) is CorpusError
-    assert str(found) == "data.train: expected text, got none. Name one."
+@pytest.mark.parametrize("kind", [CorpusError, TrainingError])
+def test_what_the_same_command_would_find_again_is_said_as_it_is(
+    kind: type[Exception], tmp_path: Path
+) -> None:
+    text = "data.train: expected text, got none. Name one."
+    found = _ranks(tmp_path, f"{kind.__name__}: {text}").failure()
+    assert type(found) is kind
+    assert str(found) == text
 
 
 @pytest.mark.parametrize("error", ["ValueError: 3", "OutputError: disk: expected room, got none"])

@@ -44,3 +44,15 @@ def test_what_nobody_reads_is_dropped_and_noticed(closed: str) -> None:
     getattr(process, closed).close()
     process.communicate(b"\n", timeout=60)
     assert process.returncode == 4
+
+
+@pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
+def test_a_process_that_is_started_without_output_drops_it(closed: tuple[int, ...]) -> None:
+    # and the files that it opens do not take the place of its output
+    program = PROGRAM.replace("sys.exit(", "assert open('/dev/null').fileno() > 2; sys.exit(")
+    redirected = " ".join(f"{number}>&-" for number in closed)
+    shell = f'exec "$0" -c "$1" {redirected}'
+    done = subprocess.run(
+        ["sh", "-c", shell, sys.executable, program], cwd=REPOSITORY, input=b"\n", timeout=60
+    )
+    assert done.returncode == 3
