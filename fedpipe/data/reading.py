@@ -110,6 +110,9 @@ def _read_rows(source: Source, columns: Columns) -> Iterator[Document]:
     if dataset.column_names is not None:
         columns.require(dataset.column_names, where=source.path)
     wanted = [name for name in dict.fromkeys((columns.text, columns.partition)) if name]
+    # Parquet and Arrow keep the number of a class, and its name beside it.
+    owners = (dataset.features or {}).get(columns.partition)
+    names = getattr(owners, "names", None)
     first_row = 1
     batches = iter(dataset.select_columns(wanted).iter(batch_size=_ROWS))
     while True:
@@ -125,6 +128,8 @@ def _read_rows(source: Source, columns: Columns) -> Iterator[Document]:
         texts = batch[columns.text]
         for index, text in enumerate(texts):
             value = batch[columns.partition][index] if columns.partition else ""
+            if names and isinstance(value, int):
+                value = names[value] if 0 <= value < len(names) else None
             where = f"row {first_row + index} of {source.path}"
             if document := _document(columns, text, value, where):
                 yield document
@@ -167,12 +172,18 @@ def _parquet_columns(source: Source) -> list[str]:
     import pyarrow.parquet
 
     try:
-        return list(pyarrow.parquet.read_schema(source.path).names)
+        found = pyarrow.parquet.read_metadata(source.path)
     except (OSError, ValueError) as error:
         raise CorpusError(
             f"{source.key}: expected a Parquet file, got {source.path!r}: {one_line(error)}. "
             "Write the file again."
         ) from error
+    if found.num_rows == 0:
+        raise CorpusError(
+            f"{source.key}: expected at least one document, got the Parquet file {source.path!r} "
+            "without rows. Remove it from the list or fill it."
+        )
+    return list(found.schema.to_arrow_schema().names)
 
 
 def _folder_columns(source: Source) -> list[str]:

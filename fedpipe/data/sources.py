@@ -136,6 +136,7 @@ def folder_files(source: Source) -> tuple[str, ...]:
         CorpusError: The folder's state.json cannot be read or names missing files.
     """
     folder = Path(source.path)
+    check_fetched(folder / "state.json", key=source.key, error=CorpusError)
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         files = [folder / entry["filename"] for entry in state["_data_files"]]

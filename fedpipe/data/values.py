@@ -83,4 +83,6 @@ def name_of(value: object) -> str | None:
     text = str(value).encode("utf-8", "replace").decode()
     text = unicodedata.normalize("NFC", " ".join(text.split()))
     whole = _WHOLE.fullmatch(text)
-    return str(int(whole[1])) if whole else text
+    if not whole:
+        return text
+    return "0" if whole[1] == "-0" else whole[1]

@@ -234,6 +234,15 @@ def test_damaged_archives_and_parquet_files_are_refused(tmp_path):
         texts(str(path))
 
 
+def test_a_parquet_file_without_rows_is_refused_as_any_empty_file(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = str(tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
+    with pytest.raises(CorpusError, match=r"one document, got the Parquet file .* without"):
+        check_sources(config(tmp_path, train=[path], valid=[], partition="iid"))
+
+
 def test_a_folder_that_datasets_did_not_save_is_refused(tmp_path):
     with pytest.raises(CorpusError, match=r"expected a folder written by save_to_disk, .* with"):
         resolve("data.train", (str(tmp_path),))

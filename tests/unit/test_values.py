@@ -30,6 +30,7 @@ NAMES = {
     "1.5": (1.5, "1.5", Decimal("1.50")),
     "caf\u00e9 bar": ("caf\u00e9 bar", "cafe\u0301  bar\n"),
     "01": ("01",),
+    "1" * 5000: ("1" * 5000, "1" * 5000 + ".0"),  # more digits than Python reads as a number
     "250.10": ("250.10",),
     "True": (True, "True"),
     "a?": ("a\ud800",),
@@ -43,7 +44,7 @@ def test_nothing_has_many_spellings(value):
     assert name_of(value) is None
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES, ids=[name[:9] for name in NAMES])
 def test_owners_are_compared_by_value(name):
     assert {name_of(value) for value in NAMES[name]} == {name}
 
@@ -85,6 +86,20 @@ def test_every_kind_of_file_reads_texts_and_owners_alike(tmp_path, kind):
         assert found == ["1", NO_VALUE, "2", NO_VALUE]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_an_owner_that_is_a_class_has_the_name_that_json_lines_give_it(tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    own = datasets.ClassLabel(names=["north", "south"])
+    features = datasets.Features(text=datasets.Value("string"), ward=own)
+    rows = {"text": ["a", "b", "c"], "ward": [1, 0, None]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    path = str(tmp_path / ("a.parquet" if kind == "parquet" else "saved"))
+    data.to_parquet(path) if kind == "parquet" else data.save_to_disk(path)
+    (source,) = resolve("data.train", (path,))
+    found = [owner for _, owner in read(source, columns=Columns(text="text", partition="ward"))]
+    assert found == ["south", "north", NO_VALUE]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_an_owner_that_is_a_list_is_refused_with_its_row(tmp_path, kind):
     rows = [{"text": "word", "ward": ["a"]}]
@@ -107,7 +122,7 @@ def test_texts_to_fine_tune_on_are_read_by_the_same_rules(tmp_path, row, message
     task = TaskConfig(name=CAUSAL_LM, data=str(tmp_path), split="column", column="ward")
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good))
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good))
-    _, columns = read_texts(task)
+    _, columns, _ = read_texts(task)
     assert columns[0] == ["1", "1", "1", NO_VALUE, NO_VALUE]
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
     with pytest.raises(CorpusError, match=message):
