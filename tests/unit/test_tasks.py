@@ -151,6 +151,17 @@ def test_glues_own_tables_are_read_and_its_test_files_have_no_labels(
     assert (splits, test) == ({"train": [example], "test": [example]}, "dev")
 
 
+def test_a_link_to_the_folder_of_a_task_is_followed_and_loops_end(tmp_path: Path) -> None:
+    pairs({"text": "a", "text_pair": "b", "label": 0})(tmp_path / "elsewhere")
+    for file in (tmp_path / "elsewhere").iterdir():
+        file.rename(file.with_name(file.name.removeprefix("rte.")))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/rte").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/again").symlink_to(tmp_path / "data")
+    found = find_files(find_task("rte"), str(tmp_path / "data"), alone=False)
+    assert sorted(found.splits) == ["dev", "train"]
+
+
 def test_mnli_has_a_second_dev_set(tmp_path: Path) -> None:
     text = "index\tsentence1\tsentence2\tlabel1\tgold_label\n0\ta\tb\tneutral\tcontradiction\n"
     write(tmp_path / "MNLI", train__tsv=text, dev_matched__tsv=text, dev_mismatched__tsv=text)
@@ -256,6 +267,10 @@ def broken_save(folder: Path) -> None:
         write(folder / "rte" / split, state__json="{}")
 
 
+def listing(text: str) -> Callable[[Path], None]:
+    return lambda folder: write(folder / "rte", dataset_dict__json=text) and None  # type: ignore[func-returns-value]
+
+
 def twice(folder: Path) -> None:
     for place in ("a", "b"):
         pairs({"text": "a", "text_pair": "b", "label": 0})(folder / place)
@@ -327,6 +342,18 @@ ERRORS: list[tuple[str, Callable[[Path], None], str]] = [
         "expected a readable file, got '.*rte.dev.jsonl.gz': ",
     ),
     ("rte", broken_save, "expected a readable dataset, got '.*rte/train': "),
+    ("rte", listing("{oops"), "expected JSON in .*/rte/dataset_dict.json, got "),
+    ("rte", listing("{}"), "expected a list of splits in .*/rte/dataset_dict.json, got none"),
+    (
+        "rte",
+        listing('{"splits": ["train", "test"]}'),
+        r"expected the split 'train' \(see dataset_dict.json\) in '.*/rte', got none. Save",
+    ),
+    (
+        "rte",
+        pairs(PAIR | {"label": "9" * 5000}),
+        r"expected one of entailment, not_entailment as label of rte, got '9{59}\.\.\. in",
+    ),
     (
         "ncbi-disease",
         ner([{"tokens": ["a", "b"], "tags": ["O"]}]),

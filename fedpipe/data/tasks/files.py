@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedpipe.config.evaluation import PACKAGED_TASKS
-from fedpipe.config.half_files import check_fetched
+from fedpipe.config.half_files import check_fetched, read_json_object
 from fedpipe.data.tasks.registry import Task, spelling
 from fedpipe.data.tokenizer import SAMPLES
 from fedpipe.errors import CorpusError
@@ -149,7 +148,7 @@ def _on_the_hub(task: Task, data: str) -> TaskFiles:
 def _places(task: Task, root: Path) -> list[TaskFiles]:
     """Search a folder and those below it, the nearest first."""
     found: list[TaskFiles] = []
-    for folder, names, files in os.walk(root):
+    for folder, names, files in os.walk(root, followlinks=True):
         depth = len(Path(folder).relative_to(root).parts)
         names[:] = sorted(name for name in names if not name.startswith(".")) * (depth < _DEPTH)
         # NAME.SPLIT.jsonl.gz may lie anywhere; other forms name the task by their folder.
@@ -158,11 +157,13 @@ def _places(task: Task, root: Path) -> list[TaskFiles]:
         found += [place for place in (here or prefixed,) if place]
         if here is not None:
             names.clear()
-    return found
+    # Links lead to one place by several paths; depth ends their loops.
+    return list({os.path.realpath(place.folder): place for place in reversed(found)}.values())[::-1]
 
 
 def _is_named(task: Task, folder: Path) -> bool:
-    return spelling(folder.resolve().name) in task.names
+    names = (Path(os.path.abspath(folder)).name, folder.resolve().name)  # of a link and its end
+    return any(spelling(name) in task.names for name in names)
 
 
 def _named_jsonl(task: Task, folder: Path, files: Iterable[str]) -> TaskFiles | None:
@@ -203,7 +204,20 @@ def _saved_splits(folder: Path) -> dict[str, str]:
     names = [path.parent.name for path in sorted(folder.glob("*/state.json"))]
     listing = folder / "dataset_dict.json"
     if listing.is_file():
-        names = [str(name) for name in json.loads(listing.read_text("utf-8"))["splits"]]
+        found = read_json_object(listing, key="evaluation.data", error=CorpusError)
+        listed = found.get("splits")
+        if not isinstance(listed, list):
+            raise CorpusError(
+                f"evaluation.data: expected a list of splits in {listing}, got none. Save the"
+                " dataset again with save_to_disk."
+            )
+        names = [str(name) for name in listed]
+        for name in names:
+            if not (folder / name / "state.json").is_file():
+                raise CorpusError(
+                    f"evaluation.data: expected the split {name!r} (see dataset_dict.json) in"
+                    f" {str(folder)!r}, got none. Save the dataset again with save_to_disk."
+                )
     return _ordered({split: str(folder / n) for n in names if (split := split_of(n))})
 
 

@@ -366,8 +366,9 @@ def _label(task: Task, value: Any, where: str) -> int | float:
         raise _unknown(task, value, "a number", where)
     if text in task.labels:
         return task.labels.index(text)
-    if text.isdecimal() and int(text) < len(task.labels):
-        return int(text)
+    numbers = [str(number) for number in range(len(task.labels))]
+    if text in numbers:
+        return numbers.index(text)
     raise _unknown(task, value, f"one of {', '.join(task.labels)}", where)
 
 
@@ -397,12 +398,17 @@ def _unlabelled(where: str) -> CorpusError:
     )
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 def _bio(task: Task) -> str:
     return ", ".join(f"B-{name}, I-{name}" for name in task.labels)
 
 
 def _unknown(task: Task, value: Any, expectation: str, where: str) -> CorpusError:
     return CorpusError(
-        f"evaluation.data: expected {expectation} as label of {task.name}, got {value!r} in "
+        f"evaluation.data: expected {expectation} as label of {task.name}, got {_short(value)} in "
         f"{where}. Correct the row."
     )
