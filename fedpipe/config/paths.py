@@ -8,6 +8,8 @@ from typing import Annotated
 from fedpipe.errors import ConfigError
 
 _MARK = "path"
+_LONGEST_NAME = 255
+"""Bytes, of every file system in use on Linux."""
 UserPath = Annotated[str, _MARK]
 """Type of a field that holds a path, or a name that is none, such as ``packaged``."""
 
@@ -38,6 +40,11 @@ def expanded(path: str, *, key: str) -> str:
             "where it is."
         ) from None
     found = os.path.expanduser(path)
+    if any(len(part) > _LONGEST_NAME for part in os.fsencode(found).split(b"/")):
+        raise ConfigError(
+            f"{key}: expected names of up to {_LONGEST_NAME} bytes in a path, got {path[:60]!r}..."
+            " with a longer one. Shorten it."
+        )
     if found.startswith("~"):
         raise ConfigError(
             f"{key}: expected the home directory of a known user, got {path!r}. Write the path out,"

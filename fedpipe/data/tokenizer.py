@@ -122,8 +122,15 @@ def _special_names(folder: Path) -> dict[str, str]:
         if not (folder / file).is_file():
             continue
         for part, value in _read_json(folder / file).items():
-            if part in _USUAL_NAMES and value:
-                names[part] = value["content"] if isinstance(value, dict) else value
+            if part not in _USUAL_NAMES or not value:
+                continue
+            name = value.get("content") if isinstance(value, dict) else value
+            if not isinstance(name, str):
+                raise CorpusError(
+                    f"data.tokenizer: expected the text of the {part} in {folder / file}, got"
+                    f" {value!r}. Save the tokenizer again."
+                )
+            names[part] = name
     return names
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedpipe.config.half_files import read_json_object
+from fedpipe.config.half_files import check_fetched, read_json_object
 from fedpipe.errors import CorpusError
 
 _TOO_MANY = 0.1
@@ -55,11 +55,19 @@ def read_entries(content: Mapping[str, Any], *, file: Path, key: str) -> dict[st
         CorpusError: There are no entries, or their ids are no ids.
     """
     model, added = content.get("model") or {}, content.get("added_tokens") or []
-    vocab = model.get("vocab") or {}
-    if not isinstance(vocab, dict):  # Unigram keeps a list, all others a map
-        vocab = {entry[0]: index for index, entry in enumerate(vocab)}
-    ids = {**vocab, **{token["content"]: token["id"] for token in added}}
     again = "Save the tokenizer again with transformers or tokenizers."
+    try:
+        vocab = model.get("vocab") or {}
+        if not isinstance(vocab, dict):  # Unigram keeps a list, all others a map
+            vocab = {entry[0]: index for index, entry in enumerate(vocab)}
+        ids = {**vocab, **{token["content"]: token["id"] for token in added}}
+        unknown = model.get("unk_token")
+        needs_unknown = model.get("type") in ("WordPiece", "WordLevel") and unknown not in ids
+    except (AttributeError, IndexError, KeyError, TypeError) as problem:
+        raise CorpusError(
+            f"{key}: expected the model and the added tokens of a tokenizer in {file}, got"
+            f" others. {again}"
+        ) from problem
     if not ids:
         raise CorpusError(f"{key}: expected a vocabulary in {file}, got none. {again}")
     for entry, token_id in ids.items():
@@ -75,8 +83,7 @@ def read_entries(content: Mapping[str, Any], *, file: Path, key: str) -> dict[st
             f"{key}: expected an id of its own for every entry in {file}, got {token_id}"
             f" for {' and '.join(shared[:3])}. {again}"
         )
-    unknown = model.get("unk_token")
-    if model.get("type") in ("WordPiece", "WordLevel") and unknown not in ids:
+    if needs_unknown:
         raise CorpusError(
             f"{key}: expected the entry {unknown!r}, which stands for unknown words, in"
             f" {file}, got none. {again}"
@@ -134,9 +141,9 @@ def check_entries(
         "entries that the tokenizer's normaliser leaves as they are",
         "Save the tokenizer with its own normaliser: do_lower_case=False of a cased vocabulary.",
     )  # fmt: skip
-    others = _other_lines(ids, folder / "vocab.txt")
+    others, lines = _other_lines(ids, folder / "vocab.txt", key=key)
     judge(
-        len(others), size, f"lines of vocab.txt with other ids, such as {others[:1]}",
+        len(others), lines, f"lines of vocab.txt with other ids, such as {others[:1]}",
         "the vocabulary of tokenizer.json also in vocab.txt",
         "Make the tokenizer again from a vocab.txt without equal lines, or remove vocab.txt.",
     )  # fmt: skip
@@ -191,9 +198,10 @@ def _byte_characters() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(rest)}
 
 
-def _other_lines(ids: Mapping[str, int], file: Path) -> list[str]:
-    """Lines of a vocab.txt whose number is not their entry's id in tokenizer.json."""
+def _other_lines(ids: Mapping[str, int], file: Path, *, key: str) -> tuple[list[str], int]:
+    """Lines of a vocab.txt whose number is not their entry's id in tokenizer.json, of how many."""
     if not file.is_file():
-        return []
+        return [], 0
+    check_fetched(file, key=key, error=CorpusError)
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [line for number, line in enumerate(lines) if ids.get(line) != number]
+    return [line for number, line in enumerate(lines) if ids.get(line) != number], len(lines)

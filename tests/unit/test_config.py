@@ -129,9 +129,11 @@ def test_every_path_of_every_configuration_may_begin_at_home(
     assert sorted(found) == sorted([*PATHS[root], *PATHS[root]])
 
 
-def test_a_home_that_nobody_has_is_refused() -> None:
+def test_a_path_that_nobody_can_have_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^data.cache_dir: expected the home directory of a kno"):
         load_config(None, ["data.cache_dir=~nobody-here/x"])
+    with pytest.raises(ConfigError, match=r"^data.cache_dir: expected names of up to 255 bytes in"):
+        load_config(None, [f"data.cache_dir=a/{256 * 'x'}/b"])
     assert load_config(None, ["data.cache_dir=./~x"]).data.cache_dir == "./~x"
 
 

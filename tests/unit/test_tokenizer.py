@@ -83,6 +83,23 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         ("{oops", r"data.tokenizer: expected JSON in .*tokenizer.json, got Expecting property"),
         ("[]", r"data.tokenizer: expected a JSON object in .*tokenizer.json, got a list"),
         ("version https://git-lfs.github.com/spec/v1\noid x", r"tokenizer.json', got a Git LFS"),
+        (
+            "[" * 100_000,
+            r"data.tokenizer: expected JSON in .*tokenizer.json, got maximum rec",
+        ),
+        *(
+            (
+                text,
+                r"expected the model and the added tokens of a tokenizer in .*tokenizer.json, got",
+            )
+            for text in (
+                '{"model": "x"}',
+                '{"model": {"vocab": [1, 2]}}',
+                '{"model": {"vocab": [[]]}}',
+                '{"added_tokens": "x"}',
+                '{"added_tokens": [{"content": "x"}]}',
+            )
+        ),
         ("{}", r"data.tokenizer: expected a vocabulary in .*tokenizer.json, got none"),
     ],
 )
@@ -199,6 +216,17 @@ def test_an_id_without_an_entry_is_no_word_of_the_samples(tmp_path):
 def test_ids_that_are_no_ids_are_refused(tmp_path, change, message):
     with pytest.raises(CorpusError, match=message):
         info_of(folder_of(tmp_path, BERT | change))
+
+
+@pytest.mark.parametrize("name", [{"lstrip": True}, ["[MASK]"], 5], ids=repr)
+def test_a_special_token_without_a_text_is_refused(tmp_path, name):
+    with pytest.raises(CorpusError, match=r"expected the text of the mask_token in .*\.json, got"):
+        info_of(write(tmp_path, BERT, mask_token=name))
+
+
+def test_a_vocab_txt_of_another_vocabulary_is_refused_however_short(tmp_path):
+    with pytest.raises(CorpusError, match=r"got 1 of 2 lines of vocab.txt with other ids, such as"):
+        info_of(folder_of(tmp_path, BERT, ["[PAD]", "other"]))
 
 
 def test_a_vocabulary_without_the_entry_of_unknown_words_is_refused(tmp_path):
