@@ -14,6 +14,8 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _SHARDED = "{}.index.json"
 WEIGHT_FILES = tuple(name for whole in _WHOLE for name in (whole, _SHARDED.format(whole)))
 """Names under which transformers looks for weights, the first one that is there."""
+_SIZES = ("vocab_size", "max_position_embeddings", "n_positions", "pad_token_id")
+"""Fields of a config.json that are read whatever the model."""
 _AGAIN = "Download or save the model again."
 
 
@@ -64,7 +66,7 @@ def read_json_object(
     check_fetched(path, key=key, error=error)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise error(
             f"{key}: expected JSON in {path}, got {problem}. Save the folder again."
         ) from problem
@@ -73,6 +75,30 @@ def read_json_object(
             f"{key}: expected a JSON object in {path}, got a {type(content).__name__}. Save the"
             " folder again."
         )
+    return content
+
+
+def read_model_config(
+    folder: Path, *, key: str, error: type[FedPipeError] = ConfigError
+) -> dict[str, Any]:
+    """Read the config.json of any model of transformers, whose sizes must be numbers.
+
+    Args:
+        folder: Of Hugging Face.
+        key: That named it.
+        error: What to raise.
+
+    Raises:
+        FedPipeError: It cannot be read, or a size that is asked for later is no whole number.
+    """
+    content = read_json_object(folder / "config.json", key=key, error=error)
+    for name in _SIZES:
+        value = content.get(name)
+        if value is not None and type(value) is not int:
+            raise error(
+                f"{key}: expected a whole number as {name} in {folder / 'config.json'}, got"
+                f" {value!r}. Correct it there, or use another folder."
+            )
     return content
 
 
@@ -92,13 +118,14 @@ def weight_files(folder: Path, *, key: str) -> list[Path]:
         index = folder / _SHARDED.format(whole)
         if index.is_file():
             shards = read_json_object(index, key=key).get("weight_map")
-            if not isinstance(shards, dict) or not shards:
+            named = isinstance(shards, dict) and all(isinstance(s, str) for s in shards.values())
+            if not named or not shards:
                 raise ConfigError(f"{key}: expected a weight_map in {index}, got none. {_AGAIN}")
             return [folder / shard for shard in sorted(set(shards.values()))]
     return []
 
 
-def check_weights(folder: Path, *, key: str) -> list[str]:
+def check_weights(folder: Path, *, key: str) -> dict[str, list[int]]:
     """Refuse weights that are not all there, without reading them.
 
     Args:
@@ -106,7 +133,7 @@ def check_weights(folder: Path, *, key: str) -> list[str]:
         key: That named it.
 
     Returns:
-        Names of the tensors; none of files that only torch can read.
+        Shapes of the tensors by name; none of files that only torch can read.
 
     Raises:
         ConfigError: There are none, a shard is missing, or a file is cut short.
@@ -117,7 +144,7 @@ def check_weights(folder: Path, *, key: str) -> list[str]:
             f"{key}: expected weights in {str(folder)!r}, got none of {', '.join(WEIGHT_FILES)}."
             " Download them, or save the model there with save_pretrained."
         )
-    names: list[str] = []
+    shapes: dict[str, list[int]] = {}
     for file in files:
         if not file.is_file():
             raise ConfigError(
@@ -126,10 +153,10 @@ def check_weights(folder: Path, *, key: str) -> list[str]:
             )
         check_fetched(file, key=key)
         if file.suffix == ".safetensors":
-            names += _check_safetensors(file, key=key)
+            shapes |= _check_safetensors(file, key=key)
         elif _starts_as_zip(file) != zipfile.is_zipfile(file) or not file.stat().st_size:
             raise ConfigError(f"{key}: expected whole weights in {file}, got a part. {_AGAIN}")
-    return names
+    return shapes
 
 
 def _starts_as_zip(file: Path) -> bool:
@@ -137,7 +164,7 @@ def _starts_as_zip(file: Path) -> bool:
         return content.read(2) == b"PK"
 
 
-def _check_safetensors(file: Path, *, key: str) -> list[str]:
+def _check_safetensors(file: Path, *, key: str) -> dict[str, list[int]]:
     """Compare the size with what the header says: 8 bytes of length, JSON, then the tensors."""
     size = file.stat().st_size
     with open(file, "rb") as content:
@@ -145,14 +172,15 @@ def _check_safetensors(file: Path, *, key: str) -> list[str]:
         try:
             header = json.loads(content.read(length) if 8 + length <= size else b"")
             header.pop("__metadata__", None)
-            ends = [tensor["data_offsets"][1] for tensor in header.values()]
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as problem:
+            shapes = {name: list(tensor.get("shape") or []) for name, tensor in header.items()}
+            end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as problem:
             raise ConfigError(
                 f"{key}: expected readable weights in {file}, got no safetensors. {_AGAIN}"
             ) from problem
-    whole = 8 + length + max(ends, default=0)
+    whole = 8 + length + end
     if size < whole:
         raise ConfigError(
             f"{key}: expected {whole:,} bytes of weights in {file}, got {size:,}. {_AGAIN}"
         )
-    return list(header)
+    return shapes

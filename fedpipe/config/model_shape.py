@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ _ACTIVATIONS = (
     "quick_gelu", "relu", "relu2", "sigmoid", "silu", "swish", "tanh",
 )  # fmt: skip
 _LAYER = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.(.+)$")
+_SHAPES = {
+    "embeddings.word_embeddings.weight": ("vocab_size", "hidden_size"),
+    "embeddings.position_embeddings.weight": ("max_position_embeddings", "hidden_size"),
+    "embeddings.token_type_embeddings.weight": ("type_vocab_size", "hidden_size"),
+    "attention.self.query.weight": ("hidden_size", "hidden_size"),
+    "intermediate.dense.weight": ("intermediate_size", "hidden_size"),
+}
+"""By the ends of tensors' names, the sizes of config.json that make their shapes."""
 _SHORTEST_BLOCK = 8
 """Tokens; what ``data.sequence_length`` is at least."""
 _MAX_VOCAB_PADDING = 127
@@ -194,14 +203,17 @@ def _read_folder(model: ModelConfig, *, pad_id: int | None) -> dict[str, Any]:
             " data.tokenizer to the folder of the model's own tokenizer."
         )
     sizes = {name: found.get(name, default) for name, default in family.defaults.items()}
-    _check_tensors(model, sizes["num_hidden_layers"], check_weights(folder, key="model.path"))
+    _check_tensors(model, sizes, check_weights(folder, key="model.path"))
     return sizes
 
 
-def _check_tensors(model: ModelConfig, num_layers: object, names: list[str]) -> None:
-    """Refuse tensors of layers that would be left out, such as an adapter's."""
+def _check_tensors(
+    model: ModelConfig, sizes: dict[str, Any], shapes: Mapping[str, list[int]]
+) -> None:
+    """Refuse tensors of layers that would be left out, such as an adapter's, and other sizes."""
+    num_layers = sizes["num_hidden_layers"]
     known = FAMILIES[model.family].layer_tensors
-    found = [(name, match) for name in names if (match := _LAYER.search(name))]
+    found = [(name, match) for name in shapes if (match := _LAYER.search(name))]
     unknown = sorted(
         name
         for name, match in found
@@ -214,6 +226,24 @@ def _check_tensors(model: ModelConfig, num_layers: object, names: list[str]) -> 
             f" in {model.path}, got {unknown[0]}{more}. Use the folder of a whole model, with every"
             " adapter merged into it."
         )
+    if not shapes:  # of files that only torch can read, which the ranks compare
+        return
+    layers = {int(match[1]) for _, match in found}
+    if layers and isinstance(num_layers, int) and len(layers) < num_layers:
+        raise ConfigError(
+            f"model.path: expected the tensors of {num_layers} {model.family} layers (config.json)"
+            f" in {model.path}, got those of {len(layers)}. Use the folder of a whole model."
+        )
+    for end, names in _SHAPES.items():
+        wanted = [sizes[field] for field in names]
+        if not all(type(size) is int for size in wanted):
+            continue  # refused with the name of the field
+        for name, shape in shapes.items():
+            if name.endswith(end) and shape and shape != wanted:
+                raise ConfigError(
+                    f"model.path: expected {name} of shape {wanted} (config.json) in {model.path},"
+                    f" got {shape}. Use the config.json that belongs to the weights."
+                )
 
 
 def _check_model_type(model: ModelConfig, found: object, file: Path) -> None:

@@ -392,6 +392,30 @@ def test_a_tensor_of_a_layer_that_would_be_left_out_is_refused(name: str, tmp_pa
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        (
+            "roberta.embeddings.word_embeddings.weight",
+            [9, 4],
+            "{name} of shape [{vocab}, {hidden}]",
+        ),
+        ("roberta.encoder.layer.0.attention.self.query.weight", [4, 4], "the tensors of 2 roberta"),
+    ],
+)
+def test_weights_of_other_sizes_than_config_json_says_are_refused_before_a_rank_reads_them(
+    name: str, shape: list[int], expected: str, tmp_path: Path
+) -> None:
+    path = folder_with(tmp_path, ROBERTA)
+    header = json.dumps({name: {"data_offsets": [0, 0], "shape": shape}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    wanted = expected.format(
+        name=name, vocab=ROBERTA.get("vocab_size", 50265), hidden=ROBERTA.get("hidden_size", 768)
+    )
+    text = message([f"model.path={path}", "pipeline.cut=[1]"])
+    assert text.startswith(f"model.path: expected {wanted}")
+
+
 def test_a_tokenizer_that_pads_with_another_token_moves_no_position(tmp_path: Path) -> None:
     roberta = ModelConfig(path=folder_with(tmp_path, ROBERTA))
     sizes = {"vocab_size": 50265, "sequence_length": 128}

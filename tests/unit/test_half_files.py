@@ -17,7 +17,8 @@ from fedpipe.data.corpus import check_sources, tokenizer_info
 from fedpipe.data.sources import folder_files, resolve
 from fedpipe.data.tasks.files import find_files
 from fedpipe.data.tasks.registry import find_task
-from fedpipe.errors import ConfigError, FedPipeError
+from fedpipe.data.vocabulary import check_tokenizer
+from fedpipe.errors import CheckpointError, ConfigError, FedPipeError
 from fedpipe.models.peft import load_adapter
 from fedpipe.workflows.evaluate.model_folder import check_models
 from fedpipe.workflows.finetune.setup import check_model_folder
@@ -58,6 +59,17 @@ def saved_dataset(folder: Path) -> None:
     (folder / "data.arrow").write_bytes(POINTER)
     (folder / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
     folder_files(*resolve("data.train", (str(folder),)))
+
+
+def saved_state(folder: Path) -> None:
+    (folder / "state.json").write_bytes(POINTER)
+    folder_files(*resolve("data.train", (str(folder),)))
+
+
+def vocabulary(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    (folder / "vocab.txt").write_bytes(POINTER)
+    check_tokenizer(folder, key="data.tokenizer")
 
 
 def task(folder: Path) -> None:
@@ -105,6 +117,8 @@ POINTERS = [
     ("data.tokenizer", tokenizer),
     *(("data.train", corpus(s)) for s in (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")),
     ("data.train", saved_dataset),
+    ("data.train", saved_state),
+    ("data.tokenizer", vocabulary),
     ("evaluation.data", task),
 ]
 
@@ -146,3 +160,18 @@ def test_weights_that_are_cut_short_are_found_without_reading_them(tmp_path: Pat
     refused("model.safetensors.index.json", index, r"model-1.safetensors .see the index. in .*none")
     refused("model.safetensors.index.json", b"{}", r"a weight_map in .*, got none")
     refused("config.json", CONFIG, r"weights in .*, got none of model.safetensors, model.safetens")
+
+
+def test_a_header_of_weights_with_ends_that_are_no_numbers_is_refused(tmp_path: Path) -> None:
+    path = Path(model(tmp_path, model__safetensors=safetensors().replace(b"64]", b"[]]")))
+    with pytest.raises(ConfigError, match=r"^--model: expected readable weights in .*, got no saf"):
+        check_weights(path, key="--model")
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "max_position_embeddings", "pad_token_id"])
+def test_a_size_that_is_no_whole_number_is_refused_before_a_model_is_evaluated(
+    name: str, tmp_path: Path
+) -> None:
+    content = json.dumps({"model_type": "roberta", name: "a"}).encode()
+    with pytest.raises(CheckpointError, match=rf"^--model: expected a whole number as {name} in "):
+        check_models([model(tmp_path, config__json=content)])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedpipe.config.half_files import check_fetched, check_weights, read_json_object
+from fedpipe.config.half_files import check_fetched, check_weights, read_model_config
 from fedpipe.data.identity import digest, file_digests, model_files, tokenizer_files
 from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.models.lengths import longest_input, num_positions
@@ -117,7 +117,7 @@ def _check(path: str) -> Path:
         )
     for file in tokenizer_files(folder):
         check_fetched(file, key="--model", error=CheckpointError)
-    config = read_json_object(folder / "config.json", key="--model", error=CheckpointError)
+    config = read_model_config(folder, key="--model", error=CheckpointError)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(
             f"--model: expected a model_type in {folder / 'config.json'}, got none. It must be the "
@@ -127,7 +127,7 @@ def _check(path: str) -> Path:
 
 
 def _read(folder: Path, name: str, *, root: Path) -> ModelFolder:
-    config = read_json_object(folder / "config.json", key="--model", error=CheckpointError)
+    config = read_model_config(folder, key="--model", error=CheckpointError)
     tokenizer = tokenizer_files(folder)
     files = [*model_files(folder), *tokenizer]
     positions = num_positions(config) or _USUAL_POSITIONS
