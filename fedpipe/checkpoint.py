@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -170,7 +171,8 @@ class CheckpointWriter:
             reason = " ".join(failures[0].split())
             raise OutputError(
                 f"checkpoint: could not be written ({reason}). Free space or fix the "
-                f"permissions of {self._run_dir}, then resume with --run-dir {self._run_dir}."
+                f"permissions of {self._run_dir}, then resume with --run-dir "
+                f"{shlex.quote(str(self._run_dir))}."
             )
 
     def _commit(

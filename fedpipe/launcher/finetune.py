@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -115,7 +116,7 @@ def _is_grid(run_dir: str | None) -> bool:
 def _way_back(run_dir: str | None) -> str:
     if not (_is_run(run_dir) or _is_grid(run_dir)):
         return "give the same command again"
-    return f"resume with: fedpipe finetune --run-dir {run_dir}"
+    return f"resume with: fedpipe finetune --run-dir {shlex.quote(str(run_dir))}"
 
 
 def _one(

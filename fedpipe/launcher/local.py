@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def pretrain(
 def _way_back(run_dir: str | None) -> str:
     if run_dir is None or not (Path(run_dir) / "config.yaml").is_file():
         return "nothing was started: give the same command again"
-    return f"resume with: fedpipe pretrain --run-dir {run_dir}"
+    return f"resume with: fedpipe pretrain --run-dir {shlex.quote(run_dir)}"
 
 
 def run_console(setup: RunSetup, *, interactive: bool | None = None) -> RunConsole:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
 import time
 from collections.abc import Iterable
@@ -113,5 +114,5 @@ class Ranks:
         return LaunchError(
             f"{self._roll.name(rank, self._grid)} {what.removesuffix('.')}. "
             f"Full log: {run_dir / 'logs' / f'rank_{rank:05d}.log'}. "
-            f"Run it again with: fedpipe {self._task} --run-dir {run_dir}"
+            f"Run it again with: fedpipe {self._task} --run-dir {shlex.quote(str(run_dir))}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from fedpipe.errors import (
     error_named,
     is_users,
 )
+from fedpipe.launcher import finetune, local
 from fedpipe.launcher.cells import CellRunner, Slot, check_all_done, saying_to
 from fedpipe.launcher.ranks import Ranks
 from fedpipe.launcher.supervisor import Signals
@@ -56,6 +58,21 @@ def test_a_failure_names_its_rank_and_the_command_that_goes_on(error: str, tmp_p
     assert type(found) is LaunchError
     assert str(found).startswith(f"rank 1 (stage 0, replica 1) failed: {error}. Full log: ")
     assert str(found).endswith(f"Run it again with: fedpipe pretrain --run-dir {tmp_path}")
+
+
+def test_the_command_that_goes_on_can_be_pasted_whatever_the_directory_is_called(
+    tmp_path: Path,
+) -> None:
+    run_dir = tmp_path / "my run's $HOME"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").touch()
+    failure = str(_ranks(run_dir, "ValueError: 3").failure())
+    ways = [failure, local._way_back(str(run_dir)), finetune._way_back(str(run_dir))]
+    commands = [shlex.split(way[way.index("fedpipe ") :]) for way in ways]
+    assert commands == [
+        ["fedpipe", task, "--run-dir", str(run_dir)]
+        for task in ("pretrain", "pretrain", "finetune")
+    ]
 
 
 def test_an_error_is_made_again_by_its_name() -> None:
