@@ -55,7 +55,9 @@ def outcome_text(result: Content) -> str:
         for key, value in result.get("scores", {}).items()
         if key in METRICS
     ]
-    return ", ".join(scores[:2]) or "no score"
+    diverged_at = result.get("diverged_at")
+    diverged = [f"diverged at step {diverged_at}"] if diverged_at else []
+    return ", ".join([*scores[:2], *diverged]) or "no score"
 
 
 def table(content: Content) -> Table:
@@ -157,6 +159,12 @@ def notes(content: Content) -> list[str]:
                 "numbers compare with no published ones."
             )
         found += _limits(task)
+    diverged = [f"`{cell['name']}`" for cell in content["cells"] if cell.get("diverged_at")]
+    if diverged:
+        found.append(
+            f"The loss of {', '.join(diverged)} is no longer finite: unless an earlier epoch was "
+            "chosen, the score means nothing. Lower evaluation.learning_rate."
+        )
     return found
 
 

@@ -567,3 +567,15 @@ def test_examples_are_drawn_with_all_their_windows() -> None:
 def test_an_outcome_names_the_score() -> None:
     assert outcome_text({"scores": {"accuracy": 0.5, "f1": 0.25}}) == "accuracy 50.0, F1 25.0"
     assert outcome_text({}) == "no score"
+
+
+def test_a_fine_tuning_that_diverges_says_so_beside_its_score(home: Path, tmp_path: Path) -> None:
+    values = {"tasks": ["rte"], "num_epochs": 1, "learning_rate": 1e30}
+    content = run(set_up(home, tmp_path / "diverged", **values))
+    cell = content["cells"][0]
+    assert cell["diverged_at"] == 2  # the first step still has the model's own weights
+    assert outcome_text(cell).endswith(", diverged at step 2")
+    assert notes(content)[-1] == (
+        "The loss of `one_rte_seed=0` is no longer finite: unless an earlier epoch was chosen, "
+        "the score means nothing. Lower evaluation.learning_rate."
+    )

@@ -107,6 +107,7 @@ def _run(
         "key": cell["key"], "model": cell["model"], "task": cell["task"], "seed": cell["seed"],
         "scores": scores, "dev_scores": list(trained.dev_scores),
         "best_epoch": trained.best_epoch, "num_steps": trained.num_steps,
+        "diverged_at": trained.diverged_at,
         "num_train": train_examples, "num_test": sizes, "settings": settings,
         "gold_digest": gold_digest(rows),
         "seconds": time.monotonic() - started, "threads": torch.get_num_threads(),

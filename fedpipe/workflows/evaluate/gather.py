@@ -204,4 +204,5 @@ def _cell(cell: Cell, result: Any) -> Content:
         return content
     kept = ("scores", "best_epoch", "num_steps", "seconds", "threads", "device", "host", "num_test",
             "gold_digest")  # fmt: skip
-    return content | {name: result[name] for name in kept}
+    diverged = {"diverged_at": result.get("diverged_at")}
+    return content | {name: result[name] for name in kept} | diverged

@@ -45,6 +45,8 @@ class Trained:
     dev_scores: tuple[float, ...]
     """After every epoch; empty without a dev split."""
     num_steps: int
+    diverged_at: int | None = None
+    """The first recorded step whose loss or gradients are not finite; the weights stay so."""
 
 
 Note = Callable[[dict[str, Any]], None]
@@ -137,6 +139,7 @@ def train(
     )
     device, every = _device(model), max(1, num_steps // 50)
     step, scores, best = 0, [], (-math.inf, 0)
+    diverged_at: int | None = None
     kept: dict[str, Tensor] = {}
     for epoch in range(1, num_epochs + 1):
         model.train()
@@ -154,6 +157,8 @@ def train(
             schedule.step()
             step += 1
             if step % every == 0 or step == num_steps:
+                if diverged_at is None and not (loss.isfinite() and norm.isfinite()):
+                    diverged_at = step
                 note({"kind": "step", "epoch": epoch, "step": step, "num_steps": num_steps,
                       "loss": loss.item(), "lr": rate, "grad_norm": float(norm)})  # fmt: skip
         if dev_score is None:
@@ -166,7 +171,10 @@ def train(
                 kept = copy.deepcopy(model.state_dict())
     if dev_score is not None and best[1] < num_epochs:
         model.load_state_dict(kept)
-    return Trained(best_epoch=best[1] or num_epochs, dev_scores=tuple(scores), num_steps=num_steps)
+    return Trained(
+        best_epoch=best[1] or num_epochs, dev_scores=tuple(scores), num_steps=num_steps,
+        diverged_at=diverged_at,
+    )  # fmt: skip
 
 
 def predict(
