@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.config.evaluation import Precision
+from fedpipe.config.half_files import check_fetched
 from fedpipe.config.schema import PipelineConfig, RunConfig
 from fedpipe.errors import ConfigError
 
@@ -149,6 +150,7 @@ def _batch_keys(pipeline: PipelineConfig, data_parallel_degree: int) -> dict[str
 def _read(file: str) -> dict[str, Any]:
     try:
         text = Path(file).read_text(encoding="utf-8")
+        check_fetched(file, key="deepspeed.config")
         found = json.loads(text, object_pairs_hook=_refuse_duplicates)
     except OSError as error:
         raise ConfigError(
@@ -168,6 +170,11 @@ def _read(file: str) -> dict[str, Any]:
     except _DuplicateKeyError as error:
         raise ConfigError(
             f"{file}: {error}: expected once, got a second time. Remove one."
+        ) from error
+    except (ValueError, RecursionError) as error:  # deeper, or with more digits, than Python reads
+        raise ConfigError(
+            f"deepspeed.config: expected JSON that Python reads, got {error} in {file}. Write only"
+            " what DeepSpeed needs."
         ) from error
     if not isinstance(found, dict):
         raise ConfigError(

@@ -395,6 +395,8 @@ def _scalar(kind: type, node: Node, *, key: str) -> Any:
             raise _type_error(key, "a finite number", node, "Write a number.")
         return float(value)
     if type(value) is kind:
+        if isinstance(value, str) and "\0" in value:
+            raise _type_error(key, "a text without NUL", node, "Remove it.")
         return value
     if value is None:
         raise _type_error(key, _EXPECTATION[kind], node, "Leave the key out for its default.")

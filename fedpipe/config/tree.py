@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from fedpipe.config.half_files import check_fetched
 from fedpipe.errors import ConfigError
 
 OVERRIDE = "an override"
@@ -84,7 +85,7 @@ def read_text(path: str, *, option: str = "--config") -> str:
         ConfigError: It cannot be read or is not UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"{option}: expected a readable YAML file, got {path!r} ({error.strerror}). Check the"
@@ -96,6 +97,8 @@ def read_text(path: str, *, option: str = "--config") -> str:
             f"{option}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x} at offset"
             f" {error.start} of {path}. Save the file as UTF-8."
         ) from error
+    check_fetched(path, key=option)
+    return text
 
 
 def parse(text: str, *, source: str) -> Node:

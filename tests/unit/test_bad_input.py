@@ -455,6 +455,8 @@ JSONS = [
     ({"zero_optimisation": {}}, "{}: zero_optimisation: unknown DeepSpeed key. Did you mean zero_optimization?"),
     ({"qqq": 1}, "{}: qqq: unknown DeepSpeed key. Remove it."),
     ("[]", "deepspeed.config: expected a JSON object in {}, got list"),
+    ("[" * 100_000, "deepspeed.config: expected JSON that Python reads, got maximum recursion"),
+    ('{"a": ' + "1" * 5000 + "}", "expected JSON that Python reads, got Exceeds the limit"),
     ('{\n "a": 1,\n}', "deepspeed.config: expected JSON, got"),
     ('{"steps_per_print": 1, "steps_per_print": 2}', "steps_per_print: expected once"),
 ]  # fmt: skip

@@ -134,6 +134,9 @@ def test_a_path_that_nobody_can_have_is_refused() -> None:
         load_config(None, ["data.cache_dir=~nobody-here/x"])
     with pytest.raises(ConfigError, match=r"^data.cache_dir: expected names of up to 255 bytes in"):
         load_config(None, [f"data.cache_dir=a/{256 * 'x'}/b"])
+    for key in ("data.cache_dir", "name"):
+        with pytest.raises(ConfigError, match=rf"^{key}: expected a text without NUL, got 'a.x00'"):
+            load_config(None, [f'{key}="a\\0"'])
     assert load_config(None, ["data.cache_dir=./~x"]).data.cache_dir == "./~x"
 
 

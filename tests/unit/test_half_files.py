@@ -61,6 +61,16 @@ def saved_dataset(folder: Path) -> None:
     folder_files(*resolve("data.train", (str(folder),)))
 
 
+def yaml(folder: Path) -> None:
+    (folder / "a.yaml").write_bytes(POINTER)
+    load_config(str(folder / "a.yaml"), [])
+
+
+def deepspeed(folder: Path) -> None:
+    (folder / "a.json").write_bytes(POINTER)
+    load_config(None, [f"deepspeed.config={folder / 'a.json'}"])
+
+
 def saved_state(folder: Path) -> None:
     (folder / "state.json").write_bytes(POINTER)
     folder_files(*resolve("data.train", (str(folder),)))
@@ -118,6 +128,8 @@ POINTERS = [
     *(("data.train", corpus(s)) for s in (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")),
     ("data.train", saved_dataset),
     ("data.train", saved_state),
+    ("--config", yaml),
+    ("deepspeed.config", deepspeed),
     ("data.tokenizer", vocabulary),
     ("evaluation.data", task),
 ]
