@@ -178,11 +178,11 @@ def _plan(args: argparse.Namespace) -> int:
     config = _checked_config(args)
     from fedpipe.data.corpus import find_prepared
     from fedpipe.workflows.plan import build_plan, render
-    from fedpipe.workflows.text_facts import render_text, text_facts
+    from fedpipe.workflows.text_facts import render_text, render_uncounted, text_facts
 
     _show(render(build_plan(config)))
-    if data := find_prepared(config):
-        _show(render_text(text_facts(data), config))
+    data = find_prepared(config)
+    _show(render_text(text_facts(data), config) if data else render_uncounted())
     if args.measure:
         from fedpipe.launcher.cut import choose_cut, measure_here
 

@@ -109,7 +109,7 @@ def _survey(job: Job, key: str, compare: Callable[[str], None]) -> Documents:
     for source in job.sources[key]:
 
         def tick(done: int, base: int = before) -> None:
-            job.progress(f"check {key}", base + done, total)
+            job.progress(f"check {key}, bytes", base + done, total)
 
         for text, value in read(source, columns=columns, tick=tick):
             compare(text)
@@ -123,7 +123,7 @@ def _survey(job: Job, key: str, compare: Callable[[str], None]) -> Documents:
                 codes.append(source.entry if by_entry else 0)
         if os.path.isfile(source.path):
             before += os.path.getsize(source.path)
-            job.progress(f"check {key}", before, total)
+            job.progress(f"check {key}, bytes", before, total)
     return Documents(
         codes=np.frombuffer(codes, dtype=np.int32) if codes else np.empty(0, dtype=np.int32),
         values=tuple(index),
@@ -160,7 +160,7 @@ def _pack(
         sequence_length=job.config.data.sequence_length,
         num_masked=job.config.data.num_masked,
         num_threads=job.config.data.num_workers or _num_cores(),
-        progress=lambda done: job.progress(f"tokenise {key}", done, len(clients)),
+        progress=lambda done: job.progress(f"tokenise {key}, documents", done, len(clients)),
     )
 
 

@@ -216,7 +216,9 @@ def _all(job: Job) -> tuple[Source, ...]:
 def _identify(job: Job) -> Identity:
     sources = _all(job)
     digests = content_digests(
-        sources, job.root, progress=lambda done, total: job.progress("hash", done, total)
+        sources,
+        job.root,
+        progress=lambda done, total: job.progress("hash files, bytes", done, total),
     )
     known: dict[tuple[str, ...], Source] = {}
     for source, own in zip(sources, digests, strict=True):

@@ -195,8 +195,8 @@ def _listen(
                 ranks.hear(rank, kind, value)
         if signals.asked and not forwarded:
             forwarded = True
-            what = "round" if task == "finetune" else "local step"
-            shows["note"](f"stopping after the {what} under way; a second signal stops at once")
+            when = "after this round" if task == "finetune" else "within a few local steps"
+            shows["note"](f"it saves and stops {when}; a second signal stops at once")
             ranks.ask_to_stop()
         if deadline is None:
             ranks.check_alive(open_pipes.values())

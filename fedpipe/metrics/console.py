@@ -5,6 +5,7 @@ Both are fed with the records of ``metrics.jsonl`` and never raise on a value th
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import TYPE_CHECKING, Any, TextIO
@@ -93,6 +94,8 @@ class RunConsole:
             return
         round_id, step = self._progress.round_id or 0, self._progress.step_in_round
         line = (round_id, step // self._log_every)
+        if self._last_line[0] < 0 and step % self._log_every:
+            self._last_line = line  # resumed between two lines; not all stages have spoken yet
         if line > self._last_line and line[1] > 0 and record.get("stage") == self._last_stage:
             self._last_line = line
             self._line(self._step_text())
@@ -125,14 +128,21 @@ class RunConsole:
     def _step_text(self) -> str:
         p = self._progress
         width = len(str(p.steps_per_round))
-        losses = " ".join(number(loss, 3, width=6) for loss in p.losses())
-        norms = " ".join(number(norm, 2, width=5) for norm in p.grad_norms())
+        losses = " ".join(_measured(loss, 3, width=6) for loss in p.losses())
+        norms = " ".join(_measured(norm, 2, width=5) for norm in p.grad_norms())
         hosted = " ".join(client for _, client in p.hosted())
         return (
             f"{round_label(p.round_id, p.num_rounds)} step {p.step_in_round:>{width}}/"
             f"{p.steps_per_round}  loss {losses}  gnorm {norms}  "
             f"tok/s {tokens_per_s(p.tokens_per_s()):>9}  clients {hosted or '-'}"
         )
+
+
+def _measured(value: float | None, digits: int, *, width: int) -> str:
+    """Write a number; one that has been measured and is not finite is no missing one."""
+    if value is not None and math.isnan(value):
+        return f"{'nan':>{width}}"
+    return number(value, digits, width=width)
 
 
 def refused_lines(record: dict[str, Any]) -> list[str]:

@@ -182,7 +182,7 @@ def _limits(task: Content) -> list[str]:
         if 0 < limit < task["examples"].get(split, 0)
     ]
     if drawn:
-        found.append(f"{task['name']}: drawn were {', '.join(drawn)}.")
+        found.append(f"{task['name']}: used {', '.join(drawn)}.")
     found += [
         f"{task['name']}: left out of {split} as unusable: {rows}"
         for split, rows in task["left_out"].items()

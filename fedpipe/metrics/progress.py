@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from typing import Any
@@ -84,7 +85,10 @@ class RunProgress:
         return min(self._done_rounds * self.steps_per_round + in_round, self.total_steps)
 
     def losses(self) -> list[float | None]:
-        """Latest loss of every stage, mean over the replicas; ``None`` where a stage has none."""
+        """Latest loss of every stage, mean over the replicas; ``None`` where a stage has none.
+
+        Each process tells of its own latest step; they may be some steps apart.
+        """
         return [self._mean("loss", stage_id) for stage_id in range(self.num_stages)]
 
     def grad_norms(self) -> list[float | None]:
@@ -113,5 +117,7 @@ class RunProgress:
 
     def _mean(self, name: str, stage_id: int) -> float | None:
         values = [r.get(name) for (_, stage), r in self._latest.items() if stage == stage_id]
-        known = [value for value in values if is_number(value)]
+        known = [value for value in values if isinstance(value, int | float)]
+        if not all(map(is_number, known)):
+            return math.nan
         return statistics.fmean(known) if known else None

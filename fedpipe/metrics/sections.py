@@ -78,9 +78,10 @@ def text_section(run: RunSummary) -> list[Block]:
     number, same = run.text.get("held_out_documents"), run.text.get("held_out_in_training")
     lines = []
     if number and is_number(same):
+        share = f"{same:,} of {number:,} held-out documents ({100 * same / number:.1f} %) stand"
         lines.append(
-            f"{same:,} of {number:,} held-out documents ({100 * same / number:.1f} %) stand in the "
-            "training text too: up to white space they are the same."
+            f"{share if same else f'None of the {number:,} held-out documents stands'} in the "
+            "training text too (compared without white space)."
         )
     if number and run.text.get("held_out_ignored"):
         lines.append(f"{run.text['held_out_ignored']:,} have an owner that is no client's.")
@@ -92,8 +93,8 @@ def text_section(run: RunSummary) -> list[Block]:
     shown = clients[:_MAX_CLIENT_ROWS]
     if len(clients) > len(shown):
         lines.append(f"The first {len(shown)} of {len(clients):,} clients; text.json has them all.")
-    columns = ("client", "owners", "documents", "tokens", "blocks", "left out",
-               "held-out documents", "held-out blocks", "left out")  # fmt: skip
+    columns = ("client", "owners", "documents", "tokens", "blocks", "blocks left out",
+               "held-out documents", "held-out blocks", "held-out blocks left out")  # fmt: skip
     keys = ("documents", "tokens", "blocks", "left_out",
             "held_out_documents", "held_out_blocks", "held_out_left_out")  # fmt: skip
     rows = tuple(

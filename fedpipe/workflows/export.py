@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -298,7 +299,7 @@ A {config.model.family} masked language model, pre-trained with fedpipe {__versi
 {config.pipeline.num_stages} pipeline stages.
 
 - Held-out masked-LM loss of the final head, all clients: {score}
-- Sequence length: {config.data.sequence_length} tokens, to which the tokenizer cuts
+- Sequence length: at most {config.data.sequence_length} tokens; longer text needs `truncation=True`
 - Masked share {config.data.mask_probability}
 - Decoder and word embedding are {decoder}
 
@@ -346,10 +347,11 @@ def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[
         with torch.no_grad():
             logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0, position]
         probabilities = logits.softmax(-1).numpy()
-        window = ids[max(1, position - 16) : position + 12]
+        window = tokenizer.decode(ids[max(1, position - 16) : position + 12].tolist())
+        mask = tokenizer.mask_token
         examples.append(
             {
-                "text": tokenizer.decode(window.tolist()).replace(tokenizer.mask_token, " [MASK]"),
+                "text": re.sub(rf"\s*{re.escape(mask)}", f" {mask}", window),
                 "truth": tokenizer.decode([truth]).strip(),
                 "truth_probability": float(probabilities[truth]),
                 "truth_unigram": float(unigram[truth]),

@@ -85,6 +85,12 @@ def render_text(facts: dict[str, Any], config: RunConfig) -> str:
     return "\n".join(aligned_rows(rows))
 
 
+def render_uncounted() -> str:
+    """Say, where the plan ends, that nobody has counted the text yet."""
+    row: Row = ("text", "not prepared yet", "counted when a run starts")
+    return "\n".join(aligned_rows([row]))
+
+
 def _idle(config: RunConfig, blocks: Sequence[int]) -> list[Row]:
     """Say where replicas wait because clients have unequal turns; the plan counts empty ones."""
     idle = idle_pct(config, blocks) if config.federation.num_local_epochs else 0.0
@@ -99,6 +105,8 @@ def _held_out(facts: dict[str, Any]) -> list[Row]:
     same = facts["held_out_in_training"]
     share = f"{100 * same / number:.1f} %" if number else "0.0 %"
     known = f"{same:,} of them ({share}) in the training text too"
+    if not same:
+        known = "none of them in the training text"
     rows: list[Row] = [("held out", count(number, "document"), known)]
     if facts["held_out_ignored"]:
         rows.append(("", f"{facts['held_out_ignored']:,} not used", "their owner is no client's"))

@@ -57,7 +57,7 @@ def test_a_cache_hit_imports_neither_datasets_nor_tokenizers(run):
                      if m in sys.modules])
     """
     result = run_python(code)
-    assert result.stdout.strip() == "{'hash'} []", result.stderr
+    assert result.stdout.strip() == "{'hash files, bytes'} []", result.stderr
 
 
 def test_the_key_follows_content_and_settings_but_not_paths(run, tmp_path):
@@ -119,7 +119,9 @@ def test_a_digest_is_remembered_until_a_file_is_touched_whatever_its_size_and_ti
         digest()
 
 
-@pytest.mark.parametrize("phase", ["tokenise data.train", "tokenise data.valid"])
+@pytest.mark.parametrize(
+    "phase", ["tokenise data.train, documents", "tokenise data.valid, documents"]
+)
 def test_a_killed_preparation_leaves_nothing_that_a_later_one_takes(run, tmp_path, phase):
     config = run()
     code = f"""

@@ -262,8 +262,7 @@ def test_a_part_of_the_examples_is_drawn_and_said(home: Path, tmp_path: Path) ->
     assert content["tasks"][0]["num_train"] == 20
     assert content["rows"][0]["num_test"] == 10
     assert (
-        "ncbi-disease: drawn were 20 train examples of 60, 10 dev examples of 30, 10 test examples "
-        "of 30."
+        "ncbi-disease: used 20 train examples of 60, 10 dev examples of 30, 10 test examples of 30."
     ) in notes(content)
     assert evaluation.cells[0].num_steps == 3
 
@@ -420,8 +419,8 @@ def test_sequences_are_as_long_as_the_model_was_trained_on_unless_it_is_asked_fo
     assert [plan.cells[0].settings["max_length"] for plan in lengths] == [16, 64]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("length")]
     assert lines == [
-        "length  ncbi-disease: texts are cut to 16 tokens for short, which was trained on no longer"
-        " ones (usual 512)"
+        "length  ncbi-disease: sentences are split into windows of 16 tokens, the longest that"
+        " short was trained on (usual 512)"
     ]
 
 

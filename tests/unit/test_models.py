@@ -445,6 +445,12 @@ def test_positions_that_a_folder_does_not_have_are_named(tmp_path: Path) -> None
     assert missing == ["roberta.embeddings.position_embeddings.weight[20:]"]
 
 
+_SIZES = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "type_vocab_size",
+)  # fmt: skip
+
+
 @FAMILY
 def test_every_field_that_transformers_writes_by_default_is_accepted(
     family: str, tmp_path: Path
@@ -459,7 +465,8 @@ def test_every_field_that_transformers_writes_by_default_is_accepted(
     renamed = {name for name in declared.layer_tensors if name.endswith(("gamma", "beta"))}
     assert layer == declared.layer_tensors - renamed and len(renamed) == 4
     _random_model(family, tied=True).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(found | {"torch_dtype": "float32"}))
+    sizes = {name: getattr(_config(family), name) for name in _SIZES}  # those of the weights
+    (tmp_path / "config.json").write_text(json.dumps(found | sizes | {"torch_dtype": "float32"}))
     resolve(ModelConfig(family=family, path=str(tmp_path)), vocab_size=1, sequence_length=LENGTH)  # type: ignore[arg-type]
 
 

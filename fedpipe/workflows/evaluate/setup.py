@@ -185,11 +185,12 @@ def set_up_evaluation(
             _check_vocabulary(model, prepared)
             if model is models[0]:
                 notify(_found(place, prepared))
-            usual = place.task.defaults.max_length
+            usual, is_ner = place.task.defaults.max_length, place.task.kind == "ner"
             if evaluation.max_length is None and model.usual_length < usual:
+                cut = "sentences are split into windows of" if is_ner else "texts are cut to"
                 notify(
-                    f"length  {place.task.name}: texts are cut to {settings['max_length']} tokens"
-                    f" for {model.name}, which was trained on no longer ones (usual {usual})"
+                    f"length  {place.task.name}: {cut} {settings['max_length']} tokens, the longest"
+                    f" that {model.name} was trained on (usual {usual})"
                 )
             cells += [
                 _cell(directory, model, place, seed, content, settings, prepared)
