@@ -7,6 +7,9 @@ import os
 import signal
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from tests.helpers.cli import Command, fedpipe
 from tests.helpers.encoders import bert, easy_ner, easy_pairs
 from tests.helpers.runs import lock_holder
@@ -61,11 +64,11 @@ def test_an_evaluation_survives_a_killed_cell_and_a_signal_and_keeps_what_is_don
     assert [cell["done"] for cell in content["cells"]] == [True, True]
 
     # a model that has changed runs again, and fails alone
-    (models[0] / "model.safetensors").write_bytes(b"damaged")
+    save_file({"another": torch.zeros(1)}, models[0] / "model.safetensors")
     failed = fedpipe(
         "evaluate", "--run-dir", str(run_dir), "--tasks", "ncbi-disease", folder=tmp_path
     )
     assert failed.code == 2, failed.out + failed.err
     assert failed.out.count(" started") == 1
-    assert "failed: CheckpointError: --model: expected an encoder that transformers" in failed.out
-    assert failed.error.startswith(f"CheckpointError: cell {CELLS[0]}: --model: expected an enc")
+    assert "failed: ConfigError: --model: expected all weights of the model in" in failed.out
+    assert failed.error.startswith(f"ConfigError: cell {CELLS[0]}: --model: expected all")

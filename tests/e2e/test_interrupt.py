@@ -297,8 +297,9 @@ def test_under_srun_a_frozen_rank_is_named_and_a_signal_before_training_ends_wit
         ),
         (
             0, signal.SIGSTOP,
-            r"rank 0 \(stage 0, replica 0\) hangs: the store of the run at 127\.0\.0\.1:\d+, which "
-            r"it or its launcher hosts, has not answered for \d+ s\. See its log; ",
+            r"rank 0 \(stage 0, replica 0(, client \d)?\) hangs: the store of the run at "
+            r"127\.0\.0\.1:\d+, which it or its launcher hosts, has not answered "
+            r"for \d+ s\. See its log; ",
         ),
     ],
     ids=["killed", "host of the store frozen"],
