@@ -74,18 +74,38 @@ def text_lines(
     Raises:
         CorpusError: The file cannot be read, is binary or is not UTF-8.
     """
+    for number, line in lines_or_faults(path, key=key, tick=tick):
+        if isinstance(line, CorpusError):
+            raise line
+        yield number, line
+
+
+def lines_or_faults(
+    path: str, *, key: str, tick: Callable[[int], None] | None = None
+) -> Iterator[tuple[int, str | CorpusError]]:
+    """Read numbered lines as ``text_lines`` does; of one that is no text, yield what is wrong.
+
+    Arguments are those of ``json_rows``.
+
+    Raises:
+        CorpusError: The file cannot be read.
+    """
     with _opened(path, key) as (stream, raw):
         for number, line in enumerate(stream, start=1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if b"\0" in line:
-                raise _binary(path, key, number)
-            try:
-                yield number, line.rstrip(b"\r\n").decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise _not_utf8(path, key, number, line[error.start]) from error
+            yield number, _decoded(line, path, key, number)
             if tick is not None and number % _TICK_LINES == 0:
                 tick(raw.tell())
+
+
+def _decoded(line: bytes, path: str, key: str, number: int) -> str | CorpusError:
+    if b"\0" in line:
+        return _binary(path, key, number)
+    try:
+        return line.rstrip(b"\r\n").decode("utf-8")
+    except UnicodeDecodeError as error:
+        return _not_utf8(path, key, number, line[error.start])
 
 
 def check_head(path: str, *, key: str) -> None:

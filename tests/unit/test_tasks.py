@@ -412,6 +412,17 @@ def lines(task: str, bad: Any, good: dict[str, Any], *, rows: int = 50) -> Calla
     return make
 
 
+def latin1(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    """The same with a byte that is no UTF-8 for every ``*``."""
+
+    def made(folder: Path) -> None:
+        make(folder)
+        for path in folder.iterdir():
+            path.write_bytes(path.read_bytes().replace(b"*", b"\xe9"))
+
+    return made
+
+
 TAGGED: dict[str, Any] = NER[0]
 NAN = float("nan")
 BAD_ROWS: list[tuple[str, Callable[[Path], None], str]] = [
@@ -455,6 +466,17 @@ BAD_ROWS: list[tuple[str, Callable[[Path], None], str]] = [
         "ncbi-disease",
         conll(train__tsv="a\tO\nb\n\n" + 49 * "a\tO\n\n", test__tsv=CONLL),
         r"expected a token, a tab and a tag, got 'b' in train\.tsv:2",
+    ),
+    ("rte", glue("0\ta\0\tb\tentailment\n"), r"expected text, got a NUL byte .* in train\.tsv:2"),
+    (
+        "ncbi-disease",
+        conll(train__tsv="a\tO\n\0b\tO\n\n" + 49 * "a\tO\n\n", test__tsv=CONLL),
+        r"expected text, got a NUL byte .* in train\.tsv:2",
+    ),
+    (
+        "rte",
+        latin1(lines("rte", PAIR | {"text": "caf*"}, PAIR)),
+        r"expected UTF-8 text, got the byte 0xe9 in rte\.train\.jsonl:1",
     ),
 ]
 

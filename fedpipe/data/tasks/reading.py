@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fedpipe.data.lines import json_row, text_lines
+from fedpipe.data.lines import json_row, lines_or_faults
 from fedpipe.data.tasks.files import TaskFiles, check_splits, split_of
 from fedpipe.data.tasks.registry import Task, tag_names
 from fedpipe.data.values import is_missing, name_of, text_of
@@ -167,15 +167,18 @@ def _rows(files: TaskFiles) -> Iterator[tuple[str, Iterator[Row]]]:
             yield split, _tsv_rows(files.task, path)
 
 
-def _lines(path: str) -> Iterator[tuple[str, str]]:
-    for number, line in text_lines(path, key=_KEY):
+def _lines(path: str) -> Iterator[tuple[str, str | CorpusError]]:
+    for number, line in lines_or_faults(path, key=_KEY):
         yield f"{path}:{number}", line
 
 
 def json_lines(path: str, *, key: str) -> Iterator[Row]:
     """Read the rows of a file of JSON lines; one that is none is a bad row."""
-    for number, line in text_lines(path, key=key):
+    for number, line in lines_or_faults(path, key=key):
         where = f"{path}:{number}"
+        if isinstance(line, CorpusError):
+            yield where, line
+            continue
         if not line.strip():
             continue
         try:
@@ -190,6 +193,10 @@ def _conll_rows(path: str) -> Iterator[Row]:
     start = ""
     fault: CorpusError | None = None
     for where, line in _lines(path):
+        if isinstance(line, CorpusError):  # a word of a sentence that cannot be used
+            start, fault = start or where, fault or line
+            words.append("")
+            continue
         if line.startswith("-DOCSTART-"):
             continue
         if line.strip():
@@ -213,6 +220,11 @@ def _tsv_rows(task: Task, path: str) -> Iterator[Row]:
     """Read GLUE's tables: no quoting, a header but for CoLA's training and dev files."""
     columns: list[str] | None = list(task.headless) or None
     for number, (where, line) in enumerate(_lines(path)):
+        if isinstance(line, CorpusError):
+            if number == 0:
+                raise line  # the header, most often
+            yield where, line
+            continue
         cells = line.split("\t")
         if number == 0 and (columns is None or set(cells) & {"index", "sentence"}):
             columns = cells
