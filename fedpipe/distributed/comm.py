@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import socket
 import threading
 from collections import Counter
@@ -57,6 +58,37 @@ def host_store(listener: socket.socket) -> dist.Store:
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """The first is the second's name since torch 2.13."""
+
+
+def _packed(value: Any) -> tuple[Tensor, list[int]]:
+    """Pickle a value, padded with zeros to the longest of all ranks; with the size on every rank.
+
+    torch's own collectives of objects pad with memory that nobody has written to, and so send what
+    lay there before, which has been token ids.
+
+    Collective: every rank.
+    """
+    content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([content.numel()]))
+    lengths = [int(size) for size in sizes]
+    payload = torch.zeros(max(lengths), dtype=torch.uint8)
+    payload[: content.numel()] = content
+    return payload, lengths
+
+
+def _unpacked(rows: list[Tensor], sizes: list[int]) -> list[Any]:
+    return [
+        pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)
+    ]
+
+
+def _from_all(value: Any) -> list[Any]:
+    """Hand a picklable value of every rank to every rank. Collective: every rank."""
+    payload, sizes = _packed(value)
+    rows = [torch.empty_like(payload) for _ in sizes]
+    dist.all_gather(rows, payload)
+    return _unpacked(rows, sizes)
 
 
 class Channel:
@@ -130,9 +162,7 @@ class Comm:
         self._connect()
 
     def _check_devices(self) -> None:
-        devices = [""] * self.env.world_size
-        dist.all_gather_object(devices, identity(self.device))
-        check_devices(devices)
+        check_devices(_from_all(identity(self.device)))
 
     def _init_process_group(self, board: Board | None) -> None:
         scheme, _, path = self.env.rendezvous.partition("://")
@@ -331,9 +361,10 @@ class Comm:
         """
         if self.env.world_size == 1:
             return [value]
-        values: list[Any] | None = [None] * self.env.world_size if self.rank == 0 else None
-        dist.gather_object(value, values, dst=0)
-        return values
+        payload, sizes = _packed(value)
+        rows = [torch.empty_like(payload) for _ in sizes] if self.rank == 0 else None
+        dist.gather(payload, rows, dst=0)
+        return None if rows is None else _unpacked(rows, sizes)
 
     def broadcast(self, value: Any) -> Any:
         """Hand rank 0's picklable value to every rank. Collective: every rank."""
@@ -356,9 +387,7 @@ class Comm:
         """
         if self.env.world_size == 1:
             return [] if ok else [message]
-        messages: list[Any] = [None] * self.env.world_size
-        dist.all_gather_object(messages, None if ok else message)
-        return [m for m in messages if m is not None]
+        return [m for m in _from_all(None if ok else message) if m is not None]
 
     def least_in_replica(self, value: int) -> int:
         """Return the least of a whole number over the stages and data ranks of this replica.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import time
 from collections import Counter
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, save_manifest
 from fedpipe.data.masking import MaskedBatch
 from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.topology import Grid
 from fedpipe.metrics.writer import read_metrics
 from fedpipe.models.split import StageRole
 from fedpipe.workflows.plan import build_plan
@@ -245,3 +248,28 @@ def test_the_same_search_finds_the_labels_that_go_to_a_head_on_the_server(tmp_pa
     for client in _clients({}, tmp_path):
         assert ("send", "labels") in client["found"]
         assert client["integers"] == {"positions", "other"}
+
+
+def _padding(env: ProcessEnv) -> list[bytes]:
+    """What is sent beyond the values themselves where another rank's are longer."""
+    from fedpipe.distributed.comm import Comm
+
+    sniffer = Sniffer()
+    sniffer.install()
+    grid = Grid(num_stages=2, num_replicas=1, data_parallel_degree=1)
+    comm = Comm(grid, env, edges=())
+    value = "x" * (1 if env.rank else 4000)
+    for _ in range(100):  # what memory holds that nobody uses any more
+        torch.full((4000 + len(pickle.dumps("")),), 7, dtype=torch.uint8)
+    comm.gather(value)
+    comm.agree(False, message=value)
+    content = pickle.dumps(value)
+    sent = [s.payload for s in sniffer.sent if len(s.payload) > 4000]
+    comm.close()
+    assert len(sent) == 2 and all(payload.startswith(content) for payload in sent)
+    return [payload[len(content) :] for payload in sent]
+
+
+def test_what_pads_a_value_to_the_length_of_others_is_zero() -> None:
+    _, short = run_distributed(_padding, 2)
+    assert all(len(padding) > 3900 and not any(padding) for padding in short)
