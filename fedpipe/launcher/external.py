@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv, detect, num_gpus, threads_per_process
 from fedpipe.distributed.topology import Grid
-from fedpipe.distributed.watch import EXIT_INTERRUPTED, StopSignals, Watch
+from fedpipe.distributed.watch import EXIT_INTERRUPTED, STOP_SIGNALS, StopSignals, Watch
 from fedpipe.errors import FedPipeError, LaunchError
 from fedpipe.files import system_errors_named
 from fedpipe.launcher.attempts import note_attempt, position_of
@@ -102,14 +103,33 @@ def main(task: str = "pretrain", arguments: Sequence[str] | None = None) -> int:
             env = detect()
             rank = env.rank
             return run_rank(request, env=env, signals=StopSignals(), on_set_up=_note_start).code
-    except FedPipeError as error:
+    except (FedPipeError, Interrupted) as ending:
+        if arguments is None:  # a process of its own, which ends here
+            _go_deaf()
+        error = _error_under(ending)
+        if error is None:
+            if rank == 0:
+                sys.stdout.write("interrupted; give the same command again\n")
+            return EXIT_INTERRUPTED
         if not error.told:
             sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
         return 1 if isinstance(error, LaunchError) else 2
-    except Interrupted:
-        if rank == 0:
-            sys.stdout.write("interrupted; give the same command again\n")
-        return EXIT_INTERRUPTED
+
+
+def _error_under(ending: BaseException | None) -> FedPipeError | None:
+    """Return the error that a rank ends with, also where it was asked to stop while it told others.
+
+    srun ends a job's other ranks as soon as one of them has ended.
+    """
+    while ending is not None and not isinstance(ending, FedPipeError):
+        ending = ending.__context__
+    return ending
+
+
+def _go_deaf() -> None:
+    """Let no signal change how this rank ends."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _note_start(setup: RunSetup) -> None:
