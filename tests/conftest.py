@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning} (tests/{name})")
     config.addinivalue_line("markers", matrix.MARKER)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        # Under nohup, or behind a shell's `&`, what the tests start would ignore it too; a handler
+        # is no longer there after exec.
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
 
 
 def pytest_report_header() -> str:
