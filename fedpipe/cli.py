@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fedpipe import __version__, options
+from fedpipe import __version__
+from fedpipe.commands import options
 from fedpipe.config.finetune import finetune_presets
 from fedpipe.config.load import load_config, preset_names, read_config
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError, LaunchError
@@ -176,15 +177,15 @@ def _plan(args: argparse.Namespace) -> int:
     if args.run_dir and not (args.config or args.preset):
         _existing_run(args)
     config = _checked_config(args)
+    from fedpipe.commands.plan.plan import build_plan, render
+    from fedpipe.commands.plan.text_facts import render_text, render_uncounted, text_facts
     from fedpipe.data.corpus import find_prepared
-    from fedpipe.workflows.plan import build_plan, render
-    from fedpipe.workflows.text_facts import render_text, render_uncounted, text_facts
 
     _show(render(build_plan(config)))
     data = find_prepared(config)
     _show(render_text(text_facts(data), config) if data else render_uncounted())
     if args.measure:
-        from fedpipe.launcher.cut import choose_cut, measure_here
+        from fedpipe.commands.plan.cut import choose_cut, measure_here
 
         choose_cut(config, measure=measure_here, notify=_show)
     return EXIT_DONE
@@ -192,13 +193,13 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _pretrain(args: argparse.Namespace) -> int:
     _checked_config(args)
-    from fedpipe.launcher.local import pretrain
+    from fedpipe.commands.pretrain.command import pretrain
 
     return pretrain(args.config, args.overrides, args.run_dir, preset=args.preset)
 
 
 def _finetune(args: argparse.Namespace) -> int:
-    from fedpipe.launcher.finetune import count_here, finetune
+    from fedpipe.commands.finetune.command import count_here, finetune
 
     if args.count:
         return count_here()
@@ -208,8 +209,8 @@ def _finetune(args: argparse.Namespace) -> int:
 def _throughput(args: argparse.Namespace) -> int:
     if not args.grid:
         _checked_config(args)
-    from fedpipe.launcher.throughput import throughput
-    from fedpipe.workflows.throughput.report import ThroughputSettings
+    from fedpipe.commands.throughput.command import throughput
+    from fedpipe.commands.throughput.report import ThroughputSettings
 
     return throughput(
         args.config,
@@ -224,9 +225,9 @@ def _throughput(args: argparse.Namespace) -> int:
 
 
 def _submit(args: argparse.Namespace) -> int:
-    from fedpipe.launcher.external import RunRequest
-    from fedpipe.launcher.submittable import submit_request
-    from fedpipe.workflows.throughput.report import ThroughputSettings
+    from fedpipe.cluster.external import RunRequest
+    from fedpipe.commands.submit.command import submit_request
+    from fedpipe.commands.throughput.report import ThroughputSettings
 
     return submit_request(
         RunRequest(
@@ -255,7 +256,7 @@ def _show(line: str) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from fedpipe.launcher.sweep import sweep
+    from fedpipe.commands.study.command import sweep
 
     return sweep(
         args.config,
@@ -271,10 +272,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.compare:
         return _compare(args)
     if args.run_dir and os.path.isfile(Path(args.run_dir) / "cell.json"):
-        from fedpipe.launcher.evaluate import run_one
+        from fedpipe.commands.evaluate.command import run_one
 
         return run_one(args.run_dir)
-    from fedpipe.launcher.evaluate import evaluate
+    from fedpipe.commands.evaluate.command import evaluate
 
     return evaluate(
         args.config,
@@ -300,7 +301,7 @@ def _chosen(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from fedpipe.launcher.reproduce import reproduce
+    from fedpipe.commands.reproduce.command import reproduce
 
     return reproduce(
         args.experiment,
@@ -322,7 +323,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from fedpipe.workflows.evaluate.compare import compare, terminal_text, write_comparison
+    from fedpipe.commands.evaluate.compare import compare, terminal_text, write_comparison
 
     content = compare(*args.compare)
     _show(terminal_text(content))
@@ -343,7 +344,7 @@ def _checked_config(args: argparse.Namespace) -> RunConfig:
 
 def _export(args: argparse.Namespace) -> int:
     run_dir = _existing_run(args)
-    from fedpipe.workflows.outputs import export
+    from fedpipe.commands.outputs import export
 
     for folder in export(run_dir):
         _show(str(folder))
@@ -352,7 +353,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     run_dir = _existing_run(args)
-    from fedpipe.workflows.outputs import report
+    from fedpipe.commands.outputs import report
 
     report(run_dir)
     _show(str(run_dir / "report.html"))

@@ -18,6 +18,6 @@ if __name__ == "__main__":
         from fedpipe.cli import main as fedpipe
 
         sys.exit(fedpipe(["submit", "pretrain", *sys.argv[1:]]))
-    from fedpipe.launcher.external import main
+    from fedpipe.cluster.external import main
 
     sys.exit(main("pretrain"))

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fedpipe.metrics.writer import read_metrics
+from fedpipe.report.writer import read_metrics
 
 CLIENTS = (10, 100, 1000)
 

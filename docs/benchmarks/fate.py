@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedpipe.commands.evaluate.labelled import task_loss
+from fedpipe.commands.finetune.recall import Recall
 from fedpipe.config.finetune import MethodConfig
 from fedpipe.data.tasks.encoding import Encoded
 from fedpipe.models.lower import LowerLayers
 from fedpipe.models.peft import METHODS, attach, trainable
 from fedpipe.models.tuned import base_config, build_model
-from fedpipe.workflows.finetune.recall import Recall
-from fedpipe.workflows.labelled import task_loss
 
 PUBLISHED = {
     "full": 1693.0, "houlsby": 464.1, "pfeiffer": 445.0, "parallel": 560.875,

@@ -28,7 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from fedpipe.metrics.writer import read_metrics
+from fedpipe.report.writer import read_metrics
 
 FLOWER = "flwr[simulation]==1.41.0"
 SAME = ("torch", "transformers", "tokenizers", "adapters", "numpy")
@@ -110,7 +110,7 @@ def _flower(
 ) -> Run:
     run_dir, result = folder / "prepared", folder / f"flower_{how}.json"
     if not run_dir.is_dir():  # configuration and examples; they do not count
-        from fedpipe.workflows.finetune.setup import set_up_finetune
+        from fedpipe.commands.finetune.setup import set_up_finetune
 
         set_up_finetune(
             None, _overrides(args, method, seed), str(run_dir), notify=lambda line: None

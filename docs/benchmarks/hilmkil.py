@@ -20,8 +20,8 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from fedpipe.launcher.finetune import finetune
-from fedpipe.metrics.writer import read_metrics
+from fedpipe.commands.finetune.command import finetune
+from fedpipe.report.writer import read_metrics
 
 MODELS = ("bert", "albert", "distilbert")
 CLIENTS = (1, 2, 4, 8, 16, 32)

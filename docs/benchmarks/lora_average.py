@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
-from fedpipe.checkpoint import CheckpointWriter
+from fedpipe.commands.finetune.examples import DATA, TuningData
+from fedpipe.commands.finetune.setup import set_up_finetune
+from fedpipe.commands.finetune.tuner import Tuner
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.federation.turns import plan_tuning_round
 from fedpipe.models.peft import lora_updates
-from fedpipe.workflows.finetune.examples import DATA, TuningData
-from fedpipe.workflows.finetune.setup import set_up_finetune
-from fedpipe.workflows.finetune.tuner import Tuner
+from fedpipe.run.checkpoint import CheckpointWriter
 
 CLIENTS = (2, 8, 32)
 ENV = ProcessEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, rendezvous="")

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from ranks import run_ranks
 
+from fedpipe.commands.pretrain.replica import Replica
+from fedpipe.commands.throughput.peak_memory import PeakMemory
 from fedpipe.config.load import load_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.distributed.comm import Comm
-from fedpipe.workflows.replica import Replica
-from fedpipe.workflows.throughput.peak_memory import PeakMemory
 
 CUT = ["pipeline.cut=[4]"]
 TWO_RANKS = ["federation.data_parallel_degree=2"]

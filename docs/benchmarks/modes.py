@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fedpipe.metrics.writer import read_metrics
+from fedpipe.report.writer import read_metrics
 
 MODES = {
     "FedBERT, one after another": ["fedbert"],

@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedpipe.commands.evaluate.intervals import student_half_width
 from fedpipe.config.load import from_dict
 from fedpipe.config.schema import RunConfig
-from fedpipe.metrics.intervals import student_half_width
 
 ONE_CLIENT: dict[str, dict[str, Any]] = {
     "federation": {"num_clients": 1, "clients_per_round": 1, "num_replicas": 1},

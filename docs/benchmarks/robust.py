@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fedpipe.metrics.writer import read_metrics
+from fedpipe.report.writer import read_metrics
 
 RULES = {"mean": 0, "median": 0, "trimmed_mean": 2, "krum": 2}
 """Rule -> federation.aggregation.num_byzantine."""

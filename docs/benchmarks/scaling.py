@@ -19,6 +19,8 @@ from functools import partial
 
 from ranks import run_ranks
 
+from fedpipe.commands.plan.costs.flops import stage_flops
+from fedpipe.commands.pretrain.replica import Replica
 from fedpipe.config.load import load_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
@@ -28,8 +30,6 @@ from fedpipe.distributed.comm import Comm
 from fedpipe.federation.cohort import plan_round
 from fedpipe.models.split import stage_specs
 from fedpipe.pipeline.emulate import emulate_
-from fedpipe.workflows.costs.flops import stage_flops
-from fedpipe.workflows.replica import Replica
 
 Grid = tuple[int, int]
 """Stages, replicas."""

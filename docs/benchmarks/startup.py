@@ -17,20 +17,20 @@ from pathlib import Path
 import deepspeed
 from ranks import run_ranks
 
+from fedpipe.commands.pretrain.replica import Replica
 from fedpipe.config.load import load_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.data.corpus import prepare
 from fedpipe.distributed.comm import Comm
-from fedpipe.metrics.writer import read_metrics
-from fedpipe.workflows.replica import Replica
+from fedpipe.report.writer import read_metrics
 
 IMPORTS = """
 import json, os, sys, time
 os.environ["DS_ACCELERATOR"] = "cpu"
 seconds, before = {}, time.monotonic()
-for name in ("torch", "fedpipe.models.modeling", "deepspeed", "fedpipe.workflows.pretrain",
-             "fedpipe.workflows.export", "fedpipe.metrics.report"):
+for name in ("torch", "fedpipe.models.modeling", "deepspeed", "fedpipe.commands.pretrain.run",
+             "fedpipe.run.export", "fedpipe.commands.pretrain.report"):
     __import__(name)
     now = time.monotonic()
     label = "transformers, BERT and RoBERTa" if name.endswith("modeling") else name.split(".")[0]

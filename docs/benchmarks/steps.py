@@ -21,6 +21,7 @@ from ranks import run_ranks
 from torch import Tensor
 from torch.nn import functional
 
+from fedpipe.commands.pretrain.replica import Replica
 from fedpipe.config.load import load_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
@@ -28,7 +29,6 @@ from fedpipe.distributed.comm import Comm
 from fedpipe.models.masked import gather_masked
 from fedpipe.pipeline.p2p import DistLink
 from fedpipe.pipeline.stage_engine import StageEngine
-from fedpipe.workflows.replica import Replica
 
 
 class BlockingLink(DistLink):

@@ -373,7 +373,8 @@ def load_finetune(
         ConfigError: A key is unknown, given twice or of the wrong type, values do not fit, or there
             is no such preset.
     """
-    node = lay_over(path, overrides, preset=preset, presets=_presets(), packaged=PACKAGED_CONFIG)
+    packaged = resources.files("fedpipe.config").joinpath(PACKAGED_CONFIG)
+    node = lay_over(path, overrides, preset=preset, presets=_presets(), packaged=packaged)
     return cast(FinetuneConfig, build(FinetuneConfig, node))
 
 

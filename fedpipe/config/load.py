@@ -126,7 +126,8 @@ def _evenly_cut(node: Node, num_stages: int) -> RunConfig:
 
 
 def _read(path: str | None, overrides: Sequence[str], *, preset: str | None) -> Node:
-    return lay_over(path, overrides, preset=preset, presets=_presets(), packaged=PACKAGED_CONFIG)
+    packaged = resources.files("fedpipe.config").joinpath(PACKAGED_CONFIG)
+    return lay_over(path, overrides, preset=preset, presets=_presets(), packaged=packaged)
 
 
 def lay_over(
@@ -135,7 +136,7 @@ def lay_over(
     *,
     preset: str | None,
     presets: Traversable,
-    packaged: str,
+    packaged: Traversable,
 ) -> Node:
     """Lay preset, file and overrides over each other.
 
@@ -144,7 +145,7 @@ def lay_over(
         overrides: ``section.key=value`` each; the value is YAML.
         preset: Name of a file of ``presets``, or None.
         presets: Folder of the packaged presets.
-        packaged: File of this package that is read without path and preset.
+        packaged: File that is read without path and preset.
 
     Raises:
         ConfigError: A file cannot be read, or there is no such preset.
@@ -153,8 +154,7 @@ def lay_over(
     if path is not None:
         layers.append(parse(read_text(path), source=path))
     elif preset is None:
-        text = resources.files("fedpipe.config").joinpath(packaged).read_text("utf-8")
-        layers.append(parse(text, source=packaged))
+        layers.append(parse(packaged.read_text("utf-8"), source=packaged.name))
     layers += map(parse_override, overrides)
     return reduce(merge, layers)
 

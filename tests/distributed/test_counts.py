@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from fedpipe.commands.plan.costs.flops import stage_flops
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.models.split import stage_specs
-from fedpipe.workflows.costs.flops import stage_flops
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny import LENGTH, VOCAB, tiny_config, tiny_data
 
@@ -27,10 +27,10 @@ def _count(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode
 
+    from fedpipe.commands.pretrain.replica import Replica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.models.split import pipeline_edges
-    from fedpipe.workflows.replica import Replica
 
     operations: Counter[str] = Counter()
 
@@ -106,10 +106,10 @@ def test_a_local_step_costs_what_the_plan_says_and_every_step_the_same(
 
 def _page_faults(env: ProcessEnv, config: RunConfig, data: PreparedData) -> list[int]:
     """Pages that the kernel had given this process by the end of each local step."""
+    from fedpipe.commands.pretrain.replica import Replica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.models.split import pipeline_edges
-    from fedpipe.workflows.replica import Replica
 
     comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
     replica = Replica(config, data, comm=comm)

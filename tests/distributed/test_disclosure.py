@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+from fedpipe.commands.plan.plan import build_plan
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, save_manifest
 from fedpipe.data.masking import MaskedBatch
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
-from fedpipe.metrics.writer import read_metrics
 from fedpipe.models.split import StageRole
-from fedpipe.workflows.plan import build_plan
-from fedpipe.workflows.run_dir import RunSetup
+from fedpipe.report.writer import read_metrics
+from fedpipe.run.run_dir import RunSetup
 from tests.helpers.distributed import run_distributed
 from tests.helpers.sniffer import Secrets, Sniffer
 from tests.helpers.tiny import tiny_config, tiny_data
@@ -68,7 +68,7 @@ def _setup(config: RunConfig, folder: Path) -> RunSetup:
 
 
 def _pretrain(env: ProcessEnv, setup: RunSetup) -> None:
-    from fedpipe.workflows.pretrain import pretrain
+    from fedpipe.commands.pretrain.run import pretrain
 
     pretrain(setup, env=env, emit=lambda kind, record: None)
 

@@ -24,10 +24,10 @@ HOME = {"head_location": "client"}
 
 
 def _replica(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
+    from fedpipe.commands.pretrain.replica import Replica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.models.split import pipeline_edges
-    from fedpipe.workflows.replica import Replica
 
     comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
     return Replica(config, data, comm=comm)

@@ -17,21 +17,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedpipe.checkpoint import CheckpointWriter
+from fedpipe.commands.finetune.examples import DATA, TuningData
+from fedpipe.commands.finetune.finish import export_finetuned
+from fedpipe.commands.finetune.report import result_table, write_finetune_report
+from fedpipe.commands.finetune.run import finetune
+from fedpipe.commands.finetune.setup import FinetuneSetup, set_up_finetune
+from fedpipe.commands.finetune.tuner import Tuner
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError
 from fedpipe.federation.turns import TuningTurn, draw_round, plan_tuning_round
-from fedpipe.metrics.finetune_report import result_table, write_finetune_report
-from fedpipe.metrics.writer import read_metrics
 from fedpipe.models.lower import LowerLayers
 from fedpipe.models.peft import lora_updates
-from fedpipe.workflows.finetune.examples import DATA, TuningData
-from fedpipe.workflows.finetune.finish import export_finetuned
-from fedpipe.workflows.finetune.run import finetune
-from fedpipe.workflows.finetune.setup import FinetuneSetup, set_up_finetune
-from fedpipe.workflows.finetune.tuner import Tuner
+from fedpipe.report.writer import read_metrics
+from fedpipe.run.checkpoint import CheckpointWriter
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tuned import small_folder, small_task
 
@@ -637,7 +637,7 @@ def test_a_client_whose_loss_is_nan_is_left_out_of_the_average_and_of_its_own_st
 
 def _forget(monkeypatch: pytest.MonkeyPatch, client_id: int, *, round_id: int) -> None:
     """Take a client out of the plan of a round."""
-    from fedpipe.workflows.finetune import run as module
+    from fedpipe.commands.finetune import run as module
 
     def planned(*arguments: Any, **keywords: Any) -> Any:
         plan = plan_tuning_round(*arguments, **keywords)

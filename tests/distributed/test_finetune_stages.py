@@ -14,19 +14,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from fedpipe.commands.finetune.examples import DATA, TuningData
+from fedpipe.commands.finetune.finish import export_finetuned, learnt
+from fedpipe.commands.finetune.micro_batches import task_messages
+from fedpipe.commands.finetune.report import write_finetune_report
+from fedpipe.commands.finetune.run import finetune
+from fedpipe.commands.finetune.setup import FinetuneSetup
+from fedpipe.commands.finetune.staged import StagedTuner
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.errors import ConfigError
 from fedpipe.federation.turns import TuningTurn, draw_round
-from fedpipe.metrics.finetune_report import write_finetune_report
 from fedpipe.models.split import stage_specs
 from fedpipe.models.tuned_stage import TunedStage
 from fedpipe.pipeline.stage_engine import StageEngine
-from fedpipe.workflows.finetune.examples import DATA, TuningData
-from fedpipe.workflows.finetune.finish import export_finetuned, learnt
-from fedpipe.workflows.finetune.micro_batches import task_messages
-from fedpipe.workflows.finetune.run import finetune
-from fedpipe.workflows.finetune.setup import FinetuneSetup
-from fedpipe.workflows.finetune.staged import StagedTuner
 from tests.distributed.test_finetune import BASE, accuracy, records, run, set_up
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tuned import small_folder, small_task

@@ -183,9 +183,9 @@ def _waits(env: ProcessEnv, folder: Path, data: Any, slow_s: float) -> tuple[Any
     import torch
     import torch.distributed as dist
 
+    from fedpipe.commands.pretrain import run as pretrain
     from fedpipe.distributed.comm import Comm
-    from fedpipe.workflows import pretrain
-    from fedpipe.workflows.run_dir import RunSetup
+    from fedpipe.run.run_dir import RunSetup
 
     c10d = dist.distributed_c10d
     short = timedelta(seconds=slow_s / 3)
@@ -225,7 +225,7 @@ def test_a_replica_waits_for_a_healthy_one_however_long_that_takes(tmp_path: Pat
 
 STUCK = """
 import ctypes, sys
-from fedpipe.launcher.supervisor import Signals
+from fedpipe.cluster.supervisor import Signals
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 with Signals(at_once_s=0.3).caught():
     libc.pthread_mutex_lock(mutex)

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from fedpipe.checkpoint import Position, find_latest
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, load_prepared, save_manifest
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.stopping import Moment
 from fedpipe.federation.cohort import plan_round
-from fedpipe.metrics.writer import read_metrics
-from fedpipe.workflows.run_dir import RunSetup
+from fedpipe.report.writer import read_metrics
+from fedpipe.run.checkpoint import Position, find_latest
+from fedpipe.run.run_dir import RunSetup
 from tests.helpers import options
 from tests.helpers.distributed import run_distributed
 from tests.helpers.options import Settings
@@ -33,8 +33,8 @@ TIMES = ("seconds", "tokens_per_s", "sync_s")
 
 
 def _pretrain(env: ProcessEnv, setup: RunSetup, stop: Moment | None) -> Position | None:
+    from fedpipe.commands.pretrain.run import pretrain
     from fedpipe.distributed.watch import Watch
-    from fedpipe.workflows.pretrain import pretrain
 
     with Watch() as watch:
         if stop is not None:  # as the ranks agree upon when one is asked to

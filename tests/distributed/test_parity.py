@@ -20,11 +20,11 @@ END_TO_END = {"objective": "end_to_end", "schedule": "1f1b"}
 
 def _engine(env: ProcessEnv, config: RunConfig, data: PreparedData) -> list[list[float | None]]:
     """Losses by step and stage."""
+    from fedpipe.commands.pretrain.replica import Replica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.models.split import pipeline_edges
     from fedpipe.pipeline.optimizer import learning_rate
-    from fedpipe.workflows.replica import Replica
 
     comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
     replica = Replica(config, data, comm=comm)

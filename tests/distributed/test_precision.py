@@ -22,11 +22,11 @@ STEPS = 4
 
 def _train_two_turns(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
     """Train, average, and train on from the average; losses by stage, bytes sent, final weights."""
+    from fedpipe.commands.pretrain.replica import Replica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.federation.cohort import Turn
     from fedpipe.models.split import pipeline_edges
-    from fedpipe.workflows.replica import Replica
 
     comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
     replica = Replica(config, data, comm=comm)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedpipe.checkpoint import find_latest
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, save_manifest
 from fedpipe.distributed.env import ProcessEnv
-from fedpipe.metrics.writer import read_metrics
-from fedpipe.workflows.run_dir import RunSetup
+from fedpipe.report.writer import read_metrics
+from fedpipe.run.checkpoint import find_latest
+from fedpipe.run.run_dir import RunSetup
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny import tiny_config, tiny_data
 
@@ -38,7 +38,7 @@ def _setup(config: RunConfig, data: PreparedData, run_dir: Path) -> RunSetup:
 
 
 def _pretrain(env: ProcessEnv, setup: RunSetup, patch: Callable[[], None] | None = None) -> None:
-    from fedpipe.workflows.pretrain import pretrain
+    from fedpipe.commands.pretrain.run import pretrain
 
     if patch:
         patch()
@@ -69,7 +69,7 @@ def _losses(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def _everyone_reads_client_0() -> None:
-    from fedpipe.workflows.replica import Replica
+    from fedpipe.commands.pretrain.replica import Replica
 
     original = Replica.training_source
     Replica.training_source = lambda self, client_id, *, start: original(self, 0, start=start)
@@ -111,11 +111,11 @@ def test_one_process_equals_stages_in_processes_equals_identical_replicas(
 def _synchronize(env: ProcessEnv, config: RunConfig, data: PreparedData, weights: list[float]):  # type: ignore[no-untyped-def]
     import torch
 
+    from fedpipe.commands.pretrain.replica import Replica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.federation.cohort import Turn
     from fedpipe.models.split import pipeline_edges
-    from fedpipe.workflows.replica import Replica
 
     comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
     replica = Replica(config, data, comm=comm)
@@ -273,8 +273,8 @@ def _count_looks_back(env: ProcessEnv, setup: RunSetup) -> tuple[int, int]:
     """Pre-train; return how often the record was opened and how many cohorts were drawn."""
     import sys
 
+    from fedpipe.commands.pretrain.run import pretrain
     from fedpipe.federation import cohort
-    from fedpipe.workflows.pretrain import pretrain
 
     opened, drawn, draw = [], [], cohort.draw_cohort
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fedpipe.checkpoint import find_latest
 from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.federation.strategy import krum_select, median, squared_distances, trimmed_mean
+from fedpipe.run.checkpoint import find_latest
 from tests.distributed.test_pretrain import _pretrain, _records, _run, _setup, _StopAfter
 from tests.helpers.distributed import run_distributed
 from tests.helpers.poison import Poison
@@ -26,7 +26,7 @@ BAD = 3
 
 def _train(env: ProcessEnv, setup: Any, poison: Poison) -> dict[tuple[int, int, int], Any]:
     """Run; return what every client had trained when its turn ended, by round, client and stage."""
-    from fedpipe.workflows.hosting import HostedStages
+    from fedpipe.federation.hosting import HostedStages
 
     end_turn = HostedStages.end_turn
     trained = {}
@@ -175,7 +175,7 @@ class _Skip:
     def __call__(self) -> None:
         import dataclasses
 
-        from fedpipe.workflows import pretrain
+        from fedpipe.commands.pretrain import run as pretrain
 
         plan = pretrain.plan_round
 

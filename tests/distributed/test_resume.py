@@ -14,26 +14,32 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedpipe.cluster.external import RunRequest
+from fedpipe.commands.finetune.command import choose_cells
+from fedpipe.commands.finetune.finish import export_finetuned
+from fedpipe.commands.finetune.grid import Cell, config_of
+from fedpipe.commands.finetune.run import finetune
+from fedpipe.commands.finetune.setup import FinetuneSetup, set_up_finetune
+from fedpipe.commands.pretrain.command import pretrain
+from fedpipe.commands.pretrain.setup import set_up
+from fedpipe.commands.reproduce.setup import Reproduction, plan_reproduction
+from fedpipe.commands.study.sweep import Sweep, set_up_sweep
+from fedpipe.commands.submit.command import pipeline_run
+from fedpipe.commands.throughput.command import throughput
+from fedpipe.commands.throughput.report import ThroughputSettings
 from fedpipe.config.finetune import load_finetune
 from fedpipe.config.schema import RunConfig
 from fedpipe.data import cache
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.errors import CheckpointError
-from fedpipe.launcher.external import RunRequest
-from fedpipe.launcher.finetune import choose_cells
-from fedpipe.launcher.local import pretrain
-from fedpipe.launcher.submittable import pipeline_run
-from fedpipe.launcher.throughput import throughput
-from fedpipe.metrics.writer import read_metrics
-from fedpipe.workflows.finetune.finish import export_finetuned
-from fedpipe.workflows.finetune.grid import Cell, config_of
-from fedpipe.workflows.finetune.run import finetune
-from fedpipe.workflows.finetune.setup import FinetuneSetup, set_up_finetune
-from fedpipe.workflows.reproduce.setup import Reproduction, plan_reproduction
-from fedpipe.workflows.resume import INPUTS_FILE, MAY_CHANGE
-from fedpipe.workflows.run_dir import RunSetup, inputs_of, prepared_text, record_inputs, set_up
-from fedpipe.workflows.sweep import Sweep, set_up_sweep
-from fedpipe.workflows.throughput.report import ThroughputSettings
+from fedpipe.report.writer import read_metrics
+from fedpipe.run.resume import INPUTS_FILE, MAY_CHANGE
+from fedpipe.run.run_dir import (
+    RunSetup,
+    inputs_of,
+    prepared_text,
+    record_inputs,
+)
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tuned import small_folder, small_task
 
@@ -110,7 +116,7 @@ def until_round(number: int) -> Callable[[str, Any], None]:
 
 
 def _pretrain(env: ProcessEnv, setup: RunSetup, number: int) -> None:
-    from fedpipe.workflows.pretrain import pretrain
+    from fedpipe.commands.pretrain.run import pretrain
 
     try:
         pretrain(setup, env=env, emit=until_round(number))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedpipe.checkpoint import client_files, find_latest
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.distributed.env import ProcessEnv
+from fedpipe.run.checkpoint import client_files, find_latest
 from tests.distributed.test_pretrain import _pretrain, _records, _run, _setup, _StopAfter
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny import tiny_config, tiny_data
@@ -24,11 +24,11 @@ FOUR = {"num_clients": 4, "clients_per_round": 4, "num_rounds": 2, "num_local_st
 
 def _by_hand(env: ProcessEnv, config: RunConfig, data: PreparedData) -> dict[str, np.ndarray]:
     """Train all rounds client by client, with torch alone; return the global weights."""
+    from fedpipe.commands.pretrain.replica import Replica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.federation.cohort import client_history, plan_round
     from fedpipe.pipeline.optimizer import build_optimizer
-    from fedpipe.workflows.replica import Replica
 
     one = tiny_config(pipeline={"colocate": True}, federation=FOUR | {"num_replicas": 1})
     comm = Comm(Grid.from_config(one), env, edges=())
@@ -267,10 +267,10 @@ def test_state_between_rounds_survives_a_kill_bit_for_bit(
 
 def _train_shared(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
     """Train one client per replica; return this rank's weights by stage role."""
+    from fedpipe.commands.pretrain.replica import Replica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.models.split import pipeline_edges
-    from fedpipe.workflows.replica import Replica
 
     comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
     replica = Replica(config, data, comm=comm)

@@ -20,10 +20,10 @@ ATOL = 2e-6
 
 def _losses(env: ProcessEnv, config: RunConfig, data: PreparedData) -> dict[str, Any]:
     """Losses of the last stage, step by step, and bytes sent, of both pipelines."""
+    from fedpipe.commands.throughput.measure import build_peers, edges_of_all_peers
+    from fedpipe.commands.throughput.report import ThroughputSettings
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
-    from fedpipe.workflows.throughput.measure import build_peers, edges_of_all_peers
-    from fedpipe.workflows.throughput.report import ThroughputSettings
 
     comm = Comm(Grid.from_config(config), env, edges=edges_of_all_peers(config))
     peers = build_peers(config, data, comm=comm, settings=ThroughputSettings(num_steps=STEPS))

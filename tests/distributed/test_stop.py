@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from fedpipe.checkpoint import CheckpointWriter, Position, find_latest
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, save_manifest
 from fedpipe.distributed.activity import Activity, Roll
@@ -21,8 +20,9 @@ from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import Quiet, StopSignals, Watch
 from fedpipe.errors import CheckpointError
-from fedpipe.metrics.writer import read_metrics
-from fedpipe.workflows.run_dir import RunSetup
+from fedpipe.report.writer import read_metrics
+from fedpipe.run.checkpoint import CheckpointWriter, Position, find_latest
+from fedpipe.run.run_dir import RunSetup
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny import tiny_config, tiny_data
 
@@ -43,8 +43,8 @@ class Moment:
 
 
 def _pretrain(env: ProcessEnv, setup: RunSetup, moment: Moment | None) -> Position | None:
-    from fedpipe.workflows.pretrain import pretrain
-    from fedpipe.workflows.replica import Replica
+    from fedpipe.commands.pretrain.replica import Replica
+    from fedpipe.commands.pretrain.run import pretrain
 
     left = [moment.number if moment else 0]
     _, replica, _ = Grid.from_config(setup.config).coordinates(env.rank)
@@ -239,8 +239,8 @@ def test_a_run_that_stops_when_only_the_averaging_is_left_averages_the_same(
 
 def _get_stuck(env: ProcessEnv, setup: RunSetup) -> list[tuple[float, Activity]]:
     """Stage 1 sleeps in a forward; what both ranks report meanwhile."""
+    from fedpipe.commands.pretrain.run import pretrain
     from fedpipe.models.stage import Stage
-    from fedpipe.workflows.pretrain import pretrain
 
     reports: list[tuple[float, Activity]] = []
     forward, calls = Stage.forward, [0]

@@ -33,11 +33,11 @@ def _rounds(
     env: ProcessEnv, config: RunConfig, data: PreparedData
 ) -> tuple[list[dict[int, Weights]], list[dict[int, int]], dict[str, int]]:
     """Let every client add its change; return global weights and bytes by round and stage."""
+    from fedpipe.commands.pretrain.replica import Replica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.federation import aggregation
     from fedpipe.federation.cohort import plan_round
-    from fedpipe.workflows.replica import Replica
 
     # Several buckets per stage, the last one smaller; in thirds, so that no byte count is rounded.
     aggregation.BUCKET_ELEMENTS = aggregation.ENCODED_BUCKET_ELEMENTS = 2 * REPLICAS * BLOCK

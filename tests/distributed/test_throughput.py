@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from fedpipe.config.schema import RunConfig
-from fedpipe.data.blocks import PreparedData
-from fedpipe.distributed.env import ProcessEnv
-from fedpipe.errors import ConfigError
-from fedpipe.workflows.throughput.files import write_files
-from fedpipe.workflows.throughput.page import terminal_text
-from fedpipe.workflows.throughput.report import (
+from fedpipe.commands.throughput.files import write_files
+from fedpipe.commands.throughput.page import terminal_text
+from fedpipe.commands.throughput.report import (
     Measurement,
     StageWindow,
     ThroughputSettings,
     single_replica,
     summarise,
 )
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import PreparedData
+from fedpipe.distributed.env import ProcessEnv
+from fedpipe.errors import ConfigError
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny import tiny_config, tiny_data
 
@@ -32,7 +32,7 @@ NUMBERS = ("tokens_per_s", "bytes_forward_per_token")
 def _measure(
     env: ProcessEnv, config: RunConfig, data: PreparedData, settings: ThroughputSettings
 ) -> Measurement | None:
-    from fedpipe.workflows.throughput.measure import measure
+    from fedpipe.commands.throughput.measure import measure
 
     return measure(config, data, env=env, settings=settings, emit=lambda kind, value: None)
 

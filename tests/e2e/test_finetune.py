@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpipe.metrics.writer import read_metrics
+from fedpipe.report.writer import read_metrics
 from tests.helpers.cli import Command, fedpipe
 from tests.helpers.tuned import small_folder, small_task
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpipe.checkpoint import find_latest
+from fedpipe.run.checkpoint import find_latest
 from tests.helpers.cli import fedpipe
 from tests.helpers.runs import ONE_PROCESS, TINY
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fedpipe.metrics.writer import read_metrics
+from fedpipe.report.writer import read_metrics
 from tests.helpers.cli import REPOSITORY, TIMEOUT_S, Command, fedpipe
 
 TINY = (
@@ -331,9 +331,9 @@ def test_under_srun_what_a_rank_cannot_work_with_ends_every_rank_with_2(
     script.write_text(
         "import os, sys\n"
         "from fedpipe.errors import CorpusError\n"
-        "from fedpipe.launcher.external import main\n"
+        "from fedpipe.cluster.external import main\n"
         "if os.environ['SLURM_PROCID'] == '1':\n"
-        "    from fedpipe.workflows.pretrain import Pretraining\n"
+        "    from fedpipe.commands.pretrain.run import Pretraining\n"
         "    def refuse(self, round_id):\n"
         "        raise CorpusError('data.valid: expected text, got none. Name another file.')\n"
         "    Pretraining._validate = refuse\n"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fedpipe.metrics.writer import read_metrics
+from fedpipe.report.writer import read_metrics
 from tests.helpers.cli import REPOSITORY, Command, fedpipe
 
 # What the tests count on is named, so that the quick start may change.

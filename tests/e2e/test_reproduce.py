@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpipe.metrics.writer import read_metrics
+from fedpipe.report.writer import read_metrics
 from tests.helpers.cli import Command, fedpipe
 from tests.helpers.guide import commands_of
 

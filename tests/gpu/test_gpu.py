@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedpipe.distributed.env import num_gpus
-from fedpipe.metrics.writer import read_metrics
+from fedpipe.report.writer import read_metrics
 from tests.helpers.cli import fedpipe
 from tests.helpers.runs import ONE_PROCESS, TINY
 

@@ -14,7 +14,7 @@ from unittest import mock
 
 from fedpipe.distributed.env import ProcessEnv
 
-PRELOAD = ["fedpipe.workflows.pretrain", "fedpipe.workflows.export"]
+PRELOAD = ["fedpipe.commands.pretrain.run", "fedpipe.run.export"]
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 

@@ -21,9 +21,9 @@ class Poison:
 
     def __call__(self) -> None:
         """Wrap the step of a stage."""
+        from fedpipe.commands.pretrain.run import Pretraining
         from fedpipe.pipeline import schedule as ops
         from fedpipe.pipeline.stage_engine import StageEngine
-        from fedpipe.workflows.pretrain import Pretraining
 
         train, loss = Pretraining._train, StageEngine._loss
         optimizer_step = StageEngine._optimizer_step

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from fedpipe.metrics.writer import read_metrics
+from fedpipe.report.writer import read_metrics
 from tests.helpers.cli import Command, fedpipe
 
 TINY = (

@@ -8,7 +8,7 @@ import re
 import signal
 from pathlib import Path
 
-from fedpipe.metrics.writer import read_metrics
+from fedpipe.report.writer import read_metrics
 from tests.helpers.encoders import bert, easy_ner
 from tests.helpers.runs import job_id, lock_holder, num_rounds
 from tests.helpers.slurm import Cluster, held_until

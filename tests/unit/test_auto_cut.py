@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from fedpipe.commands.plan.costs.layers import LayerCosts, best_cut, cut_lines
+from fedpipe.commands.plan.costs.measure import measure_layer_costs
+from fedpipe.commands.study.sweep import set_up_sweep
+from fedpipe.commands.throughput.command import throughput
+from fedpipe.commands.throughput.report import ThroughputSettings
 from fedpipe.config import load
 from fedpipe.config.schema import RunConfig
 from fedpipe.errors import ConfigError
-from fedpipe.launcher.throughput import throughput
 from fedpipe.models.split import placement, stage_specs
 from fedpipe.pipeline.timeline import StageCost
-from fedpipe.workflows.costs.layers import LayerCosts, best_cut, cut_lines
-from fedpipe.workflows.costs.measure import measure_layer_costs
-from fedpipe.workflows.run_dir import resolve_config
-from fedpipe.workflows.sweep import set_up_sweep
-from fedpipe.workflows.throughput.report import ThroughputSettings
+from fedpipe.run.run_dir import resolve_config
 
 TINY = (
     "model.num_hidden_layers=6", "model.hidden_size=16", "model.num_attention_heads=2",

@@ -16,8 +16,12 @@ from typing import Any
 
 import pytest
 
-from fedpipe import checkpoint, files
-from fedpipe.checkpoint import (
+from fedpipe import files
+from fedpipe.distributed.env import ProcessEnv
+from fedpipe.errors import CheckpointError
+from fedpipe.report.writer import METRICS_FILE
+from fedpipe.run import checkpoint
+from fedpipe.run.checkpoint import (
     CHECKPOINTS,
     CLIENTS,
     STATE,
@@ -29,9 +33,6 @@ from fedpipe.checkpoint import (
     find_round,
     set_aside_later,
 )
-from fedpipe.distributed.env import ProcessEnv
-from fedpipe.errors import CheckpointError
-from fedpipe.metrics.writer import METRICS_FILE
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny import tiny_config
 

@@ -12,8 +12,8 @@ import pytest
 
 from fedpipe import __version__, errors
 from fedpipe.cli import main
-from fedpipe.launcher.external import main as rank
-from fedpipe.workflows.text_facts import render_uncounted
+from fedpipe.cluster.external import main as rank
+from fedpipe.commands.plan.text_facts import render_uncounted
 
 REPOSITORY = Path(__file__).parents[2]
 COMMANDS = (
@@ -166,7 +166,7 @@ def test_every_kind_of_end_has_its_exit_code(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("fedpipe.workflows.plan.build_plan", fail)
+    monkeypatch.setattr("fedpipe.commands.plan.plan.build_plan", fail)
     assert main(["plan"]) == code
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -175,7 +175,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("fedpipe.workflows.plan.build_plan", fail)
+    monkeypatch.setattr("fedpipe.commands.plan.plan.build_plan", fail)
     with pytest.raises(ZeroDivisionError):
         main(["plan"])
 

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpipe.config.finetune import TaskConfig
-from fedpipe.data.clients import (
+from fedpipe.commands.finetune.clients import (
     Labels,
     class_labels,
     deal_out,
@@ -17,6 +16,7 @@ from fedpipe.data.clients import (
     number_labels,
     tag_labels,
 )
+from fedpipe.config.finetune import TaskConfig
 from fedpipe.errors import CorpusError
 
 NAMES = ("a", "b", "c", "d")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedpipe.metrics.console import RunConsole
-from fedpipe.metrics.format import bytes_text, duration, number, tokens_per_s
+from fedpipe.report.console import RunConsole
+from fedpipe.report.format import bytes_text, duration, number, tokens_per_s
 from tests.helpers.records import make_records
 
 CLOCK = r"\d\d:\d\d:\d\d"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from fedpipe.commands.plan.disclosure import Transfer, markdown, per_step
+from fedpipe.commands.plan.plan import Plan, build_plan
 from fedpipe.config.load import load_config, preset_names
-from fedpipe.workflows.disclosure import Transfer, markdown, per_step
-from fedpipe.workflows.plan import Plan, build_plan
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = REPOSITORY / "docs/what_leaves_a_client.md"

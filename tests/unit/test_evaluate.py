@@ -15,21 +15,21 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedpipe.cli import main
+from fedpipe.commands.evaluate import command as launcher
+from fedpipe.commands.evaluate.cell import run_cell
+from fedpipe.commands.evaluate.compare import compare, how_to_read, write_comparison
+from fedpipe.commands.evaluate.gather import gather
+from fedpipe.commands.evaluate.model_folder import check_models, read_models
+from fedpipe.commands.evaluate.report import draw_scores, notes, outcome_text, table
+from fedpipe.commands.evaluate.setup import Evaluation, read_evaluation, set_up_evaluation
+from fedpipe.commands.evaluate.training import batches, drawn
 from fedpipe.config.load import from_dict
 from fedpipe.data import identity
 from fedpipe.data.tasks.encoding import Encoded
+from fedpipe.data.tasks.scoring import METRICS
 from fedpipe.errors import CheckpointError, ConfigError
-from fedpipe.launcher import evaluate as launcher
-from fedpipe.metrics.drawing import render
-from fedpipe.metrics.evaluation_report import draw_scores, notes, outcome_text, table
-from fedpipe.metrics.scoring import METRICS
-from fedpipe.metrics.writer import read_metrics
-from fedpipe.workflows.evaluate.cell import run_cell
-from fedpipe.workflows.evaluate.compare import compare, how_to_read, write_comparison
-from fedpipe.workflows.evaluate.gather import gather
-from fedpipe.workflows.evaluate.model_folder import check_models, read_models
-from fedpipe.workflows.evaluate.setup import Evaluation, read_evaluation, set_up_evaluation
-from fedpipe.workflows.evaluate.training import batches, drawn
+from fedpipe.report.drawing import render
+from fedpipe.report.writer import read_metrics
 from tests.helpers.encoders import bert, easy_ner, easy_pairs, write_jsonl
 
 FAST = {"num_epochs": 8, "learning_rate": 3e-3, "batch_size": 8}

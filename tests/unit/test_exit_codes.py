@@ -12,6 +12,11 @@ from typing import Any
 
 import pytest
 
+from fedpipe.cluster.ranks import Ranks
+from fedpipe.cluster.supervisor import Signals
+from fedpipe.commands.finetune import command as finetune
+from fedpipe.commands.pretrain import command as local
+from fedpipe.commands.study.pool import CellRunner, Slot, check_all_done, saying_to
 from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import (
@@ -23,11 +28,7 @@ from fedpipe.errors import (
     error_named,
     is_users,
 )
-from fedpipe.launcher import finetune, local
-from fedpipe.launcher.cells import CellRunner, Slot, check_all_done, saying_to
-from fedpipe.launcher.ranks import Ranks
-from fedpipe.launcher.supervisor import Signals
-from fedpipe.metrics.console import RunConsole
+from fedpipe.report.console import RunConsole
 
 GRID = Grid(num_stages=1, num_replicas=2, data_parallel_degree=1)
 

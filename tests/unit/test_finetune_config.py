@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from fedpipe.commands.finetune.command import check_library, count_here, finetune
+from fedpipe.commands.finetune.grid import Cell, read_cells, write_cells
 from fedpipe.config.finetune import finetune_presets, finetune_yaml, load_finetune
 from fedpipe.errors import CheckpointError, ConfigError
-from fedpipe.launcher.finetune import check_library, count_here, finetune
-from fedpipe.workflows.finetune.grid import Cell, read_cells, write_cells
 
 WRONG = [
     ("method.nam=full", "method.nam: unknown key in an override. Did you mean method.name?"),
@@ -108,7 +108,7 @@ def test_without_the_adapters_library_the_way_to_get_it_is_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delitem(sys.modules, "adapters", raising=False)
-    monkeypatch.setattr("fedpipe.launcher.finetune.find_spec", lambda name: None)
+    monkeypatch.setattr("fedpipe.commands.finetune.command.find_spec", lambda name: None)
     expected = r"adapters library to be installed, got none\. Install it: pip install"
     with pytest.raises(ConfigError, match=expected):
         finetune(None, [], str(tmp_path / "run"))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fedpipe.commands.evaluate.model_folder import check_models
+from fedpipe.commands.finetune.setup import check_model_folder
 from fedpipe.config.finetune import BaseModelConfig, FinetuneConfig, MethodConfig
 from fedpipe.config.half_files import check_weights
 from fedpipe.config.load import from_dict, load_config
@@ -20,8 +22,6 @@ from fedpipe.data.tasks.registry import find_task
 from fedpipe.data.vocabulary import check_tokenizer
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError
 from fedpipe.models.peft import load_adapter
-from fedpipe.workflows.evaluate.model_folder import check_models
-from fedpipe.workflows.finetune.setup import check_model_folder
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 501200538\n"
 CONFIG = json.dumps({"model_type": "roberta"}).encode()

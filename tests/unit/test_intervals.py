@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedpipe.metrics.intervals import (
+from fedpipe.commands.evaluate.intervals import (
     EXAMPLES,
     SEEDS,
     Sample,
@@ -19,7 +19,7 @@ from fedpipe.metrics.intervals import (
     sample,
     student_half_width,
 )
-from fedpipe.metrics.scoring import METRICS, Array, resamples
+from fedpipe.data.tasks.scoring import METRICS, Array, resamples
 
 ACCURACY = METRICS["accuracy"]
 NUM_EXAMPLES, NUM_DRAWS, SKILL = 200, 1000, 0.8

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import submitit
 
-from fedpipe.checkpoint import Position
+from fedpipe.cluster.attempts import note_attempt
+from fedpipe.cluster.external import RunRequest
+from fedpipe.cluster.follow import Progress, conclude, find_failure
+from fedpipe.cluster.jobs import STARTS, job_of, own_gpu
+from fedpipe.cluster.slurm import JobState
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CorpusError, LaunchError, TopologyError
-from fedpipe.launcher.attempts import note_attempt
-from fedpipe.launcher.external import RunRequest
-from fedpipe.launcher.follow import Progress, conclude, find_failure
-from fedpipe.launcher.jobs import STARTS, job_of, own_gpu
-from fedpipe.launcher.slurm import JobState
-from fedpipe.metrics.console import RunConsole
+from fedpipe.report.console import RunConsole
+from fedpipe.run.checkpoint import Position
 
 GRID = Grid(2, 1, 1)
 FAILED = JobState(state="FAILED", nodes="node[1-2]")

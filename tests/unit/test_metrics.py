@@ -13,7 +13,7 @@ import pytest
 
 from fedpipe import log
 from fedpipe.errors import CheckpointError
-from fedpipe.metrics.writer import MetricsWriter, read_metrics
+from fedpipe.report.writer import MetricsWriter, read_metrics
 from tests.helpers.records import make_records
 
 STEP = {"kind": "step", "round": 0, "step": 0, "replica": 0, "stage": 0, "tokens": 10}
@@ -147,9 +147,9 @@ def test_tensorboard_hides_what_came_after_the_checkpoint(tmp_path: Path) -> Non
 def test_writer_console_and_log_import_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from fedpipe import log; log.setup()\n"
-        "from fedpipe.metrics.console import RunConsole\n"
-        "from fedpipe.metrics.writer import MetricsWriter\n"
-        "from fedpipe.metrics import report\n"
+        "from fedpipe.report.console import RunConsole\n"
+        "from fedpipe.report.writer import MetricsWriter\n"
+        "from fedpipe.report import report\n"
         "late = {'torch', 'transformers', 'deepspeed', 'datasets', 'matplotlib', 'rich', 'numpy'}\n"
         "assert not late & set(sys.modules), late & set(sys.modules)\n"
         "w = MetricsWriter(sys.argv[1], tensorboard=True); w.write([{'kind': 'step'}]); w.close()\n"

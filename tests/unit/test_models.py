@@ -30,7 +30,7 @@ from fedpipe.models.families import FAMILIES, hf_config, load_pretrained, stable
 from fedpipe.models.masked import gather_masked
 from fedpipe.models.split import merge, stage_specs
 from fedpipe.models.stage import Stage, build_stage
-from fedpipe.workflows.export import build_model
+from fedpipe.run.export import build_model
 
 LAYERS, VOCAB, LENGTH = 4, 53, 12
 CUTS = [(), (0,), (2,), (1, 3), (0, 1, 2, 3)]

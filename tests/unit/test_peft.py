@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from fedpipe.commands.finetune.count import count_rows, count_table
 from fedpipe.config.finetune import MethodConfig
 from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.models.lower import WITHOUT, LowerLayers, check_first_layer
@@ -27,7 +28,6 @@ from fedpipe.models.peft import (
     trainable,
 )
 from fedpipe.models.tuned import FAMILIES, base_config, build_model, check_family, head_names
-from fedpipe.workflows.finetune.count import count_rows, count_table
 from tests.helpers.tuned import small_batch, small_config, small_model
 
 NAMES = ("LABEL_0", "LABEL_1", "LABEL_2")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from fedpipe.commands.plan.plan import Plan, build_plan, render
 from fedpipe.config.load import load_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.errors import ConfigError
-from fedpipe.workflows.plan import Plan, build_plan, render
 
 REPOSITORY = Path(__file__).parents[2]
 LARGE = "launch/configs/large_8x16x4.yaml"

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from fedpipe.commands.plan.plan import build_plan
 from fedpipe.config.load import diff, load_config, preset_names
 from fedpipe.config.schema import RunConfig
 from fedpipe.errors import ConfigError
-from fedpipe.workflows.plan import build_plan
 
 REPOSITORY = Path(__file__).parents[2]
 OVERLAY = str(REPOSITORY / "launch/configs/scaled_down.yaml")
-FILES = REPOSITORY / "launch/configs/presets"
+FILES = REPOSITORY / "fedpipe/config/presets"
 
 
 def preset(name: str, *overrides: str, path: str | None = None) -> RunConfig:

@@ -15,11 +15,11 @@ import pytest
 from fedpipe import log
 from fedpipe.data.corpus import prepare
 from fedpipe.errors import CorpusError
-from fedpipe.metrics.console import RunConsole
-from fedpipe.metrics.document import Code, Heading, Paragraph, Table, to_html, to_markdown
-from fedpipe.metrics.samples import samples_text
 from fedpipe.printable import printable
-from fedpipe.workflows.run_dir import check_writable
+from fedpipe.report.console import RunConsole
+from fedpipe.report.document import Code, Heading, Paragraph, Table, to_html, to_markdown
+from fedpipe.report.samples import samples_text
+from fedpipe.run.run_dir import check_writable
 from tests.helpers.corpora import run_maker
 
 EVIL = "a\x1b[2J\x1b]0;owned\x07b\x9b31mc\rd\u202ee\ud800f\x00"

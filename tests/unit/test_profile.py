@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedpipe.distributed.topology import Grid
-from fedpipe.errors import ConfigError, FedPipeError, LaunchError, TopologyError
-from fedpipe.launcher.profile import JobShape, Profile, load_profile
-from fedpipe.launcher.slurm import (
+from fedpipe.cluster.profile import JobShape, Profile, load_profile
+from fedpipe.cluster.slurm import (
     JobState,
     NodeKind,
     _check_fits,
@@ -20,6 +18,8 @@ from fedpipe.launcher.slurm import (
     check_site,
     job_state,
 )
+from fedpipe.distributed.topology import Grid
+from fedpipe.errors import ConfigError, FedPipeError, LaunchError, TopologyError
 
 PROFILES = sorted((Path(__file__).parents[2] / "slurm" / "profiles").glob("*.yaml"))
 
@@ -197,7 +197,7 @@ def test_a_controller_that_does_not_answer_is_quoted_in_one_line(
     _answer(tmp_path, monkeypatch, sbatch="", sinfo="echo 'slurm_load: down\nsorry' >&2; exit 1")
     with pytest.raises(LaunchError, match=r"^sinfo: expected an answer, got: slurm_load: down s"):
         check_site(Profile(source="p.yaml"), SHAPE)
-    monkeypatch.setattr("fedpipe.launcher.slurm._TIMEOUT_S", 0.2)
+    monkeypatch.setattr("fedpipe.cluster.slurm._TIMEOUT_S", 0.2)
     _answer(tmp_path, monkeypatch, sinfo="exec sleep 9")
     with pytest.raises(LaunchError, match=r"^sinfo: expected an answer within 0 s, got none\. Try"):
         check_site(Profile(source="p.yaml"), SHAPE)

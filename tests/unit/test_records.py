@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from fedpipe.config.federation import AggregationConfig
-from fedpipe.federation.cohort import Turn
-from fedpipe.federation.refusal import Refused, judge
-from fedpipe.workflows.records import (
+from fedpipe.commands.pretrain.records import (
     evaluation_record,
     round_record,
     traffic_record,
     write_timeline,
 )
+from fedpipe.config.federation import AggregationConfig
+from fedpipe.federation.cohort import Turn
+from fedpipe.federation.refusal import Refused, judge
 from tests.helpers.tiny import tiny_config
 
 

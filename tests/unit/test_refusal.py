@@ -9,7 +9,7 @@ import pytest
 from fedpipe.config.federation import AggregationConfig
 from fedpipe.errors import TrainingError
 from fedpipe.federation.refusal import NO_FAULT, Refused, judge, not_finite_together, stopped
-from fedpipe.metrics.console import refused_lines
+from fedpipe.report.console import refused_lines
 
 
 @dataclass

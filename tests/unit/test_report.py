@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from fedpipe.commands.pretrain.report import write_report
 from fedpipe.errors import CheckpointError
-from fedpipe.metrics.document import Paragraph, Table
-from fedpipe.metrics.drawing import spread
-from fedpipe.metrics.report import write_report
-from fedpipe.metrics.sections import ledger, refused_section
-from fedpipe.metrics.summary import RunSummary, smooth
-from fedpipe.metrics.timeline_plot import middle_window, write_timeline_plot
+from fedpipe.report.document import Paragraph, Table
+from fedpipe.report.drawing import spread
+from fedpipe.report.sections import ledger, refused_section
+from fedpipe.report.summary import RunSummary, smooth
+from fedpipe.report.timeline_plot import middle_window, write_timeline_plot
 from tests.helpers.records import make_events, make_records, make_run_dir
 
 FIGURES = ("loss.png", "clients.png", "traffic.png", "timeline.png")

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from fedpipe.cli import main
+from fedpipe.commands.evaluate.intervals import METHOD
+from fedpipe.commands.reproduce.config import SCALES, load_reproduction
+from fedpipe.commands.reproduce.report import below, differences_table
+from fedpipe.commands.reproduce.time_to_score import best, race, speed_up, time_to
+from fedpipe.commands.reproduce.variants import make_variants
 from fedpipe.config.load import diff
-from fedpipe.config.reproduce import SCALES, load_reproduction
-from fedpipe.metrics.document import Strong
-from fedpipe.metrics.intervals import METHOD
-from fedpipe.metrics.reproduce_report import below, differences_table
-from fedpipe.metrics.time_to_score import best, race, speed_up, time_to
-from fedpipe.workflows.reproduce.variants import make_variants
+from fedpipe.report.document import Strong
 
 
 def test_a_score_is_reached_on_the_line_between_two_rounds() -> None:

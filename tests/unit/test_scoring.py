@@ -11,9 +11,9 @@ from seqeval.metrics import f1_score as seqeval_f1
 from seqeval.scheme import IOB2
 from sklearn import metrics as sklearn_metrics
 
+from fedpipe.commands.evaluate.cell import positive_classes
 from fedpipe.data.tasks.registry import TASKS
-from fedpipe.metrics.scoring import METRICS, draws, resamples
-from fedpipe.workflows.evaluate.cell import positive_classes
+from fedpipe.data.tasks.scoring import METRICS, draws, resamples
 
 RNG = np.random.default_rng(3)
 GOLD_TAGS = [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedpipe.launcher.profile import Profile
-from fedpipe.launcher.slurm import of_login_node, without_rank
+from fedpipe.cluster.profile import Profile
+from fedpipe.cluster.slurm import of_login_node, without_rank
 from tests.slurm.conftest import CALLER
 
 LOGIN = {

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fedpipe.launcher.worker import FINETUNE_PRELOAD, PRELOAD
+from fedpipe.cluster.worker import FINETUNE_PRELOAD, PRELOAD
 
 OTHERS = {"sklearn", "scipy", "seqeval", "pandas", "datasets", "adapters"}
 """Packages that only other commands need."""
@@ -18,7 +18,7 @@ OTHERS = {"sklearn", "scipy", "seqeval", "pandas", "datasets", "adapters"}
     [
         (PRELOAD, OTHERS),
         (FINETUNE_PRELOAD, OTHERS - {"adapters"}),
-        (("fedpipe.workflows.export",), OTHERS | {"deepspeed"}),
+        (("fedpipe.run.export",), OTHERS | {"deepspeed"}),
     ],
     ids=["pretrain", "finetune", "export"],
 )

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from fedpipe.cluster.supervisor import Interrupted, Signals
 from fedpipe.distributed.stopping import Moment, StopPoint
 from fedpipe.distributed.watch import STOP_SIGNALS, StopSignals
-from fedpipe.launcher.supervisor import Interrupted, Signals
 
 
 def test_a_rank_that_is_not_asked_to_stop_commits_as_far_as_it_wants() -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from fedpipe.cli import main
+from fedpipe.commands.study.axes import parse_grid
+from fedpipe.commands.study.pool import divide
+from fedpipe.commands.study.report import MAX_DRAWN, Row, RunResult, Spread, draw_sweep, table
+from fedpipe.commands.study.sweep import Cell, Sweep, gather, prepare_texts, set_up_sweep
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError, FedPipeError
-from fedpipe.launcher.cells import divide
-from fedpipe.metrics.sweep_report import MAX_DRAWN, Row, RunResult, Spread, draw_sweep, table
-from fedpipe.workflows.grid import parse_grid
-from fedpipe.workflows.sweep import Cell, Sweep, gather, prepare_texts, set_up_sweep
 
 GRID = ("pipeline.cut=[2],[1,3]", "seed=0,1")
 

@@ -17,7 +17,7 @@ from fedpipe.config.load import load_config
 from fedpipe.data.cache import cache_path
 from fedpipe.errors import CheckpointError, CorpusError, LaunchError, OutputError
 from fedpipe.files import naming, replace_folder, system_errors_named, write_text
-from fedpipe.workflows.run_dir import locked
+from fedpipe.run.run_dir import locked
 from tests.helpers.cli import REPOSITORY
 
 
@@ -94,7 +94,7 @@ def test_a_home_directory_is_only_asked_for_where_nothing_else_is_given(
 _START = """
 import sys
 from fedpipe.errors import LaunchError
-from fedpipe.launcher import fork_server as module
+from fedpipe.cluster import fork_server as module
 if len(sys.argv) > 1:
     module._LONGEST_SOCKET = 35
 try:

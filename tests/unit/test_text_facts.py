@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from fedpipe.cli import main
+from fedpipe.commands.plan.text_facts import render_text, text_facts
+from fedpipe.commands.pretrain.report import write_report
 from fedpipe.config.load import load_config
 from fedpipe.data.blocks import PreparedData
 from fedpipe.data.corpus import prepare
-from fedpipe.metrics.report import write_report
-from fedpipe.workflows.text_facts import render_text, text_facts
 from tests.helpers.corpora import run_maker
 from tests.helpers.records import make_run_dir
 from tests.helpers.tiny import tiny_config, tiny_data

@@ -8,30 +8,30 @@ from typing import Any
 
 import pytest
 
-from fedpipe.config.schema import RunConfig
-from fedpipe.metrics.document import to_html, to_markdown
-from fedpipe.models.split import stage_specs
-from fedpipe.pipeline.timeline import StageCost
-from fedpipe.workflows.costs.flops import layer_flops, masked_layer_flops
-from fedpipe.workflows.costs.ideal import predict, scheduled
-from fedpipe.workflows.costs.layers import best_cut
-from fedpipe.workflows.throughput.advice import advise, take_apart
-from fedpipe.workflows.throughput.files import chrome_events
-from fedpipe.workflows.throughput.page import blocks, headline, terminal_text
-from fedpipe.workflows.throughput.points import (
+from fedpipe.commands.plan.costs.flops import layer_flops, masked_layer_flops
+from fedpipe.commands.plan.costs.ideal import predict, scheduled
+from fedpipe.commands.plan.costs.layers import best_cut
+from fedpipe.commands.throughput.advice import advise, take_apart
+from fedpipe.commands.throughput.files import chrome_events
+from fedpipe.commands.throughput.page import blocks, headline, terminal_text
+from fedpipe.commands.throughput.points import (
     Point,
     content,
     points_blocks,
     points_headline,
     points_table,
 )
-from fedpipe.workflows.throughput.report import (
+from fedpipe.commands.throughput.report import (
     Measurement,
     StageWindow,
     single_replica,
     summarise,
 )
-from fedpipe.workflows.throughput.utilisation import Product, shape_of, step_flops
+from fedpipe.commands.throughput.utilisation import Product, shape_of, step_flops
+from fedpipe.config.schema import RunConfig
+from fedpipe.models.split import stage_specs
+from fedpipe.pipeline.timeline import StageCost
+from fedpipe.report.document import to_html, to_markdown
 from tests.helpers.tiny import VOCAB, tiny_config
 
 LAYER_S, HEAD_S = 0.030, 0.020

@@ -3,13 +3,13 @@ from pathlib import Path
 
 import pytest
 
+from fedpipe.commands.plan.plan import build_plan, render
 from fedpipe.config.schema import DataConfig, RunConfig
 from fedpipe.data.corpus import prepare, tokenizer_info
 from fedpipe.data.tokenizer import SAMPLES, TokenizerInfo
 from fedpipe.data.vocabulary import check_tokenizer
 from fedpipe.errors import CorpusError
-from fedpipe.workflows.export import cut_texts, word_tokens
-from fedpipe.workflows.plan import build_plan, render
+from fedpipe.run.export import cut_texts, word_tokens
 
 BERT = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "word": 5}
 

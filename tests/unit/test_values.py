@@ -4,12 +4,12 @@ from decimal import Decimal
 
 import pytest
 
+from fedpipe.commands.finetune.texts import read_texts
 from fedpipe.config.finetune import CAUSAL_LM, TaskConfig
 from fedpipe.data.reading import NO_VALUE, read
 from fedpipe.data.sources import Columns, resolve
 from fedpipe.data.values import is_missing, name_of, text_of
 from fedpipe.errors import CorpusError
-from fedpipe.workflows.finetune.texts import read_texts
 
 NOTHING = (
     None,

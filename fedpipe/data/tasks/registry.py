@@ -39,7 +39,7 @@ class Task:
     kind: Kind
     """What the head predicts: a tag per word, a class or a number."""
     metrics: tuple[str, ...]
-    """Names of ``fedpipe.metrics.scoring.METRICS``; the first one chooses the best epoch."""
+    """Names of ``fedpipe.data.tasks.scoring.METRICS``; the first one chooses the best epoch."""
     defaults: Defaults
     """Published settings."""
     labels: tuple[str, ...] = ()

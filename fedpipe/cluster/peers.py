@@ -1,0 +1,252 @@
+"""Ranks under somebody else's launcher watch each other: no supervisor sees them end or hang."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from fedpipe.cluster.ranks import LOST_PEER
+from fedpipe.distributed.activity import Activity, Roll, Ticks
+from fedpipe.distributed.board import Board
+from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.topology import Grid
+from fedpipe.distributed.watch import EXIT_INTERRUPTED
+from fedpipe.errors import FedPipeError, LaunchError, error_named
+
+_PERIOD_S = 1.0
+_TELL_S = 2.5
+"""So long whoever ends a run stays: the others look every ``_PERIOD_S``."""
+_LEAVE_S = 6.0
+"""After the store has gone: a rank that has done its part, or is asked to stop, ends by itself."""
+_SILENT_S = 4.0
+"""Ranks that have ended are silent for longer."""
+_VERDICT = "verdict"
+_AT_FIRST_S = 120.0
+"""``pipeline.hang_timeout_s`` by default, until the configuration is known here."""
+
+Record = dict[str, Any]
+
+
+class Peers:
+    """Posts this rank's activity; rank 0 looks at everybody's, and rank 1 at rank 0's.
+
+    Who finds that one has ended or hangs posts a verdict, and every rank that reads it ends itself:
+    no collective has a time-out, and not every launcher ends the ranks of other nodes. The host of
+    the store cannot be found out this way, so a thread of its own sees whether it answers: under
+    srun that is rank 0, under torchrun it is torchrun.
+    """
+
+    def __init__(self, env: ProcessEnv) -> None:
+        """Start with nobody.
+
+        Args:
+            env: This process' place in the run.
+        """
+        self.on_steps: Callable[[list[Record]], None] | None = None
+        """Told on rank 0 of the latest step of every stage of every rank, about once a second."""
+        self._env = env
+        self._board: Board | None = None
+        self._looks, self._judged = True, False
+        self._grid: Grid | None = None
+        self._timeout_s = _AT_FIRST_S
+        self._roll = Roll(timeout_s=self._timeout_s)
+        self._posts: dict[int, list[Any]] = {}
+        self._posted_at = 0.0
+        self._num_posted = 0
+        self._lock = threading.Lock()
+        self._steps: dict[int, Record] = {}
+
+    def know(self, grid: Grid, *, timeout_s: float) -> None:
+        """Learn what the ranks hold.
+
+        Args:
+            grid: Of the run.
+            timeout_s: After this a rank hangs; 0 means never.
+        """
+        self._grid, self._timeout_s = grid, timeout_s
+        self._roll.timeout_s = timeout_s
+
+    def saw(self, record: Record) -> None:
+        """Take a step record of this rank; its last one goes to rank 0."""
+        self._steps[record["stage"]] = record
+
+    # -- what the watch tells ----------------------------------------------------------------
+
+    def meet(self, board: Board) -> None:
+        """Begin to post and to look."""
+        self._board = board
+        threading.Thread(target=self._see_whether_it_answers, name="guard", daemon=True).start()
+
+    def __call__(self, activity: Activity) -> None:
+        """Tell the others, and look at them."""
+        board, now = self._board, time.monotonic()
+        if not self._lock.acquire(blocking=False):
+            return  # the watch is at it, and may wait for the store
+        try:
+            if board is None or not self._looks or now - self._posted_at < _PERIOD_S:
+                return
+            self._posted_at = now
+            self._num_posted += 1
+            steps = list(self._steps.copy().values())
+            board.post(f"alive/{self._env.rank}", [self._num_posted, asdict(activity), steps])
+            verdict = board.posted([_VERDICT])
+            if verdict is not None:
+                self._follow(*verdict[0])
+            elif self._env.rank == 0:
+                self._look(range(self._env.world_size), board, now)
+            elif self._env.rank == 1 and self._timeout_s:
+                self._look(range(1), board, now)
+        finally:
+            self._lock.release()
+
+    def lost(self, failure: Exception, *, taking_part: Callable[[], bool]) -> None:
+        """End this rank, unless it ends by itself: its work may wait for ranks that have gone."""
+        deadline = time.monotonic() + _LEAVE_S
+        while time.monotonic() < deadline:
+            if not taking_part():
+                return
+            time.sleep(0.1)
+        self._board = None
+        if isinstance(failure, FedPipeError):
+            self._end(type(failure).__name__, str(failure), tell=True)
+        name = self._roll.name(self._env.rank, self._grid)
+        self._end(
+            "LaunchError",
+            f"{name} cannot go on: {failure}. See the log of rank 0; the same command resumes.",
+            tell=True,
+        )
+
+    def leave(self) -> None:
+        """Look no more."""
+        self._looks = False
+
+    def failed(self, error: BaseException) -> BaseException:
+        """Tell the others why this rank ends; one whose neighbour has gone looks for that one."""
+        board = self._board
+        told = isinstance(error, FedPipeError) and error.told
+        if board is None or self._env.world_size == 1 or told:
+            return error
+        neighbour = not isinstance(error, FedPipeError) and LOST_PEER.search(str(error))
+        try:
+            if neighbour:
+                error = self._find_lost(board) or error
+            self._tell(board, error)
+        except (ConnectionError, FedPipeError) as gone:
+            if neighbour:
+                return LaunchError(f"{gone}. See its log; the same command resumes.")
+        return error
+
+    def _tell(self, board: Board, error: BaseException) -> None:
+        kind, text = type(error).__name__, " ".join(str(error).split())[:1000]
+        if isinstance(error, Exception) and not isinstance(error, FedPipeError):
+            name = self._roll.name(self._env.rank, self._grid)
+            kind, text = "LaunchError", f"{name} failed: {kind}: {text}"
+        if board.posted([_VERDICT]) is None:
+            self._judged = True
+            board.post(_VERDICT, [kind, text])
+        if self._env.hosts_store:
+            time.sleep(_TELL_S)
+
+    # ----------------------------------------------------------------------------------------
+
+    def _see_whether_it_answers(self) -> None:
+        """End this rank when a question to the store goes unanswered for too long."""
+        ticks, question, since_s = Ticks(), 0, 0.0
+        while (board := self._board) is not None and self._looks:
+            time.sleep(_PERIOD_S)
+            now_s, before = ticks(time.monotonic()), question
+            question = board.unanswered()
+            if not question or question != before:
+                since_s = now_s
+            elif self._timeout_s and now_s - since_s > self._timeout_s:
+                where = ":".join(map(str, self._env.address))
+                host = self._roll.name(0, self._grid) if self._env.rank else "this rank"
+                self._end(
+                    "LaunchError",
+                    f"{host} hangs: the store of the run at {where}, which it or its launcher "
+                    f"hosts, has not answered for {now_s - since_s:.0f} s. See its log; the same "
+                    "command resumes.",
+                    tell=True,
+                )
+
+    def _look(self, ranks: range, board: Board, now: float) -> None:
+        """Read what the ranks have posted."""
+        posts = board.posted([f"alive/{rank}" for rank in ranks])
+        if posts is None:
+            return
+        steps = []
+        for rank, post in zip(ranks, posts, strict=True):
+            _, activity, records = post
+            steps += records
+            if post != self._posts.get(rank) and rank != self._env.rank:
+                self._posts[rank] = post
+                self._roll.hear(rank, Activity(**activity))
+        if self.on_steps is not None and steps:
+            self.on_steps(steps)
+        hung = self._roll.find_hung(ranks, clock_s=now)
+        if hung is not None:
+            name = self._roll.name(hung[0], self._grid)
+            self._judge(
+                board,
+                f"{name} hangs: {hung[1]}. See the launcher's log of this rank; the same command "
+                "resumes.",
+            )
+
+    def _find_lost(self, board: Board) -> FedPipeError | None:
+        """Say which neighbour has gone: the one that says nothing any more, or has told why."""
+        others = [rank for rank in range(self._env.world_size) if rank != self._env.rank]
+        before = board.posted([f"alive/{rank}" for rank in others])
+        deadline = time.monotonic() + _SILENT_S
+        while time.monotonic() < deadline:
+            verdict = board.posted([_VERDICT])
+            if verdict is not None:
+                kind, text = verdict[0]
+                error = error_named(kind, text) or LaunchError(text)
+                error.told = True
+                return error
+            time.sleep(0.1)
+        after = board.posted([f"alive/{rank}" for rank in others])
+        for rank, first, last in zip(others, before or (), after or (), strict=False):
+            if first == last:
+                self._roll.hear(rank, Activity(**last[1]))
+                return LaunchError(
+                    f"{self._roll.name(rank, self._grid)} has ended without a word, last seen in "
+                    f"{last[1]['doing']}: its peer, rank {self._env.rank}, lost the connection. It "
+                    "was killed, most often for want of memory. See the launcher's log of it; the "
+                    "same command resumes."
+                )
+        return None
+
+    def _judge(self, board: Board, text: str) -> None:
+        """End the run."""
+        board.post(_VERDICT, ["LaunchError", text])
+        _say("LaunchError", text)
+        time.sleep(_TELL_S)
+        os._exit(1)  # the work itself waits for the rank that hangs
+
+    def _follow(self, kind: str, text: str) -> None:
+        """End this rank as a verdict says; its work may still end by itself, and say more."""
+        deadline = time.monotonic() + _LEAVE_S
+        while time.monotonic() < deadline:
+            if not self._looks:
+                return
+            time.sleep(0.1)
+        self._end(kind, text, tell=self._env.rank == 0 and not self._judged)  # people look there
+
+    def _end(self, kind: str, text: str, *, tell: bool = False) -> None:
+        if kind == "Interrupted":
+            os._exit(EXIT_INTERRUPTED)
+        if tell:
+            _say(kind, text)
+        error = error_named(kind, text)
+        os._exit(1 if error is None or isinstance(error, LaunchError) else 2)
+
+
+def _say(kind: str, text: str) -> None:
+    sys.stderr.write(f"{kind}: {text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,311 @@
+"""A run as a job of submitit: on SLURM, on this machine, or in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import submitit
+
+from fedpipe.cluster.external import RunRequest
+from fedpipe.cluster.follow import Closing, Shows, follow
+from fedpipe.cluster.jobs import job_of
+from fedpipe.cluster.profile import SIGNAL_DELAY_S, JobShape, Profile, load_profile
+from fedpipe.cluster.slurm import cells_in_queue, check_site, of_login_node, without_rank
+from fedpipe.distributed.topology import Grid
+from fedpipe.errors import CheckpointError, ConfigError, TopologyError
+from fedpipe.files import write_text
+from fedpipe.report.console import RunConsole
+
+Cluster = Literal["slurm", "local", "debug"]
+"""submitit's executors."""
+
+JOB_FILE = "logs/job.json"
+"""The job that was submitted last, below the run directory."""
+_SRUN_ARGS = ("--kill-on-bad-exit=1", "--distribution=block")
+"""One failed rank ends the step; ranks are numbered node by node (see ``Grid``)."""
+_FOR_EVER = 1_000_000
+"""Time limits that submitit lets pass: ``fedpipe.cluster.jobs`` stops what gets nowhere."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A run that one job trains; it has been checked, and nothing is written yet."""
+
+    run_dir: Path
+    name: str
+    """Of the job, in the queue."""
+    grid: Grid
+    """The job's tasks."""
+    workers: int = 1
+    """Processes that each task starts itself."""
+    is_done: Callable[[], bool]
+    request: RunRequest
+    """What the job does."""
+    reserve: Callable[[], str]
+    """Writes the directory; returns the plan."""
+    console: Callable[[], tuple[RunConsole, Shows]]
+    """Where the run is shown, and what of it."""
+    closing: Closing
+    """What the finished run has to show."""
+
+
+def submit(
+    run: Run,
+    *,
+    profile_path: str | None,
+    cluster: Cluster,
+    follows: bool,
+    show: Callable[[str], None],
+) -> int:
+    """Submit a run, and follow it if asked to.
+
+    Args:
+        run: What to run.
+        profile_path: YAML of submitit's parameters; None only where there is no scheduler.
+        cluster: Where.
+        follows: Show the progress and return the job's own exit code. A job of this run that is in
+            the queue already is followed instead of submitted again.
+        show: Shows a line.
+
+    Returns:
+        0 when the job is submitted; with ``follows``, when it is done, 75 when it was interrupted
+        and the same command goes on with it.
+
+    Raises:
+        FedPipeError: What the user can mend, before anything is submitted where it can be known.
+        LaunchError: The job failed.
+    """
+    run_dir = run.run_dir
+    check_folder(run_dir)
+    profile, shape = plan_job(
+        run.grid, workers=run.workers, profile_path=profile_path, cluster=cluster
+    )
+    job_id = _job_in_queue(run_dir) if cluster == "slurm" else None
+    if job_id is not None and not follows:
+        raise CheckpointError(
+            f"--run-dir: expected a run without a job in the queue, got {run_dir} of job {job_id}. "
+            f"Add --follow to see it, or end it with: scancel {job_id}"
+        )
+    if run.is_done():
+        show(f"{run_dir} is done: see {run_dir / 'report.html'}")
+        return 0
+    if job_id is not None:
+        job: Any = slurm_job(run_dir, job_id, num_tasks=run.grid.world_size)
+        show(f"job     {job_id} is in the queue already")
+    else:
+        show(run.reserve())
+        (job,) = send(
+            [run.request], folder=run_dir / "logs", name=run.name, profile=profile, shape=shape,
+            cluster=cluster,
+        )  # fmt: skip
+        _write_job(run_dir, job)
+        show(f"job     {job.job_id} on {cluster}: {shape}")
+    show(f"logs    {log_paths(job)}")
+    show(f"run     {run_dir}")
+    if cluster == "debug":
+        return result_here(job)
+    if not follows:
+        return 0
+    console, shows = run.console()
+    return follow(
+        job, run_dir=run_dir, grid=run.grid, console=console, shows=shows, show=show,
+        closing=run.closing,
+    )  # fmt: skip
+
+
+def plan_job(
+    grid: Grid, *, workers: int = 1, profile_path: str | None, cluster: Cluster
+) -> tuple[Profile, JobShape]:
+    """Find the nodes that a grid takes, and refuse what the site cannot give.
+
+    Args:
+        grid: The job's tasks.
+        workers: Processes that each of them starts itself.
+        profile_path: YAML of submitit's parameters; None only where there is no scheduler.
+        cluster: Where.
+
+    Returns:
+        The profile, and the job's shape.
+
+    Raises:
+        FedPipeError: The profile is wrong, or does not fit the grid or the site.
+    """
+    if profile_path is not None:
+        profile = load_profile(profile_path)
+    elif cluster == "slurm":
+        raise ConfigError(
+            "--profile: expected a file that says what a node of the site is, got none. Start from "
+            "slurm/profiles/cpu.yaml or gpu.yaml, or set --cluster local."
+        )
+    else:
+        profile = Profile(source="")
+    if cluster != "slurm":
+        # one machine, whatever the profile says of nodes
+        gpus = grid.world_size * workers if profile.get("gpus_per_node", 0) else 0
+        shape = JobShape(
+            nodes=1, tasks_per_node=grid.world_size, gpus_per_node=gpus,
+            cpus_per_task=profile.get("cpus_per_task", 1) * workers,
+        )  # fmt: skip
+        if cluster == "debug" and grid.world_size > 1:
+            raise TopologyError(
+                f"--cluster: expected local or slurm for a grid of {grid.world_size} processes, "
+                "got debug, which has one. Set pipeline.colocate=true federation.num_replicas=1 "
+                "federation.data_parallel_degree=1, or --cluster local."
+            )
+        return profile, shape
+    shape = profile.shape(grid, workers=workers)
+    check_site(profile, shape)
+    return profile, shape
+
+
+def send(
+    requests: Sequence[RunRequest],
+    *,
+    folder: Path,
+    name: str,
+    profile: Profile,
+    shape: JobShape,
+    cluster: Cluster,
+    parallel: int | None = None,
+) -> list[Any]:
+    """Hand jobs of the same shape to submitit, several as one job array.
+
+    Args:
+        requests: One per job; their run directories hold the configurations.
+        folder: For submitit's files and the logs, on a file system that all nodes share.
+        name: Of the job, in the queue.
+        profile: The site's parameters.
+        shape: Nodes and tasks.
+        cluster: Where.
+        parallel: Jobs of the array that may run at once; None sets no limit.
+
+    Returns:
+        submitit's jobs, in order.
+
+    Raises:
+        ConfigError: The scheduler refuses them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=_FOR_EVER)
+    executor.update_parameters(
+        **_parameters(profile, shape, name=name, cluster=cluster, parallel=parallel)
+    )
+    try:
+        with (
+            contextlib.redirect_stderr(io.StringIO()),  # submitit shows what it raises as well
+            _environment_of(cluster, profile),
+        ):
+            return list(executor.submit_array([job_of(request) for request in requests]))
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(
+            f"--profile: expected a job that SLURM takes, got: {text}. Mend {profile.source}."
+        ) from None
+
+
+def _parameters(
+    profile: Profile, shape: JobShape, *, name: str, cluster: Cluster, parallel: int | None
+) -> dict[str, Any]:
+    """By submitit's names: the profile's own, and what follows from the run."""
+    parameters = dict(profile.parameters) | {
+        "name": name,
+        "nodes": shape.nodes,
+        "tasks_per_node": shape.tasks_per_node,
+        "cpus_per_task": shape.cpus_per_task,
+        "gpus_per_node": shape.gpus_per_node or None,
+        "timeout_min": profile.get("timeout_min", 24 * 60),
+        "slurm_srun_args": [
+            *_SRUN_ARGS, f"--cpus-per-task={shape.cpus_per_task}", *profile.get("srun_args", ()),
+        ],
+        "slurm_additional_parameters": {"requeue": True}
+        | profile.get("additional_parameters", {}),
+        "slurm_signal_delay_s": profile.get("signal_delay_s", SIGNAL_DELAY_S),
+    }  # fmt: skip
+    if parallel is not None:
+        parameters["slurm_array_parallelism"] = parallel
+    if cluster != "slurm":  # submitit lets other executors have few of them
+        parameters = {k: v for k, v in parameters.items() if not k.startswith("slurm_")}
+    return parameters
+
+
+def log_paths(job: Any) -> str:
+    """Where a job's ranks write, for people."""
+    folder, job_id = Path(job.paths.folder), job.job_id
+    return str(folder / f"{job_id}_RANK_log.out") + ", .err"
+
+
+def _write_job(run_dir: Path, job: Any) -> None:
+    write_text(run_dir / JOB_FILE, json.dumps({"job_id": job.job_id}) + "\n")
+
+
+def _job_in_queue(run_dir: Path) -> str | None:
+    try:
+        job_id = json.loads((run_dir / JOB_FILE).read_text(encoding="utf-8"))["job_id"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return str(job_id) if cells_in_queue([str(job_id)]) else None
+
+
+def slurm_job(run_dir: Path, job_id: str, *, num_tasks: int) -> Any:
+    """Take up a job again that was submitted for a run directory."""
+    return submitit.SlurmJob(run_dir / "logs", job_id, tasks=range(num_tasks))
+
+
+def result_here(job: Any) -> int:
+    """Run a job in this process, which keeps its environment.
+
+    Returns:
+        0 done, 75 interrupted.
+
+    Raises:
+        FedPipeError: It failed.
+    """
+    with _kept_environment():
+        os.environ.update(job.environ, SUBMITIT_FOLDER=str(job.paths.folder))
+        error = job.exception()
+        if error is not None:
+            raise error
+        return int(job.result())
+
+
+@contextlib.contextmanager
+def _environment_of(cluster: Cluster, profile: Profile) -> Iterator[None]:
+    """Hand a job the environment of a login node, or of this machine's user, not of a rank."""
+    with _kept_environment():
+        here = without_rank(os.environ)
+        clean = of_login_node(here, profile=profile) if cluster == "slurm" else here
+        os.environ.clear()
+        os.environ.update(clean)
+        yield
+
+
+@contextlib.contextmanager
+def _kept_environment() -> Iterator[None]:
+    """Put the environment back afterwards."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a directory that SLURM or submitit would not read as it is written.
+
+    Raises:
+        ConfigError: sbatch's own patterns and escapes are in its name.
+    """
+    found = sorted({c for c in str(folder.absolute()) if c in "%\\" or not c.isprintable()})
+    if found:
+        raise ConfigError(
+            f"--run-dir: expected a path without % and \\ and on one line, got "
+            f"{str(folder)!r}. SLURM reads a pattern or an escape there: choose another directory."
+        )

@@ -1,0 +1,217 @@
+"""How sure a mean over seeds is: one 95 % interval, one p-value, and Holm's correction.
+
+What varies is what is counted. A system's units are its independent trainings: the seeds of
+pre-training where there are several, each the mean over its seeds of fine-tuning, else the seeds of
+fine-tuning of the one model. All units are scored on the same test examples, so that two variances
+add up: that of the mean over units, which Student's t takes from the units themselves, and that of
+the test examples, which the bootstrap gives, less what the units' own variance holds of it.
+
+Fewer than ``MIN_SEEDS`` units do not show how trainings vary. Their interval is over test examples,
+speaks of these trainings alone, and has no p-value.
+
+A test simulates trainings: from three seeds on the intervals of means and of differences cover 93
+to 97 of 100, and Holm's correction finds a difference between equal systems in 5 tables of 100.
+
+Source: percentile bootstrap, Efron and Tibshirani 1993; units crossed with examples, Owen 2007,
+https://arxiv.org/abs/0708.0107; a t and a normal variable together, Fisher 1935 (Behrens and
+Fisher); several differences, Holm 1979.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedpipe.data.tasks.scoring import Array, Metric, draws
+
+# U = units (independent trainings), F = fine-tunings of each, B = resampled test sets
+
+MIN_SEEDS = 3
+"""Units that an interval over them needs: Student's t of two is 12.7 standard errors wide."""
+LEVEL = 0.95
+_NODES, _WEIGHTS = (np.stack(np.polynomial.legendre.leggauss(64)) + [[1], [0]]) / 2
+"""Of an integral from 0 to 1, by Gauss and Legendre."""
+SEEDS, EXAMPLES = "seeds and test examples", "test examples"
+"""What an interval is over."""
+METHOD = (
+    f"over seeds (Student's t) and test examples (bootstrap) from {MIN_SEEDS} seeds on, else over "
+    "test examples alone, and of these trainings only"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What a system scores, by unit; also a difference or a mean of such, unit by unit."""
+
+    scores: Array
+    """On the test set, (U,)."""
+    drawn: Array
+    """On every resampled test set, (U, B)."""
+
+    def __sub__(self, other: Sample) -> Sample:
+        """Subtract unit by unit, for units that share a seed."""
+        return Sample(scores=self.scores - other.scores, drawn=self.drawn - other.drawn)
+
+    def at(self, units: Sequence[int]) -> Sample:
+        """Keep some units, in this order."""
+        return Sample(scores=self.scores[list(units)], drawn=self.drawn[list(units)])
+
+    def per_unit(self, num_units: int) -> Sample:
+        """Take the means of equal runs of consecutive fine-tunings.
+
+        Args:
+            num_units: Pre-trainings, which divides the number of fine-tunings.
+        """
+        shape = (num_units, -1)
+        return Sample(
+            scores=self.scores.reshape(shape).mean(axis=1),
+            drawn=self.drawn.reshape(*shape, self.drawn.shape[1]).mean(axis=1),
+        )
+
+
+def sample(
+    metric: Metric, scores: Sequence[float], statistics: Sequence[Array], *, num_draws: int
+) -> Sample:
+    """Score the resampled test sets of every unit.
+
+    Args:
+        metric: What was computed.
+        scores: By unit.
+        statistics: By unit, what the metric needs of every test example.
+        num_draws: Resampled test sets; they are the same for every call with as many examples.
+    """
+    drawn = draws(metric, statistics, num_draws=num_draws)
+    return Sample(scores=np.asarray(scores, dtype=np.float64), drawn=drawn)
+
+
+def joined(samples: Sequence[Sample]) -> Sample:
+    """Put the units of several samples together."""
+    return Sample(
+        scores=np.concatenate([each.scores for each in samples]),
+        drawn=np.concatenate([each.drawn for each in samples]),
+    )
+
+
+def mean_of(samples: Sequence[Sample]) -> Sample:
+    """Average several tasks or rounds, unit by unit."""
+    return Sample(
+        scores=np.mean([each.scores for each in samples], axis=0),
+        drawn=np.mean([each.drawn for each in samples], axis=0),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A mean over units, or the difference of two, and how sure it is."""
+
+    value: float
+    interval: tuple[float, float] | None
+    """95 %, each by itself; None where too many resampled test sets have no score."""
+    over: str | None
+    """``SEEDS`` or ``EXAMPLES``; None without an interval."""
+    n: tuple[int, ...]
+    """Units of each system; one number where they are paired by seed."""
+    p_value: float | None
+    """Two-sided, of a true value of 0; None where the interval is not over seeds."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything for JSON."""
+        return {
+            "value": self.value, "interval": self.interval, "over": self.over,
+            "n": list(self.n), "p_value": self.p_value,
+        }  # fmt: skip
+
+
+def estimate(first: Sample, second: Sample | None = None) -> Estimate:
+    """Estimate a mean over units, or the difference of two systems' means.
+
+    Args:
+        first: One system, or its paired difference to another one.
+        second: What to subtract where the two do not share their seeds; on the same test examples.
+    """
+    groups = [first] if second is None else [first, second]
+    means = [float(group.scores.mean()) for group in groups]
+    centres = [group.drawn.mean(axis=0) for group in groups]
+    value = means[0] - sum(means[1:])
+    centre = centres[0] - sum(centres[1:])
+    n = tuple(len(group.scores) for group in groups)
+    known = np.isfinite(centre)
+    if 2 * known.sum() <= len(centre):
+        return Estimate(value=value, interval=None, over=None, n=n, p_value=None)
+    if min(n) < MIN_SEEDS:
+        low, high = np.percentile(centre[known], [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+        interval = float(low), float(high)
+        return Estimate(value=value, interval=interval, over=EXAMPLES, n=n, p_value=None)
+    # Of the mean over units: of units that are drawn anew, and of test examples that are.
+    by_units = [float(group.scores.var(ddof=1)) / len(group.scores) for group in groups]
+    by_examples = float(centre[known].var())
+    # How units differ in which examples they get right is in both.
+    in_both = sum(
+        float(group.drawn[:, known].var(axis=1).mean() - middle[known].var()) / (size - 1)
+        for group, middle, size in zip(groups, centres, n, strict=True)
+    )
+    rest = max(by_examples - in_both, 0.0)
+    return _over_seeds(value, by_units, rest, n)
+
+
+def _over_seeds(
+    value: float, by_units: Sequence[float], rest: float, n: tuple[int, ...]
+) -> Estimate:
+    """Combine Student's t (Welch's of two systems) over units with the normal over examples."""
+    from scipy import special
+
+    seeds = sum(by_units)
+    if seeds == 0:
+        freedom, quantile = float("inf"), special.ndtri(0.5 + LEVEL / 2)
+    else:
+        shares = (own**2 / (size - 1) for own, size in zip(by_units, n, strict=True))
+        freedom = seeds**2 / sum(shares)
+        # Degrees of freedom grow with the share of the examples, of which there are many.
+        quantile = special.stdtrit(freedom * (1 + rest / seeds), 0.5 + LEVEL / 2)
+    half = float(quantile * np.sqrt(seeds + rest))
+    return Estimate(
+        value=value, interval=(value - half, value + half), over=SEEDS, n=n,
+        p_value=_p_value(value, seeds=seeds, rest=rest, freedom=freedom),
+    )  # fmt: skip
+
+
+def _p_value(value: float, *, seeds: float, rest: float, freedom: float) -> float:
+    """Return the two-sided p-value of Behrens and Fisher, which keeps its level far out, too."""
+    from scipy import special
+
+    if seeds + rest == 0:
+        return float(value == 0)
+    if seeds == 0:
+        return float(2 * special.ndtr(-abs(value) / np.sqrt(rest)))
+    # Mean over the chi-squared variable behind the t; nodes are dense where its tail comes from.
+    chi_squared = 2 * special.gammaincinv(freedom / 2, _NODES**4)
+    tails = special.ndtr(-abs(value) / np.sqrt(seeds * freedom / chi_squared + rest))
+    return float(_WEIGHTS @ (8 * _NODES**3 * tails))
+
+
+def student_half_width(values: Sequence[float]) -> float | None:
+    """Return half of the 95 % interval of a mean over seeds; None of fewer than two."""
+    from scipy import special
+
+    if len(values) < 2:
+        return None
+    quantile = special.stdtrit(len(values) - 1, 0.5 + LEVEL / 2)
+    return float(quantile * np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def holm(p_values: Sequence[float | None]) -> list[bool]:
+    """Tell which values of a table differ from 0 at a family-wise error of 5 %.
+
+    Args:
+        p_values: Of all of the table; None never does, and does not count.
+    """
+    ranked = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    found = [False] * len(p_values)
+    for rank, (p, index) in enumerate(ranked):
+        if p > (1 - LEVEL) / (len(ranked) - rank):
+            break
+        found[index] = True
+    return found

@@ -1,0 +1,281 @@
+"""An evaluation: a fine-tuning per model, task and seed, all checked before any starts. No torch.
+
+A cell is done when its ``result.json`` carries the key that the content of its model and task and
+its settings give: whatever changes is run again, everything else is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedpipe.commands.evaluate.model_folder import (
+    ModelFolder,
+    check_models,
+    max_length_of,
+    read_models,
+)
+from fedpipe.config import load
+from fedpipe.config.evaluation import EvaluationConfig
+from fedpipe.config.schema import RunConfig
+from fedpipe.config.tree import dump
+from fedpipe.data.cache import cache_root
+from fedpipe.data.identity import digest
+from fedpipe.data.tasks.files import TaskFiles, find_files
+from fedpipe.data.tasks.prepare import PreparedTask, prepare_task, task_digest
+from fedpipe.data.tasks.registry import Task, find_task
+from fedpipe.data.vocabulary import check_tokenizer
+from fedpipe.errors import CheckpointError, ConfigError
+from fedpipe.files import write_text
+from fedpipe.printable import printable
+from fedpipe.report.format import count
+from fedpipe.run.run_dir import check_new, check_writable, locked
+
+FORMAT = 1
+"""Raised with every change of how a cell is trained or scored: earlier results no longer count."""
+EVALUATION_FILE = "evaluation.yaml"
+CELL_FILE = "cell.json"
+RESULT_FILE = "result.json"
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One fine-tuning."""
+
+    name: str
+    """Of its folder."""
+    run_dir: Path
+    """``EVALUATION_DIR/cells/NAME``."""
+    model: ModelFolder
+    task: Task
+    seed: int
+    key: str
+    """Of everything that its result depends on."""
+    settings: dict[str, Any]
+    """The section ``evaluation`` as it is for this cell, every value in place."""
+    prepared: PreparedTask
+    """The tokenised task."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps; fewer where a part of the examples is drawn."""
+        share = self.settings["max_train_examples"] or self.prepared.examples["train"]
+        kept = min(1.0, share / self.prepared.examples["train"])
+        batches = -(-kept * self.prepared.sequences["train"] // self.settings["batch_size"])
+        return int(batches) * int(self.settings["num_epochs"])
+
+    def result(self) -> dict[str, Any] | None:
+        """Read what it reached; None if that has not happened, or was of other content."""
+        try:
+            content = json.loads((self.run_dir / RESULT_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        known = isinstance(content, dict) and content.get("key") == self.key
+        return content if known else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """All fine-tunings of a run; every one has been checked."""
+
+    directory: Path
+    config: RunConfig
+    models: tuple[ModelFolder, ...]
+    files: tuple[TaskFiles, ...]
+    """One per task."""
+    cells: tuple[Cell, ...]
+    """Tasks in their order, for each all models, for each all seeds."""
+
+    def pending(self) -> list[Cell]:
+        """Cells without a result of their own content and settings."""
+        return [cell for cell in self.cells if cell.result() is None]
+
+
+def read_evaluation(
+    config_path: str | None,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    *,
+    chosen: dict[str, Any] | None = None,
+) -> tuple[RunConfig, Path]:
+    """Find the configuration and the directory; writes nothing.
+
+    Args:
+        config_path: YAML, or None for that of the evaluation in the directory.
+        overrides: ``section.key=value``.
+        run_dir: Directory, or None for ``runs/NAME-evaluation``.
+        chosen: Fields of ``EvaluationConfig`` that options set.
+
+    Raises:
+        FedPipeError: The configuration is wrong, or something else lies in the directory.
+    """
+    saved = os.path.join(run_dir, EVALUATION_FILE) if run_dir else ""
+    base = saved if not config_path and os.path.isfile(saved) else config_path
+    config = load.load_config(base, overrides)
+    if chosen:
+        config = replace(config, evaluation=replace(config.evaluation, **chosen))
+    directory = Path(run_dir or f"runs/{config.name}-evaluation")
+    if not os.path.isfile(directory / EVALUATION_FILE):
+        if os.path.isfile(directory / "config.yaml"):
+            raise CheckpointError(
+                f"--run-dir: expected a new directory or that of an evaluation, got the run in "
+                f"{directory}. Choose another directory; --model names what is evaluated."
+            )
+        check_new(directory)
+    return config, directory
+
+
+def set_up_evaluation(
+    config: RunConfig,
+    directory: Path,
+    *,
+    notify: Callable[[str], None],
+    progress: Progress = lambda label, done, total: None,
+    on_checked: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Check models and tasks, tokenise what is not cached, write the directory.
+
+    Args:
+        config: From ``read_evaluation``.
+        directory: Likewise.
+        notify: Shows a line to the user.
+        progress: Called while tasks are tokenised.
+        on_checked: Called when all quick checks have passed.
+
+    Returns:
+        The evaluation; nothing has been started.
+
+    Raises:
+        FedPipeError: Anything a user can get wrong.
+    """
+    evaluation = config.evaluation
+    tasks = [find_task(name) for name in evaluation.tasks]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise ConfigError(
+            f"evaluation.tasks: expected every task once, got {', '.join(evaluation.tasks)}. "
+            "Remove one."
+        )
+    folders = check_models(evaluation.models)
+    files = tuple(find_files(task, evaluation.data, alone=len(tasks) == 1) for task in tasks)
+    check_writable(directory)
+    with locked(directory):  # nobody else may be at work on its cells
+        pass
+    for line in dict.fromkeys(w for f in folders for w in check_tokenizer(f, key="--model")):
+        notify(f"warning {line}")
+    on_checked()
+    root = cache_root(config)
+    models = read_models(folders, root=root)
+    cells: list[Cell] = []
+    total = len(files) * len(models)
+    for done, place in enumerate(files):
+        content = task_digest(config, place)
+        for index, model in enumerate(models):
+            progress("reading and tokenising tasks", done * len(models) + index, total)
+            settings = settings_of(evaluation, place.task, model)
+            prepared = prepare_task(
+                config, place, folder=model.path, tokenizer_digest=model.tokenizer_digest,
+                content=content, max_length=settings["max_length"],
+            )  # fmt: skip
+            _check_vocabulary(model, prepared)
+            if model is models[0]:
+                notify(_found(place, prepared))
+            usual, is_ner = place.task.defaults.max_length, place.task.kind == "ner"
+            if evaluation.max_length is None and model.usual_length < usual:
+                cut = "sentences are split into windows of" if is_ner else "texts are cut to"
+                notify(
+                    f"length  {place.task.name}: {cut} {settings['max_length']} tokens, the longest"
+                    f" that {model.name} was trained on (usual {usual})"
+                )
+            cells += [
+                _cell(directory, model, place, seed, content, settings, prepared)
+                for seed in evaluation.seeds
+            ]
+    progress("reading and tokenising tasks", total, total)
+    _write(directory, config, cells)
+    return Evaluation(
+        directory=directory, config=config, models=models, files=files, cells=tuple(cells)
+    )
+
+
+def settings_of(evaluation: EvaluationConfig, task: Task, model: ModelFolder) -> dict[str, Any]:
+    """Put the published values in the place of what the configuration leaves open."""
+    usual = task.defaults
+    return {
+        "learning_rate": evaluation.learning_rate or usual.learning_rate,
+        "batch_size": evaluation.batch_size or usual.batch_size,
+        "num_epochs": evaluation.num_epochs or usual.num_epochs,
+        "max_length": max_length_of(model, wanted=evaluation.max_length, usual=usual.max_length),
+        "weight_decay": evaluation.weight_decay,
+        "warmup_ratio": evaluation.warmup_ratio,
+        "max_grad_norm": evaluation.max_grad_norm,
+        "max_train_examples": evaluation.max_train_examples,
+        "max_test_examples": evaluation.max_test_examples,
+        "typed_entities": evaluation.typed_entities,
+        "precision": evaluation.precision,
+    }
+
+
+def _check_vocabulary(model: ModelFolder, prepared: PreparedTask) -> None:
+    if prepared.largest_id >= model.vocab_size > 0:
+        raise CheckpointError(
+            f"--model: expected tokens below {model.vocab_size} (the vocabulary of {model.path}), "
+            f"got {prepared.largest_id} from its tokenizer. Save the model's own tokenizer there."
+        )
+
+
+def _found(place: TaskFiles, prepared: PreparedTask) -> str:
+    sizes = [f"{split} {size:,}" for split, size in prepared.examples.items()]
+    text = f"task    {place.task.name}: {place.format_name}, {', '.join(sizes)} ({place.folder})"
+    if prepared.test_split == "dev":
+        text += "; no labelled test split: the dev split is the test, after the last epoch"
+    for split, rows in prepared.left_out.items():
+        text += f"; left out of {split}: {printable(rows)}"
+    lost = prepared.truncated["test"]
+    return text + (f"; {count(lost, 'test example')} cut" if lost else "")
+
+
+def _cell(
+    directory: Path,
+    model: ModelFolder,
+    place: TaskFiles,
+    seed: int,
+    content: str,
+    settings: dict[str, Any],
+    prepared: PreparedTask,
+) -> Cell:
+    identity = [FORMAT, model.digest, content, settings, seed]
+    name = f"{model.name}_{place.task.name}_seed={seed}"
+    return Cell(
+        name=name, run_dir=directory / "cells" / name, model=model, task=place.task, seed=seed,
+        key=digest(identity), settings=settings, prepared=prepared,
+    )  # fmt: skip
+
+
+def _write(directory: Path, config: RunConfig, cells: Sequence[Cell]) -> None:
+    """Write the configuration of the evaluation, and what each cell needs to run by itself."""
+    whole = load.to_dict(config)
+    shared = {"name": config.name, "data": {"cache_dir": config.data.cache_dir}}
+    write_text(directory / EVALUATION_FILE, dump(shared | {"evaluation": whole["evaluation"]}))
+    for cell in cells:
+        own = whole["evaluation"] | cell.settings
+        own |= {"models": [cell.model.path], "tasks": [cell.task.name], "seeds": [cell.seed]}
+        content = {
+            "key": cell.key,
+            "name": cell.name,
+            "model": cell.model.name,
+            "model_path": os.path.abspath(cell.model.path),
+            "task": cell.task.name,
+            "seed": cell.seed,
+            "settings": cell.settings,
+            "data_dir": cell.prepared.directory,
+            "test_split": cell.prepared.test_split,
+        }
+        cell.run_dir.mkdir(parents=True, exist_ok=True)
+        write_text(cell.run_dir / "config.yaml", dump(shared | {"evaluation": own}))
+        write_text(cell.run_dir / CELL_FILE, json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""``fedpipe finetune``: federated fine-tuning, of whole models or of adapters."""

@@ -1,0 +1,289 @@
+"""``fedpipe finetune``: all workers on this machine; one run, or one after another over a grid."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from fedpipe.cluster.fork_server import fork_server
+from fedpipe.cluster.supervisor import Interrupted, Signals, supervise
+from fedpipe.cluster.worker import FINETUNE_PRELOAD
+from fedpipe.commands.finetune.grid import (
+    EXAMPLE,
+    Cell,
+    again,
+    is_grid,
+    read_cells,
+    write_cells,
+)
+from fedpipe.commands.study.axes import check_grid, parse_grid
+from fedpipe.config.finetune import load_finetune
+from fedpipe.config.tree import parse_override
+from fedpipe.distributed.topology import Grid
+from fedpipe.distributed.watch import EXIT_INTERRUPTED
+from fedpipe.errors import ConfigError
+from fedpipe.report.console import RunConsole, refused_lines
+from fedpipe.run.run_dir import locked
+
+
+def finetune(
+    config_path: str | None,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    *,
+    preset: str | None = None,
+    axes: Sequence[str] = (),
+    signals: Signals | None = None,
+) -> int:
+    """Fine-tune on this machine, or resume; the whole of ``fedpipe finetune``.
+
+    Args:
+        config_path: YAML, or None.
+        overrides: ``section.key=value``.
+        run_dir: Directory of the run, or None.
+        preset: What the YAML is laid over, or None.
+        axes: A grid, ``section.key=value,value``; every combination is a run of its own.
+        signals: Caught meanwhile; for whoever wants to know which one has come.
+
+    Returns:
+        0 when everything is done, 75 when it was interrupted and can be resumed.
+
+    Raises:
+        FedPipeError: What the user can mend; nothing has been started.
+        LaunchError: A process failed.
+    """
+    check_library()
+    console = plain_console()
+    signals = signals or Signals()
+    try:
+        with signals.caught():
+            study = choose_cells(config_path, overrides, run_dir, preset=preset, axes=axes)
+            if study is not None:
+                run_dir = str(study[0])
+                _grid(*study, console, signals)
+                console.text(compare_runs(*study))
+                return 0
+            directory = _one(config_path, overrides, run_dir, preset, console, signals)
+    except Interrupted as where:
+        console.text(f"interrupted{where}; {_way_back(run_dir)}")
+        return EXIT_INTERRUPTED
+    _show_result(directory, console)
+    return 0
+
+
+def count_here() -> int:
+    """Print what every method trains on every family's base model; return 0."""
+    check_library()
+    from fedpipe.commands.finetune.count import count_rows, count_table
+
+    plain_console().text(count_table(count_rows()))
+    return 0
+
+
+def plain_console() -> RunConsole:
+    """Return a console of lines."""
+    return RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
+
+
+def check_library() -> None:
+    """Refuse to start without the library, which pins transformers and so is an extra.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    # once imported it has no spec: its module replaces itself
+    if "adapters" not in sys.modules and find_spec("adapters") is None:
+        raise ConfigError(
+            "finetune: expected the adapters library to be installed, got none. Install it: "
+            "pip install -e '.[finetune]'."
+        )
+
+
+def _is_run(run_dir: str | None) -> bool:
+    return run_dir is not None and (Path(run_dir) / "config.yaml").is_file()
+
+
+def _is_grid(run_dir: str | None) -> bool:
+    return run_dir is not None and is_grid(Path(run_dir))
+
+
+def _way_back(run_dir: str | None) -> str:
+    if not (_is_run(run_dir) or _is_grid(run_dir)):
+        return "give the same command again"
+    return f"resume with: fedpipe finetune --run-dir {shlex.quote(str(run_dir))}"
+
+
+def _one(
+    config_path: str | None,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    preset: str | None,
+    console: RunConsole,
+    signals: Signals,
+) -> Path:
+    """Run what is not done of one fine-tuning; return its directory."""
+    if not _is_run(run_dir):
+        load_finetune(config_path, overrides, preset=preset)  # before anything is imported
+    fork_server(FINETUNE_PRELOAD)
+    from fedpipe.commands.finetune.setup import is_finetuned, set_up_finetune
+
+    setup = set_up_finetune(config_path, overrides, run_dir, preset=preset, notify=console.text)
+    federation = setup.config.federation
+    if is_finetuned(setup.run_dir, num_rounds=federation.num_rounds):
+        console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
+        return setup.run_dir
+    grid = Grid.of(setup.config.stages, federation)
+    shows = round_lines(console, num_rounds=federation.num_rounds)
+    with locked(setup.run_dir):
+        supervise("finetune", setup, grid=grid, shows=shows, signals=signals)
+    return setup.run_dir
+
+
+def round_lines(console: RunConsole, *, num_rounds: int) -> dict[str, Callable[[Any], None]]:
+    """Return what shows the records of a fine-tuning, by their kind, a line each."""
+
+    def show_round(record: dict[str, Any]) -> None:
+        for line in [_round_line(record, num_rounds), *refused_lines(record)]:
+            console.text(line)
+
+    return {
+        "round": show_round,
+        "eval": lambda record: console.text(_score_line(record, num_rounds)),
+        "note": console.text,
+    }
+
+
+def choose_cells(
+    config_path: str | None,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    *,
+    preset: str | None,
+    axes: Sequence[str],
+) -> tuple[Path, list[Cell]] | None:
+    """Find the grid that is asked for, checked cell by cell, and write it down.
+
+    Args:
+        config_path: YAML, or None.
+        overrides: ``section.key=value``.
+        run_dir: Directory of the grid, or None.
+        preset: What the YAML is laid over, or None.
+        axes: The grid; empty for that of the directory, or, if nothing else is asked for, the
+            example.
+
+    Returns:
+        Its directory and its cells; None where a single run is asked for.
+
+    Raises:
+        FedPipeError: What the user can mend; of a grid that is there, other values of keys that
+            may not change.
+    """
+    chosen = any(override.startswith("method.name=") for override in overrides)
+    if not (config_path or preset or axes or chosen or _is_run(run_dir) or _is_grid(run_dir)):
+        axes = EXAMPLE
+    saved = read_cells(Path(run_dir)) if run_dir and is_grid(Path(run_dir)) else []
+    if not (axes or saved):
+        return None
+    cells = _cells(config_path, overrides, preset, axes) if axes else saved
+    if saved and run_dir and not (axes and (config_path or preset)):
+        known = {cell.name: cell for cell in saved}
+        cells = [
+            again(
+                known[cell.name], Path(run_dir), config_path=config_path, preset=preset,
+                overrides=cell.overrides if axes else overrides,
+            )
+            if cell.name in known else cell
+            for cell in cells
+        ]  # fmt: skip
+    first = load_finetune(cells[0].config_path, cells[0].overrides, preset=cells[0].preset)
+    directory = Path(run_dir or Path("runs") / first.name)
+    write_cells(directory, cells)
+    return directory, cells
+
+
+def _cells(
+    config_path: str | None, overrides: Sequence[str], preset: str | None, axes: Sequence[str]
+) -> list[Cell]:
+    """Return the product of a grid."""
+    grid = parse_grid(axes)
+    check_grid(grid, overrides)
+    keys = [key for key, _ in grid]
+    return [
+        Cell(
+            name=_name(keys, values),
+            config_path=config_path, preset=preset,
+            overrides=[*overrides, *(f"{k}={v}" for k, v in zip(keys, values, strict=True))],
+        )
+        for values in product(*(values for _, values in grid))
+    ]  # fmt: skip
+
+
+def _grid(directory: Path, cells: Sequence[Cell], console: RunConsole, signals: Signals) -> None:
+    """Run the cells of a grid that are not done, one after another."""
+    for index, cell in enumerate(cells):
+        console.text(f"{time.strftime('%H:%M:%S')} run {index + 1}/{len(cells)}: {cell.name}")
+        _one(None, [], str(directory / cell.name), None, console, signals)
+
+
+def _name(keys: Sequence[str], values: Sequence[str]) -> str:
+    """Name a cell after its values; keys only where a value does not speak for itself."""
+    parts = []
+    for key, value in zip(keys, values, strict=True):
+        short = key.rpartition(".")[2]
+        node = parse_override(f"x={value}").value["x"].value
+        says = short == "name" and isinstance(node, str)
+        parts.append(str(node) if says else f"{short}={value}")
+    return "_".join("".join(c if c.isalnum() or c in "._+-=" else "-" for c in p) for p in parts)
+
+
+def _round_line(record: dict[str, Any], num_rounds: int) -> str:
+    lost = f", {len(record['dropped'])} lost" if record["dropped"] else ""
+    slow = f", {len(record['stragglers'])} slow" if record["stragglers"] else ""
+    loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
+    return (
+        f"{time.strftime('%H:%M:%S')} round {record['round'] + 1:>{len(str(num_rounds))}}"
+        f"/{num_rounds} trained {len(record['clients'])} clients{slow}{lost},"
+        f" {record['examples']:,} examples in {record['seconds']:.1f} s"
+        f" (sync {record['sync_s']:.2f} s)  loss {loss}"
+    )
+
+
+def _score_line(record: dict[str, Any], num_rounds: int) -> str:
+    worst = "-" if record["worst"] is None else f"{record['worst']:.4f}"
+    return (
+        f"{time.strftime('%H:%M:%S')} round {record['round'] + 1:>{len(str(num_rounds))}}"
+        f"/{num_rounds} {record['metric']} {record['score']:.4f}  worst client {worst}"
+        f" (client {record['worst_client']})"
+    )
+
+
+def _show_result(directory: Path, console: RunConsole) -> None:
+    for line in finished_lines(directory):
+        console.text(line)
+
+
+def finished_lines(directory: Path) -> list[str]:
+    """Return what a finished run has to show: its scores, and where its model is."""
+    from fedpipe.commands.finetune.report import result_table
+
+    folders = [name for name in ("adapter", "base", "export") if (directory / name).is_dir()]
+    return [
+        result_table([directory]),
+        *(f"{name:<8}{directory / name}" for name in folders),
+        f"report  {directory / 'report.html'}",
+    ]
+
+
+def compare_runs(directory: Path, cells: Sequence[Cell]) -> str:
+    """Write the report that compares finished runs of a grid; return its table, for people."""
+    from fedpipe.commands.finetune.report import result_table, write_comparison
+
+    runs = [directory / cell.name for cell in cells]
+    write_comparison(directory, runs)
+    return f"{result_table(runs)}\nreport  {directory / 'report.html'}"

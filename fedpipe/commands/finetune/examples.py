@@ -1,0 +1,289 @@
+"""The examples of a fine-tuning: read, tokenised, dealt out, and written for the workers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpipe.commands.finetune.clients import (
+    ClientFacts,
+    Labels,
+    class_labels,
+    deal_out,
+    describe,
+    no_labels,
+    number_labels,
+    tag_labels,
+)
+from fedpipe.commands.finetune.texts import SENTIMENT_TASKS, column_values, read_texts, text_files
+from fedpipe.config.finetune import CAUSAL_LM, FinetuneConfig
+from fedpipe.data.identity import FileDigests, file_digests
+from fedpipe.data.tasks.encoding import Encoded, encode
+from fedpipe.data.tasks.files import find_files
+from fedpipe.data.tasks.reading import Example, LeftOut, hub_fingerprint, read_task
+from fedpipe.data.tasks.registry import Task, find_task, tag_names
+from fedpipe.errors import ConfigError, CorpusError
+from fedpipe.files import replace_folder
+from fedpipe.models.tuned import Kind
+
+_USED = ("train", "test")
+"""Splits."""
+DATA = "data"
+"""Folder of a run with its tokenised examples."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meaning:
+    """What a model has to know of a task."""
+
+    kind: Kind
+    labels: tuple[str, ...]
+    """Classes or tags; empty for numbers and texts."""
+    positive: tuple[int, ...]
+    """Classes that F1 counts."""
+    metric: str
+    """Name in ``fedpipe.data.tasks.scoring.METRICS``, or ``loss``."""
+    pad_id: int
+    vocab_size: int
+    """Tokens of the tokenizer."""
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers that the head gives."""
+        return len(self.labels) or 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuningData:
+    """Examples and whose they are."""
+
+    meaning: Meaning
+    train: Encoded
+    test: Encoded
+    train_sequences: list[NDArray[np.int64]]
+    """By client."""
+    test_sequences: list[NDArray[np.int64]]
+    """By client."""
+    facts: tuple[ClientFacts, ...]
+    """By client."""
+    left_out: tuple[str, ...] = ()
+    """Splits with rows that cannot be used, and how many."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(max(self.train.lengths().max(), self.test.lengths().max()))
+
+    def train_lengths(self) -> list[NDArray[np.int64]]:
+        """Return, by client, the tokens of each of its training sequences."""
+        lengths = self.train.lengths()
+        return [lengths[mine] for mine in self.train_sequences]
+
+    def save(self, folder: Path) -> None:
+        """Write everything into a folder."""
+        replace_folder(folder, self._write)
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir()
+        self.train.save(folder / "train.npz")
+        self.test.save(folder / "test.npz")
+        owners = {}
+        for name, owned in (("train", self.train_sequences), ("test", self.test_sequences)):
+            owners[name] = np.concatenate(owned)
+            owners[f"{name}_sizes"] = np.array([len(mine) for mine in owned])
+        np.savez(folder / "clients.npz", allow_pickle=False, **owners)
+        text = {"meaning": asdict(self.meaning), "facts": [asdict(fact) for fact in self.facts]}
+        text["left_out"] = list(self.left_out)
+        (folder / "data.json").write_text(json.dumps(text), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> TuningData:
+        """Read what ``save`` wrote."""
+        text = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        meaning = text["meaning"]
+        for name in ("labels", "positive"):
+            meaning[name] = tuple(meaning[name])
+        with np.load(folder / "clients.npz") as owners:
+            owned = {
+                name: np.split(owners[name], np.cumsum(owners[f"{name}_sizes"])[:-1])
+                for name in ("train", "test")
+            }
+        return cls(
+            meaning=Meaning(**meaning),
+            train=Encoded.load(folder / "train.npz"),
+            test=Encoded.load(folder / "test.npz"),
+            train_sequences=owned["train"],
+            test_sequences=owned["test"],
+            facts=tuple(
+                ClientFacts(**fact | {"missing": tuple(fact["missing"])}) for fact in text["facts"]
+            ),
+            left_out=tuple(text.get("left_out", ())),
+        )
+
+
+def tuning_task(config: FinetuneConfig) -> Task | None:
+    """Return the task of a configuration; None for texts without labels.
+
+    Raises:
+        ConfigError: There is no such task.
+    """
+    name = config.task.name
+    if name == CAUSAL_LM:
+        return None
+    if name in SENTIMENT_TASKS:
+        return SENTIMENT_TASKS[name]
+    try:
+        return find_task(name)
+    except ConfigError as error:
+        others = ", ".join((CAUSAL_LM, *SENTIMENT_TASKS))
+        text = str(error).replace("evaluation.tasks: expected one of ", "")
+        raise ConfigError(f"task.name: expected one of {others}, {text}") from error
+
+
+def kind_of(config: FinetuneConfig) -> Kind:
+    """Return what the head of a configuration's task predicts."""
+    task = tuning_task(config)
+    return "causal-lm" if task is None else task.kind
+
+
+def prepare_examples(config: FinetuneConfig, tokenizer: Any) -> TuningData:
+    """Read the task, tokenise it and deal it out.
+
+    Args:
+        config: Task, clients and seed.
+        tokenizer: Of transformers, a fast one with a pad token.
+
+    Returns:
+        The examples.
+
+    Raises:
+        CorpusError: The task's files are wrong, or there are too few examples for the clients.
+    """
+    task = tuning_task(config)
+    with _named_as_task():
+        splits, columns, left_out = _read(config, task)
+    limits = (config.task.max_train_examples, config.task.max_test_examples)
+    chosen = [
+        _drawn(len(examples), limit, seed=config.seed)
+        for examples, limit in zip(splits, limits, strict=True)
+    ]
+    splits = [[split[i] for i in rows] for split, rows in zip(splits, chosen, strict=True)]
+    if columns is not None:
+        first, second = (
+            [values[i] for i in rows] for values, rows in zip(columns, chosen, strict=True)
+        )
+        columns = (first, second)
+    length = config.task.max_length
+    stand_in = task or SENTIMENT_TASKS["imdb"]  # a text as any other
+    train, test = (encode(stand_in, split, tokenizer, max_length=length) for split in splits)
+    of_train, of_test = _labels(task, splits)
+    owned_train, owned_test = deal_out(
+        config.task, of_train, of_test, num_clients=config.federation.num_clients,
+        seed=config.seed, columns=columns,
+    )  # fmt: skip
+    facts = describe(of_train, owned_train, owned_test)
+    if not any(fact.num_test_examples for fact in facts):
+        raise CorpusError(
+            "task.split: expected held-out examples for at least one client, got none. Their values"
+            f" of {config.task.column!r} are no client's: correct the files, or use task.split=iid."
+        )
+    return TuningData(
+        meaning=_meaning(task, tokenizer),
+        train=train,
+        test=test,
+        train_sequences=[_sequences(train, mine) for mine in owned_train],
+        test_sequences=[_sequences(test, mine) for mine in owned_test],
+        facts=tuple(facts),
+        left_out=tuple(f"{split}: {rows}" for split, rows in left_out.items()),
+    )
+
+
+def task_content(config: FinetuneConfig) -> FileDigests:
+    """Digest the files of a task.
+
+    Args:
+        config: Names the task, and where it lies.
+
+    Raises:
+        FedPipeError: There is no such task, or its files cannot be read.
+    """
+    task = tuning_task(config)
+    with _named_as_task():
+        if task is None:
+            return file_digests(text_files(config.task), key="task.data", root=None)
+        files = find_files(task, config.task.data, alone=True)
+        if files.format == "hub":
+            return [(files.folder, hub_fingerprint(files))]
+        return file_digests(files.paths(), key="task.data", root=None)
+
+
+@contextmanager
+def _named_as_task() -> Iterator[None]:
+    """Name the key as it is called in fine-tuning."""
+    try:
+        yield
+    except CorpusError as error:
+        raise CorpusError(str(error).replace("evaluation.data", "task.data")) from error
+
+
+def _read(
+    config: FinetuneConfig, task: Task | None
+) -> tuple[list[list[Example]], tuple[Sequence[str], Sequence[str]] | None, LeftOut]:
+    if task is None:
+        return read_texts(config.task)
+    files = find_files(task, config.task.data, alone=True)
+    splits, test, left_out = read_task(files, typed=False)
+    chosen = [splits["train"], splits["test"]]
+    columns = None
+    if config.task.column:
+        first, second = (
+            column_values(files, split, config.task.column, examples)
+            for split, examples in zip(("train", test), chosen, strict=True)
+        )
+        columns = (first, second)
+    return chosen, columns, {name: rows for name, rows in left_out.items() if name in _USED}
+
+
+def _drawn(size: int, limit: int, *, seed: int) -> NDArray[np.int64]:
+    if not 0 < limit < size:
+        return np.arange(size)
+    return np.sort(np.random.default_rng([seed % 2**64, 3]).permutation(size)[:limit])
+
+
+def _labels(task: Task | None, splits: Sequence[Sequence[Example]]) -> tuple[Labels, Labels]:
+    if task is None:
+        first, second = (no_labels(len(split)) for split in splits)
+    elif task.kind == "ner":
+        names = tag_names(task, typed=False)
+        first, second = (tag_labels([e.label for e in split], names) for split in splits)  # type: ignore[misc]
+    else:
+        train, test = (np.array([e.label for e in split], dtype=np.float64) for split in splits)
+        if task.kind == "regression":
+            return number_labels(train, like=train), number_labels(test, like=train)
+        first, second = (class_labels(values, task.labels) for values in (train, test))
+    return first, second
+
+
+def _meaning(task: Task | None, tokenizer: Any) -> Meaning:
+    sizes = {"pad_id": int(tokenizer.pad_token_id), "vocab_size": len(tokenizer)}
+    if task is None:
+        return Meaning(kind="causal-lm", labels=(), positive=(), metric="loss", **sizes)
+    labels = tag_names(task, typed=False) if task.kind == "ner" else task.labels
+    positive = tuple(i for i, name in enumerate(task.labels) if name not in task.negative)
+    return Meaning(
+        kind=task.kind, labels=labels, positive=positive, metric=task.metrics[0], **sizes
+    )
+
+
+def _sequences(split: Encoded, examples: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.flatnonzero(np.isin(split.examples, examples))
+
+
+# B = sequences of a batch, T = tokens of its longest one

@@ -1,0 +1,94 @@
+"""From the last checkpoint of a fine-tuning to folders that adapters and transformers read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from fedpipe.commands.finetune.examples import DATA, Meaning, TuningData
+from fedpipe.commands.finetune.setup import load_tuning_tokenizer
+from fedpipe.commands.finetune.tuner import WEIGHTS_FILE, attach_seeded, build_tuned
+from fedpipe.config.finetune import load_finetune
+from fedpipe.errors import CheckpointError
+from fedpipe.files import replace_folder
+from fedpipe.models.peft import MERGEABLE, frozen_state, plain_state, save_adapter
+from fedpipe.models.split import merge
+from fedpipe.run.checkpoint import find_latest
+from fedpipe.run.export import check_finite
+
+ADAPTER_DIR, EXPORT_DIR, BASE_DIR = "adapter", "export", "base"
+
+
+def export_finetuned(run_dir: Path) -> list[Path]:
+    """Write what the newest checkpoint of a fine-tuning has learnt.
+
+    ``RUN_DIR/adapter`` is in the format of the adapters library; with the method full there is
+    none. ``RUN_DIR/export`` is the whole model with its head, where the method can be merged. Where
+    the average of LoRA's products has changed frozen weights, ``RUN_DIR/base`` is the model that
+    the adapter belongs to.
+
+    Args:
+        run_dir: A run directory with a checkpoint.
+
+    Returns:
+        The folders.
+
+    Raises:
+        CheckpointError: There is no intact checkpoint.
+    """
+    config = load_finetune(str(run_dir / "config.yaml"), [])
+    checkpoint, _ = find_latest(run_dir)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{run_dir}: expected a checkpoint to export, got none. Resume the run first."
+        )
+    meaning = TuningData.load(run_dir / DATA).meaning
+    model = build_tuned(config, meaning)
+    attach_seeded(model, config, meaning)
+    _label(model.config, meaning)
+    weights = learnt(checkpoint.path)
+    check_finite(weights)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            parameters[name].copy_(tensor)
+    tokenizer = load_tuning_tokenizer(config)
+    written = []
+    if config.method.name != "full":
+        written.append(run_dir / ADAPTER_DIR)
+        replace_folder(written[-1], lambda folder: save_adapter(model, folder))
+    if config.method.lora_average == "product":
+        written.append(run_dir / BASE_DIR)
+        replace_folder(
+            written[-1], lambda f: _save(config, meaning, frozen_state(model), tokenizer, f)
+        )
+    if config.method.name in MERGEABLE:
+        written.append(run_dir / EXPORT_DIR)
+        state = plain_state(model, config.method)
+        replace_folder(written[-1], lambda folder: _save(config, meaning, state, tokenizer, folder))
+    return written
+
+
+def learnt(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Read what has been trained: of a whole model, or of stages without their local heads."""
+    whole = checkpoint / WEIGHTS_FILE
+    if whole.is_file():
+        return load_file(whole)
+    return merge(load_file(file) for file in sorted(checkpoint.glob("stage_*.safetensors")))
+
+
+def _label(model_config: Any, meaning: Meaning) -> None:
+    if meaning.labels:
+        model_config.id2label = dict(enumerate(meaning.labels))
+        model_config.label2id = {name: index for index, name in enumerate(meaning.labels)}
+
+
+def _save(config: Any, meaning: Meaning, state: Any, tokenizer: Any, folder: Path) -> None:
+    plain = build_tuned(config, meaning)
+    plain.load_state_dict(state, strict=True)
+    _label(plain.config, meaning)
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,349 @@
+"""The report of a fine-tuning, and the table that compares several."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from fedpipe.files import write_text
+from fedpipe.report.document import (
+    Block,
+    Code,
+    Facts,
+    Figure,
+    Heading,
+    Paragraph,
+    Table,
+    to_html,
+    to_markdown,
+)
+from fedpipe.report.drawing import (
+    BLUE,
+    PALETTE,
+    VERMILLION,
+    Draw,
+    label_ends,
+    render,
+    whole_rounds,
+)
+from fedpipe.report.format import bytes_text, count, duration, integer, number
+from fedpipe.report.sections import environment_rows, refused_section
+from fedpipe.report.summary import RunSummary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+_MAX_CLIENT_ROWS = 64
+_SHARES = ("entity_f1", "micro_f1", "f1", "accuracy")
+_TITLES = {"entity_f1": "entity F1", "micro_f1": "micro-F1", "f1": "F1"}
+
+
+def write_finetune_report(run_dir: Path) -> Path:
+    """Write ``report.html``, ``report.md`` and the figures of a fine-tuning into its directory.
+
+    Args:
+        run_dir: With metrics.jsonl and data/data.json.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        CheckpointError: There is no metrics.jsonl, or it is damaged.
+    """
+    run = RunSummary.load(Path(run_dir))
+    blocks: list[Block] = [
+        *_headline(run), *_scores(run), *_stages(run), *_clients(run), *_rounds(run),
+        *refused_section(run),
+        *_repeat(run),
+    ]  # fmt: skip
+    return _write(run.run_dir, f"fedpipe finetune: {_name(run)}", blocks)
+
+
+def write_comparison(directory: Path, runs: Sequence[Path]) -> Path:
+    """Write the report of several fine-tunings into the directory above them.
+
+    Args:
+        directory: Of the grid.
+        runs: Directories of runs; those without a score are left out of the figure.
+
+    Returns:
+        The path of ``report.html``.
+    """
+    found = [RunSummary.load(run) for run in runs]
+    curves = {run.run_dir.name: _curve(run, "score") for run in found}
+    figure = Figure(
+        file="scores.png",
+        svg=render(_lines(curves, _title(found[0])), directory / "scores.png"),
+        caption="The averaged model on the held-out examples of all clients, after each round.",
+    )
+    rows = tuple(tuple(_row(run)) for run in found)
+    blocks: list[Block] = [
+        Table(columns=_COLUMNS, rows=rows, numeric=frozenset(range(1, len(_COLUMNS)))),
+        figure,
+        Heading(text="Runs"),
+        *(Code(text=f"{run.run_dir.name}\n{run.plan}") for run in found),
+    ]
+    return _write(directory, f"fedpipe finetune: {directory.resolve().name}", blocks)
+
+
+def result_table(runs: Sequence[Path]) -> str:
+    """Return the table that compares runs, as text for a terminal."""
+    rows = [list(_COLUMNS), *(_row(RunSummary.load(run)) for run in runs)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def outcome_text(run_dir: Path) -> str:
+    """Say what a finished run has reached, in a few words."""
+    return _row(RunSummary.load(run_dir))[1]
+
+
+_COLUMNS = (
+    "run", "score", "worst client", "clients", "trained", "of the model", "up per client, round",
+    "sent in all", "s per round",
+)  # fmt: skip
+
+
+def _row(run: RunSummary) -> list[str]:
+    last = (run.of_kind("eval") or [{}])[-1]
+    traffic, rounds = run.of_kind("traffic"), run.of_kind("round")
+    sent = sum(record["bytes_up"] + record["bytes_down"] for record in traffic)
+    sent += sum(sum(_both_ways(edge)) for record in traffic for edge in record.get("edges", ()))
+    trained, share = _trained(run)
+    return [
+        run.run_dir.resolve().name,
+        f"{_shown(last, last.get('score'))} {_title(run)}",
+        f"{_shown(last, last.get('worst'))} (client {integer(last.get('worst_client'))})",
+        integer(len(last.get("clients") or {})),
+        trained,
+        share,
+        bytes_text(traffic[0]["client_bytes_up"]) if traffic else "-",
+        bytes_text(sent),
+        number(median(record["seconds"] for record in rounds), 1) if rounds else "-",
+    ]
+
+
+def _trained(run: RunSummary) -> tuple[str, str]:
+    """Read what is trained out of the plan."""
+    for line in run.plan.splitlines():
+        if line.startswith("  method"):
+            words = line.split()
+            return words[2], f"{words[4].strip('(')} %"
+    return "-", "-"
+
+
+def _name(run: RunSummary) -> str:
+    return str(run.config.get("name") or run.run_dir.resolve().name)
+
+
+def _title(run: RunSummary) -> str:
+    metric = str((run.of_kind("eval") or [{}])[-1].get("metric", "score"))
+    return _TITLES.get(metric, metric)
+
+
+def _shown(record: dict[str, Any], value: Any) -> str:
+    if record.get("metric") in _SHARES:
+        return number(None if value is None else 100 * value, 2)
+    return number(value, 4)
+
+
+def _headline(run: RunSummary) -> list[Block]:
+    rounds, traffic, scored = run.of_kind("round"), run.of_kind("traffic"), run.of_kind("eval")
+    items: list[tuple[str, str, str]] = []
+    if scored:
+        last = scored[-1]
+        worst = f"worst client {_shown(last, last['worst'])} (client {last['worst_client']})"
+        items.append((_title(run), _shown(last, last["score"]), worst))
+    trained, share = _trained(run)
+    items.append(("trained parameters", trained, f"{share} of the model"))
+    if traffic:
+        up, down = (sum(record[f"bytes_{way}"] for record in traffic) for way in ("up", "down"))
+        each = f"{bytes_text(traffic[0]['client_bytes_up'])} per client and round"
+        items.append(("bytes from the clients", bytes_text(up), each))
+        items.append(
+            ("bytes to the clients", bytes_text(down), f"in {count(len(rounds), 'round')}")
+        )
+    if rounds:
+        seconds = sum(record["seconds"] for record in rounds)
+        items.append(("training time", duration(seconds), "scoring excluded"))
+        memory = max(max(record["memory_bytes"]) for record in rounds)
+        items.append(("largest worker", bytes_text(memory), "resident memory at its peak"))
+    return [Facts(items=tuple(items))]
+
+
+def _curve(run: RunSummary, name: str) -> list[tuple[int, float]]:
+    factor = 100 if _title(run) in {_TITLES.get(m, m) for m in _SHARES} else 1
+    return [
+        (record["round"] + 1, factor * record[name])
+        for record in run.of_kind("eval")
+        if record[name] is not None
+    ]
+
+
+def _lines(curves: dict[str, list[tuple[int, float]]], title: str) -> Draw:
+    def draw(figure: Canvas) -> None:
+        axes = figure.add_subplot(xlabel="round", ylabel=title)
+        labels = []
+        for index, (name, points) in enumerate(curves.items()):
+            if not points:
+                continue
+            color = PALETTE[index % len(PALETTE)]
+            axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=1.6)
+            labels.append((points[-1][1], name, color))
+        label_ends(axes, labels)
+        whole_rounds(axes)
+
+    return draw
+
+
+def _scores(run: RunSummary) -> list[Block]:
+    if not run.of_kind("eval"):
+        return []
+    all_clients, worst = _curve(run, "score"), _curve(run, "worst")
+
+    def draw(figure: Canvas) -> None:
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        for points, name, color in (
+            (all_clients, "all clients", BLUE), (worst, "worst client", VERMILLION),
+        ):  # fmt: skip
+            left.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, label=name)
+        left.set(xlabel="round", ylabel=_title(run))
+        left.legend()
+        whole_rounds(left)
+        traffic = run.of_kind("traffic")
+        sent = [(r["bytes_up"] + r["bytes_down"]) / 2**20 for r in traffic]
+        right.bar([record["round"] + 1 for record in traffic], sent, color=BLUE)
+        right.set(xlabel="round", ylabel="MiB sent, up and down")
+        whole_rounds(right)
+
+    caption = (
+        "Left: the averaged model on held-out examples, of all clients and of the one with the"
+        " lowest score. Right: parameters that travelled between clients and server."
+    )
+    svg = render(draw, run.run_dir / "scores.png")
+    return [Heading(text="Scores"), Figure(file="scores.png", svg=svg, caption=caption)]
+
+
+def _both_ways(edge: dict[str, Any]) -> tuple[int, int]:
+    return edge["bytes_forward"], edge["bytes_backward"]
+
+
+def _stages(run: RunSummary) -> list[Block]:
+    """Show what passes over the edges of a model that is cut, and how its stages score alone."""
+    traffic = run.of_kind("traffic")
+    edges = traffic[0].get("edges", []) if traffic else []
+    if not edges:
+        return []
+    rows = []
+    for index, edge in enumerate(edges):
+        each = [_both_ways(record["edges"][index]) for record in traffic]
+        rows.append(
+            (
+                f"stage {edge['from']} to {edge['to']}",
+                *(bytes_text(median(way)) for way in zip(*each, strict=True)),
+                *(bytes_text(sum(way)) for way in zip(*each, strict=True)),
+            )
+        )
+    columns = ("edge", "forward, round", "backward, round", "forward, in all", "backward, in all")
+    blocks: list[Block] = [
+        Heading(text="Stages"),
+        Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(1, 5))),
+    ]
+    last = (run.of_kind("eval") or [{}])[-1]
+    heads = tuple(
+        (f"stage {stage}", _shown(last, score)) for stage, score in last.get("stages", {}).items()
+    )
+    if heads:
+        columns_of_heads = ("head of", _title(run))
+        blocks.append(Table(columns=columns_of_heads, rows=heads, numeric=frozenset({1})))
+    return blocks
+
+
+def _clients(run: RunSummary) -> list[Block]:
+    path = run.run_dir / "data" / "data.json"
+    if not path.is_file():
+        return []
+    facts = json.loads(path.read_text(encoding="utf-8"))["facts"]
+    last = (run.of_kind("eval") or [{}])[-1]
+    scores = last.get("clients") or {}
+    middle = _spread(facts)
+    rows = tuple(
+        (
+            str(fact["client_id"]), integer(fact["num_examples"]),
+            integer(fact["num_test_examples"]), number(fact["entropy_bits"], 3),
+            _shown(last, scores.get(str(fact["client_id"]))), ", ".join(fact["missing"]) or "-",
+        )
+        for fact in facts[:_MAX_CLIENT_ROWS]
+    )  # fmt: skip
+    columns = ("client", "examples", "held out", "label entropy, bits", "score", "labels it lacks")
+    blocks: list[Block] = [
+        Heading(text="Clients"), middle,
+        Table(columns=columns, rows=rows, numeric=frozenset(range(5))),
+    ]  # fmt: skip
+    if len(facts) > _MAX_CLIENT_ROWS:
+        text = f"The first {_MAX_CLIENT_ROWS} of {len(facts):,}; `data/data.json` has them all."
+        blocks.append(Paragraph(text=text))
+    return blocks
+
+
+def _spread(facts: list[dict[str, Any]]) -> Table:
+    rows = []
+    for title, name, digits in (
+        ("training examples", "num_examples", 0), ("held-out examples", "num_test_examples", 0),
+        ("label entropy, bits", "entropy_bits", 3),
+    ):  # fmt: skip
+        values = [fact[name] for fact in facts]
+        chosen = (min(values), median(values), max(values))
+        rows.append((title, *(number(value, digits) for value in chosen)))
+    columns = (f"of {count(len(facts), 'client')}", "least", "median", "most")
+    return Table(columns=columns, rows=tuple(rows), numeric=frozenset({1, 2, 3}))
+
+
+def _rounds(run: RunSummary) -> list[Block]:
+    scored = {record["round"]: record for record in run.of_kind("eval")}
+    traffic = {record["round"]: record for record in run.of_kind("traffic")}
+    rows = []
+    for record in run.of_kind("round"):
+        score, sent = scored.get(record["round"], {}), traffic[record["round"]]
+        rows.append(
+            (
+                str(record["round"] + 1), integer(len(record["clients"])),
+                integer(len(record["stragglers"])), integer(len(record["dropped"])),
+                number(record["loss"], 4), _shown(score, score.get("score")),
+                _shown(score, score.get("worst")), bytes_text(sent["bytes_up"]),
+                bytes_text(sent["bytes_down"]), number(record["seconds"], 1),
+            )
+        )  # fmt: skip
+    columns = (
+        "round", "clients", "slow", "lost", "loss", "score", "worst client", "up", "down", "s",
+    )  # fmt: skip
+    table = Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(len(columns))))
+    return [Heading(text="Rounds"), table] if rows else []
+
+
+def _repeat(run: RunSummary) -> list[Block]:
+    blocks: list[Block] = [Heading(text="Plan"), Code(text=run.plan)] if run.plan else []
+    command = ["fedpipe", "finetune", "--config", str(run.run_dir / "config.yaml")]
+    command += ["--run-dir", f"{run.run_dir}-again"]
+    blocks += [Heading(text="Repeat this run"), Code(text=shlex.join(command))]
+    rows = environment_rows(run.environment)
+    if rows:
+        blocks += [Heading(text="Environment"), Table(columns=("key", "value"), rows=rows)]
+    return blocks
+
+
+def _write(folder: Path, title: str, blocks: list[Block]) -> Path:
+    write_text(folder / "report.md", to_markdown(title, blocks))
+    path = folder / "report.html"
+    write_text(path, to_html(title, blocks))
+    return path

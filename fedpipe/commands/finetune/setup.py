@@ -1,0 +1,387 @@
+"""A fine-tuning before it starts: checked, counted, examples dealt out, directory written."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedpipe.commands.finetune.examples import (
+    DATA,
+    Meaning,
+    TuningData,
+    kind_of,
+    prepare_examples,
+    task_content,
+)
+from fedpipe.commands.finetune.plan import render_plan
+from fedpipe.config.deepspeed import engine_config
+from fedpipe.config.finetune import (
+    QUICKSTART,
+    FinetuneConfig,
+    finetune_yaml,
+    load_finetune,
+)
+from fedpipe.config.half_files import check_fetched, check_weights, read_json_object
+from fedpipe.data.identity import file_digests, model_files, tokenizer_files
+from fedpipe.data.lines import shown
+from fedpipe.data.tasks.prepare import FORMAT
+from fedpipe.data.tokenizer import FILES, SAMPLES
+from fedpipe.data.vocabulary import check_tokenizer
+from fedpipe.errors import ConfigError, CorpusError
+from fedpipe.files import write_text
+from fedpipe.models.lengths import OFFSET_FAMILIES, longest_input, num_positions
+from fedpipe.models.lower import check_first_layer
+from fedpipe.models.peft import Counts, adapter_head, attach, load_adapter, trainable
+from fedpipe.models.tuned import build_model, check_family, is_head_of, saved_labels
+from fedpipe.models.tuned_stage import check_cut
+from fedpipe.run.checkpoint import CHECKPOINTS, Checkpoint, Position
+from fedpipe.run.resume import (
+    DEEPSPEED_FILE,
+    Inputs,
+    check_deepspeed,
+    check_inputs,
+    check_tuning,
+    has_begun,
+    read_inputs,
+)
+from fedpipe.run.run_dir import (
+    check_new,
+    check_writable,
+    describe_environment,
+    locked,
+    record_inputs,
+    resume_from,
+)
+
+UNTRAINED = "untrained"
+"""Value of ``model.path``: the quick start's model with random weights, packaged tokenizer."""
+_QUICKSTART_EXPORT = Path("runs/quickstart/export")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneSetup:
+    """What every process of a fine-tuning needs to know; picklable."""
+
+    config: FinetuneConfig
+    run_dir: Path
+    checkpoint: Checkpoint | None
+    """Where to resume, or None."""
+    started_at: float
+    """``time.monotonic()`` when the user's command began."""
+
+    @property
+    def hang_timeout_s(self) -> float:
+        """Seconds without a sign of life after which a process is taken for hung."""
+        return self.config.hang_timeout_s
+
+
+def set_up_finetune(
+    config_path: str | None,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    *,
+    preset: str | None = None,
+    notify: Callable[[str], None],
+) -> FinetuneSetup:
+    """Refuse what cannot work, deal the examples out, write the directory.
+
+    Args:
+        config_path: YAML, or None (a resumed run reads its own).
+        overrides: ``section.key=value``.
+        run_dir: Directory of the run, or None for ``runs/NAME``.
+        preset: What the YAML is laid over, or None.
+        notify: Shows a line to the user.
+
+    Returns:
+        The setup.
+
+    Raises:
+        FedPipeError: Anything a user can get wrong.
+    """
+    started_at = time.monotonic()
+    config, directory, resumed = resolve_finetune(config_path, overrides, run_dir, preset=preset)
+    check_federation(config)
+    kind = kind_of(config)
+    warnings = check_model_folder(config)
+    tokenizer = load_tuning_tokenizer(config)
+    model_config = load_model_config(config, tokenizer)
+    check_family(model_config.model_type, kind)
+    check_first_layer(model_config, config.method.first_layer)
+    if config.is_cut:
+        check_cut(model_config, config.pipeline.cut[-1])
+    deepspeed_dict = _deepspeed(config)
+    check_writable(directory)
+    with locked(directory):  # of a running command: its checkpoints come and go
+        pass
+    check_same_tuning(directory, config)
+    data = prepare_examples(config, tokenizer)
+    check_lengths(config, data, model_config)
+    counts, trained = count_parameters(config, model_config, data)
+    plan = render_plan(config, data, counts, trained=trained, model_config=model_config)
+    write_text(directory / "config.yaml", finetune_yaml(config))
+    if config.is_cut:
+        write_text(directory / DEEPSPEED_FILE, json.dumps(deepspeed_dict, indent=2) + "\n")
+    write_text(directory / "plan.txt", plan + "\n")
+    record_inputs(directory, tuning_inputs(config), notify=notify)
+    write_text(directory / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
+    data.save(directory / DATA)
+    checkpoint = resume_from(directory, notify=notify) if resumed else None
+    notify(plan)
+    for line in warnings:
+        notify(f"warning {line}")
+    for line in new_heads(config, data.meaning):
+        notify(line)
+    trained_length = longest_input(Path(config.model.path), key="model.path")
+    if trained_length and data.longest > trained_length:
+        notify(
+            f"sequences of up to {data.longest} tokens: {config.model.path} has been trained on up"
+            f" to {trained_length}, says its tokenizer; task.max_length={trained_length} may score"
+            " better"
+        )
+    if config.model.path == UNTRAINED and not checkpoint:
+        notify(f"no {_QUICKSTART_EXPORT}: random weights; `make pretrain` leaves a model there")
+    return FinetuneSetup(
+        config=config, run_dir=directory, checkpoint=checkpoint, started_at=started_at
+    )
+
+
+def is_finetuned(run_dir: Path, *, num_rounds: int) -> bool:
+    """All rounds are trained, and written down."""
+    trained = run_dir / CHECKPOINTS / Position(round_id=num_rounds).name
+    return trained.exists() and (run_dir / "report.html").exists()
+
+
+def resolve_finetune(
+    config_path: str | None, overrides: Sequence[str], run_dir: str | None, *, preset: str | None
+) -> tuple[FinetuneConfig, Path, bool]:
+    """Find configuration and directory of a run, and whether it has begun; writes nothing.
+
+    Arguments are those of ``set_up_finetune``.
+
+    Raises:
+        FedPipeError: The configuration is wrong or another one than that of the run in the
+            directory, or something else lies there.
+    """
+    saved = os.path.join(run_dir, "config.yaml") if run_dir else ""
+    base = saved if not (config_path or preset) and os.path.isfile(saved) else config_path
+    config = load_finetune(base, overrides, preset=preset)
+    directory = Path(run_dir or Path("runs") / config.name)
+    own = directory / "config.yaml"
+    if os.path.isfile(own) and has_begun(directory):
+        before = load_finetune(str(own), [])
+        return check_tuning(directory, before, config), directory, True
+    if not os.path.isfile(own):
+        check_new(directory)
+    return replace(config, model=replace(config.model, path=_model_path(config))), directory, False
+
+
+def check_same_tuning(directory: Path, config: FinetuneConfig) -> None:
+    """Refuse to go on with another task, base model, adapter or DeepSpeed JSON.
+
+    Args:
+        directory: Of a run; one that has not begun may read what it likes.
+        config: What it is to be gone on with.
+
+    Raises:
+        FedPipeError: The content is another one, or cannot be read.
+    """
+    if not has_begun(directory):
+        return
+    check_deepspeed(directory, _deepspeed(config))
+    if (before := read_inputs(directory)) is not None:
+        check_inputs(directory, before, tuning_inputs(config))
+
+
+def tuning_inputs(config: FinetuneConfig) -> Inputs:
+    """Find out what a fine-tuning reads now: examples, base model with tokenizer, adapter.
+
+    Raises:
+        FedPipeError: A file cannot be read.
+    """
+    path = config.model.path
+    base = SAMPLES / "tokenizer" if path == UNTRAINED else Path(path)
+    files = {
+        "task.data": task_content(config),
+        "model.path": file_digests(
+            [*model_files(base), *tokenizer_files(base)], key="model.path", root=None
+        ),
+    }
+    if config.method.path:
+        adapter = sorted(file for file in Path(config.method.path).rglob("*") if file.is_file())
+        files["method.path"] = file_digests(adapter, key="method.path", root=None)
+    return Inputs(prepared=f"examples-{FORMAT}", files=files)
+
+
+def _deepspeed(config: FinetuneConfig) -> dict[str, Any]:
+    """Return what the stages' engines are given; empty without a cut."""
+    return engine_config(config.deepspeed.config, config.stages) if config.is_cut else {}
+
+
+def _model_path(config: FinetuneConfig) -> str:
+    if config.model.path != QUICKSTART:
+        return config.model.path
+    return str(_QUICKSTART_EXPORT) if (_QUICKSTART_EXPORT / "config.json").is_file() else UNTRAINED
+
+
+def check_federation(config: FinetuneConfig) -> None:
+    """Refuse what the method and the federation cannot do together.
+
+    Raises:
+        ConfigError: Nothing is left to average.
+    """
+    if config.task.name == "causal-lm" and not config.federation.average.final_head:
+        raise ConfigError(
+            "federation.average.final_head: expected true with task.name=causal-lm, got False."
+            " A language model's head is not a task's."
+        )
+
+
+def check_model_folder(config: FinetuneConfig) -> tuple[str, ...]:
+    """Refuse a folder whose files were not fetched whole, or whose vocabulary is another one's.
+
+    Returns:
+        A line for every fault of a few entries of the vocabulary.
+
+    Raises:
+        CorpusError: The vocabulary does not fit its own rules.
+        ConfigError: A file of the model or of its tokenizer is a pointer, empty or cut short.
+    """
+    folder = Path(config.model.path)
+    if config.model.path == UNTRAINED or not folder.is_dir():
+        return ()
+    for name in ("config.json", *FILES):
+        if (folder / name).is_file():
+            check_fetched(folder / name, key="model.path")
+    if not config.model.random_weights:
+        check_weights(folder, key="model.path")
+    return check_tokenizer(folder, key="model.path")
+
+
+def load_tuning_tokenizer(config: FinetuneConfig) -> Any:
+    """Read the tokenizer of ``model.path``; without a pad token its end token pads.
+
+    Raises:
+        ConfigError: There is none, or none that knows where words begin.
+    """
+    from transformers import AutoTokenizer
+
+    path = config.model.path
+    folder = SAMPLES / "tokenizer" if path == UNTRAINED else Path(path)
+    try:
+        if not (folder / "config.json").is_file() and path != UNTRAINED:
+            raise OSError("no config.json")
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if not tokenizer.is_fast:
+            raise ValueError("a slow tokenizer, without tokenizer.json")
+    except Exception as error:  # tokenizers and transformers raise many classes
+        raise ConfigError(
+            f"model.path: expected a Hugging Face folder with a model and a fast tokenizer, got"
+            f" {path!r} ({' '.join(str(error).split())[:120]}). Name one that save_pretrained, or"
+            " fedpipe export, wrote."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model_config(config: FinetuneConfig, tokenizer: Any) -> Any:
+    """Read the configuration of ``model.path``."""
+    from transformers import AutoConfig, RobertaConfig
+
+    path = config.model.path
+    if path == UNTRAINED:
+        return RobertaConfig(
+            num_hidden_layers=4, hidden_size=128, num_attention_heads=4, intermediate_size=512,
+            vocab_size=len(tokenizer), max_position_embeddings=514, type_vocab_size=1,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.cls_token_id,
+            eos_token_id=tokenizer.sep_token_id, initializer_range=0.05,
+        )  # fmt: skip
+    try:
+        result = AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # an unknown model_type, or no JSON
+        raise ConfigError(
+            f"model.path: expected a config.json of transformers in {path}, got"
+            f" {' '.join(str(error).split())[:120]}. Save the model again."
+        ) from error
+    own, padding = result.pad_token_id, tokenizer.pad_token_id
+    if result.model_type in OFFSET_FAMILIES and own not in (None, padding):
+        raise ConfigError(
+            f"model.path: expected a tokenizer that pads with token {own} (pad_token_id of {path}),"
+            f" after which the positions of {result.model_type} begin, got {padding}. Save the"
+            " model's own tokenizer there."
+        )
+    result.pad_token_id = padding
+    return result
+
+
+def check_lengths(config: FinetuneConfig, data: TuningData, model_config: Any) -> None:
+    """Refuse sequences that the model has no positions for, and tokens that it does not know.
+
+    Raises:
+        ConfigError: There are such sequences.
+        CorpusError: There are such tokens.
+    """
+    positions = num_positions(model_config.to_dict())
+    longest = data.longest
+    if 0 < positions < longest:
+        raise ConfigError(
+            f"task.max_length: expected at most {positions} (the positions of {config.model.path}),"
+            f" got sequences of {longest} tokens. Lower it."
+        )
+    largest = int(max(data.train.ids.max(), data.test.ids.max()))
+    if largest >= model_config.vocab_size:
+        raise CorpusError(
+            f"model.path: expected a tokenizer of the model's {model_config.vocab_size} tokens, got"
+            f" id {largest} from the one in {config.model.path}. Use the model's own tokenizer."
+        )
+
+
+def new_heads(config: FinetuneConfig, meaning: Meaning) -> list[str]:
+    """Say which heads in the folders of a run are not the task's, and are not taken."""
+    if meaning.kind == "causal-lm":
+        return []
+    found = []
+    if config.method.path:
+        found.append(("method.path", config.method.path, adapter_head(Path(config.method.path))))
+    file = Path(config.model.path) / "config.json"
+    if config.model.path != UNTRAINED and not config.model.random_weights and not found:
+        found.append(("model.path", config.model.path, read_json_object(file, key="model.path")))
+    lines = []
+    for key, path, saved in found:
+        classes = [saved.get("model_class"), *(saved.get("architectures") or ())]
+        has_head = any(str(name).endswith("Classification") for name in classes)
+        if has_head and not is_head_of(saved, meaning.kind, meaning.labels):
+            labels = shown(", ".join(saved_labels(saved)[:4]))
+            lines.append(
+                f"{key}: the head in {path} is that of other labels, {labels}: it is left there,"
+                " and the task's head starts anew"
+            )
+    return lines
+
+
+def count_parameters(
+    config: FinetuneConfig, model_config: Any, data: TuningData
+) -> tuple[Counts, dict[str, int]]:
+    """Count what is trained, on a model that allocates nothing.
+
+    Returns:
+        All in all; and the sizes of what is trained, by full name.
+
+    Raises:
+        ConfigError: The family does not have the method.
+        CheckpointError: ``method.path`` is no adapter of this model.
+    """
+    meaning, split = data.meaning, config.is_cut
+    model = build_model(model_config, meaning.kind, num_labels=meaning.num_outputs, device="meta")
+    counts = attach(model, config.method, causal=meaning.kind == "causal-lm", split=split)
+    if config.method.path:
+        load_adapter(
+            model, Path(config.method.path), config.method,
+            kind=meaning.kind, labels=meaning.labels, split=split,
+        )  # fmt: skip
+    return counts, {name: p.numel() for name, p in trainable(model).items()}

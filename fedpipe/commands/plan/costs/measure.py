@@ -1,0 +1,157 @@
+"""Measure what layers, heads and optimizer steps cost on this device, to choose where to cut.
+
+One process computes one stage after the other, with the threads that a process of the run has.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from fedpipe.commands.plan.costs.flops import layer_flops, masked_layer_flops
+from fedpipe.commands.plan.costs.layers import LayerCosts
+from fedpipe.config.deepspeed import deepspeed_config, stage_precision
+from fedpipe.config.model_shape import resolve
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.tokenizer import tokenizer_info
+from fedpipe.distributed.device import autocast, finish, own_device
+from fedpipe.models.families import hf_config
+from fedpipe.models.split import StageSpec, stage_specs
+from fedpipe.models.stage import Stage, build_stage
+from fedpipe.pipeline.optimizer import build_optimizer
+from fedpipe.pipeline.timeline import StageCost
+
+MIN_REPETITIONS = 3
+MAX_S = 20.0
+"""No further repetition is begun after this."""
+_REPETITIONS = 9
+
+
+def measure_layer_costs(config: RunConfig) -> LayerCosts:
+    """Time a stage of each kind, and one with a layer more.
+
+    Args:
+        config: Model, micro-batch, objective and heads; its cut gives the number of stages.
+
+    Returns:
+        Seconds on this device, with torch's present number of threads.
+    """
+    info = tokenizer_info(config)
+    shape = resolve(
+        config.model,
+        vocab_size=info.vocab_size,
+        sequence_length=config.data.num_positions,
+        pad_id=info.pad_id,
+    )
+    num_stages = config.pipeline.num_stages
+    model = hf_config(shape, pad_id=info.pad_id, cls_id=info.cls_id, sep_id=info.sep_id)
+    # One layer for every stage; then, of the first, one with two.
+    specs = _specs(config, tuple(range(1, num_stages)))
+    longer = _specs(config, tuple(range(2, num_stages + 1)))[0]
+    timed = [_TimedStage(spec, config, model) for spec in (*specs, longer)]
+    started = time.monotonic()
+    for repetition in range(1 + _REPETITIONS):  # the first one warms up and is forgotten
+        if repetition > MIN_REPETITIONS and time.monotonic() - started > MAX_S:
+            break
+        for stage in timed:
+            stage.run()
+    *single, double = [stage.cost() for stage in timed]
+    layer = _combine(double, single[0], -1.0)
+    whole = layer.forward_s + layer.backward_s
+    last = whole * masked_layer_flops(config, shape) / layer_flops(config, shape)
+    own = [last if s.ends_encoder else whole * s.num_layers for s in specs]
+    present = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
+    return LayerCosts(
+        layers_s=(*[whole] * (shape.num_hidden_layers - 1), last),
+        rest_s=tuple(
+            max(0.0, cost.forward_s + cost.backward_s - layers)
+            for cost, layers in zip(single, own, strict=True)
+        ),
+        stages=tuple(
+            _combine(cost, layer, max(spec.num_layers - 1, 0))
+            for cost, spec in zip(single, present, strict=True)
+        ),
+    )
+
+
+def _specs(config: RunConfig, cut: tuple[int, ...]) -> tuple[StageSpec, ...]:
+    pipeline = replace(config.pipeline, cut=cut)
+    return stage_specs(pipeline, num_hidden_layers=(cut[-1] if cut else 0) + 1)
+
+
+def _combine(a: StageCost, b: StageCost, times: float) -> StageCost:
+    """``a`` and so many times ``b``; noise makes nothing cheaper than free."""
+    return StageCost(
+        forward_s=max(0.0, a.forward_s + times * b.forward_s),
+        backward_s=max(0.0, a.backward_s + times * b.backward_s),
+        optimizer_s=max(0.0, a.optimizer_s + times * b.optimizer_s),
+    )
+
+
+class _TimedStage:
+    """A stage that repeats one micro-batch, with a clock."""
+
+    def __init__(self, spec: StageSpec, config: RunConfig, model: PretrainedConfig) -> None:
+        self._device = own_device()
+        self._stage: Stage = build_stage(
+            spec, model, seed=0,
+            activation_checkpointing=config.pipeline.activation_checkpointing,
+            compiled=config.pipeline.compile, padded_after=config.data.padded_after,
+        )[0].to(self._device).train()  # fmt: skip
+        self._optimizer = build_optimizer(self._stage, config.optimizer)
+        self._precision = stage_precision(deepspeed_config(config))
+        batch, length = config.pipeline.micro_batch_size, config.data.num_positions
+        scored = config.data.num_scored
+        generator = torch.Generator().manual_seed(0)
+        if spec.is_first:
+            vocabulary = self._stage.get_parameter(self._stage.family.word_embeddings).shape[0]
+            inputs = torch.randint(3, vocabulary, (batch, length), generator=generator)
+        else:
+            rows = scored if spec.is_home_head else length
+            inputs = torch.randn(batch, rows, self._stage.hidden_size, generator=generator)
+        self._inputs = inputs.to(self._device)
+        positions = torch.arange(scored).expand(batch, -1)
+        labels = torch.full_like(positions, 3)
+        self._targets = torch.stack([positions, labels]).int().to(self._device)
+        self._times: list[tuple[float, float, float]] = []
+
+    def run(self) -> None:
+        """One local step of one micro-batch."""
+        spec = self._stage.spec
+        inputs = self._inputs.clone().requires_grad_(spec.sends_grad)
+        times = [self._now()]
+        with autocast(self._device, self._precision):
+            outputs: Tensor = self._stage(inputs)
+        times.append(self._now())
+        with autocast(self._device, self._precision):
+            if spec.has_head:
+                result = self._stage.loss(outputs, self._targets)
+            elif spec.home_head is not None:
+                result = self._stage.masked(outputs, self._targets[0]).float().sum()
+            else:
+                result = outputs.float().sum()
+        result.backward()
+        times.append(self._now())
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=False)
+        times.append(self._now())
+        a, b, c, d = times
+        self._times.append((b - a, c - b, d - c))
+
+    def cost(self) -> StageCost:
+        """Medians; the first step is not counted."""
+        forward, backward, optimizer = zip(*self._times[1:], strict=True)
+        return StageCost(
+            forward_s=statistics.median(forward),
+            backward_s=statistics.median(backward),
+            optimizer_s=statistics.median(optimizer),
+        )
+
+    def _now(self) -> float:
+        finish(self._device)
+        return time.monotonic()

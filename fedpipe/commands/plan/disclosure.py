@@ -1,0 +1,299 @@
+"""What leaves a client and what enters it: every tensor and record that crosses its border.
+
+Arithmetic on the configuration alone, no torch. A client's border runs between its processes and
+everything else; what passes between its own stages or its own data-parallel ranks does not cross.
+Sizes are those that the ledger counts (``traffic`` records of metrics.jsonl).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from fedpipe.config.model_shape import ModelShape
+from fedpipe.config.schema import RunConfig
+from fedpipe.federation.traffic import averaging_bytes
+from fedpipe.models.split import StageRole, StageSpec
+from fedpipe.pipeline.messages import EdgeMessages, WireTensor
+from fedpipe.report.format import bytes_text
+
+Direction = Literal["leaves", "enters"]
+When = Literal["start", "micro-batch", "local step", "round", "validation batch", "validation"]
+"""A validation batch is a micro-batch of held-out text."""
+Parts = Mapping[str, int]
+"""Parameters of a stage by the switch of ``federation.average`` that they obey."""
+
+_MASTER = "process 0"
+_FORMATS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8 + scales"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transfer:
+    """One thing that crosses the border, as one of the client's processes sends or receives it."""
+
+    direction: Direction
+    what: str
+    peer: str
+    """To whom it goes, or from whom it comes."""
+    form: str
+    """Shape and format on the wire; words for what is no tensor."""
+    nbytes: int | None
+    """Bytes each time; None for pickled records, whose length varies."""
+    when: When
+    entry: str = ""
+    """Its entry of the ledger: "forward/0", "backward/1" by edge, "fedavg", "embedding"; "" if it
+    has none."""
+
+
+def client_transfers(
+    config: RunConfig,
+    shape: ModelShape,
+    *,
+    specs: Sequence[StageSpec],
+    edges: Sequence[EdgeMessages],
+    parts: Sequence[Parts],
+) -> tuple[Transfer, ...]:
+    """List everything that crosses a client's border.
+
+    Args:
+        config: The run.
+        shape: Of its model.
+        specs: Its stages.
+        edges: What a micro-batch sends over every edge.
+        parts: What every stage holds.
+
+    Returns:
+        What leaves, then what enters, each by how often.
+    """
+    transfers = [*_over_edges(config, specs, edges), *_verdict(specs), *_records(config)]
+    for spec, held in zip(specs, parts, strict=True):
+        if spec.role is StageRole.CLIENT:
+            transfers += _weights(config, held)
+    if specs[-1].decoder == "lent" and specs[-1].role is StageRole.SERVER:
+        transfers += _embedding(config, shape, specs)
+    often = get_args(When).index
+    return tuple(sorted(transfers, key=lambda t: (t.direction != "leaves", often(t.when))))
+
+
+def stays(config: RunConfig, *, specs: Sequence[StageSpec], parts: Sequence[Parts]) -> list[str]:
+    """Name what never crosses a client's border, the text first."""
+    at_home = not any(
+        spec.sends_labels and specs[spec.next_stage].role is not spec.role
+        for spec in specs
+        if spec.next_stage is not None
+    )
+    kept = {
+        part
+        for spec, held in zip(specs, parts, strict=True)
+        for part, numel in held.items()
+        if spec.role is StageRole.CLIENT and numel and not getattr(config.federation.average, part)
+    }
+    tokens = ["token ids", "labels"] if at_home else ["unmasked token ids"]
+    return ["text", *tokens, *sorted(kept), "weight gradients", "optimizer moments"]
+
+
+def _over_edges(
+    config: RunConfig, specs: Sequence[StageSpec], edges: Sequence[EdgeMessages]
+) -> list[Transfer]:
+    """Messages between a stage of the client's and one of the server's."""
+    transfers = []
+    for index, messages in enumerate(edges):
+        source, target = specs[messages.edge.source], specs[messages.edge.target]
+        if source.role is target.role:
+            continue
+        leaves = source.role is StageRole.CLIENT
+        server = target if leaves else source
+        outward: Direction = "leaves" if leaves else "enters"
+        peer = f"server stage {server.stage_id}"
+        transfers += _over_edge(config, messages, index=index, outward=outward, peer=peer)
+    return transfers
+
+
+def _over_edge(
+    config: RunConfig, messages: EdgeMessages, *, index: int, outward: Direction, peer: str
+) -> list[Transfer]:
+    """Both directions of an edge; ``outward`` is the forward one, seen from the client."""
+    back: Direction = "enters" if outward == "leaves" else "leaves"
+    ways = (
+        (outward, messages.forward, f"forward/{index}"),
+        (back, messages.backward, f"backward/{index}"),
+    )
+    opening = [
+        Transfer(
+            direction=direction, what="a zero that opens the edge", peer=peer, form="(1,) uint8",
+            nbytes=1, when="start",
+        )
+        for direction, tensors, _ in ways
+        if tensors
+    ]  # fmt: skip
+    training = opening + [
+        Transfer(
+            direction=direction,
+            what=tensor.name,
+            peer=peer,
+            form=_form(tensor),
+            nbytes=tensor.nbytes,
+            when="micro-batch",
+            entry=entry,
+        )
+        for direction, tensors, entry in ways
+        for tensor in tensors
+    ]
+    if not config.data.valid:
+        return training
+    return training + [
+        Transfer(
+            direction=outward,
+            what=f"{tensor.name} of held-out text",
+            peer=peer,
+            form=_form(tensor),
+            nbytes=tensor.nbytes,
+            when="validation batch",
+        )
+        for tensor in messages.forward
+    ]
+
+
+def _form(tensor: WireTensor) -> str:
+    return f"{tensor.shape} {_FORMATS.get(tensor.wire, tensor.dtype)}"
+
+
+def _weights(config: RunConfig, parts: Parts) -> list[Transfer]:
+    """The averaged parts of one client stage, to the mean and back."""
+    federation = config.federation
+    averaged = {p: n for p, n in parts.items() if n and getattr(federation.average, p)}
+    if not averaged:
+        return []
+    numel = sum(averaged.values())
+    wire = federation.wire if federation.aggregation.rule == "mean" else "fp32"
+    peer = "other replicas' clients"
+    if federation.server == "sequential":
+        peer = "the next client, in the same process"
+    elif federation.num_replicas == 1:
+        peer = "the round's other clients, in the same process"
+    return [
+        Transfer(
+            direction=direction,
+            what=f"weights: {', '.join(averaged)}",
+            peer=peer,
+            form=f"{numel:,} parameters, {_FORMATS[wire]}",
+            nbytes=averaging_bytes(numel, federation=federation),
+            when="round",
+            entry="fedavg",
+        )
+        for direction in ("leaves", "enters")
+    ]
+
+
+def _embedding(config: RunConfig, shape: ModelShape, specs: Sequence[StageSpec]) -> list[Transfer]:
+    """The averaged word embedding, with which the server's decoder begins every turn."""
+    first = next(spec for spec in specs if spec.role is StageRole.SERVER)
+    moments: list[tuple[When, str]] = [("round", "embedding")]
+    moments += [("validation", "")] if config.data.valid else []
+    return [
+        Transfer(
+            direction="leaves",
+            what="averaged word embedding",
+            peer=f"server stage {first.stage_id}",
+            form=f"({shape.vocab_size}, {shape.hidden_size}) float32",
+            nbytes=4 * shape.decoder_parameters(),
+            when=when,
+            entry=entry,
+        )
+        for when, entry in moments
+    ]
+
+
+def _records(config: RunConfig) -> list[Transfer]:
+    """Numbers for metrics.jsonl, which process 0 writes: the first replica's client itself."""
+    records = [
+        _record("configuration, paths and checkpoint of the run", "start", direction="enters"),
+        _record("loss, gradient norm, learning rate, time and client id", "local step"),
+        _record("bytes and seconds of the round, times of a few instructions", "round"),
+        _record("client id, stage and step of an update that is left out, if any", "round"),
+        _record("names and SHA-256 of the files that it has saved", "round"),
+    ]
+    if config.data.valid:
+        records.append(_record("summed loss and masked tokens, by client id", "validation"))
+    return records
+
+
+def _verdict(specs: Sequence[StageSpec]) -> list[Transfer]:
+    """On which the stages of a replica agree: an update is taken or left out as a whole."""
+    if all(spec.role is StageRole.CLIENT for spec in specs):
+        return []
+    return [
+        Transfer(
+            direction=direction, what="the turn's first number that is not finite, if any",
+            peer="the replica's server stages", form="(1,) int64", nbytes=8, when="round",
+        )
+        for direction in ("leaves", "enters")
+    ]  # fmt: skip
+
+
+def _record(what: str, when: When, *, direction: Direction = "leaves") -> Transfer:
+    return Transfer(
+        direction=direction, what=what, peer=_MASTER, form="pickled record", nbytes=None, when=when
+    )
+
+
+# --------------------------------------------------------------------------------------- the text
+
+
+def per_step(transfer: Transfer, config: RunConfig) -> int:
+    """Bytes per local step, over a client's data-parallel ranks, of what a micro-batch sends."""
+    if transfer.when != "micro-batch":
+        return 0
+    messages = config.pipeline.num_micro_batches * config.federation.data_parallel_degree
+    return messages * (transfer.nbytes or 0)
+
+
+def per_round(transfer: Transfer, config: RunConfig) -> int:
+    """Bytes per round, over a client's data-parallel ranks, of weights."""
+    if transfer.entry not in ("fedavg", "embedding"):
+        return 0
+    return config.federation.data_parallel_degree * (transfer.nbytes or 0)
+
+
+def client_rows(
+    transfers: Sequence[Transfer], kept: Sequence[str], *, config: RunConfig
+) -> list[tuple[str, str, str]]:
+    """Write what crosses the border in training as rows of the plan: name, what, how much."""
+    rows = []
+    for transfer in transfers:
+        toward = "to" if transfer.direction == "leaves" else "from"
+        if transfer.when == "micro-batch":
+            what = f"{transfer.what} {transfer.form}"
+            much = f"{bytes_text(per_step(transfer, config))} per local step"
+        elif transfer.entry == "fedavg" and transfer.direction == "leaves":
+            what = transfer.what
+            much = f"{bytes_text(per_round(transfer, config))} per round"
+            toward = "to and from" if transfer.nbytes else toward
+        elif transfer.entry == "embedding":
+            what = f"{transfer.what} {transfer.form}"
+            much = f"{bytes_text(per_round(transfer, config))} per round"
+        else:
+            continue
+        rows.append((transfer.direction, what, f"{much}, {toward} {transfer.peer}"))
+    rows.append(("leaves", "losses, norms, times and byte counts", f"to {_MASTER}"))
+    return [*rows, ("stays", "with the client", ", ".join(kept))]
+
+
+def markdown(transfers: Sequence[Transfer], kept: Sequence[str], *, config: RunConfig) -> str:
+    """Write everything that crosses the border as a Markdown table, then what stays."""
+    lines = ["| | what | on the wire | bytes | every | to or from |", "|---|---|---|---|---|---|"]
+    for t in transfers:
+        size = "" if t.nbytes is None else f"{t.nbytes:,}"
+        lines.append(f"| {t.direction} | {t.what} | {t.form} | {size} | {t.when} | {t.peer} |")
+    totals = {
+        direction: [
+            bytes_text(sum(size(t, config) for t in transfers if t.direction == direction))
+            for size in (per_step, per_round)
+        ]
+        for direction in ("leaves", "enters")
+    }
+    (out_step, out_round), (in_step, in_round) = totals["leaves"], totals["enters"]
+    step = f"Per local step {out_step} leave and {in_step} enter"
+    round_ = f"per round {out_round} leave and {in_round} enter"
+    return "\n".join([*lines, "", f"{step}; {round_}. Stays: {', '.join(kept)}."])

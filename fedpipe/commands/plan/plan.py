@@ -1,0 +1,403 @@
+"""What a run will be, before anything starts: processes, stages, bytes, memory, ideal bubble.
+
+Arithmetic on the configuration alone; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+from fedpipe import __version__
+from fedpipe.commands.plan.costs.flops import stage_flops
+from fedpipe.commands.plan.disclosure import Transfer, client_rows, client_transfers, stays
+from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
+from fedpipe.config.model_shape import ModelShape, resolve
+from fedpipe.config.schema import AverageConfig, PipelineConfig, RunConfig
+from fedpipe.data.tokenizer import tokenizer_info
+from fedpipe.distributed.topology import Grid
+from fedpipe.federation.traffic import averaging_bytes, averaging_floats
+from fedpipe.models.split import StageRole, StageSpec, model_stages, stage_specs
+from fedpipe.pipeline.messages import EdgeMessages, edge_messages
+from fedpipe.pipeline.schedule import SCHEDULES
+from fedpipe.pipeline.timeline import simulate
+from fedpipe.report.format import bytes_text, count
+
+Row = tuple[str, str, str]
+"""Subject of a line of the plan, what there is, and how much."""
+
+_FLOAT32 = 4
+"""Bytes of a weight, a gradient and each of Adam's moments."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """One stage and what it costs."""
+
+    spec: StageSpec
+    num_parameters: int
+    """A tied decoder counted once."""
+    averaged_parameters: int
+    """Those that FedAvg averages; the rest stays with its client, or is lent for a turn."""
+    cost_share_pct: float
+    """Its part of all stages' FLOPs."""
+    state_bytes: int
+    """Weights, gradients, Adam's moments, global weights and what averages them, per rank."""
+    activation_bytes: int
+    """Activations of the micro-batches in flight, logits and messages, per rank; an estimate."""
+    fedavg_bytes: int
+    """What a rank sends per round to make one model of the replicas'."""
+    shared_gradient_bytes: int
+    """What a rank sends per local step to average gradients over the replicas."""
+    gradient_bytes: int
+    """What a rank sends per local step to average gradients inside its client."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IdealPlan:
+    """What the simulator says of one schedule."""
+
+    bubble_pct: float
+    step_flops: float
+    """Length of a local step, in the FLOPs that one stage does meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything that ``render`` shows."""
+
+    config: RunConfig
+    grid: Grid
+    shape: ModelShape
+    stages: tuple[StagePlan, ...]
+    edges: tuple[EdgeMessages, ...]
+    """What a micro-batch sends over every edge, by the stage that it leaves."""
+    ideal: dict[str, IdealPlan]
+    """By schedule; streaming has local losses, the others back-propagate over the cuts."""
+    transfers: tuple[Transfer, ...]
+    """What leaves and enters a client."""
+    stays: list[str]
+    """What never leaves it."""
+    warnings: tuple[str, ...]
+    """What the user should look at."""
+
+    @property
+    def messages_per_step(self) -> int:
+        """Messages per edge, local step and replica, over its data-parallel ranks."""
+        pipeline, federation = self.config.pipeline, self.config.federation
+        return pipeline.num_micro_batches * federation.data_parallel_degree
+
+
+def build_plan(config: RunConfig) -> Plan:
+    """Work out a run.
+
+    Args:
+        config: A checked configuration.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: Model and vocabulary disagree.
+        CorpusError: The tokenizer cannot be read.
+    """
+    tokenizer = tokenizer_info(config)
+    shape = resolve(
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        sequence_length=config.data.num_positions,
+        pad_id=tokenizer.pad_id,
+    )
+    autocast = autocast_dtype(deepspeed_config(config))
+    specs = model_stages(config, shape)
+    edges = edge_messages(config, specs, hidden_size=shape.hidden_size)
+    parts = [_parts(spec, shape) for spec in specs]
+    return Plan(
+        config=config,
+        grid=Grid.from_config(config),
+        shape=shape,
+        stages=_stages(specs, config, shape, activation_size=2 if autocast else 4),
+        edges=edges,
+        ideal={name: _ideal(name, config, shape) for name in SCHEDULES},
+        transfers=client_transfers(config, shape, specs=specs, edges=edges, parts=parts),
+        stays=stays(config, specs=specs, parts=parts),
+        warnings=tokenizer.warnings,
+    )
+
+
+# ------------------------------------------------------------------------------------- the numbers
+
+
+def _stages(
+    specs: tuple[StageSpec, ...], config: RunConfig, shape: ModelShape, *, activation_size: int
+) -> tuple[StagePlan, ...]:
+    costs = [stage_flops(spec, config, shape) for spec in specs]
+    flops = [cost.forward_s + cost.backward_s + cost.head_s for cost in costs]
+    replicas, data = config.federation.num_replicas, config.federation.data_parallel_degree
+    sharded = deepspeed_config(config).get("zero_optimization", {}).get("stage", 0) > 0
+    plans = []
+    for spec, own_flops in zip(specs, flops, strict=True):
+        parts = _parts(spec, shape)
+        lent = shape.decoder_parameters() if spec.decoder == "lent" else 0
+        parameters = sum(parts.values()) + lent
+        averaged = sum(n for part, n in parts.items() if _is_averaged(part, config))
+        moments = ceil(2 * parameters / data) if sharded else 2 * parameters
+        shared = config.federation.server == "shared" and spec.role is StageRole.SERVER
+        handed_on = shared or config.federation.server == "sequential"
+        travelling = 0 if handed_on else averaged
+        # Weights, gradients and the round's global weights; what averaging needs beside them.
+        averaging = averaging_floats(travelling, federation=config.federation)
+        # A turn that is refused gives its moments back, where they are handed on.
+        before = moments if handed_on and spec.role is StageRole.SERVER else 0
+        state = _FLOAT32 * (3 * parameters - lent + moments + before + averaging)
+        plans.append(
+            StagePlan(
+                spec=spec,
+                num_parameters=parameters,
+                averaged_parameters=averaged,
+                cost_share_pct=100.0 * own_flops / sum(flops),
+                state_bytes=state,
+                activation_bytes=_activation_bytes(spec, config, shape, element=activation_size),
+                fedavg_bytes=averaging_bytes(travelling, federation=config.federation),
+                shared_gradient_bytes=(
+                    2 * (replicas - 1) * parameters * _FLOAT32 // replicas if shared else 0
+                ),
+                gradient_bytes=2 * (data - 1) * parameters * _FLOAT32 // data,
+            )
+        )
+    return tuple(plans)
+
+
+def _parts(spec: StageSpec, shape: ModelShape) -> dict[str, int]:
+    """Parameters by the switch of ``federation.average`` that they obey."""
+    layers = "client_layers" if spec.role is StageRole.CLIENT else "server_layers"
+    parts = {layers: spec.num_layers * shape.layer_parameters()}
+    if spec.is_first:
+        parts["embeddings"] = shape.embedding_parameters()
+    if spec.is_last:
+        parts["final_head"] = shape.head_parameters(tied=spec.decoder != "own")
+    elif spec.has_head:
+        parts["aux_head"] = shape.head_parameters(tied=spec.decoder != "own")
+        if spec.head == "mlm+layer":
+            parts["aux_head"] += shape.layer_parameters()
+    return parts
+
+
+def _is_averaged(part: str, config: RunConfig) -> bool:
+    average: AverageConfig = config.federation.average
+    return bool(getattr(average, part))
+
+
+def _ideal(schedule: str, config: RunConfig, shape: ModelShape) -> IdealPlan:
+    pipeline = config.pipeline
+    if schedule == "streaming":
+        pipeline = replace(pipeline, objective="local_loss", schedule="streaming")
+    else:
+        pipeline = replace(pipeline, objective="end_to_end", schedule="1f1b")
+    specs = stage_specs(pipeline, num_hidden_layers=shape.num_hidden_layers)
+    timeline = simulate(
+        schedule,
+        specs,
+        [stage_flops(spec, config, shape) for spec in specs],
+        num_micro_batches=pipeline.num_micro_batches,
+        in_flight=pipeline.in_flight,
+    )
+    return IdealPlan(bubble_pct=timeline.bubble_pct, step_flops=timeline.step_s)
+
+
+def _activation_bytes(
+    spec: StageSpec, config: RunConfig, shape: ModelShape, *, element: int
+) -> int:
+    """Tensors that the backward pass needs, per layer and token ``9 D + 2 F + 2.5 h T`` elements.
+
+    Source: Korthikanti et al. 2022, section 4.1, https://arxiv.org/abs/2205.05198, for a
+    feed-forward width F; h T is one row of the attention of h heads over T tokens. Where only
+    masked positions go on, a layer's input, keys and values, 3 D, remain at every token.
+    """
+    pipeline, length = config.pipeline, config.data.num_positions
+    hidden, tokens = shape.hidden_size, pipeline.micro_batch_size * length
+    masked = pipeline.micro_batch_size * config.data.num_scored
+    attention = 2.5 * shape.num_attention_heads * length
+    row = 6 * hidden + 2 * shape.intermediate_size + attention
+    layer = tokens * (3 * hidden + row)
+    masked_layer = tokens * 3 * hidden + masked * row
+    own = spec.num_layers * layer - (layer - masked_layer if spec.ends_encoder else 0)
+    if pipeline.activation_checkpointing:
+        own = spec.num_layers * tokens * hidden + (layer if spec.num_layers else 0)
+    own += 3 * tokens * hidden if spec.is_first else 0
+    held = _micro_batches_held(spec, pipeline) * own * element
+    # Scores and their gradient are float32 also under autocast.
+    head = float(masked * (2 * shape.vocab_size + 6 * hidden) * _FLOAT32 if spec.has_head else 0)
+    head += masked_layer * element if spec.head == "mlm+layer" else 0
+    edges = (not spec.is_first) + (not spec.is_last)
+    message = masked if spec.is_home_head else tokens
+    return ceil(held + head + edges * pipeline.in_flight * message * hidden * element)
+
+
+def _micro_batches_held(spec: StageSpec, pipeline: PipelineConfig) -> int:
+    """Micro-batches between their forward and their backward; see the schedules."""
+    ahead = 1
+    if pipeline.schedule == "1f1b":
+        ahead = spec.num_stages - spec.stage_id
+    elif pipeline.schedule == "streaming" and spec.home_head is not None:
+        ahead = pipeline.in_flight + 1
+    return min(ahead, pipeline.num_micro_batches)
+
+
+# --------------------------------------------------------------------------------------- the text
+
+
+def render(plan: Plan) -> str:
+    """Return the plan as lines of text.
+
+    Args:
+        plan: What ``build_plan`` worked out.
+
+    Returns:
+        A headline and one or more indented lines per subject; no newline at the end.
+    """
+    rows = [
+        *_model_row(plan),
+        *_stage_rows(plan),
+        *_batch_rows(plan),
+        *_traffic_rows(plan),
+        *_memory_rows(plan),
+        *_ideal_rows(plan),
+        *client_rows(plan.transfers, plan.stays, config=plan.config),
+    ]
+    warnings = [f"  warning  {text}" for text in plan.warnings]
+    return "\n".join([_headline(plan), *aligned_rows(rows), *warnings])
+
+
+def aligned_rows(rows: Sequence[Row]) -> list[str]:
+    """Write rows of the plan as indented lines with columns below each other."""
+    width = max(len(middle) for _, middle, _ in rows)
+    return [f"  {name:<8} {middle:<{width}}  {end}".rstrip() for name, middle, end in rows]
+
+
+def _headline(plan: Plan) -> str:
+    federation, stages = plan.config.federation, plan.config.pipeline.num_stages
+    parts = f"{count(federation.num_replicas, 'replica')} x {count(stages, 'stage')}"
+    if plan.grid.colocate:
+        parts += " as threads"
+    processes = count(plan.grid.world_size, "process", "es")
+    degree = federation.data_parallel_degree
+    return f"fedpipe {__version__}  {plan.config.name}  {processes} = {parts} x {degree} data"
+
+
+def _model_row(plan: Plan) -> list[Row]:
+    shape = plan.shape
+    sizes = (
+        f"{shape.family}, {count(shape.num_hidden_layers, 'layer')} x {shape.hidden_size},"
+        f" {count(shape.num_attention_heads, 'head')}, feed-forward {shape.intermediate_size}"
+    )
+    positions = f"{shape.vocab_size:,} tokens, {shape.max_position_embeddings:,} positions"
+    return [("model", sizes, positions)]
+
+
+def _stage_rows(plan: Plan) -> list[Row]:
+    contents = [", ".join(stage.spec.contents) or "nothing" for stage in plan.stages]
+    width = max(len(text) for text in contents)
+    rows = []
+    for stage, text in zip(plan.stages, contents, strict=True):
+        millions = f"{stage.num_parameters / 1e6:,.1f}"
+        share = f"{millions:>8} M parameters  {stage.cost_share_pct:5.1f} % of the compute"
+        middle = f"{stage.spec.role.value:<7}  {text:<{width}}"
+        rows.append((f"stage {stage.spec.stage_id}", middle, share))
+    return rows
+
+
+def _batch_rows(plan: Plan) -> list[Row]:
+    pipeline, federation, data = plan.config.pipeline, plan.config.federation, plan.config.data
+    sequences = plan.config.blocks_per_step
+    batch = (
+        f"{sequences} sequences = {count(pipeline.num_micro_batches, 'micro-batch', 'es')} x"
+        f" {pipeline.micro_batch_size} x {federation.data_parallel_degree} data"
+    )
+    tokens = f"{data.sequence_length} tokens per sequence, {data.num_masked} masked"
+    if data.padded_length:
+        tokens += f", padded to {data.padded_length}, a loss at every position"
+    if federation.num_local_epochs > 0:
+        length, total = f"{federation.num_local_epochs:g} local epochs", ""
+    else:
+        length = count(federation.num_local_steps, "local step")
+        seen = sequences * data.sequence_length * federation.num_local_steps
+        seen *= federation.clients_per_round * federation.num_rounds
+        total = f", {seen:,} tokens in all"
+    cohort = f"{count(federation.num_clients, 'client')}, {federation.clients_per_round} per round"
+    rounds = f"{count(federation.num_rounds, 'round')}{total}{_idle(plan)}"
+    return [("batch", batch, tokens), ("round", f"{cohort}, {length}", rounds)]
+
+
+def _idle(plan: Plan) -> str:
+    federation = plan.config.federation
+    idle = -federation.clients_per_round % federation.num_replicas
+    if not idle:
+        return ""
+    turns = ceil(federation.clients_per_round / federation.num_replicas)
+    return f", {count(idle, 'replica')} idle in turn {turns} of {turns}"
+
+
+def _traffic_rows(plan: Plan) -> list[Row]:
+    average = [bytes_text(stage.fedavg_bytes) for stage in plan.stages]
+    messages = plan.messages_per_step
+    forward = _per_edge([messages * edge.bytes_forward for edge in plan.edges])
+    backward = _per_edge([messages * edge.bytes_backward for edge in plan.edges])
+    wires = {edge.forward[0].wire or edge.forward[0].dtype for edge in plan.edges}
+    kind = f", {'/'.join(sorted(wires))}" if wires else ""
+    rows = [
+        (
+            "traffic",
+            f"{forward} forward, {backward} backward",
+            f"per edge, local step and replica{kind}",
+        ),
+        ("fedavg", _per_stage(average), "sent per stage, rank and round"),
+    ]
+    if plan.config.federation.server == "shared":
+        shared = [bytes_text(stage.shared_gradient_bytes) for stage in plan.stages]
+        rows.append(("shared", _per_stage(shared), "gradients sent per stage, rank and step"))
+    if plan.config.federation.data_parallel_degree > 1:
+        gradients = [bytes_text(stage.gradient_bytes) for stage in plan.stages]
+        rows.append(("data", _per_stage(gradients), "gradients sent per stage, rank and step"))
+    return rows
+
+
+def _memory_rows(plan: Plan) -> list[Row]:
+    total = [bytes_text(stage.state_bytes + stage.activation_bytes) for stage in plan.stages]
+    largest = max(stage.state_bytes for stage in plan.stages)
+    if plan.grid.colocate:
+        everything = sum(stage.state_bytes + stage.activation_bytes for stage in plan.stages)
+        return [("memory", bytes_text(everything), "per rank (all stages), estimated")]
+    return [
+        (
+            "memory",
+            _per_stage(total),
+            f"per rank, estimated; {bytes_text(largest)} of it weights and optimizer",
+        )
+    ]
+
+
+def _ideal_rows(plan: Plan) -> list[Row]:
+    own = plan.config.pipeline.schedule
+    others = [name for name in SCHEDULES if name != own]
+    mine = f"{own}: bubble {plan.ideal[own].bubble_pct:.1f} %"
+    rest = ", ".join(f"{name}: {plan.ideal[name].bubble_pct:.1f} %" for name in others)
+    return [("ideal", mine, rest)]
+
+
+def _per_edge(values: list[int]) -> str:
+    """One value where all edges are alike."""
+    texts = [bytes_text(value) for value in values] or [bytes_text(0)]
+    return texts[0] if len(set(texts)) == 1 else _per_stage(texts)
+
+
+def _per_stage(values: list[str]) -> str:
+    """Equal neighbours are written once: ``1.0 GiB, 6 x 2.0 GiB, 1.5 GiB``."""
+    runs: list[tuple[int, str]] = []
+    for value in values:
+        if runs and runs[-1][1] == value:
+            runs[-1] = (runs[-1][0] + 1, value)
+        else:
+            runs.append((1, value))
+    return ", ".join(value if times == 1 else f"{times} x {value}" for times, value in runs)

@@ -1,0 +1,132 @@
+"""What the prepared text of a run holds, per client: rows below the plan, and text.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedpipe.commands.plan.plan import Row, aligned_rows
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import PreparedData
+from fedpipe.federation.cohort import idle_pct
+from fedpipe.report.format import count
+
+_LISTED = 5
+"""Clients that a row lists; text.json and the report have them all."""
+_IDLE_PCT = 10.0
+"""Less is not worth a line."""
+_NAMED = 3
+"""Owners of a client that are listed by name."""
+
+
+def text_facts(data: PreparedData) -> dict[str, Any]:
+    """Count what prepared text holds.
+
+    Args:
+        data: The prepared text.
+
+    Returns:
+        The content of text.json: counts over all clients, and a row per client.
+    """
+    clients = []
+    for train, valid in zip(data.train, data.valid or [None] * len(data.train), strict=True):
+        row = {
+            "client": train.client_id,
+            "owners": list(train.values[:_NAMED]),
+            "num_owners": len(train.values),
+            "documents": train.num_documents,
+            "tokens": train.num_tokens,
+            "blocks": train.num_blocks,
+            "left_out": train.num_left_out,
+        }
+        if valid is not None:
+            row |= {
+                "held_out_documents": valid.num_documents,
+                "held_out_blocks": valid.num_blocks,
+                "held_out_left_out": valid.num_left_out,
+            }
+        clients.append(row)
+    return {
+        "prepared": Path(data.directory).name,
+        "sequence_length": data.sequence_length,
+        "num_masked": data.num_masked,
+        "held_out_documents": data.num_held_out,
+        "held_out_ignored": data.num_ignored_documents,
+        "held_out_in_training": data.num_overlapping,
+        "clients": clients,
+    }
+
+
+def render_text(facts: dict[str, Any], config: RunConfig) -> str:
+    """Write the counts as lines that go on where the plan ends.
+
+    Args:
+        facts: From ``text_facts``.
+        config: Of the run.
+
+    Returns:
+        One or more indented lines; no newline at the end.
+    """
+    clients = facts["clients"]
+    blocks = [row["blocks"] for row in clients]
+    documents = sum(row["documents"] for row in clients)
+    rows: list[Row] = [
+        (
+            "text",
+            f"{count(documents, 'document')}, {count(sum(blocks), 'block')} to train on",
+            f"{min(blocks):,} to {max(blocks):,} blocks per client",
+        ),
+        *_left_out("left_out", facts),
+    ]
+    if any("held_out_blocks" in row for row in clients):
+        rows += _held_out(facts)
+    rows += _idle(config, blocks)
+    return "\n".join(aligned_rows(rows))
+
+
+def render_uncounted() -> str:
+    """Say, where the plan ends, that nobody has counted the text yet."""
+    row: Row = ("text", "not prepared yet", "counted when a run starts")
+    return "\n".join(aligned_rows([row]))
+
+
+def _idle(config: RunConfig, blocks: Sequence[int]) -> list[Row]:
+    """Say where replicas wait because clients have unequal turns; the plan counts empty ones."""
+    idle = idle_pct(config, blocks) if config.federation.num_local_epochs else 0.0
+    if idle < _IDLE_PCT:
+        return []
+    why = "num_local_epochs makes the longest turns last; num_local_steps makes them equal"
+    return [("warning", f"replicas idle {idle:.0f} % of their time", why)]
+
+
+def _held_out(facts: dict[str, Any]) -> list[Row]:
+    clients, number = facts["clients"], facts["held_out_documents"]
+    same = facts["held_out_in_training"]
+    share = f"{100 * same / number:.1f} %" if number else "0.0 %"
+    known = f"{same:,} of them ({share}) in the training text too"
+    if not same:
+        known = "none of them in the training text"
+    rows: list[Row] = [("held out", count(number, "document"), known)]
+    if facts["held_out_ignored"]:
+        rows.append(("", f"{facts['held_out_ignored']:,} not used", "their owner is no client's"))
+    without = [row for row in clients if not row["held_out_blocks"]]
+    if without:
+        rows.append(("", f"{count(len(without), 'client')} without held-out text", _list(without)))
+    return [*rows, *_left_out("held_out_left_out", facts)]
+
+
+def _left_out(key: str, facts: dict[str, Any]) -> list[Row]:
+    found = [row for row in facts["clients"] if row.get(key)]
+    if not found:
+        return []
+    found.sort(key=lambda row: (-row[key], row["client"]))
+    number = count(sum(row[key] for row in found), "block")
+    what = f"{number} left out, with fewer than {facts['num_masked']} ordinary tokens"
+    return [("", what, _list(found, key))]
+
+
+def _list(rows: Sequence[dict[str, Any]], key: str = "") -> str:
+    shown = [f"client {r['client']}" + (f": {r[key]:,}" if key else "") for r in rows[:_LISTED]]
+    more = [f"{len(rows) - _LISTED} more"] if len(rows) > _LISTED else []
+    return ", ".join([*shown, *more])

@@ -1,0 +1,1 @@
+"""``fedpipe pretrain``: federated pre-training."""

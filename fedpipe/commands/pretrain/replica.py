@@ -1,0 +1,196 @@
+"""One replica of the pipeline as one process sees it: build it, hand it a client, score it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedpipe.config.deepspeed import deepspeed_config
+from fedpipe.config.model_shape import resolve
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import PreparedData
+from fedpipe.data.masking import MaskedBatch, MaskedReader, pad
+from fedpipe.data.validation import validation_batch
+from fedpipe.distributed.comm import Comm
+from fedpipe.federation.cohort import Turn
+from fedpipe.federation.hosting import HostedStages
+from fedpipe.federation.turns import TuningTurn
+from fedpipe.models.families import hf_config
+from fedpipe.models.split import StageSpec, model_stages
+from fedpipe.models.stage import Stage, build_stage
+from fedpipe.pipeline.messages import edge_messages
+from fedpipe.pipeline.stage_engine import MicroBatchSource
+
+EMBEDDING_LEDGER = "embedding"
+"""Entry of the traffic ledger."""
+
+
+class Replica(HostedStages):
+    """The stages of a pre-training in this process, and the text that the first of them reads."""
+
+    def __init__(
+        self, config: RunConfig, data: PreparedData, *, comm: Comm, run_dir: Path | None = None
+    ) -> None:
+        """Build the stages with their first weights and connect them.
+
+        Args:
+            config: The run.
+            data: Prepared text; opened by the first stage only.
+            comm: This process' groups.
+            run_dir: Where clients keep what is not averaged; None for a run without clients.
+
+        Collective: every rank.
+        """
+        self.config, self.data = config, data
+        shape = resolve(
+            config.model,
+            vocab_size=data.vocab_size,
+            sequence_length=config.data.num_positions,
+            pad_id=data.pad_id,
+        )
+        self.hf_config = hf_config(
+            shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id
+        )
+        self.missing: list[str] = []
+        self._word_embedding: nn.Parameter | None = None
+        specs = model_stages(config, shape)
+        super().__init__(
+            config,
+            pipeline=config.pipeline,
+            specs=specs,
+            build=self._build_stage,
+            messages=edge_messages(config, specs, hidden_size=shape.hidden_size),
+            deepspeed=deepspeed_config(config),
+            comm=comm,
+            run_dir=run_dir,
+        )
+
+    def _build_stage(self, spec: StageSpec) -> Stage:
+        config = self.config
+        stage, missing = build_stage(
+            spec,
+            self.hf_config,
+            seed=config.seed,
+            path=config.model.path,
+            activation_checkpointing=config.pipeline.activation_checkpointing,
+            sinusoidal_positions=config.model.position_init == "sinusoidal",
+            compiled=config.pipeline.compile,
+            padded_after=config.data.padded_after,
+            word_embedding=self._word_embedding,
+        )
+        self.missing += missing
+        if spec.is_first:
+            self._word_embedding = stage.word_embedding
+        return stage
+
+    # -- training ----------------------------------------------------------------------------
+
+    def begin_turn(self, turn: Turn | TuningTurn, *, round_id: int, last_round: int | None) -> None:
+        """See ``HostedStages``. Collective: every process of the replica."""
+        super().begin_turn(turn, round_id=round_id, last_round=last_round)
+        self._lend_embedding()
+
+    @torch.no_grad()
+    def _lend_embedding(self) -> None:
+        """Let a final decoder that is lent begin as the word embedding.
+
+        Collective: every process of the replica, with the stream drained.
+        """
+        final = self.specs[-1]
+        if final.decoder != "lent":
+            return
+        engines = {engine.spec.stage_id: engine for engine in self.stages}
+        if 0 in engines:
+            embedding_VD = engines[0].stage.word_embedding.detach()
+        else:
+            size = (self.hf_config.vocab_size, self.hf_config.hidden_size)
+            embedding_VD = torch.empty(size, device=self.comm.device)
+        if not final.is_home_head:
+            self.comm.hand_down(embedding_VD, label=EMBEDDING_LEDGER)
+        if final.stage_id in engines:
+            for decoder_VD in engines[final.stage_id].stage.lent.values():
+                decoder_VD.copy_(embedding_VD)
+            engines[final.stage_id].weights_changed()
+
+    def training_source(self, client_id: int, *, start: int) -> MicroBatchSource | None:
+        """Masked micro-batches of a client from block ``start`` of its stream; first stage only."""
+        if not self.reads_text:
+            return None
+        config = self.config
+        size = config.pipeline.micro_batch_size
+        reader = MaskedReader(
+            self.data, client_id, split="train", seed=config.seed, num_masked=config.data.num_masked
+        )
+
+        def source(step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
+            index = step * config.pipeline.num_micro_batches + micro_batch
+            ranks = config.federation.data_parallel_degree
+            position = start + (index * ranks + self.comm.data) * size
+            return self._feed(reader.batch(position, size))
+
+        return source
+
+    def _feed(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        """What a ``MicroBatchSource`` returns."""
+        length = self.config.data.padded_length
+        if length:
+            batch = pad(batch, length=length, pad_id=self.data.pad_id)
+        targets = np.stack([batch.positions, batch.labels]).astype(np.int32)
+        return torch.from_numpy(batch.input_ids), torch.from_numpy(targets)
+
+    # -- validation --------------------------------------------------------------------------
+
+    def evaluate(
+        self, client_ids: Sequence[int], *, last_rounds: Sequence[int | None]
+    ) -> dict[int, dict[int, tuple[float, int]]]:
+        """Score the global weights on held-out text of some clients, with their kept parts.
+
+        Args:
+            client_ids: Clients that this replica scores.
+            last_rounds: By client id, the round in which it trained last.
+
+        Returns:
+            stage -> client -> (summed loss in nats, masked tokens); stages with a head only. Data
+            index 0 computes, the others return nothing.
+
+        Collective: every process of the replica.
+        """
+        scores: dict[int, dict[int, tuple[float, int]]] = {s.spec.stage_id: {} for s in self.stages}
+        if self.comm.data > 0:
+            return {}
+        for index, client_id in enumerate(client_ids):
+            for stage_id, synchronizer in self.synchronizers.items():
+                state = self._client_state(client_id, stage_id, last_rounds[client_id])
+                synchronizer.begin_turn(state.get("kept"))
+            if index == 0 or not self.config.federation.average.embeddings:
+                self._lend_embedding()
+            num_blocks = self.num_valid_blocks(client_id)
+            batches = math.ceil(num_blocks / self.config.pipeline.micro_batch_size)
+            source = self._validation_source(client_id) if self.reads_text else None
+            for stage_id, losses in self.engine.evaluate(batches, source=source).items():
+                scored = losses.flatten(0, 1)[:num_blocks].double()
+                num_tokens = num_blocks * self.config.data.num_masked
+                scores[stage_id][client_id] = (float(scored.sum()), num_tokens)
+        return scores
+
+    def num_valid_blocks(self, client_id: int) -> int:
+        """Held-out blocks of a client that are scored."""
+        limit = self.config.validation.max_blocks_per_client
+        available = self.data.valid[client_id].num_blocks
+        return min(available, limit) if limit else available
+
+    def _validation_source(self, client_id: int) -> MicroBatchSource:
+        size = self.config.pipeline.micro_batch_size
+
+        def source(step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
+            first = micro_batch * size
+            return self._feed(
+                validation_batch(self.data, self.config, client_id, first=first, count=size)
+            )
+
+        return source

@@ -1,0 +1,1 @@
+"""``fedpipe reproduce``: a published experiment with its baselines."""

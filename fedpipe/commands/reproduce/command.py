@@ -1,0 +1,284 @@
+"""``fedpipe reproduce``: a published experiment on this machine, from text to figures.
+
+Pre-training runs go one at a time, so that their clocks can be compared; then every model is
+fine-tuned and scored, a process per core or GPU. All processes are forked from one server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fedpipe.cluster.fork_server import fork_server
+from fedpipe.cluster.supervisor import Interrupted, Signals, set_up_here
+from fedpipe.cluster.worker import PRELOAD as TRAINING_PRELOAD
+from fedpipe.commands.evaluate.command import PRELOAD, run_cells
+from fedpipe.commands.evaluate.setup import Evaluation, set_up_evaluation
+from fedpipe.commands.pretrain.command import train
+from fedpipe.commands.reproduce.report import blocks, draw_losses, draw_scores, terminal_text
+from fedpipe.commands.reproduce.results import Content, read_curves, summarise, wanted_models
+from fedpipe.commands.reproduce.setup import (
+    EVALUATION,
+    Reproduction,
+    TrainingRun,
+    plan_reproduction,
+)
+from fedpipe.commands.study.pool import (
+    check_refused,
+    last_line,
+    save_when_the_parent_dies,
+    saying_to,
+)
+from fedpipe.commands.study.sweep import prepare_texts
+from fedpipe.distributed.env import num_gpus
+from fedpipe.distributed.watch import EXIT_INTERRUPTED
+from fedpipe.errors import FedPipeError, LaunchError, error_in
+from fedpipe.files import write_text
+from fedpipe.report.console import RunConsole
+from fedpipe.report.document import Figure, to_html, to_markdown
+from fedpipe.report.drawing import render
+from fedpipe.report.format import count
+from fedpipe.run.run_dir import locked
+
+RESULT_FILE = "reproduce.json"
+_PRELOAD = (*TRAINING_PRELOAD, *PRELOAD)
+_EXPORT_LOG = "logs/models.log"
+_CAPTIONS = {
+    "scores.png": "Score against pre-training time, one fine-tuning per round, task and seed; the "
+    "points are ends of rounds (hollow: not trained, the clock goes on with the mean), the first "
+    "one is the untrained model.",
+    "loss.png": "Masked-LM loss of the final head against pre-training time.",
+}
+
+
+def reproduce(
+    experiment: str,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    *,
+    scale: str | None = None,
+    data: str | None = None,
+    seeds: tuple[int, ...] | None = None,
+    signals: Signals | None = None,
+) -> int:
+    """Run what is not done of an experiment; the whole of ``fedpipe reproduce``.
+
+    Args:
+        experiment: Its name.
+        overrides: ``section.key=value``.
+        run_dir: Directory, or None.
+        scale: How large, or None.
+        data: Folder with the tasks' files, or None.
+        seeds: Of pre-training, or None.
+        signals: Caught meanwhile; for whoever wants to know which one has come.
+
+    Returns:
+        0 when all is done, 75 when it was interrupted and can be resumed.
+
+    Raises:
+        FedPipeError: What the user can mend; nothing has been started.
+        LaunchError: A run failed; the others are done.
+    """
+    console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
+    signals = signals or Signals()
+    plan: Reproduction | None = None
+    try:
+        with signals.caught():
+            plan = plan_reproduction(
+                experiment, scale, overrides, run_dir, data=data, seeds=seeds
+            )  # fmt: skip
+            plan.write()
+            with locked(plan.directory):
+                _run(plan, signals, console)
+    except Interrupted:
+        console.text(_interrupted(plan))
+        return EXIT_INTERRUPTED
+    finally:
+        console.close()
+    console.text("\n".join(reproduced_lines(plan.directory)))
+    return 0
+
+
+def is_reproduced(plan: Reproduction) -> bool:
+    """Whether all of it is done, as its directory says."""
+    if plan.pending() or not (plan.directory / RESULT_FILE).is_file():
+        return False
+    return bool(_content(plan.directory)["environment"]["repeat"] == _repeat(plan))
+
+
+def reproduced_lines(directory: Path) -> list[str]:
+    """Return what a finished reproduction has to show."""
+    return [terminal_text(_content(directory)), f"report  {directory / 'reproduce.html'}"]
+
+
+def _content(directory: Path) -> Content:
+    content: Content = json.loads((directory / RESULT_FILE).read_text(encoding="utf-8"))
+    return content
+
+
+def _run(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
+    """Bring everything to its end, and write what was found."""
+    pending = plan.pending()
+    if pending:
+        fork_server(_PRELOAD)
+        prepare_texts([run.cell for run in pending], progress=console.preparing)
+        _export(plan, plan.untrained())
+        # With the untrained model, what is wrong with a task is found before hours of training.
+        _evaluation(plan, plan.untrained(), console)
+        console.close()
+        _pretrain(plan, signals, console)
+    curves = read_curves(plan)
+    models = wanted_models(plan, curves)
+    _export(plan, models)
+    evaluation = _evaluation(plan, models, console)
+    cells = evaluation.pending()
+    refused: dict[str, FedPipeError] = {}
+    if cells:
+        parallel = num_gpus() or len(os.sched_getaffinity(0))
+        refused = run_cells(
+            evaluation, cells, signals, console=console, parallel=parallel, gather=lambda: None
+        )
+    left = [cell.name for cell in evaluation.pending()]
+    check_refused(left, refused)
+    if left:
+        raise _unfinished(plan, "scored model", len(evaluation.cells), left)
+    _write(plan, summarise(plan, evaluation, curves))
+
+
+def _pretrain(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
+    """Train what is not done, one run after the other; one that fails does not end the others."""
+    for number, run in enumerate(plan.runs, start=1):
+        if run.done:
+            continue
+        console.text(f"run     {number}/{len(plan.runs)}  {run.cell.name}")
+        try:
+            setup = set_up_here(None, [], str(run.cell.run_dir), preset=None, console=console)
+            console.close()
+            with locked(setup.run_dir):
+                train(setup, signals)
+        except LaunchError as error:
+            console.text(f"failed  {error}")
+        if signals.asked:  # too late for this run to stop
+            raise Interrupted
+    left = [run.cell.name for run in plan.pending()]
+    if left:
+        raise _unfinished(plan, "pre-training run", len(plan.runs), left)
+
+
+def _unfinished(plan: Reproduction, what: str, total: int, left: Sequence[str]) -> LaunchError:
+    names = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
+    return LaunchError(
+        f"reproduce: expected {count(total, what)}, got {total - len(left)}: not done are {names}. "
+        f"Run them again with: {_again(plan)}"
+    )
+
+
+def _evaluation(
+    plan: Reproduction, models: Sequence[tuple[TrainingRun, int]], console: RunConsole
+) -> Evaluation:
+    paths = tuple(str(plan.model(run, round_id)) for run, round_id in models)
+    config = replace(plan.config, evaluation=replace(plan.config.evaluation, models=paths))
+    several = len(models) > len(plan.config.reproduce.seeds)
+    return set_up_evaluation(
+        config, plan.directory / EVALUATION, progress=console.preparing,
+        notify=(lambda line: None) if several else console.text,
+    )  # fmt: skip
+
+
+def _export(plan: Reproduction, models: Sequence[tuple[TrainingRun, int]]) -> None:
+    """Write models that are not there yet, in a process that has torch.
+
+    Raises:
+        LaunchError: It failed.
+    """
+    missing = [
+        (run.cell.run_dir, round_id, plan.model(run, round_id))
+        for run, round_id in models
+        if not (plan.model(run, round_id) / "config.json").is_file()
+    ]
+    if not missing:
+        return
+    log = plan.directory / _EXPORT_LOG
+    log.parent.mkdir(exist_ok=True)
+    process = fork_server(_PRELOAD).Process(
+        target=_work, args=(missing, str(log.absolute())), daemon=True
+    )
+    process.start()
+    try:
+        process.join()
+    finally:
+        process.kill()
+        process.join()
+    if process.exitcode != 0:
+        reason = last_line(log) or "it was killed"
+        error = error_in(reason) if process.exitcode == 2 else None
+        if error is not None:
+            raise error
+        raise LaunchError(f"writing the models failed: {reason.rstrip('.')}. Full log: {log}")
+
+
+def _work(missing: Sequence[tuple[Path, int, Path]], log: str) -> None:
+    """Export models in this process, which ends with it; what it says goes to its log."""
+    save_when_the_parent_dies()
+    with saying_to(log, anew=True):
+        from fedpipe.commands.reproduce.models import export_models
+
+        export_models(missing)
+
+
+def _write(plan: Reproduction, content: Content) -> None:
+    """Write reproduce.json, .md, .html and the figures."""
+    content["environment"]["repeat"] = _repeat(plan)
+    scores, height = draw_scores(content)
+    svgs = {
+        "scores.png": render(scores, plan.directory / "scores.png", height=height),
+        "loss.png": render(draw_losses(content), plan.directory / "loss.png", height=3.9),
+    }
+    figures = [Figure(file=name, svg=svgs[name], caption=_CAPTIONS[name]) for name in svgs]
+    page = blocks(content, figures)
+    title = f"{content['experiment']}, {content['scale']}: fedpipe beside FedBERT"
+    for name, text in (
+        (RESULT_FILE, json.dumps(content, indent=1) + "\n"),
+        ("reproduce.md", to_markdown(title, page)),
+        ("reproduce.html", to_html(title, page)),
+    ):
+        write_text(plan.directory / name, text)
+
+
+def _repeat(plan: Reproduction) -> str:
+    """What repeats it, from nothing."""
+    return shlex.join(
+        ["fedpipe", "reproduce", plan.experiment, "--scale", plan.config.reproduce.scale,
+         "--run-dir", f"{plan.directory}-again", *_chosen(plan)]
+    )  # fmt: skip
+
+
+def _chosen(plan: Reproduction) -> list[str]:
+    """What tells this reproduction from the packaged settings of its scale, as overrides."""
+    from fedpipe.commands.reproduce.config import load_reproduction
+    from fedpipe.config.load import diff, to_dict
+
+    usual = load_reproduction(None, [], scale=plan.config.reproduce.scale)
+    words = []
+    for key in diff(usual, plan.config):
+        value = to_dict(plan.config)
+        for part in key.split("."):
+            value = value[part]
+        words.append(f"{key}={json.dumps(value)}")
+    return words
+
+
+def _interrupted(plan: Reproduction | None) -> str:
+    if plan is None:
+        return "interrupted; nothing was started: give the same command again"
+    done = len(plan.runs) - len(plan.pending())
+    runs = count(len(plan.runs), "pre-training run")
+    return f"interrupted after {done} of {runs}; resume with: {_again(plan)}"
+
+
+def _again(plan: Reproduction) -> str:
+    return shlex.join(["fedpipe", "reproduce", plan.experiment, "--run-dir", str(plan.directory)])

@@ -1,0 +1,127 @@
+"""The configuration of ``fedpipe reproduce``: a run, an evaluation, and what is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import cast
+
+from fedpipe.config.load import build, check, lay_over
+from fedpipe.config.model_shape import resolve
+from fedpipe.config.require import require
+from fedpipe.config.schema import RunConfig
+
+EXPERIMENTS = ("fedbiobert",)
+SCALES = ("tiny", "small", "base")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComparisonConfig:
+    """What is compared with what."""
+
+    scale: str = "tiny"
+    """Name of the packaged settings."""
+    cuts: tuple[int, ...] = (1, 2, 3)
+    """First layers of the server, one run of fedpipe each; labels stay at home."""
+    published_length: int = 0
+    """``data.padded_length`` of FedBERT as published."""
+    timed_rounds: int = 0
+    """Rounds for which systems are trained that learn the weights of another: their clocks go on
+    with the mean of these, their scores are the other's. 0 means all."""
+    seeds: tuple[int, ...] = (0,)
+    """Every variant is pre-trained once with each."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        for name in ("cuts", "seeds"):
+            values = getattr(self, name)
+            fits = bool(values) and len(set(values)) == len(values)
+            require(fits, f"reproduce.{name}", "one or more, each once", list(values))
+        require(min(self.seeds) >= 0, "reproduce.seeds", "whole numbers, 0 or more", self.seeds)
+        require(
+            self.timed_rounds >= 0, "reproduce.timed_rounds", "0 or more",
+            self.timed_rounds,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReproductionConfig(RunConfig):
+    """The run that all variants are made of, and how they are scored."""
+
+    reproduce: ComparisonConfig = field(default_factory=ComparisonConfig)
+
+    @property
+    def num_layers(self) -> int:
+        """Of the encoder."""
+        length = self.data.sequence_length
+        return resolve(self.model, vocab_size=1, sequence_length=length).num_hidden_layers
+
+
+def load_reproduction(
+    path: str | None, overrides: Sequence[str], *, scale: str = "tiny"
+) -> ReproductionConfig:
+    """Return the checked configuration of a reproduction.
+
+    Args:
+        path: YAML file; None takes the packaged settings of the scale.
+        overrides: ``section.key=value`` each.
+        scale: One of ``SCALES``.
+
+    Returns:
+        The configuration, with every default in place.
+
+    Raises:
+        ConfigError: A key is unknown, given twice or of the wrong type, or values do not fit.
+    """
+    home = resources.files("fedpipe.commands.reproduce")
+    packaged = home.joinpath(f"{scale}.yaml")
+    node = lay_over(path, overrides, preset=None, presets=home, packaged=packaged)
+    config = cast(ReproductionConfig, build(ReproductionConfig, node))
+    check(config)
+    _check(config)
+    return config
+
+
+def _check(config: ReproductionConfig) -> None:
+    compared, layers = config.reproduce, config.num_layers
+    require(layers >= 2, "model.num_hidden_layers", "2 or more in a reproduction", layers)
+    require(
+        all(1 <= cut < layers for cut in compared.cuts),
+        "reproduce.cuts", f"layers 1..{layers - 1} (the model has {layers})", list(compared.cuts),
+    )  # fmt: skip
+    length = config.data.sequence_length
+    require(
+        compared.published_length >= length,
+        "reproduce.published_length", f"data.sequence_length ({length}) or more",
+        compared.published_length,
+    )  # fmt: skip
+    rounds = config.federation.num_rounds
+    require(
+        compared.timed_rounds <= rounds,
+        "reproduce.timed_rounds", f"at most federation.num_rounds ({rounds})",
+        compared.timed_rounds,
+    )  # fmt: skip
+    # A shorter run has the same learning rates only if what it has of the schedule is lines.
+    whole = compared.timed_rounds in (0, rounds)
+    within_warmup = compared.timed_rounds / rounds <= config.optimizer.warmup_ratio
+    require(
+        whole or within_warmup or config.optimizer.decay != "polynomial",
+        "reproduce.timed_rounds", "0 (all), or optimizer.decay=linear", compared.timed_rounds,
+    )  # fmt: skip
+    for name in ("embeddings", "client_layers", "server_layers", "final_head"):
+        kept = getattr(config.federation.average, name)
+        require(
+            kept, f"federation.average.{name}", "true, for one model is scored", kept,
+            "Leave it out.",
+        )  # fmt: skip
+    for key, value, expected in (
+        ("data.padded_length", config.data.padded_length, 0),
+        ("federation.num_local_epochs", config.federation.num_local_epochs, 0),
+    ):
+        way_out = "The variants set it." if "padded" in key else "Set federation.num_local_steps."
+        require(value == expected, key, f"{expected} in a reproduction", value, way_out)
+    require(
+        bool(config.data.valid), "data.valid", "held-out text", list(config.data.valid),
+        "Name files, or packaged.",
+    )  # fmt: skip

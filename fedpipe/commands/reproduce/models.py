@@ -1,0 +1,25 @@
+"""The models after every round, as folders to fine-tune; in a process that has torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedpipe.config.load import load_config
+from fedpipe.run.checkpoint import find_round
+from fedpipe.run.export import export_checkpoint
+
+
+def export_models(wanted: Sequence[tuple[Path, int, Path]]) -> None:
+    """Write models.
+
+    Args:
+        wanted: Run directory, rounds that are done (0: none, the first weights) and folder of each.
+
+    Raises:
+        CheckpointError: A checkpoint is not there, or damaged.
+    """
+    for run_dir, num_rounds, target in wanted:
+        checkpoint = find_round(run_dir, num_rounds) if num_rounds else None
+        config = load_config(str(run_dir / "config.yaml"), [])
+        export_checkpoint(run_dir, config, checkpoint, target)

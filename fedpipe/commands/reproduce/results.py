@@ -1,0 +1,319 @@
+"""What a reproduction has found: clocks, losses, scores, speed-ups, differences. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from fedpipe.commands.evaluate.gather import read_statistics
+from fedpipe.commands.evaluate.intervals import METHOD, Sample, estimate, holm, mean_of, sample
+from fedpipe.commands.evaluate.setup import Cell, Evaluation
+from fedpipe.commands.reproduce.setup import Reproduction, TrainingRun
+from fedpipe.commands.reproduce.time_to_score import race, speed_up
+from fedpipe.commands.reproduce.variants import Variant
+from fedpipe.data.tasks.scoring import METRICS
+from fedpipe.errors import CheckpointError
+from fedpipe.report.format import is_number
+from fedpipe.report.summary import RunSummary
+from fedpipe.run.run_dir import describe_environment
+
+AGREEMENT = 1e-3
+"""Relative difference of losses up to which two runs have trained the same weights."""
+HELD_OUT = "held-out loss"
+
+Content = dict[str, Any]
+"""What reproduce.json holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """A pre-training run, by round."""
+
+    seconds: tuple[float, ...]
+    """Of training: local steps and averaging, without start-up, validation and checkpoints."""
+    losses: tuple[float, ...]
+    """Of the final head, mean over the round's steps."""
+    held_out: tuple[float, ...]
+    """Of the final head on held-out text, after the round."""
+    tokens: tuple[int, ...]
+
+    def clock(self, num_rounds: int) -> list[float]:
+        """Return training time at the end of each round, of those not trained by the mean."""
+        mean = sum(self.seconds) / len(self.seconds)
+        rest = [mean] * (num_rounds - len(self.seconds))
+        return list(accumulate([*self.seconds, *rest]))
+
+
+Curves = dict[str, list[Curve]]
+"""By variant, one per seed."""
+
+
+def read_curve(run: TrainingRun) -> Curve:
+    """Read the record of a finished run.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    summary = RunSummary.load(run.cell.run_dir)
+    rounds, scored = summary.of_kind("round"), summary.of_kind("eval")
+    if not len(rounds) == len(scored) == run.cell.config.federation.num_rounds:
+        raise CheckpointError(
+            f"{run.cell.run_dir}: expected a record of {run.cell.config.federation.num_rounds} "
+            f"rounds, got {len(rounds)}. Remove the directory and run it again."
+        )
+    return Curve(
+        seconds=tuple(record["seconds"] for record in rounds),
+        losses=tuple(record["loss"][-1] for record in rounds),
+        held_out=tuple(record["stages"][-1]["loss"] for record in scored),
+        tokens=tuple(record["tokens"] for record in rounds),
+    )
+
+
+def loss_difference(first: Curve, second: Curve) -> float:
+    """Return the largest relative difference of two runs' losses over the rounds of both."""
+    pairs = [*zip(first.losses, second.losses, strict=False)]
+    pairs += zip(first.held_out, second.held_out, strict=False)
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def read_curves(plan: Reproduction) -> Curves:
+    """Read the records of all runs, which must be done."""
+    return {v.name: [read_curve(run) for run in plan.of(v)] for v in plan.variants}
+
+
+def agreement(plan: Reproduction, curves: Curves) -> dict[str, float]:
+    """Return by variant that has a twin how far its losses are from the twin's."""
+    return {
+        v.name: max(map(loss_difference, curves[v.name], curves[v.twin]))
+        for v in plan.variants
+        if v.twin
+    }
+
+
+def scored_as(plan: Reproduction, curves: Curves) -> dict[str, str]:
+    """Return by variant the one whose models are scored for it, itself where they differ."""
+    far = agreement(plan, curves)
+    return {v.name: v.twin if far.get(v.name, 1.0) <= AGREEMENT else v.name for v in plan.variants}
+
+
+def wanted_models(plan: Reproduction, curves: Curves) -> list[tuple[TrainingRun, int]]:
+    """Return all models to score: run and rounds that are done, 0 for the untrained one."""
+    scored = set(scored_as(plan, curves).values())
+    runs = [run for run in plan.runs if run.variant.name in scored]
+    found = plan.untrained()
+    for run in runs:
+        found += [(run, r + 1) for r in range(run.cell.config.federation.num_rounds)]
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Scores:
+    """Finished cells of a task, by variant and round."""
+
+    evaluation: Evaluation
+    plan: Reproduction
+    cells: dict[str, list[Cell]]
+    """By folder of the model."""
+    key: str
+    """Of the metric."""
+
+    def _cells(self, variant: Variant, round_id: int) -> list[Cell]:
+        runs = self.plan.of(variant)
+        return [c for run in runs for c in self.cells[run.model_name(round_id)]]
+
+    def sample(self, variant: Variant, round_id: int) -> Sample:
+        """Resample the scores after a round, by seed of pre-training; one not defined is 0."""
+        cells = self._cells(variant, round_id)
+        scores = [(cell.result() or {})["scores"][self.key] for cell in cells]
+        found = sample(
+            METRICS[self.key],
+            [score if is_number(score) else 0.0 for score in scores],
+            [read_statistics(cell.run_dir, self.key) for cell in cells],
+            num_draws=self.plan.config.evaluation.num_draws,
+        )
+        whole = Sample(scores=found.scores, drawn=np.nan_to_num(found.drawn))
+        return whole.per_unit(len(self.plan.of(variant)))
+
+
+def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Content:
+    """Compute everything that the page shows.
+
+    Args:
+        plan: All its runs are done.
+        evaluation: Of ``wanted_models``; all its cells are done.
+        curves: From ``read_curves``.
+
+    Returns:
+        The content of reproduce.json.
+    """
+    num_rounds = plan.config.federation.num_rounds
+    source, far = scored_as(plan, curves), agreement(plan, curves)
+    by_name = {v.name: v for v in plan.variants}
+    variants = [
+        _variant(v, plan, curves[v.name], scored=source[v.name], far=far.get(v.name))
+        for v in plan.variants
+    ]
+    tasks: list[Content] = []
+    differences: list[Content] = []
+    reference = next(v.name for v in plan.variants if v.kind == "fedbert")
+    for place in evaluation.files:
+        metric = place.task.metrics[0]
+        cells: dict[str, list[Cell]] = {}
+        for cell in evaluation.cells:
+            if cell.task == place.task:
+                cells.setdefault(cell.model.path.rpartition("/")[2], []).append(cell)
+        scores = _Scores(evaluation=evaluation, plan=plan, cells=cells, key=metric)
+        untrained = scores.sample(plan.variants[0], 0)
+        by_round = {
+            name: [scores.sample(by_name[name], r + 1) for r in range(_rounds(by_name[name]))]
+            for name in dict.fromkeys(source.values())
+        }
+        any_cell = next(iter(cells.values()))[0]
+        result = any_cell.result() or {}
+        tasks.append(
+            {
+                "name": place.task.name, "metric": metric, "title": METRICS[metric].title,
+                "untrained": float(untrained.scores.mean()),
+                "scores": {
+                    name: [float(each.scores.mean()) for each in rounds]
+                    for name, rounds in by_round.items()
+                },
+                "learnt": {
+                    name: _is_learnt(rounds, untrained) for name, rounds in by_round.items()
+                },
+                "num_train": result["num_train"], "num_test": result["num_test"]["test"],
+                "settings": any_cell.settings,
+            }
+        )  # fmt: skip
+        differences += [
+            {"variant": v.name, "task": place.task.name}
+            | _differences(by_round[v.name], by_round[reference])
+            for v in plan.variants
+            if v.kind == "fedpipe" and source[v.name] == v.name
+        ]
+    found = [each[key] for each in differences for key in ("last", "all")]
+    for each, stands_out in zip(found, holm([e["p_value"] for e in found]), strict=True):
+        each["stands_out"] = stands_out
+    environment = describe_environment()
+    return {
+        "experiment": plan.experiment,
+        "scale": plan.config.reproduce.scale,
+        "seeds": list(plan.config.reproduce.seeds),
+        "evaluation_seeds": list(plan.config.evaluation.seeds),
+        "num_rounds": num_rounds,
+        "text": list(plan.config.data.train),
+        "tasks_from": plan.config.evaluation.data,
+        "num_draws": plan.config.evaluation.num_draws,
+        "intervals": METHOD,
+        "variants": variants,
+        "tasks": tasks,
+        "speed_ups": _speed_ups(variants, tasks),
+        "differences": differences,
+        "environment": environment,
+    }
+
+
+def _is_learnt(rounds: Sequence[Sample], untrained: Sample) -> bool:
+    """Whether the scores of all rounds are in the mean above the untrained model's.
+
+    The best round would be chosen on the test examples that it is to be judged by.
+    """
+    found = estimate(mean_of(rounds) - untrained).interval
+    return found is not None and found[0] > 0
+
+
+def _rounds(variant: Variant) -> int:
+    return variant.config.federation.num_rounds
+
+
+def _variant(
+    variant: Variant,
+    plan: Reproduction,
+    curves: Sequence[Curve],
+    *,
+    scored: str,
+    far: float | None,
+) -> Content:
+    clocks = [curve.clock(plan.config.federation.num_rounds) for curve in curves]
+    seconds = [second for curve in curves for second in curve.seconds]
+    return {
+        "name": variant.name,
+        "title": variant.title,
+        "kind": variant.kind,
+        "num_stages": variant.config.pipeline.num_stages,
+        "measured_rounds": _rounds(variant),
+        "scored_as": scored,
+        "loss_difference": far,
+        "clock": np.mean(clocks, axis=0).tolist(),
+        "seconds_per_round": float(np.mean(seconds)),
+        "seconds_range": [min(seconds), max(seconds)],
+        "tokens_per_round": int(np.mean([t for curve in curves for t in curve.tokens])),
+        "losses": np.mean([curve.losses for curve in curves], axis=0).tolist(),
+        "held_out": np.mean([curve.held_out for curve in curves], axis=0).tolist(),
+        "steps": _steps(plan.of(variant)[0], clocks[0]),
+    }
+
+
+def _steps(run: TrainingRun, clock: Sequence[float], points: int = 200) -> list[list[float]]:
+    """Return time and training loss of the final head along the first seed's run."""
+    summary = RunSummary.load(run.cell.run_dir)
+    tokens, losses = summary.training_loss(summary.num_stages - 1)
+    after = summary.tokens_after_round()
+    known = [0.0, *clock[: len(after) - 1]]
+    seconds = np.interp(tokens, [after[r - 1] for r in range(len(after))], known)
+    size = max(1, len(losses) // points)  # a point is the mean of so many steps
+    whole = range(0, len(losses) - size + 1, size)
+    return [
+        [float(seconds[i : i + size].mean()), float(np.mean(losses[i : i + size]))] for i in whole
+    ]
+
+
+def _speed_ups(variants: Sequence[Content], tasks: Sequence[Content]) -> list[Content]:
+    """Compare every run of fedpipe with every baseline: all tasks, then the held-out loss."""
+    found = []
+    for own in (v for v in variants if v["kind"] == "fedpipe"):
+        for baseline in (v for v in variants if v["kind"] != "fedpipe"):
+            races = [
+                race(
+                    task["name"], learnt=task["learnt"][baseline["scored_as"]],
+                    baseline=_timed(baseline, task["scores"][baseline["scored_as"]]),
+                    own=_timed(own, task["scores"][own["scored_as"]]),
+                )
+                for task in tasks
+            ]  # fmt: skip
+            found.append(
+                {
+                    "variant": own["name"], "baseline": baseline["name"],
+                    "per_round": baseline["seconds_per_round"] / own["seconds_per_round"],
+                    "races": [asdict(each) | {"ratio": each.ratio} for each in races],
+                    "held_out": _loss_race(own, baseline, variants),
+                }
+                | asdict(speed_up(races))
+            )  # fmt: skip
+    return found
+
+
+def _timed(variant: Content, scores: Sequence[float]) -> tuple[list[float], Sequence[float]]:
+    return variant["clock"][: len(scores)], scores
+
+
+def _loss_race(own: Content, baseline: Content, variants: Sequence[Content]) -> Content:
+    by_name = {v["name"]: v for v in variants}
+    timed = [
+        _timed(v, [-loss for loss in by_name[v["scored_as"]]["held_out"]]) for v in (baseline, own)
+    ]
+    lost = race(HELD_OUT, learnt=True, baseline=timed[0], own=timed[1])
+    return {
+        "loss": -lost.target, "baseline_s": lost.baseline_s, "own_s": lost.own_s,
+        "ratio": lost.ratio,
+    }  # fmt: skip
+
+
+def _differences(own: Sequence[Sample], theirs: Sequence[Sample]) -> Content:
+    """Subtract FedBERT's scores from fedpipe's at equal tokens: last round, and mean of all."""
+    by_round = [first - second for first, second in zip(own, theirs, strict=True)]
+    return {"last": estimate(by_round[-1]).to_dict(), "all": estimate(mean_of(by_round)).to_dict()}

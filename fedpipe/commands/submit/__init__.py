@@ -1,0 +1,1 @@
+"""``fedpipe submit``: another command as jobs of SLURM."""

@@ -1,0 +1,387 @@
+"""What ``fedpipe submit`` takes: from the user's words to a checked run or array of cells."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedpipe.cluster.external import RunRequest
+from fedpipe.cluster.follow import Shows
+from fedpipe.cluster.submit import Cluster, Run, submit
+from fedpipe.commands.evaluate import gather as evaluations
+from fedpipe.commands.evaluate.report import outcome_text, terminal_text
+from fedpipe.commands.evaluate.setup import read_evaluation, set_up_evaluation
+from fedpipe.commands.finetune.command import (
+    check_library,
+    choose_cells,
+    compare_runs,
+    finished_lines,
+    plain_console,
+    round_lines,
+)
+from fedpipe.commands.finetune.report import outcome_text as outcome_of_finetuning
+from fedpipe.commands.pretrain.setup import reserve
+from fedpipe.commands.reproduce.command import is_reproduced, reproduced_lines
+from fedpipe.commands.reproduce.config import EXPERIMENTS
+from fedpipe.commands.reproduce.setup import plan_reproduction
+from fedpipe.commands.study.array import Array, ArrayCell, submit_array
+from fedpipe.commands.study.report import read_result
+from fedpipe.commands.study.sweep import gather, prepare_texts, set_up_sweep
+from fedpipe.commands.throughput import page
+from fedpipe.commands.throughput.report import single_replica
+from fedpipe.config.finetune import load_finetune
+from fedpipe.config.schema import RunConfig
+from fedpipe.distributed.topology import Grid
+from fedpipe.errors import ConfigError
+from fedpipe.report.console import RunConsole
+from fedpipe.report.format import count, number
+from fedpipe.report.samples import samples_text
+from fedpipe.run.run_dir import (
+    check_same_content,
+    is_done,
+    resolve_config,
+)
+
+_OPTIONS = {
+    "models": ("--model", ("evaluate",)),
+    "tasks": ("--tasks", ("evaluate",)),
+    "data": ("--data", ("evaluate", "reproduce")),
+    "seeds": ("--seeds", ("evaluate", "reproduce")),
+    "scale": ("--scale", ("reproduce",)),
+}
+"""Options by the field that they set, and the tasks that have them."""
+_ONE_TASK = Grid(num_stages=1, num_replicas=1, data_parallel_degree=1)
+
+Show = Callable[[str], None]
+"""Shows a line."""
+
+
+def submit_request(
+    request: RunRequest,
+    *,
+    axes: Sequence[str],
+    chosen: Mapping[str, Any],
+    profile_path: str | None,
+    cluster: Cluster,
+    parallel: int | None,
+    follows: bool,
+    show: Show,
+) -> int:
+    """Check what a user asks for, and submit it: the whole of ``fedpipe submit TASK``.
+
+    Args:
+        request: The task and its configuration.
+        axes: A grid; empty for none, or for that of the directory.
+        chosen: What options of some tasks set, by their field.
+        profile_path: YAML of submitit's parameters; None only where there is no scheduler.
+        cluster: Where.
+        parallel: Cells of an array that may run at once; None sets no limit.
+        follows: See ``submit`` and ``submit_array``.
+        show: Shows a line.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        FedPipeError: What the user can mend; nothing has been submitted.
+        LaunchError: A job that was followed has failed.
+    """
+    if axes and request.task not in ("sweep", "finetune"):
+        raise ConfigError(
+            f"--grid: expected submit sweep or finetune, got submit {request.task}. Change the "
+            "task."
+        )
+    _check_options(request, chosen)
+    what: Run | Array
+    if request.task == "sweep":
+        what = sweep_array(request, axes)
+    elif request.task == "evaluate":
+        what = evaluation_array(request, chosen, show=show)
+    elif request.task == "finetune":
+        what = finetuning(request, axes)
+    elif request.task == "reproduce":
+        what = reproduction(request, chosen)
+    else:
+        what = pipeline_run(request)
+    if isinstance(what, Run):
+        return submit(what, profile_path=profile_path, cluster=cluster, follows=follows, show=show)
+    return submit_array(
+        what, profile_path=profile_path, cluster=cluster, parallel=parallel, follows=follows,
+        show=show,
+    )  # fmt: skip
+
+
+def _check_options(request: RunRequest, chosen: Mapping[str, Any]) -> None:
+    """Refuse options of another task."""
+    for field in chosen:
+        option, tasks = _OPTIONS[field]
+        if request.task not in tasks:
+            raise ConfigError(
+                f"{option}: expected submit {' or '.join(tasks)}, got submit {request.task}."
+                " Change the task."
+            )
+
+
+def pipeline_run(request: RunRequest) -> Run:
+    """Check a pre-training or a measurement: a rank per task.
+
+    Args:
+        request: As the user says it.
+
+    Returns:
+        The run; where the cut is to be measured, the job does that.
+
+    Raises:
+        FedPipeError: What the user can mend.
+    """
+    overrides: list[str] = []  # for the job
+
+    def ask_the_job(config: RunConfig) -> tuple[int, ...]:
+        overrides.append(f"pipeline.cut=auto:{config.pipeline.num_stages}")
+        return config.pipeline.cut
+
+    arguments = (request.config_path, request.overrides, request.run_dir)
+    config, run_dir, _ = resolve_config(*arguments, preset=request.preset, choose_cut=ask_the_job)
+    check_same_content(run_dir, config)
+    pretrains = request.task == "pretrain"
+    grid = Grid.from_config(config if pretrains else single_replica(config))
+    return Run(
+        run_dir=run_dir,
+        name=config.name,
+        grid=grid,
+        is_done=lambda: pretrains and is_done(run_dir, num_rounds=config.federation.num_rounds),
+        request=replace(
+            request, config_path=None, overrides=overrides, preset=None, run_dir=str(run_dir)
+        ),
+        reserve=lambda: reserve(*arguments, preset=request.preset)[3],
+        console=partial(_console, config, grid),
+        closing=partial(_closing_lines, run_dir, request.task),
+    )
+
+
+def _console(config: RunConfig, grid: Grid) -> tuple[RunConsole, Shows]:
+    turns = math.ceil(config.federation.clients_per_round / grid.num_replicas)
+    console = RunConsole(
+        num_rounds=config.federation.num_rounds,
+        steps_per_round=config.federation.num_local_steps * turns,
+        num_stages=config.pipeline.num_virtual_stages,
+        log_every=config.log.every,
+    )
+    return console, _shows(console)
+
+
+def _shows(console: RunConsole) -> Shows:
+    """Return what shows the records of a pre-training, by their kind."""
+    return {"step": console.step, "round": console.round, "eval": console.evaluation}
+
+
+def _closing_lines(run_dir: Path, task: str) -> list[str]:
+    """What a finished run has to show: held-out words, model and report, or a measurement."""
+    if task == "throughput":
+        folder = run_dir / "throughput"
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        return [page.terminal_text(report), f"report  {folder / 'report.html'}"]
+    return [
+        samples_text(run_dir),
+        f"model   {run_dir / 'export'}",
+        f"report  {run_dir / 'report.html'}",
+    ]
+
+
+def sweep_array(request: RunRequest, axes: Sequence[str]) -> Array:
+    """Check a sweep: each cell is a pre-training.
+
+    Args:
+        request: The configuration that the grid is laid over.
+        axes: The grid; empty for that of the sweep in the run directory.
+
+    Raises:
+        FedPipeError: What the user can mend.
+    """
+    sweep = set_up_sweep(
+        request.config_path, request.overrides, axes, request.run_dir, preset=request.preset
+    )
+    cells = {cell.name: cell for cell in sweep.cells}
+    return Array(
+        task="sweep",
+        job_task="pretrain",
+        name=sweep.cells[0].config.name,
+        directory=sweep.directory,
+        cells=tuple(
+            ArrayCell(name=cell.name, run_dir=cell.run_dir, grid=Grid.from_config(cell.config))
+            for cell in sweep.cells
+        ),
+        is_done=lambda name: is_done(
+            cells[name].run_dir, num_rounds=cells[name].config.federation.num_rounds
+        ),
+        prepare=lambda names: prepare_texts(cells[name] for name in names),
+        gather=lambda: gather(sweep),
+        outcome=lambda name: f"loss {number(read_result(cells[name].run_dir).loss, 3)}",
+    )
+
+
+def evaluation_array(request: RunRequest, chosen: Mapping[str, Any], *, show: Show) -> Array:
+    """Check an evaluation, and tokenise its tasks: each cell is a model, a task and a seed.
+
+    Args:
+        request: The configuration.
+        chosen: Fields of ``EvaluationConfig`` that options set.
+        show: Shows what was found.
+
+    Raises:
+        FedPipeError: What the user can mend.
+    """
+    if request.preset:
+        raise ConfigError(
+            f"--preset: expected none with submit evaluate, got {request.preset}. A preset says how"
+            " to pre-train; --model names what is evaluated."
+        )
+    config, directory = read_evaluation(
+        request.config_path, request.overrides, request.run_dir, chosen=dict(chosen)
+    )
+    plan = set_up_evaluation(config, directory, notify=show)
+    cells = {cell.name: cell for cell in plan.cells}
+
+    def table() -> str:
+        text = terminal_text(evaluations.gather(plan))
+        return f"{text}\nreport  {directory / 'evaluation.html'}"
+
+    return Array(
+        task="evaluate",
+        job_task="evaluate",
+        name=f"{config.name}-evaluation",
+        directory=directory,
+        cells=tuple(
+            ArrayCell(name=cell.name, run_dir=cell.run_dir, grid=_ONE_TASK) for cell in plan.cells
+        ),
+        is_done=lambda name: cells[name].result() is not None,
+        prepare=lambda names: None,
+        gather=table,
+        outcome=lambda name: outcome_text(cells[name].result() or {}),
+    )
+
+
+def finetuning(request: RunRequest, axes: Sequence[str]) -> Run | Array:
+    """Check a fine-tuning, or a grid of them: a job has one task, which starts the workers.
+
+    Args:
+        request: The configuration.
+        axes: The grid; empty for that of the directory, or for a single run.
+
+    Raises:
+        FedPipeError: What the user can mend.
+    """
+    check_library()
+    arguments = (request.config_path, request.overrides, request.run_dir)
+    study = choose_cells(*arguments, preset=request.preset, axes=axes)
+    if study is None:
+        return _finetuning_run(*arguments, request.preset)
+    directory, cells = study
+    runs = {c.name: _finetuning_run(None, [], str(directory / c.name), None) for c in cells}
+
+    def prepare(names: Sequence[str]) -> None:
+        for name in names:
+            runs[name].reserve()
+
+    def table() -> str:
+        done = [cell for cell in cells if runs[cell.name].is_done()]
+        return compare_runs(directory, done) if done else "no run is done yet"
+
+    return Array(
+        task="finetune",
+        job_task="finetune",
+        name=runs[cells[0].name].name,
+        directory=directory,
+        cells=tuple(
+            ArrayCell(name=name, run_dir=run.run_dir, grid=run.grid, workers=run.workers)
+            for name, run in runs.items()
+        ),
+        is_done=lambda name: runs[name].is_done(),
+        prepare=prepare,
+        gather=table,
+        outcome=lambda name: outcome_of_finetuning(directory / name),
+    )
+
+
+def _finetuning_run(
+    config_path: str | None, overrides: Sequence[str], run_dir: str | None, preset: str | None
+) -> Run:
+    if run_dir is None or not (Path(run_dir) / "config.yaml").is_file():
+        load_finetune(config_path, overrides, preset=preset)  # before anything is imported
+    from fedpipe.commands.finetune.setup import (
+        check_same_tuning,
+        is_finetuned,
+        resolve_finetune,
+        set_up_finetune,
+    )
+
+    config, directory, _ = resolve_finetune(config_path, overrides, run_dir, preset=preset)
+    check_same_tuning(directory, config)
+    num_rounds = config.federation.num_rounds
+
+    def write() -> str:
+        lines: list[str] = []
+        set_up_finetune(config_path, overrides, run_dir, preset=preset, notify=lines.append)
+        return "\n".join(lines)
+
+    def console() -> tuple[RunConsole, Shows]:
+        plain = plain_console()
+        return plain, round_lines(plain, num_rounds=num_rounds)
+
+    return Run(
+        run_dir=directory,
+        name=config.name,
+        grid=_ONE_TASK,
+        workers=Grid.of(config.stages, config.federation).world_size,
+        is_done=partial(is_finetuned, directory, num_rounds=num_rounds),
+        request=RunRequest(task="finetune", run_dir=str(directory)),
+        reserve=write,
+        console=console,
+        closing=partial(finished_lines, directory),
+    )
+
+
+def reproduction(request: RunRequest, chosen: Mapping[str, Any]) -> Run:
+    """Check a reproduction: a job of one task, which does everything one thing after another.
+
+    Args:
+        request: Its overrides.
+        chosen: Scale, folder of the tasks and seeds, where options set them.
+
+    Raises:
+        FedPipeError: What the user can mend.
+    """
+    for name, value in (("config", request.config_path), ("preset", request.preset)):
+        if value:
+            raise ConfigError(
+                f"--{name}: expected none with submit reproduce, got {value}. Its settings are "
+                "those of --scale: write what differs as section.key=value."
+            )
+    plan = plan_reproduction(
+        EXPERIMENTS[0], chosen.get("scale"), request.overrides, request.run_dir,
+        data=chosen.get("data"), seeds=chosen.get("seeds"),
+    )  # fmt: skip
+    grids = [Grid.from_config(run.cell.config) for run in plan.runs]
+    name = f"{plan.experiment}-{plan.config.reproduce.scale}"
+
+    def write() -> str:
+        plan.write()
+        runs, tasks = count(len(plan.runs), "pre-training run"), plan.config.evaluation.tasks
+        return f"{name}  {runs}, scored on {', '.join(tasks)}"
+
+    return Run(
+        run_dir=plan.directory,
+        name=name,
+        grid=_ONE_TASK,
+        workers=max(grid.world_size for grid in grids),
+        is_done=lambda: is_reproduced(plan),
+        request=RunRequest(task="reproduce", run_dir=str(plan.directory)),
+        reserve=write,
+        console=lambda: (plain_console(), {}),
+        closing=partial(reproduced_lines, plan.directory),
+    )

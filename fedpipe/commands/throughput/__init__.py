@@ -1,0 +1,1 @@
+"""``fedpipe throughput``: measure schedules side by side."""

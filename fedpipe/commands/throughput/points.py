@@ -1,0 +1,127 @@
+"""Several throughput reports side by side: a point of a grid each. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedpipe.commands.study.report import short_names
+from fedpipe.commands.throughput.page import TITLES, Report
+from fedpipe.report.document import Block, Code, Heading, Paragraph, Strong, Table
+from fedpipe.report.format import MISSING, bytes_text, number, tokens_per_s
+from fedpipe.report.sections import environment_rows
+
+SHORT = {
+    "streaming": "streaming",
+    "1f1b": "1F1B",
+    "sequential": "sequential",
+    "stock": "DeepSpeed's 1F1B",
+}
+"""Schedules in a table that has many columns."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """A point of the grid that has been measured."""
+
+    name: str
+    """Of its folder."""
+    overrides: tuple[str, ...]
+    """``section.key=value``, one per axis."""
+    report: Report
+
+
+def content(points: Sequence[Point], environment: dict[str, Any]) -> dict[str, Any]:
+    """Return ``throughput/report.json`` of a grid."""
+    return {
+        "points": [
+            {"name": p.name, "overrides": list(p.overrides), "report": p.report} for p in points
+        ],
+        "environment": environment,
+    }
+
+
+def points_table(points: Sequence[Point]) -> Table:
+    """One row per schedule and point: the schedules in their order, in each the fastest first."""
+    keys = [override.partition("=")[0] for override in points[0].overrides]
+    names = list(dict.fromkeys(name for point in points for name in point.report["schedules"]))
+    columns = (
+        "schedule", *short_names(keys), "tokens/s", "streaming over it", "MFU, %", "waits, %",
+        "of ideal, %", "peak memory",
+    )  # fmt: skip
+    rows = []
+    for name in names:
+        measured = [point for point in points if name in point.report["schedules"]]
+        measured.sort(key=lambda point: -point.report["schedules"][name]["tokens_per_s"])
+        rows += [_row(name, point, first=point is measured[0]) for point in measured]
+    numeric = frozenset(range(1 + len(keys), len(columns)))
+    return Table(columns=columns, rows=tuple(rows), numeric=numeric)
+
+
+def points_headline(points: Sequence[Point]) -> str:
+    """Say which point and schedule are the fastest, and which the slowest."""
+    found = [
+        (schedule["tokens_per_s"], name, point)
+        for point in points
+        for name, schedule in point.report["schedules"].items()
+    ]
+    speed, name, point = max(found, key=lambda entry: entry[0])
+    least, slow, where = min(found, key=lambda entry: entry[0])
+    text = f"Fastest of all: {TITLES[name]} at `{' '.join(point.overrides)}`, "
+    text += f"{tokens_per_s(speed)} tokens/s"
+    ideal = number(point.report["ideal"][name]["reached_pct"], 1)
+    text += f", {ideal} % of its ideal there. The slowest, {TITLES[slow]} at"
+    return f"{text} `{' '.join(where.overrides)}`, takes {speed / least:.2f} x as long."
+
+
+def points_blocks(
+    points: Sequence[Point], environment: dict[str, Any], *, num_points: int
+) -> list[Block]:
+    """Make the report over all points.
+
+    Args:
+        points: Measured so far, one or more.
+        environment: Versions, host, command.
+        num_points: Of the whole grid.
+
+    Returns:
+        What ``to_html`` and ``to_markdown`` take.
+    """
+    best = max(points, key=lambda p: p.report["schedules"]["streaming"]["tokens_per_s"])
+    left = num_points - len(points)
+    missing = [Paragraph(text=f"{left} of {num_points} points are not measured.")] if left else []
+    rows = environment_rows({k: v for k, v in environment.items() if k != "repeat"})
+    return [
+        Paragraph(text=points_headline(points)),
+        *missing,
+        points_table(points),
+        Paragraph(
+            text="Schedules are interleaved within a point; points follow each other, so a ratio "
+            "is safer than a comparison of tokens/s between points. Streaming over it: median over "
+            "the repetitions of that point. Peak memory: of the largest process. Each point's "
+            "own report is in the folder of its name."
+        ),
+        Heading(text=f"What would help at {best.name}, streaming's fastest point"),
+        *(Paragraph(text=sentence) for sentence in best.report["advice"]),
+        Heading(text="Repeat this measurement"),
+        Code(text=str(environment["repeat"])),
+        Heading(text="Environment"),
+        Table(columns=("key", "value"), rows=rows),
+    ]
+
+
+def _row(name: str, point: Point, *, first: bool) -> tuple[str, ...]:
+    schedule = point.report["schedules"][name]
+    ratio = point.report["ratios"].get(f"streaming_vs_{name}")
+    speed = tokens_per_s(schedule["tokens_per_s"])
+    return (
+        SHORT[name] if first else "",
+        *(override.partition("=")[2] for override in point.overrides),
+        Strong(speed) if first else speed,
+        f"{ratio['median']:.2f} x" if ratio else MISSING,
+        number(schedule["mfu_pct"], 1),
+        number(schedule["bubble_pct"], 1),
+        number(point.report["ideal"][name]["reached_pct"], 1),
+        bytes_text(max(schedule["peak_memory_bytes"])),
+    )

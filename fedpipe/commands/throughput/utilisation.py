@@ -1,0 +1,134 @@
+"""Achieved FLOP/s against those of a bare matrix product on the same processes. No torch.
+
+Both are of the same call: in every repetition all processes multiply matrices of the model's own
+shape at once, and what the schedules reach in that repetition is divided by what the product
+reached. Only the model's FLOPs count as achieved, not those of recomputed activations.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fedpipe.commands.plan.costs.flops import stage_flops
+from fedpipe.commands.plan.costs.ideal import scheduled
+from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
+from fedpipe.config.model_shape import ModelShape, resolve
+from fedpipe.config.schema import RunConfig
+from fedpipe.models.split import StageSpec, placement, stage_specs
+from fedpipe.pipeline.timeline import COMPUTE
+
+if TYPE_CHECKING:
+    from fedpipe.commands.throughput.report import StageWindow
+
+Windows = Sequence[Sequence["StageWindow"]]
+"""Repetitions, then stages."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """The matrix product whose speed is the ceiling: the first half of a feed-forward."""
+
+    rows: int
+    """Positions of a micro-batch."""
+    inner: int
+    columns: int
+    dtype: str
+    """By torch's name."""
+
+    @classmethod
+    def of(cls, config: RunConfig, *, vocab_size: int) -> Product:
+        """Take the sizes of a configuration."""
+        shape = shape_of(config, vocab_size=vocab_size)
+        return cls(
+            rows=config.pipeline.micro_batch_size * config.data.num_positions,
+            inner=shape.hidden_size,
+            columns=shape.intermediate_size,
+            dtype=autocast_dtype(deepspeed_config(config)) or "float32",
+        )
+
+    def __str__(self) -> str:
+        """Write it as a reader would."""
+        return f"{self.rows} x {self.inner} by {self.inner} x {self.columns}, {self.dtype}"
+
+
+def shape_of(config: RunConfig, *, vocab_size: int) -> ModelShape:
+    """Return all sizes of the model."""
+    length = config.data.num_positions
+    return resolve(config.model, vocab_size=vocab_size, sequence_length=length)
+
+
+def utilisation(
+    name: str,
+    windows: Windows,
+    traces: Windows,
+    *,
+    ceiling: Sequence[Sequence[float]],
+    config: RunConfig,
+    vocab_size: int,
+) -> dict[str, Any]:
+    """Compare what a schedule computes with what its processes could.
+
+    Args:
+        name: The schedule.
+        windows: Timed.
+        traces: Of the same repetitions.
+        ceiling: FLOP/s of the product by process, then repetition; empty for emulated devices.
+        config: Of the single replica.
+        vocab_size: Tokens of the tokenizer.
+
+    Returns:
+        ``flops_per_s`` of all processes, ``mfu_pct`` and, by stage while it computes,
+        ``busy_mfu_pct``; all None for emulated devices.
+    """
+    if not ceiling:
+        return {"flops_per_s": None, "mfu_pct": None, "busy_mfu_pct": None}
+    flops = step_flops(name, config, vocab_size=vocab_size)
+    processes = _processes(name, config)
+    ceilings = list(zip(*ceiling, strict=True))  # by repetition, then process
+    steps = [repetition[-1].steady_s / repetition[-1].steady_steps for repetition in windows]
+    busy = []
+    for index, held in enumerate(processes):
+        own = sum(flops[spec.stage_id] for spec in held)
+        place = 0 if config.pipeline.colocate else index
+        busy.append(
+            statistics.median(
+                100.0 * own / _busy_s(repetition, held) / limits[place]
+                for repetition, limits in zip(traces, ceilings, strict=True)
+            )
+        )
+    return {
+        "flops_per_s": sum(flops) / statistics.median(steps),
+        "mfu_pct": statistics.median(
+            100.0 * sum(flops) / step / sum(limits)
+            for step, limits in zip(steps, ceilings, strict=True)
+        ),
+        "busy_mfu_pct": busy,
+    }
+
+
+def step_flops(name: str, config: RunConfig, *, vocab_size: int) -> list[float]:
+    """FLOPs of a local step by stage, heads at home included; nothing that is recomputed."""
+    config = scheduled(config, name)
+    pipeline = replace(config.pipeline, activation_checkpointing=False)
+    config = replace(config, pipeline=pipeline)
+    shape = shape_of(config, vocab_size=vocab_size)
+    costs = [
+        stage_flops(spec, config, shape)
+        for spec in stage_specs(pipeline, num_hidden_layers=shape.num_hidden_layers)
+    ]
+    return [pipeline.num_micro_batches * (c.forward_s + c.backward_s + c.head_s) for c in costs]
+
+
+def _processes(name: str, config: RunConfig) -> tuple[tuple[StageSpec, ...], ...]:
+    pipeline = scheduled(config, name).pipeline
+    return placement(stage_specs(pipeline, num_hidden_layers=pipeline.cut[-1] + 1))
+
+
+def _busy_s(repetition: Sequence[StageWindow], held: Sequence[StageSpec]) -> float:
+    """Seconds per local step in which a process computes."""
+    windows = [repetition[spec.stage_id] for spec in held]
+    events = [event for window in windows for event in window.steady_events()]
+    return sum(e[4] - e[3] for e in events if e[0] in COMPUTE) / windows[0].steady_steps

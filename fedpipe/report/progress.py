@@ -1,0 +1,123 @@
+"""Where a run is, computed from the records that pass by."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+from fedpipe.report.format import integer, is_number
+
+
+class RunProgress:
+    """Folds step, round and eval records into the numbers that a console shows.
+
+    The replica that is furthest ahead tells the step of the round, so the display never waits for
+    a slow one and never goes back inside a round.
+    """
+
+    def __init__(
+        self, *, num_rounds: int, steps_per_round: int, num_stages: int, window: int
+    ) -> None:
+        """Start before the first round.
+
+        Args:
+            num_rounds: Rounds of the whole run.
+            steps_per_round: Local steps that one replica makes in a round, over all its clients.
+            num_stages: Stages of the pipeline.
+            window: Latest steps of a replica that its tokens per second are taken from.
+        """
+        self.num_rounds = num_rounds
+        self.steps_per_round = steps_per_round
+        self.num_stages = num_stages
+        self.round_id: int | None = None
+        self.validation: dict[str, Any] = {}
+        self._done_rounds = 0
+        self._between_rounds = False
+        self._window = max(window, 1)
+        self._turns: dict[int, dict[int, int]] = {}  # replica -> client -> steps of its turn
+        self._latest: dict[tuple[int, int], dict[str, Any]] = {}  # (replica, stage) -> record
+        self._speed: dict[int, deque[tuple[float, float]]] = {}  # replica -> (tokens, seconds)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Take a step record of any replica and stage."""
+        round_id, replica = record.get("round") or 0, record.get("replica") or 0
+        if round_id != self.round_id or self._between_rounds:
+            self._start_round(round_id)
+        stage_id = record.get("stage") or 0
+        self._latest[replica, stage_id] = record
+        if stage_id != self.num_stages - 1:
+            return
+        turns = self._turns.setdefault(replica, {})
+        client = record.get("client", -1)
+        turns[client] = max(turns.get(client, 0), (record.get("step") or 0) + 1)
+        if record.get("tokens") and record.get("seconds"):
+            speed = self._speed.setdefault(replica, deque(maxlen=self._window))
+            speed.append((record["tokens"], record["seconds"]))
+
+    def round(self, record: dict[str, Any]) -> None:
+        """Take a round record: the round is complete, however many steps its clients had."""
+        self._start_round(record.get("round") or 0)
+        self._done_rounds = (record.get("round") or 0) + 1
+        self._between_rounds = True
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """Take an eval record."""
+        self.validation = record
+
+    @property
+    def step_in_round(self) -> int:
+        """Local steps of the replica that is furthest ahead; all of them while it averages."""
+        if self._between_rounds:
+            return self.steps_per_round
+        return max((sum(turns.values()) for turns in self._turns.values()), default=0)
+
+    @property
+    def total_steps(self) -> int:
+        """Local steps of a replica in the whole run."""
+        return self.num_rounds * self.steps_per_round
+
+    @property
+    def steps_done(self) -> int:
+        """Local steps of a replica so far, those before a resume included."""
+        in_round = 0 if self._between_rounds else min(self.step_in_round, self.steps_per_round)
+        return min(self._done_rounds * self.steps_per_round + in_round, self.total_steps)
+
+    def losses(self) -> list[float | None]:
+        """Latest loss of every stage, mean over the replicas; ``None`` where a stage has none.
+
+        Each process tells of its own latest step; they may be some steps apart.
+        """
+        return [self._mean("loss", stage_id) for stage_id in range(self.num_stages)]
+
+    def grad_norms(self) -> list[float | None]:
+        """Latest gradient norm of every stage, mean over the replicas."""
+        return [self._mean("grad_norm", stage_id) for stage_id in range(self.num_stages)]
+
+    def hosted(self) -> list[tuple[int, str]]:
+        """Pairs of a replica and the client it hosts."""
+        latest = {replica: integer(r.get("client")) for (replica, _), r in self._latest.items()}
+        return sorted(latest.items())
+
+    def tokens_per_s(self) -> float | None:
+        """Trained tokens per second over all replicas, without the time between rounds."""
+        if not self._speed:
+            return None
+        return sum(
+            sum(tokens for tokens, _ in speed) / sum(seconds for _, seconds in speed)
+            for speed in self._speed.values()
+        )
+
+    def _start_round(self, round_id: int) -> None:
+        self.round_id = round_id
+        self._done_rounds = round_id
+        self._between_rounds = False
+        self._turns.clear()
+
+    def _mean(self, name: str, stage_id: int) -> float | None:
+        values = [r.get(name) for (_, stage), r in self._latest.items() if stage == stage_id]
+        known = [value for value in values if isinstance(value, int | float)]
+        if not all(map(is_number, known)):
+            return math.nan
+        return statistics.fmean(known) if known else None

@@ -1,0 +1,268 @@
+"""The tables of a report, each made from a run's summary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedpipe.report.console import why
+from fedpipe.report.document import Block, Heading, Paragraph, Strong, Table
+from fedpipe.report.format import bytes_text, count, integer, is_number, number, tokens_per_s
+from fedpipe.report.summary import RunSummary
+from fedpipe.report.writer import Record
+
+_COLLECTIVES = {
+    "fedavg": "stage weights to and from the average (FedAvg)",
+    "shared_gradients": "gradients of the shared server stages between replicas",
+    "gradients": "gradients between a client's own ranks",
+    "embedding": "word embedding, down the pipe to the final decoder",
+    "control": "counters and agreements",
+}
+"""What travels in the collectives of the ledger."""
+_SHOWN = 50
+"""Updates that a report lists at most, the latest."""
+
+_MAX_CLIENT_ROWS = 60
+"""Of more clients the table shows the first."""
+
+
+def samples_section(run: RunSummary) -> list[Block]:
+    """Masked words of held-out text: the truth, the model's guesses and a unigram guess."""
+    examples = run.samples.get("examples") or []
+    if not examples:
+        return []
+    rows, right = [], 0
+    for example in examples:
+        model = example.get("model") or []
+        truth = str(example.get("truth", "-"))
+        hit = bool(model) and str(model[0][0]) == truth
+        right += hit
+        rows.append(
+            (
+                str(example.get("text", "")),
+                Strong(truth) if hit else truth,
+                _guesses(model),
+                _guesses((example.get("unigram") or [])[:1]),
+            )
+        )
+    text = (
+        f"Words of held-out text that the trained model has not seen: its first guess is right for "
+        f"{right} of {len(rows)} (highlighted)."
+    )
+    unigram, final = run.samples.get("unigram_loss"), _final_loss(run)
+    if is_number(unigram):
+        text += f" Guessing by word frequency alone has a loss of {number(unigram, 3)} nats"
+        text += f"; the model's is {number(final, 3)}." if final is not None else "."
+    columns = ("held-out text", "masked word", "the model's guesses", "unigram guess")
+    return [
+        Heading(text="Masked words, filled in"),
+        Paragraph(text=text),
+        Table(columns=columns, rows=tuple(rows)),
+    ]
+
+
+def _guesses(pairs: list[Any]) -> str:
+    return ", ".join(f"{word} {number(100 * share, 0)} %" for word, share in pairs) or "-"
+
+
+def _final_loss(run: RunSummary) -> float | None:
+    stage = run.last_validated_stage
+    loss = run.validations(stage)[-1][1].get("loss") if stage is not None else None
+    return loss if is_number(loss) else None
+
+
+def text_section(run: RunSummary) -> list[Block]:
+    """What text every client trained on, what was left out, and what was held out."""
+    clients = run.text.get("clients") or []
+    if not clients:
+        return []
+    number, same = run.text.get("held_out_documents"), run.text.get("held_out_in_training")
+    lines = []
+    if number and is_number(same):
+        share = f"{same:,} of {number:,} held-out documents ({100 * same / number:.1f} %) stand"
+        lines.append(
+            f"{share if same else f'None of the {number:,} held-out documents stands'} in the "
+            "training text too (compared without white space)."
+        )
+    if number and run.text.get("held_out_ignored"):
+        lines.append(f"{run.text['held_out_ignored']:,} have an owner that is no client's.")
+    if any(row.get("left_out") or row.get("held_out_left_out") for row in clients):
+        lines.append(
+            f"Blocks with fewer than {integer(run.text.get('num_masked'))} ordinary tokens are "
+            "left out: too little of them can be masked."
+        )
+    shown = clients[:_MAX_CLIENT_ROWS]
+    if len(clients) > len(shown):
+        lines.append(f"The first {len(shown)} of {len(clients):,} clients; text.json has them all.")
+    columns = ("client", "owners", "documents", "tokens", "blocks", "blocks left out",
+               "held-out documents", "held-out blocks", "held-out blocks left out")  # fmt: skip
+    keys = ("documents", "tokens", "blocks", "left_out",
+            "held_out_documents", "held_out_blocks", "held_out_left_out")  # fmt: skip
+    rows = tuple(
+        (integer(row.get("client")), _owners(row), *(integer(row.get(key)) for key in keys))
+        for row in shown
+    )
+    table = Table(columns=columns, rows=rows, numeric=frozenset(range(len(columns))) - {1})
+    paragraphs: list[Block] = [Paragraph(text=" ".join(lines))] if lines else []
+    return [Heading(text="Text of the clients"), *paragraphs, table]
+
+
+def _owners(row: dict[str, Any]) -> str:
+    names = [str(name) for name in row.get("owners") or []]
+    more = (row.get("num_owners") or 0) - len(names)
+    return ", ".join([*names, *([f"{more:,} more"] if more > 0 else [])]) or "-"
+
+
+def rounds_table(run: RunSummary, rounds: list[Record]) -> Table:
+    """One row per round: who trained, the losses, the speed."""
+    stages = range(run.num_stages)
+    last = run.last_validated_stage
+    scored = dict(run.validations(last)) if last is not None else {}
+    columns = (
+        "round",
+        "clients",
+        *(f"loss {s}" for s in stages),
+        "validation",
+        "worst client",
+        "tokens",
+        "tok/s",
+        "time, s",
+        "averaging, s",
+        "averaged bytes",
+    )
+    rows = []
+    for record in rounds:
+        round_id = record.get("round") or 0
+        entry = scored.get(round_id, {})
+        losses = [*(record.get("loss") or []), *[None] * len(stages)][: len(stages)]
+        rows.append(
+            (
+                str(round_id + 1),
+                " ".join(str(client) for client in record.get("clients") or []) or "-",
+                *(number(loss, 3) for loss in losses),
+                number(entry.get("loss"), 3),
+                f"{number(entry.get('worst_loss'), 3)} ({integer(entry.get('worst_client'))})",
+                integer(record.get("tokens")),
+                tokens_per_s(record.get("tokens_per_s")),
+                number(record.get("seconds"), 1),
+                number(record.get("sync_s"), 2),
+                bytes_text(record.get("sync_bytes")),
+            )
+        )
+    return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(len(columns))) - {1})
+
+
+def refused_section(run: RunSummary) -> list[Block]:
+    """Updates that no average has taken, and why; nothing where there are none."""
+    refused = [(r["round"], f) for r in run.of_kind("round") for f in r.get("refused") or []]
+    if not refused:
+        return []
+    text = (
+        f"{count(len(refused), 'update')} held numbers that are not finite. A client's whole update"
+        " is left out of its round then; the others' weights are what is averaged"
+        " (`federation.on_bad_update`)."
+    )
+    rows = tuple(
+        (str(round_id + 1), str(fault["client"]), why(fault))
+        for round_id, fault in refused[-_SHOWN:]
+    )
+    table = Table(columns=("round", "client", "why"), rows=rows, numeric=frozenset({0, 1}))
+    return [Heading(text="Updates that were left out"), Paragraph(text=text), table]
+
+
+def ledger(run: RunSummary) -> list[Block]:
+    """What crossed each pipe edge and each collective, in bytes, and what that means."""
+    tokens = run.tokens
+    rows: list[tuple[str, ...]] = []
+    for (source, target), edge in run.edges().items():
+        forward, backward = edge.get("bytes_forward", 0), edge.get("bytes_backward", 0)
+        masked = "masked positions' " if target >= run.num_encoder_stages else ""
+        out, back = (_place(run, source, target), _place(run, target, source))
+        what = f"{masked}activations, stage {source} to {target}"
+        rows.append(_ledger_row(what, out, edge, forward, tokens, "forward"))
+        what = f"{masked}gradients, stage {target} to {source}"
+        rows.append(_ledger_row(what, back, edge, backward, tokens, "backward"))
+    for name, value in run.collectives().items():
+        what = _COLLECTIVES.get(name, name)
+        rows.append((what, "collective", "-", bytes_text(value), _per_token(value, tokens)))
+    columns = ("what", "where", "messages", "bytes", "bytes per token")
+    table = Table(columns=columns, rows=tuple(rows), numeric=frozenset({2, 3, 4}))
+    return [Paragraph(text=_verdict(run)), table]
+
+
+def _place(run: RunSummary, source: int, target: int) -> str:
+    """Where a message passes; heads at home are stages of the client's behind the encoder's."""
+    clients = [
+        stage < run.num_client_stages or stage >= run.num_encoder_stages
+        for stage in (source, target)
+    ]
+    return {
+        (True, True): "inside a client",
+        (True, False): "out of the clients",
+        (False, True): "into the clients",
+        (False, False): "inside the cluster",
+    }[clients[0], clients[1]]
+
+
+def _ledger_row(
+    what: str, place: str, edge: dict[str, float], sent: float, tokens: int, direction: str
+) -> tuple[str, ...]:
+    shown = Strong(bytes_text(sent)) if direction == "backward" else bytes_text(sent)
+    messages = integer(edge.get(f"messages_{direction}"))
+    return (what, place, messages, shown, _per_token(sent, tokens))
+
+
+def _per_token(sent: float, tokens: int) -> str:
+    return number(sent / tokens, 1) if tokens else "-"
+
+
+def _verdict(run: RunSummary) -> str:
+    if not run.edges():
+        return "The model is one stage: it has no cut, and only stage weights left the clients."
+    backward = run.bytes_sent("backward")
+    rounds = count(len(run.of_kind("traffic")), "round")
+    if backward == 0:
+        lent = ""
+        if run.collectives().get("embedding"):
+            lent = ", and the averaged word embedding, as which its decoder begins every turn"
+        return (
+            f"0 bytes travelled backward in {rounds}: every stage learned from its own local "
+            "loss, and no gradient crossed a cut. Raw text stayed with its client. Activations of "
+            "the cut layer went forward, with the positions and labels of the masked words, which "
+            f"the head on the server needs{lent}. {_averaging(run)}"
+        )
+    at_home = run.head_location == "client"
+    targets = "the positions" if at_home else "the positions and labels"
+    labels = (
+        " No label left its client: the masked positions' activations came home to its heads."
+        if at_home
+        else ""
+    )
+    if run.objective == "end_to_end":
+        what = "of gradients travelled backward"
+        why = "(pipeline.objective is end_to_end): the earlier stages waited for them"
+    else:
+        what = "of gradients went from the clients' heads to the server stages"
+        why = "and none to a client's encoder: its stages learned from their own local losses"
+    return (
+        f"{bytes_text(backward)} {what} in {rounds} {why}. Raw text stayed with its client;"
+        f" activations went forward with {targets} of the masked words.{labels} {_averaging(run)}"
+    )
+
+
+def _averaging(run: RunSummary) -> str:
+    if (run.config.get("federation") or {}).get("server") == "sequential":
+        return "Nothing was averaged: every client went on where the one before it had ended."
+    return "Stage weights were averaged once per round."
+
+
+def environment_rows(environment: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Flatten env.json: nested keys are joined by dots, lists of plain values by spaces."""
+    rows: list[tuple[str, str]] = []
+    for key, value in environment.items():
+        if isinstance(value, dict):
+            rows += [(f"{key}.{inner}", text) for inner, text in environment_rows(value)]
+        elif isinstance(value, list):
+            rows.append((str(key), " ".join(str(entry) for entry in value) or "-"))
+        else:
+            rows.append((str(key), "-" if value is None else str(value)))
+    return tuple(rows)

@@ -1,0 +1,230 @@
+"""A finished or running run, read back from its directory, and the numbers that follow from it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedpipe.errors import CheckpointError
+from fedpipe.report.format import is_number
+from fedpipe.report.mirror import TokenCount
+from fedpipe.report.writer import METRICS_FILE, Record, read_metrics
+
+logger = logging.getLogger(__name__)
+
+TEXT_FILE = "text.json"
+"""Counts of the prepared text, per client."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """The files of a run directory, parsed; a file that is not there is empty."""
+
+    run_dir: Path
+    """The run directory."""
+    records: dict[str, list[Record]]
+    """Records of metrics.jsonl by kind, in their order."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """config.yaml."""
+    plan: str = ""
+    """plan.txt."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """env.json."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """Trace events of timeline.json."""
+    samples: dict[str, Any] = field(default_factory=dict)
+    """samples.json."""
+    text: dict[str, Any] = field(default_factory=dict)
+    """text.json."""
+
+    @classmethod
+    def load(cls, run_dir: Path) -> RunSummary:
+        """Read a run directory.
+
+        Raises:
+            CheckpointError: There is no metrics.jsonl, or it is damaged.
+        """
+        path = run_dir / METRICS_FILE
+        if not path.is_file():
+            raise CheckpointError(
+                f"run directory: expected a {METRICS_FILE} to report on, got {run_dir}. "
+                "Pass the directory of a run that has started."
+            )
+        by_kind: dict[str, list[Record]] = {}
+        for record in read_metrics(path):
+            by_kind.setdefault(str(record.get("kind")), []).append(record)
+        plan = run_dir / "plan.txt"
+        return cls(
+            run_dir=run_dir,
+            records=by_kind,
+            config=_read_yaml(run_dir / "config.yaml"),
+            plan=plan.read_text(encoding="utf-8") if plan.is_file() else "",
+            environment=_read_json(run_dir / "env.json"),
+            events=_read_json(run_dir / "timeline.json").get("traceEvents") or [],
+            samples=_read_json(run_dir / "samples.json"),
+            text=_read_json(run_dir / TEXT_FILE),
+        )
+
+    def of_kind(self, kind: str) -> list[Record]:
+        """Records of a kind, in the order in which they were written."""
+        return self.records.get(kind, [])
+
+    @property
+    def num_stages(self) -> int:
+        """Stages that left a record."""
+        stages = {r.get("stage") or 0 for r in self.of_kind("step")}
+        stages |= {e.get("stage") or 0 for r in self.of_kind("eval") for e in r.get("stages") or []}
+        lengths = [len(r.get("loss") or []) for r in self.of_kind("round")]
+        return max([*(stage + 1 for stage in stages), *lengths], default=0)
+
+    @property
+    def num_encoder_stages(self) -> int:
+        """Stages with layers of the encoder; those after them are heads at home."""
+        cut = (self.config.get("pipeline") or {}).get("cut")
+        return len(cut) + 1 if cut is not None else self.num_stages
+
+    @property
+    def head_location(self) -> str:
+        """The configured place of the final head, ``server`` unless the configuration says so."""
+        return str((self.config.get("pipeline") or {}).get("head_location") or "server")
+
+    @property
+    def num_client_stages(self) -> int:
+        """Leading stages that belong to the data owners."""
+        return int((self.config.get("pipeline") or {}).get("num_client_stages") or 1)
+
+    @property
+    def objective(self) -> str:
+        """The configured objective, ``local_loss`` unless the configuration says otherwise."""
+        return str((self.config.get("pipeline") or {}).get("objective") or "local_loss")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained in all."""
+        counter = TokenCount()
+        for record in self.of_kind("step"):
+            counter.add(record)
+        return counter.total or int(total(self.of_kind("round"), "tokens"))
+
+    @property
+    def train_seconds(self) -> float:
+        """Time spent in rounds, without start-up and validation."""
+        return total(self.of_kind("round"), "seconds")
+
+    def training_loss(self, stage_id: int) -> tuple[list[float], list[float]]:
+        """Trained tokens and loss of a stage, one point per local step, mean over the replicas.
+
+        Replicas work at the same time, so the k-th steps that they make in a round are one point.
+        """
+        points: dict[tuple[int, int], tuple[float, list[float]]] = {}
+        position: dict[tuple[int, int], int] = {}
+        for record in self.of_kind("step"):
+            if (record.get("stage") or 0) != stage_id:
+                continue
+            round_id, replica = record.get("round") or 0, record.get("replica") or 0
+            index = position.get((round_id, replica), 0)
+            position[round_id, replica] = index + 1
+            tokens, losses = points.setdefault((round_id, index), (0.0, []))
+            points[round_id, index] = (tokens + (record.get("tokens") or 0), losses)
+            if is_number(record.get("loss")):
+                losses.append(record["loss"])
+        trained, xs, ys = 0.0, [], []
+        for _, (tokens, losses) in sorted(points.items()):
+            trained += tokens
+            if losses:
+                xs.append(trained)
+                ys.append(sum(losses) / len(losses))
+        return xs, ys
+
+    def tokens_after_round(self) -> dict[int, float]:
+        """Trained tokens at the end of every round; 0 before the first."""
+        trained, after = 0.0, {-1: 0.0}
+        for record in self.of_kind("round"):
+            trained += record.get("tokens") or 0
+            after[record.get("round") or 0] = trained
+        return after
+
+    def validations(self, stage_id: int) -> list[tuple[int, dict[str, Any]]]:
+        """Round and entry of every validation of a stage's head."""
+        return [
+            (record.get("round") or 0, entry)
+            for record in self.of_kind("eval")
+            for entry in record.get("stages") or []
+            if (entry.get("stage") or 0) == stage_id
+        ]
+
+    @property
+    def last_validated_stage(self) -> int | None:
+        """The last stage whose head was validated."""
+        stages = [e.get("stage") or 0 for r in self.of_kind("eval") for e in r.get("stages") or []]
+        return max(stages, default=None)
+
+    def edges(self) -> dict[tuple[int, int], dict[str, float]]:
+        """Sums of the traffic ledger per pipe edge, in the order of the pipe."""
+        sums: dict[tuple[int, int], dict[str, float]] = {}
+        for record in self.of_kind("traffic"):
+            for edge in record.get("edges") or []:
+                entry = sums.setdefault((edge.get("from", 0), edge.get("to", 0)), {})
+                for name, value in edge.items():
+                    if name not in ("from", "to") and is_number(value):
+                        entry[name] = entry.get(name, 0) + value
+        return dict(sorted(sums.items()))
+
+    def collectives(self) -> dict[str, float]:
+        """Bytes per collective, summed over the run."""
+        sums: dict[str, float] = {}
+        for record in self.of_kind("traffic"):
+            for name, value in (record.get("collectives") or {}).items():
+                sums[name] = sums.get(name, 0) + (value if is_number(value) else 0)
+        return sums
+
+    def bytes_sent(self, direction: str) -> float:
+        """Bytes over all pipe edges, ``forward`` or ``backward``."""
+        return sum(edge.get(f"bytes_{direction}", 0) for edge in self.edges().values())
+
+
+def total(records: list[Record], name: str) -> float:
+    """Sum a field over records, leaving out what is missing."""
+    return float(sum(record[name] for record in records if is_number(record.get(name))))
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Centred moving mean over a twentieth of the curve, narrower towards both ends."""
+    half = max(len(values) // 40, 2)
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    smoothed = []
+    for index in range(len(values)):
+        reach = min(half, index, len(values) - 1 - index)
+        low, high = index - reach, index + reach + 1
+        smoothed.append((sums[high] - sums[low]) / (high - low))
+    return smoothed
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        logger.warning("%s: left out of the report, it is not JSON: %s", path, error)
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        return {}
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        logger.warning("%s: left out of the report, it is not YAML: %s", path, reason)
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,1 @@
+"""The run directory: what it holds, its checkpoints, and the model that it exports."""

@@ -1,1 +1,0 @@
-"""What the commands do; each module reads from top to bottom."""

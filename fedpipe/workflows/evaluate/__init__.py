@@ -1,1 +1,0 @@
-"""``fedpipe evaluate``: fine-tune encoders on labelled tasks, score them, compare them."""

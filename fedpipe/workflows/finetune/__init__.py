@@ -1,1 +1,0 @@
-"""Federated fine-tuning: set up, train, score, write down."""

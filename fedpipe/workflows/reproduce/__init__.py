@@ -1,1 +1,0 @@
-"""``fedpipe reproduce``: a published experiment, its baselines beside it, from text to figures."""

@@ -1,1 +1,0 @@
-"""Throughput: measure schedules side by side, and say what the numbers mean."""
