@@ -55,7 +55,7 @@ slurm-down:
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy fedpipe docs/benchmarks launch slurm
+	$(BIN)/mypy fedpipe benchmarks launch slurm
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

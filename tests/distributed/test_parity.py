@@ -45,7 +45,7 @@ def _engine(env: ProcessEnv, config: RunConfig, data: PreparedData) -> list[list
 
 @pytest.fixture(autouse=True)
 def _study(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs" / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
 
 
 @pytest.mark.parametrize(

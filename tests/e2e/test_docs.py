@@ -9,11 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.helpers.guide import ROOT, commands_of, first_commands
 
-DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("slurm/*.md")])
+FOLDERS = ("benchmarks", "docs", "examples", "fedpipe", "launch", "slurm")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(p for d in FOLDERS for p in ROOT.glob(f"{d}/**/*.md"))])
 SHRINK = {
     "pretrain": [
         "model.num_hidden_layers=4", "model.hidden_size=32", "model.num_attention_heads=2",
@@ -42,11 +41,26 @@ def _commands() -> list[str]:
     return first_commands(readme) + commands_of("docs/evaluation.md")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_link_leads_to_a_file(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+def _anchors(document: Path) -> set[str]:
+    """What a link may name after ``#``: the headings, as GitHub and MkDocs write them."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()).strip() for heading in headings]
+    return {h.replace(" ", "-") for h in plain} | {re.sub(r"[- ]+", "-", h) for h in plain}
+
+
+def test_every_link_leads_to_a_file_and_a_heading() -> None:
+    dead = []
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)\s]+)", text):
+            path, _, anchor = link.partition("#")
+            target = document.parent / path if path else document
+            if "://" in link:
+                continue
+            if not target.exists() or (anchor and anchor not in _anchors(target)):
+                dead.append(f"{document.relative_to(ROOT)}: {link}")
+    assert not dead, "\n".join(dead)
 
 
 def test_every_path_of_the_code_map_exists() -> None:

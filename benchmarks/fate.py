@@ -1,6 +1,6 @@
 """Time a training step of every method at GPT-2's size, and count what it computes.
 
-    python docs/benchmarks/fate.py [--batch 8] [--length 200] [--steps 5] [--methods full,lora@9]
+    python benchmarks/fate.py [--batch 8] [--length 200] [--steps 5] [--methods full,lora@9]
 
 FATE-LLM 1.0 published seconds per epoch of GPT-2 on sequences of 200. Here all methods take turns
 step by step in one process with all cores, on random tokens: weights and text change no time. A

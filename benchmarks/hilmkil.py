@@ -1,6 +1,6 @@
 """Sweep clients x models x optimizers, as Hilmkil et al. 2021 did; write a table and a figure.
 
-    python docs/benchmarks/hilmkil.py --models FOLDER --data FOLDER [--seeds 0,1] [--out DIR]
+    python benchmarks/hilmkil.py --models FOLDER --data FOLDER [--seeds 0,1] [--out DIR]
         [--tasks ag-news,sst2] [--recipes sgd,adamw,published] [key=value ...]
 
 ``--models`` holds bert, albert and distilbert, of small_models.py or published ones; ``--data``

@@ -1,6 +1,6 @@
 """Make a small BERT, DistilBERT and ALBERT of one width out of plain text, for hilmkil.py.
 
-    python docs/benchmarks/small_models.py CORPUS_FOLDER [--out runs/small_models] [--steps 1000]
+    python benchmarks/small_models.py CORPUS_FOLDER [--out runs/small_models] [--steps 1000]
 
 CORPUS_FOLDER holds books_public_domain.jsonl.gz, enwiki_articles.jsonl.gz and
 wikitext2.{valid,test}.txt.gz. Written are OUT/bert, OUT/distilbert and OUT/albert, Hugging Face

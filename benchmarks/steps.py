@@ -1,6 +1,6 @@
 """What each design choice of the stream is worth: take one away at a time, in turns, in one run.
 
-    python docs/benchmarks/steps.py [--config FILE] [--repetitions 5] [--steps 4] [key=value ...]
+    python benchmarks/steps.py [--config FILE] [--repetitions 5] [--steps 4] [key=value ...]
 
 Every variant is a pipeline of its own in the same processes, one per stage, with the same weights
 and text. They take turns within a repetition and the order rotates; ratios are within a repetition.

@@ -1,6 +1,6 @@
 """Peak memory of every process: whole model, stages, recomputation, ZeRO-1; write one table.
 
-    python docs/benchmarks/memory.py [--config FILE] [key=value ...]
+    python benchmarks/memory.py [--config FILE] [key=value ...]
 
 Every row is a run of its own: two local steps to fill the optimizer, then two that are watched.
 """

@@ -1,6 +1,6 @@
 """Run every rule under every attack and write a table of the final held-out loss.
 
-    python docs/benchmarks/robust.py [--seeds 0,1] [--out runs/robust] [key=value ...]
+    python benchmarks/robust.py [--seeds 0,1] [--out runs/robust] [key=value ...]
 
 Runs that are done are not repeated.
 """

@@ -1,6 +1,6 @@
 """Where the seconds between the command and the first local step go; write one table.
 
-python docs/benchmarks/startup.py [--repetitions 3]
+python benchmarks/startup.py [--repetitions 3]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """More stages and more replicas: CPU seconds per token, or speed on emulated devices; one table.
 
-    python docs/benchmarks/scaling.py [--emulate-ms 10] [--repetitions 3] [--steps 20]
+    python benchmarks/scaling.py [--emulate-ms 10] [--repetitions 3] [--steps 20]
 
 More processes than cores share them, so wall time says nothing about real compute: what all
 processes compute does, and they run on one core then. Each stage more has a head more, so the CPU

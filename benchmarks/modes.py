@@ -1,6 +1,6 @@
 """Run the published systems and fedpipe's own modes at equal tokens; write one table.
 
-    python docs/benchmarks/modes.py [--seeds 0,1] [--out runs/modes] [key=value ...]
+    python benchmarks/modes.py [--seeds 0,1] [--out runs/modes] [key=value ...]
 
 Every mode is a preset, scaled down by launch/configs/scaled_down.yaml to one replica: two
 processes. Seeds are the outer loop, so that modes which are compared ran next to each other. Runs

@@ -1,6 +1,6 @@
 """Time the preparation of text beside datasets.map with the same tokenizer, and watch its memory.
 
-    python docs/benchmarks/prepare.py TEXT [--megabytes 100,1000] [--repetitions 1]
+    python benchmarks/prepare.py TEXT [--megabytes 100,1000] [--repetitions 1]
         [--tokenizer FOLDER] [--together]
 
 TEXT is a .jsonl or .jsonl.gz file with a column ``text``, or a folder of such files; its lines are

@@ -1,6 +1,6 @@
 """Measure `fedpipe finetune` against Flower's simulation: same model, data, clients, seeds.
 
-    python docs/benchmarks/flower.py --model FOLDER --data FOLDER [--out DIR] [key=value ...]
+    python benchmarks/flower.py --model FOLDER --data FOLDER [--out DIR] [key=value ...]
 
 ``--data`` holds ag_news.train.jsonl.gz and ag_news.test.jsonl.gz. Flower is installed into an
 environment of its own, OUT/venv, with this one's torch, transformers and adapters. Both systems
@@ -151,7 +151,7 @@ def _watched(command: Sequence[str], folder: Path) -> tuple[float, float]:
     """Run a command; return its seconds, and the largest sum of its processes' memory in MiB."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     environment = os.environ | {
         MARK: mark, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1",
         "FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0",

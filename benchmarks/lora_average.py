@@ -1,6 +1,6 @@
 """Measure how far averaging LoRA's A and B apart is from the mean of the clients' updates.
 
-    python docs/benchmarks/lora_average.py --model DIR --data DIR [--seeds 0,1] [key=value ...]
+    python benchmarks/lora_average.py --model DIR --data DIR [--seeds 0,1] [key=value ...]
 
 Every client trains one round from the same start. Printed is, over all adapted matrices,
 ``|mean(B) mean(A) - mean(B A)| / |mean(B A)|`` in the Frobenius norm, for more and more clients.

@@ -1,6 +1,6 @@
 """Flower's side of flower.py: the clients and the server of one run, in Flower's simulation.
 
-    python docs/benchmarks/flower_app.py RUN_DIR CORES kept|built RESULT.json
+    python benchmarks/flower_app.py RUN_DIR CORES kept|built RESULT.json
 
 RUN_DIR is a directory of `fedpipe finetune`: its configuration, its tokenised examples and their
 owners are read. Model, adapter, first weights, batches, dropout and loss are fedpipe's own

@@ -1,6 +1,6 @@
 """Train masked LMs with local losses and with back-propagation at equal tokens; compare them.
 
-    python docs/benchmarks/parity.py CORPUS_FOLDER --out runs/parity [--text tokens] [--seeds 0,1,2]
+    python benchmarks/parity.py CORPUS_FOLDER --out runs/parity [--text tokens] [--seeds 0,1,2]
 
 CORPUS_FOLDER holds bio_abstracts.{train,valid}.jsonl.gz, and for ``--text tokens``
 bio_pmc_fulltext's. One process of one thread is one run, two at a time; runs that are done are

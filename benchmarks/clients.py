@@ -1,6 +1,6 @@
 """Measure memory and rounds per minute of a fine-tuning with more and more clients.
 
-    python docs/benchmarks/clients.py --model FOLDER --data FOLDER [--out DIR] [key=value ...]
+    python benchmarks/clients.py --model FOLDER --data FOLDER [--out DIR] [key=value ...]
 
 ``--data`` holds ag_news.train.jsonl.gz and ag_news.test.jsonl.gz. All clients train in every round,
 so a round's work is the same for every number of clients: one pass over all examples. Runs that are
