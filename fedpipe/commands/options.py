@@ -78,7 +78,9 @@ def add_evaluation(command: argparse.ArgumentParser) -> None:
         " default: runs/quickstart",
     )
     command.add_argument(
-        "--tasks", metavar="NAME,NAME", help="tasks, see docs/evaluation.md; default: ncbi-disease"
+        "--tasks",
+        metavar="NAME,NAME",
+        help="tasks, see docs/how-to/evaluate.md; default: ncbi-disease",
     )
     add_path(
         command,

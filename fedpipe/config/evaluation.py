@@ -22,7 +22,7 @@ class EvaluationConfig:
     models: tuple[UserPath, ...] = ()
     """Hugging Face folders (or run directories with an export); empty means runs/quickstart."""
     tasks: tuple[str, ...] = ("ncbi-disease",)
-    """Names of tasks; docs/evaluation.md lists them."""
+    """Names of tasks; docs/how-to/evaluate.md lists them."""
     data: UserPath = PACKAGED_TASKS
     """Folder with the tasks' files, ``hf:NAME`` or ``hf:NAME:CONFIG`` for Hugging Face datasets, or
     ``packaged``."""

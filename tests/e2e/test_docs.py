@@ -38,7 +38,7 @@ def _commands() -> list[str]:
     Later ones use earlier ones' runs.
     """
     readme = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Use it\n")[1]
-    return first_commands(readme) + commands_of("docs/evaluation.md")
+    return first_commands(readme) + commands_of("docs/how-to/evaluate.md")
 
 
 def _anchors(document: Path) -> set[str]:
@@ -111,7 +111,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
 
 
 def test_the_commands_of_the_guide_to_fine_tuning_run(tmp_path: Path) -> None:
-    commands = commands_of("docs/finetune.md")
+    commands = commands_of("docs/how-to/finetune.md")
     for command in (c for c in commands if "--count" not in c):  # which a unit test calls
         words = shlex.split(command)
         end = words.index("--grid") if "--grid" in words else len(words)

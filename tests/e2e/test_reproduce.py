@@ -37,7 +37,7 @@ TWINS = {
 def test_a_reproduction_survives_a_kill_and_a_signal_and_trains_nothing_twice(
     tmp_path: Path,
 ) -> None:
-    guide = [shlex.split(command)[1:] for command in commands_of("docs/reproduce.md")]
+    guide = [shlex.split(command)[1:] for command in commands_of("docs/how-to/reproduce.md")]
     again = guide[1]
     run_dir = tmp_path / "runs/reproduce"
     arguments = (*guide[0], f"data.cache_dir={tmp_path / 'cache'}", *TOY)

@@ -14,7 +14,7 @@ from fedpipe.commands.plan.plan import Plan, build_plan
 from fedpipe.config.load import load_config, preset_names
 
 REPOSITORY = Path(__file__).parents[2]
-PAGE = REPOSITORY / "docs/what_leaves_a_client.md"
+PAGE = REPOSITORY / "docs/explanation/what-leaves-a-client.md"
 AT_HOME = "pipeline.head_location=client"
 END_TO_END = ("pipeline.objective=end_to_end", "pipeline.schedule=1f1b")
 
