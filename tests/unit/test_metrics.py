@@ -149,7 +149,7 @@ def test_writer_console_and_log_import_no_torch(tmp_path: Path) -> None:
         "import sys; from fedpipe import log; log.setup()\n"
         "from fedpipe.report.console import RunConsole\n"
         "from fedpipe.report.writer import MetricsWriter\n"
-        "from fedpipe.report import report\n"
+        "from fedpipe.commands.pretrain import report\n"
         "late = {'torch', 'transformers', 'deepspeed', 'datasets', 'matplotlib', 'rich', 'numpy'}\n"
         "assert not late & set(sys.modules), late & set(sys.modules)\n"
         "w = MetricsWriter(sys.argv[1], tensorboard=True); w.write([{'kind': 'step'}]); w.close()\n"
