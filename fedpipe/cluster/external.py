@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from fedpipe import log
 from fedpipe.cluster.attempts import note_attempt, position_of
 from fedpipe.cluster.orphan import stopped_with_launcher
-from fedpipe.cluster.supervisor import Interrupted, Signals
 from fedpipe.cluster.worker import finish
 from fedpipe.commands.plan.cut import choose_cut, measure_here
 from fedpipe.commands.pretrain.command import run_console
@@ -29,8 +28,15 @@ from fedpipe.config.paths import expanded
 from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv, detect, num_gpus, threads_per_process
+from fedpipe.distributed.signals import (
+    EXIT_INTERRUPTED,
+    STOP_SIGNALS,
+    Interrupted,
+    Signals,
+    StopSignals,
+)
 from fedpipe.distributed.topology import Grid
-from fedpipe.distributed.watch import EXIT_INTERRUPTED, STOP_SIGNALS, StopSignals, Watch
+from fedpipe.distributed.watch import Watch
 from fedpipe.errors import FedPipeError, LaunchError
 from fedpipe.files import system_errors_named
 from fedpipe.report.console import RunConsole

@@ -19,9 +19,9 @@ import submitit
 from fedpipe.cluster.jobs import STARTS
 from fedpipe.cluster.ranks import LOST_PEER
 from fedpipe.cluster.slurm import JobState, cells_in_queue, job_state
-from fedpipe.distributed.activity import Roll
+from fedpipe.distributed.activity import Heartbeats
+from fedpipe.distributed.signals import EXIT_INTERRUPTED
 from fedpipe.distributed.topology import Grid
-from fedpipe.distributed.watch import EXIT_INTERRUPTED
 from fedpipe.errors import FedPipeError, LaunchError, TopologyError
 from fedpipe.report.console import RunConsole
 from fedpipe.report.writer import METRICS_FILE
@@ -225,7 +225,7 @@ class Failure:
         kind, _, text = self.what.partition(": ")
         if kind in _OURS:
             return _OURS[kind](f"job {job.job_id}: {text} Full log: {log}")
-        name = Roll(timeout_s=0).name(self.rank, grid)
+        name = Heartbeats(timeout_s=0).name(self.rank, grid)
         # A full disk takes a rank's own account of it as well.
         what = "; ".join(filter(None, (self.what.rstrip("."), _full_disk(run_dir))))
         return LaunchError(

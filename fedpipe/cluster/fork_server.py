@@ -12,7 +12,7 @@ from typing import Any
 
 from fedpipe.cluster.worker import PRELOAD
 from fedpipe.distributed.env import num_gpus
-from fedpipe.distributed.watch import STOP_SIGNALS
+from fedpipe.distributed.signals import STOP_SIGNALS
 from fedpipe.errors import LaunchError
 
 _LONGEST_SOCKET = 107

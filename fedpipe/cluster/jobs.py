@@ -19,11 +19,10 @@ import submitit
 
 from fedpipe.cluster.attempts import note_attempt, position_of
 from fedpipe.cluster.external import Ended, RunRequest, run_rank
-from fedpipe.cluster.supervisor import Interrupted, Signals
 from fedpipe.commands.reproduce.config import EXPERIMENTS
 from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv, detect
-from fedpipe.distributed.watch import EXIT_INTERRUPTED, StopSignals
+from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals, StopSignals
 from fedpipe.run.checkpoint import Position, find_latest
 from fedpipe.terminal import prepare_output
 

@@ -11,11 +11,11 @@ from dataclasses import asdict
 from typing import Any
 
 from fedpipe.cluster.ranks import LOST_PEER
-from fedpipe.distributed.activity import Activity, Roll, Ticks
+from fedpipe.distributed.activity import Activity, Heartbeats, Ticks
 from fedpipe.distributed.board import Board
 from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.signals import EXIT_INTERRUPTED
 from fedpipe.distributed.topology import Grid
-from fedpipe.distributed.watch import EXIT_INTERRUPTED
 from fedpipe.errors import FedPipeError, LaunchError, error_named
 
 _PERIOD_S = 1.0
@@ -54,7 +54,7 @@ class Peers:
         self._looks, self._judged = True, False
         self._grid: Grid | None = None
         self._timeout_s = _AT_FIRST_S
-        self._roll = Roll(timeout_s=self._timeout_s)
+        self._heartbeats = Heartbeats(timeout_s=self._timeout_s)
         self._posts: dict[int, list[Any]] = {}
         self._posted_at = 0.0
         self._num_posted = 0
@@ -69,7 +69,7 @@ class Peers:
             timeout_s: After this a rank hangs; 0 means never.
         """
         self._grid, self._timeout_s = grid, timeout_s
-        self._roll.timeout_s = timeout_s
+        self._heartbeats.timeout_s = timeout_s
 
     def saw(self, record: Record) -> None:
         """Take a step record of this rank; its last one goes to rank 0."""
@@ -114,7 +114,7 @@ class Peers:
         self._board = None
         if isinstance(failure, FedPipeError):
             self._end(type(failure).__name__, str(failure), tell=True)
-        name = self._roll.name(self._env.rank, self._grid)
+        name = self._heartbeats.name(self._env.rank, self._grid)
         self._end(
             "LaunchError",
             f"{name} cannot go on: {failure}. See the log of rank 0; the same command resumes.",
@@ -144,7 +144,7 @@ class Peers:
     def _tell(self, board: Board, error: BaseException) -> None:
         kind, text = type(error).__name__, " ".join(str(error).split())[:1000]
         if isinstance(error, Exception) and not isinstance(error, FedPipeError):
-            name = self._roll.name(self._env.rank, self._grid)
+            name = self._heartbeats.name(self._env.rank, self._grid)
             kind, text = "LaunchError", f"{name} failed: {kind}: {text}"
         if board.posted([_VERDICT]) is None:
             self._judged = True
@@ -165,7 +165,7 @@ class Peers:
                 since_s = now_s
             elif self._timeout_s and now_s - since_s > self._timeout_s:
                 where = ":".join(map(str, self._env.address))
-                host = self._roll.name(0, self._grid) if self._env.rank else "this rank"
+                host = self._heartbeats.name(0, self._grid) if self._env.rank else "this rank"
                 self._end(
                     "LaunchError",
                     f"{host} hangs: the store of the run at {where}, which it or its launcher "
@@ -185,12 +185,12 @@ class Peers:
             steps += records
             if post != self._posts.get(rank) and rank != self._env.rank:
                 self._posts[rank] = post
-                self._roll.hear(rank, Activity(**activity))
+                self._heartbeats.hear(rank, Activity(**activity))
         if self.on_steps is not None and steps:
             self.on_steps(steps)
-        hung = self._roll.find_hung(ranks, clock_s=now)
+        hung = self._heartbeats.find_hung(ranks, clock_s=now)
         if hung is not None:
-            name = self._roll.name(hung[0], self._grid)
+            name = self._heartbeats.name(hung[0], self._grid)
             self._judge(
                 board,
                 f"{name} hangs: {hung[1]}. See the launcher's log of this rank; the same command "
@@ -213,12 +213,12 @@ class Peers:
         after = board.posted([f"alive/{rank}" for rank in others])
         for rank, first, last in zip(others, before or (), after or (), strict=False):
             if first == last:
-                self._roll.hear(rank, Activity(**last[1]))
+                self._heartbeats.hear(rank, Activity(**last[1]))
                 return LaunchError(
-                    f"{self._roll.name(rank, self._grid)} has ended without a word, last seen in "
-                    f"{last[1]['doing']}: its peer, rank {self._env.rank}, lost the connection. It "
-                    "was killed, most often for want of memory. See the launcher's log of it; the "
-                    "same command resumes."
+                    f"{self._heartbeats.name(rank, self._grid)} has ended without a word, last "
+                    f"seen in {last[1]['doing']}: its peer, rank {self._env.rank}, lost the "
+                    "connection. It was killed, most often for want of memory. See the launcher's "
+                    "log of it; the same command resumes."
                 )
         return None
 

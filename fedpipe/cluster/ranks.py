@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedpipe.distributed.activity import Roll
+from fedpipe.distributed.activity import Heartbeats
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import FedPipeError, LaunchError, TrainingError, error_in, is_users
 
@@ -50,12 +50,12 @@ class Ranks:
         """Where the run has stopped because it was asked to."""
         self._task, self._setup, self._grid = task, setup, grid
         self._errors: dict[int, str] = {}
-        self._roll = Roll(timeout_s=setup.hang_timeout_s)
+        self._heartbeats = Heartbeats(timeout_s=setup.hang_timeout_s)
 
     def hear(self, rank: int, kind: str, value: Any) -> None:
         """Take a message that is not for people."""
         if kind == "activity":
-            self._roll.hear(rank, value)
+            self._heartbeats.hear(rank, value)
         elif kind == "error":
             self._errors[rank] = value
         elif kind == "stopped":
@@ -72,7 +72,7 @@ class Ranks:
         Raises:
             LaunchError: One does.
         """
-        hung = self._roll.find_hung(running, clock_s=time.monotonic())
+        hung = self._heartbeats.find_hung(running, clock_s=time.monotonic())
         if hung is not None:
             rank, what = hung
             raise self._error(rank, f"hangs: {what}")
@@ -112,7 +112,7 @@ class Ranks:
     def _error(self, rank: int, what: str) -> LaunchError:
         run_dir = self._setup.run_dir
         return LaunchError(
-            f"{self._roll.name(rank, self._grid)} {what.removesuffix('.')}. "
+            f"{self._heartbeats.name(rank, self._grid)} {what.removesuffix('.')}. "
             f"Full log: {run_dir / 'logs' / f'rank_{rank:05d}.log'}. "
             f"Run it again with: fedpipe {self._task} --run-dir {shlex.quote(str(run_dir))}"
         )

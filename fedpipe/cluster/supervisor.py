@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from types import FrameType
 from typing import Any
 
 from fedpipe.cluster.fork_server import fork_server, num_threads
@@ -20,9 +15,8 @@ from fedpipe.cluster.worker import run_rank
 from fedpipe.commands.plan.cut import choose_cut, measure_in_a_process
 from fedpipe.commands.pretrain.setup import set_up
 from fedpipe.distributed.env import ProcessEnv, num_gpus, threads_per_process
-from fedpipe.distributed.signals import SignalThread
+from fedpipe.distributed.signals import Interrupted, Signals
 from fedpipe.distributed.topology import Grid, check_gpus
-from fedpipe.distributed.watch import EXIT_INTERRUPTED, stop_signals
 from fedpipe.report.console import RunConsole
 from fedpipe.run.run_dir import RunSetup
 
@@ -33,60 +27,6 @@ _LOOK_S = 1.0
 
 Shows = Mapping[str, Callable[[Any], None]]
 """What to do with a message of a rank, by its kind."""
-
-
-class Interrupted(BaseException):
-    """The user or the system asked the run to stop; the text says where it is saved.
-
-    Like ``KeyboardInterrupt`` it may rise anywhere, so a library's ``except Exception`` must not
-    swallow it.
-    """
-
-
-class Signals:
-    """What the signals mean to the supervisor: stop at once, or first of all ask the ranks to."""
-
-    def __init__(self, *, at_once_s: float | None = None) -> None:
-        """Nobody has asked yet.
-
-        Args:
-            at_once_s: After this a process ends that is to stop at once and does not, because its
-                main thread waits inside torch; None leaves that to it.
-        """
-        self._at_once_s = at_once_s
-        self.patient = False
-        """The ranks train: they can be asked to save and stop."""
-        self.asked = False
-        """They are to be, or have been, asked."""
-        self.number = 0
-        """The first signal that has come; 0 while there is none."""
-        self._ended = threading.Event()
-
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        """Turn the signals into ``Interrupted``, the first one while patient into ``asked``."""
-        thread = SignalThread(self._insist)
-        before = {number: signal.signal(number, self._take) for number in stop_signals()}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            thread.close()
-            self._ended.set()
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        self.number = self.number or number
-        if self.asked or not self.patient:
-            raise Interrupted
-        self.asked = True
-
-    def _insist(self, number: int) -> None:
-        """End the process if its main thread does not. Called in a thread of its own."""
-        if self._at_once_s is None or self.patient or number not in stop_signals():
-            return
-        if not self._ended.wait(self._at_once_s):
-            os._exit(EXIT_INTERRUPTED)
 
 
 def set_up_here(

@@ -23,7 +23,8 @@ from fedpipe.cluster.ranks import Setup
 from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv
-from fedpipe.distributed.watch import Quiet, StopSignals, Watch
+from fedpipe.distributed.signals import StopSignals
+from fedpipe.distributed.watch import Quiet, Watch
 from fedpipe.errors import FedPipeError
 from fedpipe.files import system_errors_named
 from fedpipe.run.run_dir import RunSetup

@@ -39,7 +39,7 @@ class Ticks:
         return self._now
 
 
-class Roll:
+class Heartbeats:
     """The last activity of every rank, and since when it has not changed."""
 
     def __init__(self, *, timeout_s: float) -> None:

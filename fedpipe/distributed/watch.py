@@ -2,85 +2,84 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from fedpipe.distributed.activity import Activity
-from fedpipe.distributed.signals import SignalThread, no_action
-from fedpipe.distributed.stopping import Moment, StopPoint
+from fedpipe.distributed.signals import StopSignals
 from fedpipe.errors import FedPipeError
 
 if TYPE_CHECKING:
     from fedpipe.distributed.board import Board
     from fedpipe.distributed.comm import Comm
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
-"""Ask a run to stop: a scheduler, Ctrl-C, a cluster's warning ahead of time, a closed terminal."""
-EXIT_INTERRUPTED = 75
-"""EX_TEMPFAIL of sysexits.h: the same command goes on where this one ended."""
 _PERIOD_S = 0.25
-_REPEATED_S = 3.0
-"""A launcher may pass on the signal that the terminal has sent already; later ones are meant."""
 _REQUEST = "stop/requested"
 
-
-def stop_signals() -> list[signal.Signals]:
-    """Return those of ``STOP_SIGNALS`` that count here: nohup has a process ignore SIGHUP."""
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [number for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP)]
+Moment = tuple[int, int]
+"""(round, local steps of a replica in it); moments compare by time."""
 
 
-class StopSignals:
-    """Remembers that this process was asked to stop; a second request ends it at once."""
+class StopPoint:
+    """The moment at which the run stops, as one rank knows it.
+
+    A rank *commits* itself to a moment before it goes there: the end of the local steps it is
+    certain to run. Asked to stop, every rank freezes its commitment and publishes it; the run stops
+    at the largest of all. So nobody has passed it, and since a commitment is frozen in the middle
+    of a step as well as between two, nobody has to get anywhere before the others can go on.
+    A rank waits here only if it wants to commit itself further in the moment between the two.
+    """
 
     def __init__(self) -> None:
-        """Catch nothing yet."""
-        self._asked_at: float | None = None
-        self._before: dict[int, Any] = {}
-        self._thread: SignalThread | None = None
-        self.number = 0
-        """The first signal that has come; 0 while there is none."""
+        """Start with nothing committed and nobody asking to stop."""
+        self._changed = threading.Condition()
+        self._committed: Moment = (0, 0)
+        self._frozen = False
+        self._failure: BaseException | None = None
+        self.end: Moment | None = None
+        """The agreed moment; None while there is none."""
 
-    def catch(self) -> None:
-        """Catch the signals from now on, also those that were blocked. Main thread only."""
-        self._thread = SignalThread(self._take)
-        for number in stop_signals():
-            self._before[number] = signal.signal(number, no_action)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    def commit(self, moment: Moment) -> Moment:
+        """Commit this rank to a moment.
 
-    def release(self) -> None:
-        """Give the signals back to whoever caught them before. Main thread only."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-        if self._thread is not None:
-            self._thread.close()
-            self._thread = None
+        Args:
+            moment: Where a stage of this rank wants to be sure to get.
 
-    @property
-    def catches(self) -> bool:
-        """They are caught now."""
-        return bool(self._before)
+        Returns:
+            The moment, or the earlier one at which the run stops.
 
-    @property
-    def asked(self) -> bool:
-        """One has come."""
-        return self._asked_at is not None
+        Raises:
+            ConnectionError: The others cannot be reached any more.
+        """
+        with self._changed:
+            if not self._frozen or moment <= self._committed:
+                self._committed = max(self._committed, moment)
+                return moment
+            self._changed.wait_for(lambda: self.end is not None or self._failure is not None)
+            if self.end is None:
+                raise ConnectionError("the ranks could not agree where to stop") from self._failure
+            return min(moment, self.end)
 
-    def _take(self, number: int) -> None:
-        if number not in STOP_SIGNALS:
-            return
-        if self._asked_at is None:
-            self.number = number
-            self._asked_at = time.monotonic()
-        elif time.monotonic() - self._asked_at > _REPEATED_S:
-            os._exit(EXIT_INTERRUPTED)
+    def freeze(self) -> Moment:
+        """Commit to nothing more until ``settle``; return what this rank is committed to."""
+        with self._changed:
+            self._frozen = True
+            return self._committed
+
+    def settle(self, end: Moment) -> None:
+        """Take the largest commitment of all ranks."""
+        with self._changed:
+            self.end = end
+            self._changed.notify_all()
+
+    def fail(self, failure: BaseException) -> None:
+        """Wake who waits for an agreement that will not come."""
+        with self._changed:
+            self._failure = failure
+            self._changed.notify_all()
 
 
 class Report(Protocol):

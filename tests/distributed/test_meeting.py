@@ -225,7 +225,7 @@ def test_a_replica_waits_for_a_healthy_one_however_long_that_takes(tmp_path: Pat
 
 STUCK = """
 import ctypes, sys
-from fedpipe.cluster.supervisor import Signals
+from fedpipe.distributed.signals import Signals
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 with Signals(at_once_s=0.3).caught():
     libc.pthread_mutex_lock(mutex)

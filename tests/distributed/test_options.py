@@ -15,7 +15,7 @@ from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, load_prepared, save_manifest
 from fedpipe.distributed.env import ProcessEnv
-from fedpipe.distributed.stopping import Moment
+from fedpipe.distributed.watch import Moment
 from fedpipe.federation.cohort import plan_round
 from fedpipe.report.writer import read_metrics
 from fedpipe.run.checkpoint import Position, find_latest

@@ -15,10 +15,11 @@ import pytest
 
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, save_manifest
-from fedpipe.distributed.activity import Activity, Roll
+from fedpipe.distributed.activity import Activity, Heartbeats
 from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.signals import StopSignals
 from fedpipe.distributed.topology import Grid
-from fedpipe.distributed.watch import Quiet, StopSignals, Watch
+from fedpipe.distributed.watch import Quiet, Watch
 from fedpipe.errors import CheckpointError
 from fedpipe.report.writer import read_metrics
 from fedpipe.run.checkpoint import CheckpointWriter, Position, find_latest
@@ -269,15 +270,15 @@ def test_a_rank_that_is_stuck_is_named_with_its_client_and_not_the_one_that_wait
     )
     reports = run_distributed(_get_stuck, 2, setup)
     events = sorted((t, rank, a) for rank in range(2) for t, a in reports[rank])
-    roll, found = Roll(timeout_s=2.0), None
+    heartbeats, found = Heartbeats(timeout_s=2.0), None
     for clock_s, rank, activity in events:
-        roll.hear(rank, activity)
-        found = found or roll.find_hung([0, 1], clock_s=clock_s)
+        heartbeats.hear(rank, activity)
+        found = found or heartbeats.find_hung([0, 1], clock_s=clock_s)
         if found:
             break
     assert found is not None and found[0] == 1
     assert found[1].startswith("in round 1, local step 3, forward of micro-batch 1 for 2")
-    assert " client " in roll.name(1, Grid.from_config(config))
+    assert " client " in heartbeats.name(1, Grid.from_config(config))
 
 
 # -- a start that is refused -----------------------------------------------------------------------

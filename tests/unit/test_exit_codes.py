@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from fedpipe.cluster.ranks import Ranks
-from fedpipe.cluster.supervisor import Signals
 from fedpipe.commands.finetune import command as finetune
 from fedpipe.commands.pretrain import command as local
 from fedpipe.commands.study.pool import CellRunner, Slot, check_all_done, saying_to
 from fedpipe.distributed.activity import Activity
+from fedpipe.distributed.signals import Signals
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import (
     CorpusError,

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from fedpipe.cluster.supervisor import Interrupted, Signals
-from fedpipe.distributed.stopping import Moment, StopPoint
-from fedpipe.distributed.watch import STOP_SIGNALS, StopSignals
+from fedpipe.distributed.signals import STOP_SIGNALS, Interrupted, Signals, StopSignals
+from fedpipe.distributed.watch import Moment, StopPoint
 
 
 def test_a_rank_that_is_not_asked_to_stop_commits_as_far_as_it_wants() -> None:
@@ -100,8 +99,7 @@ def test_stages_of_uncoupled_replicas_stop_at_the_same_step_and_none_is_left_beh
 
 PROGRAM = """
 import signal, time
-from fedpipe.distributed.watch import STOP_SIGNALS, StopSignals
-
+from fedpipe.distributed.signals import STOP_SIGNALS, StopSignals
 signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 signals = StopSignals()
 print("blocked", flush=True)

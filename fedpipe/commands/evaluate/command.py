@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.cluster.fork_server import fork_server, num_threads
-from fedpipe.cluster.supervisor import Interrupted, Signals
 from fedpipe.commands.evaluate.gather import gather
 from fedpipe.commands.evaluate.report import outcome_text, terminal_text
 from fedpipe.commands.evaluate.setup import (
@@ -32,7 +31,13 @@ from fedpipe.commands.study.pool import (
     saying_to,
 )
 from fedpipe.distributed.env import num_gpus
-from fedpipe.distributed.watch import EXIT_INTERRUPTED, STOP_SIGNALS, stop_signals
+from fedpipe.distributed.signals import (
+    EXIT_INTERRUPTED,
+    STOP_SIGNALS,
+    Interrupted,
+    Signals,
+    stop_signals,
+)
 from fedpipe.errors import ConfigError, FedPipeError
 from fedpipe.printable import printable
 from fedpipe.report.console import RunConsole

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.cluster.fork_server import fork_server
-from fedpipe.cluster.supervisor import Interrupted, Signals, supervise
+from fedpipe.cluster.supervisor import supervise
 from fedpipe.cluster.worker import FINETUNE_PRELOAD
 from fedpipe.commands.finetune.grid import (
     EXAMPLE,
@@ -25,8 +25,8 @@ from fedpipe.commands.finetune.grid import (
 from fedpipe.commands.study.axes import check_grid, parse_grid
 from fedpipe.config.finetune import load_finetune
 from fedpipe.config.tree import parse_override
+from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.distributed.topology import Grid
-from fedpipe.distributed.watch import EXIT_INTERRUPTED
 from fedpipe.errors import ConfigError
 from fedpipe.report.console import RunConsole, refused_lines
 from fedpipe.run.run_dir import locked

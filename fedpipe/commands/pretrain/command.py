@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpipe.cluster.supervisor import Interrupted, Signals, set_up_here, supervise
+from fedpipe.cluster.supervisor import set_up_here, supervise
 from fedpipe.data.blocks import load_prepared
+from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.distributed.topology import Grid
-from fedpipe.distributed.watch import EXIT_INTERRUPTED
 from fedpipe.federation.cohort import steps_per_round
 from fedpipe.report.console import RunConsole
 from fedpipe.report.samples import samples_text

@@ -19,9 +19,8 @@ from fedpipe.data.blocks import PreparedData, load_prepared
 from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
-from fedpipe.distributed.stopping import Moment
 from fedpipe.distributed.topology import Grid
-from fedpipe.distributed.watch import Watch
+from fedpipe.distributed.watch import Moment, Watch
 from fedpipe.federation.averaging import average_round
 from fedpipe.federation.cohort import (
     Turn,

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedpipe.cluster.fork_server import fork_server
-from fedpipe.cluster.supervisor import Interrupted, Signals, set_up_here
+from fedpipe.cluster.supervisor import set_up_here
 from fedpipe.cluster.worker import PRELOAD as TRAINING_PRELOAD
 from fedpipe.commands.evaluate.command import PRELOAD, run_cells
 from fedpipe.commands.evaluate.setup import Evaluation, set_up_evaluation
@@ -35,7 +35,7 @@ from fedpipe.commands.study.pool import (
 )
 from fedpipe.commands.study.sweep import prepare_texts
 from fedpipe.distributed.env import num_gpus
-from fedpipe.distributed.watch import EXIT_INTERRUPTED
+from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.errors import FedPipeError, LaunchError, error_in
 from fedpipe.files import write_text
 from fedpipe.report.console import RunConsole

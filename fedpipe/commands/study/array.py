@@ -17,8 +17,8 @@ from fedpipe.cluster.profile import JobShape, Profile
 from fedpipe.cluster.slurm import cells_in_queue
 from fedpipe.cluster.submit import Cluster, check_folder, plan_job, result_here, send, slurm_job
 from fedpipe.commands.study.pool import check_all_done
+from fedpipe.distributed.signals import EXIT_INTERRUPTED
 from fedpipe.distributed.topology import Grid
-from fedpipe.distributed.watch import EXIT_INTERRUPTED
 from fedpipe.errors import FedPipeError, is_users
 from fedpipe.files import write_text
 from fedpipe.report.format import count

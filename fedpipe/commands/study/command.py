@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedpipe.cluster.supervisor import Interrupted, Signals
 from fedpipe.commands.study.pool import (
     CellRunner,
     again,
@@ -17,7 +16,7 @@ from fedpipe.commands.study.pool import (
 )
 from fedpipe.commands.study.report import read_result
 from fedpipe.commands.study.sweep import Cell, Sweep, gather, prepare_texts, set_up_sweep
-from fedpipe.distributed.watch import EXIT_INTERRUPTED
+from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.errors import ConfigError, FedPipeError
 from fedpipe.report.console import RunConsole
 from fedpipe.report.format import count, number

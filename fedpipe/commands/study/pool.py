@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from fedpipe.cluster.supervisor import Interrupted, Signals
+from fedpipe.distributed.signals import Interrupted, Signals
 from fedpipe.errors import FedPipeError, LaunchError, error_in, is_users
 from fedpipe.report.console import RunConsole
 from fedpipe.report.format import count, duration

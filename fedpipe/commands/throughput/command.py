@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedpipe.cluster.supervisor import Interrupted, Signals, set_up_here, supervise
+from fedpipe.cluster.supervisor import set_up_here, supervise
 from fedpipe.commands.study.axes import check_grid, parse_grid
 from fedpipe.commands.study.sweep import (
     Cell,
@@ -34,8 +34,8 @@ from fedpipe.commands.throughput.report import (
 )
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.corpus import prepare
+from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.distributed.topology import Grid
-from fedpipe.distributed.watch import EXIT_INTERRUPTED
 from fedpipe.report.console import RunConsole
 from fedpipe.report.document import aligned
 from fedpipe.report.format import count
