@@ -9,6 +9,8 @@ import select
 import sys
 from typing import Any
 
+from fedpipe.printable import printable
+
 _STANDARD = {"stdin": 0, "stdout": 1, "stderr": 2}
 OUTPUT = (1, 2)
 """Descriptors of the standard output and error."""
@@ -29,6 +31,12 @@ def prepare_output() -> None:
         if stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
             stream.flush()
             setattr(sys, name, _safe(stream))
+
+
+def show(line: str) -> None:
+    """Write a line to the standard output at once."""
+    sys.stdout.write(printable(line) + "\n")
+    sys.stdout.flush()
 
 
 def _open_closed() -> None:

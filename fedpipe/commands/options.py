@@ -1,13 +1,17 @@
-"""Options that only some commands have."""
+"""Options that several commands share, and what their values mean."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from fedpipe.commands.reproduce.config import EXPERIMENTS, SCALES
+from fedpipe.config.load import load_config, preset_names, read_config
 from fedpipe.config.paths import expanded
+from fedpipe.config.schema import RunConfig
+from fedpipe.errors import CheckpointError, ConfigError
 
 
 def add_path(command: argparse.ArgumentParser, name: str, **keywords: Any) -> None:
@@ -15,41 +19,34 @@ def add_path(command: argparse.ArgumentParser, name: str, **keywords: Any) -> No
     command.add_argument(name, type=partial(expanded, key=name), **keywords)
 
 
-def add_measurement(command: argparse.ArgumentParser) -> None:
-    """How a throughput run measures."""
-    command.add_argument(
-        "--repetitions", metavar="N", type=int, default=6, help="windows per schedule; default: 6"
-    )
-    command.add_argument(
-        "--steps", metavar="N", type=int, default=6, help="local steps per window; default: 6"
-    )
-    command.add_argument(
-        "--emulate-ms",
-        metavar="MS",
-        type=float,
-        default=0.0,
-        help="a layer's forward sleeps this long instead of computing (backward twice that)",
-    )
+def add_run(command: argparse.ArgumentParser, *, presets: str = "") -> None:
+    """Add what says which run it is: preset, file, directory and overrides.
 
-
-def add_job(command: argparse.ArgumentParser) -> None:
-    """Where a job runs."""
+    Args:
+        command: Parser of the command.
+        presets: What the presets are; default: the published systems of pre-training.
+    """
+    presets = presets or f"a published system: {', '.join(preset_names())}"
+    command.add_argument("--preset", metavar="NAME", help=presets)
     add_path(
-        command, "--profile", metavar="FILE", help="what a node of the site is; see slurm/profiles"
+        command,
+        "--config",
+        metavar="FILE",
+        help="YAML, laid over the preset; default: the quick start",
     )
+    add_directory(command)
+
+
+def add_directory(command: argparse.ArgumentParser, *, default: str = "runs/NAME") -> None:
+    """Add the directory of the run, and the overrides."""
+    add_path(command, "--run-dir", metavar="DIR", help=f"directory of the run; default: {default}")
     command.add_argument(
-        "--cluster",
-        choices=("slurm", "local", "debug"),
-        default="slurm",
-        help="slurm (default), local: this machine, debug: this process",
-    )
-    command.add_argument(
-        "--follow", action="store_true", help="show the progress; the exit code is the job's"
+        "overrides", metavar="section.key=value", nargs="*", help="wins over the file"
     )
 
 
 def add_grid(command: argparse.ArgumentParser, *, text: str) -> None:
-    """A grid of values."""
+    """Add a grid of values."""
     command.add_argument(
         "--grid",
         metavar="section.key=value,value",
@@ -61,68 +58,59 @@ def add_grid(command: argparse.ArgumentParser, *, text: str) -> None:
 
 
 def add_parallel(command: argparse.ArgumentParser) -> None:
-    """Runs at a time."""
+    """Add how many runs go on at a time."""
     command.add_argument(
         "--parallel", metavar="N", type=int, default=1, help="runs at a time; default: 1"
     )
 
 
-def add_evaluation(command: argparse.ArgumentParser) -> None:
-    """Models, tasks and seeds."""
-    add_path(
-        command,
-        "--model",
-        metavar="FOLDER",
-        action="append",
-        help="Hugging Face folder, or a run with an export; several are compared in one table;"
-        " default: runs/quickstart",
-    )
-    command.add_argument(
-        "--tasks",
-        metavar="NAME,NAME",
-        help="tasks, see docs/how-to/evaluate.md; default: ncbi-disease",
-    )
-    add_path(
-        command,
-        "--data",
-        metavar="DIR",
-        help="folder with the tasks' files, or hf:NAME; default: a packaged slice",
-    )
-    command.add_argument("--seeds", metavar="N,N", help="fine-tune each once per seed; default: 0")
+def add_seeds(command: argparse.ArgumentParser, *, text: str) -> None:
+    """Add a list of seeds, which ``seeds`` reads."""
+    command.add_argument("--seeds", metavar="N,N", help=text)
 
 
-def add_comparison(command: argparse.ArgumentParser) -> None:
-    """Two evaluations to subtract."""
-    add_path(
-        command,
-        "--compare",
-        metavar="RUN",
-        nargs=2,
-        help="differences between two evaluations (RUN:MODEL where one has several, RUN:MODEL,MODEL"
-        " for one method with several seeds of pre-training); starts nothing",
-    )
+def seeds(text: str) -> tuple[int, ...]:
+    """Return the seeds of ``--seeds``.
+
+    Raises:
+        ConfigError: They are no numbers.
+    """
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--seeds: expected whole numbers, got {text!r}. Write for example --seeds 0,1,2."
+        ) from None
 
 
-def add_reproduction(command: argparse.ArgumentParser) -> None:
-    """What is reproduced, how large, and on what."""
-    command.add_argument(
-        "experiment", metavar="EXPERIMENT", choices=EXPERIMENTS,
-        help=f"what to reproduce: {', '.join(EXPERIMENTS)}",
-    )  # fmt: skip
-    add_scale(command)
-    add_path(
-        command,
-        "--data",
-        metavar="DIR",
-        help="folder with the files of the eight tasks; default: a packaged slice of one",
-    )
-    command.add_argument(
-        "--seeds", metavar="N,N", help="pre-train every system once per seed; default: 0"
-    )
+def checked_config(args: argparse.Namespace) -> RunConfig:
+    """Refuse a wrong configuration before a launcher starts to import torch in the background."""
+    config_path = args.config
+    if args.run_dir and not (config_path or args.preset):
+        saved = Path(args.run_dir) / "config.yaml"
+        config_path = str(saved) if os.path.isfile(saved) else None
+    return load_config(config_path, args.overrides, preset=args.preset)
 
 
-def add_scale(command: argparse.ArgumentParser) -> None:
-    """How large a reproduction is."""
-    command.add_argument(
-        "--scale", choices=SCALES, help="of a reproduction; default: that of DIR, else tiny"
-    )
+def existing_run(args: argparse.Namespace) -> Path:
+    """Return the directory of a run that has been started.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if args.run_dir:
+        run_dir = Path(args.run_dir)
+    else:
+        config = read_config(args.config, args.overrides, preset=args.preset)
+        run_dir = Path("runs") / config.name
+    if not os.path.isfile(run_dir / "config.yaml"):  # Path.is_file raises on a long name
+        raise CheckpointError(
+            f"--run-dir: expected the directory of a run, got {str(run_dir)!r} without a"
+            " config.yaml. Name one that fedpipe pretrain wrote."
+        )
+    return run_dir
+
+
+def is_finetuning(run_dir: Path) -> bool:
+    """Whether a run's configuration is that of ``fedpipe finetune``."""
+    return "\nmethod:" in (run_dir / "config.yaml").read_text(encoding="utf-8")

@@ -33,8 +33,11 @@ LIGHT = (
     "config/deepspeed", "config/model_shape",
     "distributed/topology", "distributed/env", "distributed/binding",
     "models/split", "pipeline/messages", "pipeline/schedule", "pipeline/timeline",
-    "commands/options", "commands/plan/plan", "commands/finetune/grid", "commands/finetune/command",
-    "commands/reproduce/config", "data/tokenizer",
+    "commands/options", "commands/export", "commands/report", "commands/plan/command",
+    "commands/plan/plan", "commands/pretrain/command", "commands/finetune/grid",
+    "commands/finetune/command", "commands/throughput/command", "commands/study/command",
+    "commands/evaluate/command", "commands/reproduce/command", "commands/reproduce/config",
+    "commands/submit/command", "data/tokenizer",
 )  # fmt: skip
 UPWARDS = {
     "cluster.external", "cluster.jobs", "cluster.supervisor", "cluster.worker",

@@ -25,6 +25,7 @@ COMMANDS = (
     "throughput",
     "sweep",
     "evaluate",
+    "reproduce",
     "submit",
 )
 HEAVY = (
@@ -166,7 +167,7 @@ def test_every_kind_of_end_has_its_exit_code(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("fedpipe.commands.plan.plan.build_plan", fail)
+    monkeypatch.setattr("fedpipe.commands.plan.command.build_plan", fail)
     assert main(["plan"]) == code
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -175,7 +176,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("fedpipe.commands.plan.plan.build_plan", fail)
+    monkeypatch.setattr("fedpipe.commands.plan.command.build_plan", fail)
     with pytest.raises(ZeroDivisionError):
         main(["plan"])
 

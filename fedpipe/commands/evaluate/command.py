@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.cluster.fork_server import fork_server, num_threads
+from fedpipe.commands import options
 from fedpipe.commands.evaluate.gather import gather
 from fedpipe.commands.evaluate.report import outcome_text, terminal_text
 from fedpipe.commands.evaluate.setup import (
@@ -39,11 +40,11 @@ from fedpipe.distributed.signals import (
     stop_signals,
 )
 from fedpipe.errors import ConfigError, FedPipeError
-from fedpipe.printable import printable
 from fedpipe.report.console import RunConsole
 from fedpipe.report.format import count
 from fedpipe.report.writer import METRICS_FILE
 from fedpipe.run.run_dir import locked
+from fedpipe.terminal import show
 
 PRELOAD = (
     "fedpipe.commands.evaluate.cell",
@@ -56,6 +57,86 @@ PRELOAD = (
 """What the fork server imports before the first cell; other families are imported by theirs."""
 _LOOK_S = 1.0
 """How often the progress of running cells is looked at."""
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fedpipe evaluate``."""
+    options.add_path(command, "--config", metavar="FILE", help="YAML with a section evaluation")
+    options.add_directory(command, default="runs/NAME-evaluation")
+    add_choice(command)
+    options.add_path(
+        command,
+        "--compare",
+        metavar="RUN",
+        nargs=2,
+        help="differences between two evaluations (RUN:MODEL where one has several, RUN:MODEL,MODEL"
+        " for one method with several seeds of pre-training); starts nothing",
+    )
+    options.add_parallel(command)
+
+
+def add_choice(command: argparse.ArgumentParser) -> None:
+    """Declare which models are scored, on which tasks, with which seeds."""
+    options.add_path(
+        command,
+        "--model",
+        metavar="FOLDER",
+        action="append",
+        help="Hugging Face folder, or a run with an export; several are compared in one table;"
+        " default: runs/quickstart",
+    )
+    command.add_argument(
+        "--tasks",
+        metavar="NAME,NAME",
+        help="tasks, see docs/how-to/evaluate.md; default: ncbi-disease",
+    )
+    options.add_path(
+        command,
+        "--data",
+        metavar="DIR",
+        help="folder with the tasks' files, or hf:NAME; default: a packaged slice",
+    )
+    options.add_seeds(command, text="fine-tune each once per seed; default: 0")
+
+
+def choice_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of ``EvaluationConfig`` that the arguments set."""
+    chosen: dict[str, Any] = {}
+    if args.model:
+        chosen["models"] = tuple(args.model)
+    if args.tasks is not None:
+        chosen["tasks"] = tuple(name.strip() for name in args.tasks.split(",") if name.strip())
+    if args.data is not None:
+        chosen["data"] = args.data
+    if args.seeds is not None:
+        chosen["seeds"] = options.seeds(args.seeds)
+    return chosen
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate what the arguments say, run one cell again, or compare two evaluations."""
+    if args.compare:
+        return _compare(args.compare, args.run_dir)
+    if args.run_dir and os.path.isfile(Path(args.run_dir) / "cell.json"):
+        return run_one(args.run_dir)
+    return evaluate(
+        args.config,
+        args.overrides,
+        args.run_dir,
+        chosen=choice_of(args),
+        parallel=args.parallel,
+    )
+
+
+def _compare(runs: Sequence[str], run_dir: str | None) -> int:
+    from fedpipe.commands.evaluate import compare
+
+    content = compare.compare(*runs)
+    show(compare.terminal_text(content))
+    if run_dir:
+        compare.write_comparison(content, Path(run_dir))
+        show(f"report  {Path(run_dir) / 'comparison.html'}")
+    return 0
 
 
 def evaluate(
@@ -173,7 +254,7 @@ def run_one(run_dir: str) -> int:
     from fedpipe.commands.evaluate.cell import run_cell
 
     result = run_cell(Path(run_dir))
-    sys.stdout.write(f"{printable(outcome_text(result))}\n")
+    show(outcome_text(result))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 from fedpipe.cluster.fork_server import fork_server
 from fedpipe.cluster.supervisor import supervise
 from fedpipe.cluster.worker import FINETUNE_PRELOAD
+from fedpipe.commands import options
 from fedpipe.commands.finetune.grid import (
     EXAMPLE,
     Cell,
@@ -23,13 +25,32 @@ from fedpipe.commands.finetune.grid import (
     write_cells,
 )
 from fedpipe.commands.study.axes import check_grid, parse_grid
-from fedpipe.config.finetune import load_finetune
+from fedpipe.config.finetune import finetune_presets, load_finetune
 from fedpipe.config.tree import parse_override
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import ConfigError
 from fedpipe.report.console import RunConsole, refused_lines
 from fedpipe.run.run_dir import locked
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fedpipe finetune``."""
+    options.add_run(command, presets=f"a published study: {', '.join(finetune_presets())}")
+    text = "count what every method trains on every family's base model; start nothing"
+    command.add_argument("--count", action="store_true", help=text)
+    options.add_grid(
+        command,
+        text="run every combination of the values, one after the other, and compare them:"
+        " method.name=lora,full seed=0,1",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fine-tune what the arguments say, or count."""
+    if args.count:
+        return count_here()
+    return finetune(args.config, args.overrides, args.run_dir, preset=args.preset, axes=args.grid)
 
 
 def finetune(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import shlex
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.cluster.supervisor import set_up_here, supervise
+from fedpipe.commands import options
 from fedpipe.data.blocks import load_prepared
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.distributed.topology import Grid
@@ -16,6 +18,17 @@ from fedpipe.federation.cohort import steps_per_round
 from fedpipe.report.console import RunConsole
 from fedpipe.report.samples import samples_text
 from fedpipe.run.run_dir import RunSetup, is_done, locked
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fedpipe pretrain``."""
+    options.add_run(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Pre-train what the arguments say."""
+    options.checked_config(args)
+    return pretrain(args.config, args.overrides, args.run_dir, preset=args.preset)
 
 
 def pretrain(

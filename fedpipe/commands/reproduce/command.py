@@ -6,6 +6,7 @@ fine-tuned and scored, a process per core or GPU. All processes are forked from 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -16,9 +17,11 @@ from pathlib import Path
 from fedpipe.cluster.fork_server import fork_server
 from fedpipe.cluster.supervisor import set_up_here
 from fedpipe.cluster.worker import PRELOAD as TRAINING_PRELOAD
+from fedpipe.commands import options
 from fedpipe.commands.evaluate.command import PRELOAD, run_cells
 from fedpipe.commands.evaluate.setup import Evaluation, set_up_evaluation
 from fedpipe.commands.pretrain.command import train
+from fedpipe.commands.reproduce.config import EXPERIMENTS, SCALES
 from fedpipe.commands.reproduce.report import blocks, draw_losses, draw_scores, terminal_text
 from fedpipe.commands.reproduce.results import Content, read_curves, summarise, wanted_models
 from fedpipe.commands.reproduce.setup import (
@@ -53,6 +56,42 @@ _CAPTIONS = {
     "one is the untrained model.",
     "loss.png": "Masked-LM loss of the final head against pre-training time.",
 }
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fedpipe reproduce``."""
+    command.add_argument(
+        "experiment", metavar="EXPERIMENT", choices=EXPERIMENTS,
+        help=f"what to reproduce: {', '.join(EXPERIMENTS)}",
+    )  # fmt: skip
+    add_scale(command)
+    options.add_path(
+        command,
+        "--data",
+        metavar="DIR",
+        help="folder with the files of the eight tasks; default: a packaged slice of one",
+    )
+    options.add_seeds(command, text="pre-train every system once per seed; default: 0")
+    options.add_directory(command, default="runs/EXPERIMENT-SCALE")
+
+
+def add_scale(command: argparse.ArgumentParser) -> None:
+    """Declare how large a reproduction is."""
+    command.add_argument(
+        "--scale", choices=SCALES, help="of a reproduction; default: that of DIR, else tiny"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reproduce what the arguments say."""
+    return reproduce(
+        args.experiment,
+        args.overrides,
+        args.run_dir,
+        scale=args.scale,
+        data=args.data,
+        seeds=None if args.seeds is None else options.seeds(args.seeds),
+    )
 
 
 def reproduce(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedpipe.commands import options
 from fedpipe.commands.study.pool import (
     CellRunner,
     again,
@@ -21,6 +23,29 @@ from fedpipe.errors import ConfigError, FedPipeError
 from fedpipe.report.console import RunConsole
 from fedpipe.report.format import count, number
 from fedpipe.run.run_dir import locked
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fedpipe sweep``."""
+    options.add_run(command)
+    options.add_grid(
+        command,
+        text="every combination of the values is a run: pipeline.cut=[2],[4] seed=0,1,2; default:"
+        " that of the sweep in DIR",
+    )
+    options.add_parallel(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the sweep that the arguments say."""
+    return sweep(
+        args.config,
+        args.overrides,
+        args.grid,
+        args.run_dir,
+        preset=args.preset,
+        parallel=args.parallel,
+    )
 
 
 def sweep(

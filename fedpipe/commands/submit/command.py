@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,9 @@ from typing import Any
 from fedpipe.cluster.external import RunRequest
 from fedpipe.cluster.follow import Shows
 from fedpipe.cluster.submit import Cluster, Run, submit
+from fedpipe.commands import options
 from fedpipe.commands.evaluate import gather as evaluations
+from fedpipe.commands.evaluate.command import add_choice, choice_of
 from fedpipe.commands.evaluate.report import outcome_text, terminal_text
 from fedpipe.commands.evaluate.setup import read_evaluation, set_up_evaluation
 from fedpipe.commands.finetune.command import (
@@ -26,13 +29,14 @@ from fedpipe.commands.finetune.command import (
 )
 from fedpipe.commands.finetune.report import outcome_text as outcome_of_finetuning
 from fedpipe.commands.pretrain.setup import reserve
-from fedpipe.commands.reproduce.command import is_reproduced, reproduced_lines
+from fedpipe.commands.reproduce.command import add_scale, is_reproduced, reproduced_lines
 from fedpipe.commands.reproduce.config import EXPERIMENTS
 from fedpipe.commands.reproduce.setup import plan_reproduction
 from fedpipe.commands.study.array import Array, ArrayCell, submit_array
 from fedpipe.commands.study.report import read_result
 from fedpipe.commands.study.sweep import gather, prepare_texts, set_up_sweep
 from fedpipe.commands.throughput import page
+from fedpipe.commands.throughput.command import add_settings, settings_of
 from fedpipe.commands.throughput.report import single_replica
 from fedpipe.config.finetune import load_finetune
 from fedpipe.config.schema import RunConfig
@@ -46,6 +50,10 @@ from fedpipe.run.run_dir import (
     is_done,
     resolve_config,
 )
+from fedpipe.terminal import show as show_line
+
+_TASKS = ("pretrain", "throughput", "sweep", "evaluate", "finetune", "reproduce")
+"""Commands that can be jobs."""
 
 _OPTIONS = {
     "models": ("--model", ("evaluate",)),
@@ -59,6 +67,55 @@ _ONE_TASK = Grid(num_stages=1, num_replicas=1, data_parallel_degree=1)
 
 Show = Callable[[str], None]
 """Shows a line."""
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fedpipe submit``: those of every task that can be a job."""
+    command.add_argument(
+        "task", metavar="TASK", choices=_TASKS, help=f"what to run: {', '.join(_TASKS)}"
+    )
+    options.add_run(command)
+    add_settings(command)
+    options.add_path(
+        command, "--profile", metavar="FILE", help="what a node of the site is; see slurm/profiles"
+    )
+    command.add_argument(
+        "--cluster",
+        choices=("slurm", "local", "debug"),
+        default="slurm",
+        help="slurm (default), local: this machine, debug: this process",
+    )
+    command.add_argument(
+        "--follow", action="store_true", help="show the progress; the exit code is the job's"
+    )
+    add_scale(command)
+    options.add_grid(
+        command,
+        text="sweep and finetune: every combination of the values is a job of an array",
+    )
+    add_choice(command)
+    options.add_parallel(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Submit what the arguments say."""
+    return submit_request(
+        RunRequest(
+            task=args.task,
+            config_path=args.config,
+            overrides=args.overrides,
+            run_dir=args.run_dir,
+            preset=args.preset,
+            settings=settings_of(args),
+        ),
+        axes=args.grid,
+        chosen=choice_of(args) | ({"scale": args.scale} if args.scale else {}),
+        profile_path=args.profile,
+        cluster=args.cluster,
+        parallel=args.parallel,
+        follows=args.follow,
+        show=show_line,
+    )
 
 
 def submit_request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.cluster.supervisor import set_up_here, supervise
+from fedpipe.commands import options
 from fedpipe.commands.study.axes import check_grid, parse_grid
 from fedpipe.commands.study.sweep import (
     Cell,
@@ -43,6 +45,55 @@ from fedpipe.run.run_dir import RunSetup, describe_environment, locked, resolve_
 
 FOLDER = "throughput"
 """Of the reports, in the run directory."""
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fedpipe throughput``."""
+    options.add_run(command)
+    add_settings(command)
+    options.add_grid(
+        command,
+        text="measure every combination of the values, one after the other, and compare them:"
+        " pipeline.cut=[1],[2] pipeline.micro_batch_size=8,16",
+    )
+
+
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """Declare how to measure."""
+    command.add_argument(
+        "--repetitions", metavar="N", type=int, default=6, help="windows per schedule; default: 6"
+    )
+    command.add_argument(
+        "--steps", metavar="N", type=int, default=6, help="local steps per window; default: 6"
+    )
+    command.add_argument(
+        "--emulate-ms",
+        metavar="MS",
+        type=float,
+        default=0.0,
+        help="a layer's forward sleeps this long instead of computing (backward twice that)",
+    )
+
+
+def settings_of(args: argparse.Namespace) -> ThroughputSettings:
+    """Return how to measure, as the arguments say."""
+    return ThroughputSettings(
+        repetitions=args.repetitions, num_steps=args.steps, emulate_ms=args.emulate_ms
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what the arguments say."""
+    if not args.grid:
+        options.checked_config(args)
+    return throughput(
+        args.config,
+        args.overrides,
+        args.run_dir,
+        preset=args.preset,
+        axes=args.grid,
+        settings=settings_of(args),
+    )
 
 
 def throughput(

@@ -1,0 +1,32 @@
+"""``fedpipe export``: the newest checkpoint of a run, as folders that other libraries read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fedpipe.commands import options
+from fedpipe.terminal import show
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fedpipe export``."""
+    options.add_run(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export a run, and show the folders."""
+    for folder in export(options.existing_run(args)):
+        show(str(folder))
+    return 0
+
+
+def export(run_dir: Path) -> list[Path]:
+    """Write the newest checkpoint of a run as folders that other libraries read; return them."""
+    if options.is_finetuning(run_dir):
+        from fedpipe.commands.finetune.finish import export_finetuned
+
+        return export_finetuned(run_dir)
+    from fedpipe.run.export import export_run
+
+    return [export_run(run_dir)]

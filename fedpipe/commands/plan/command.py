@@ -1,0 +1,37 @@
+"""``fedpipe plan``: show what a run will be, and start nothing."""
+
+from __future__ import annotations
+
+import argparse
+
+from fedpipe.commands import options
+from fedpipe.commands.plan.plan import build_plan, render
+from fedpipe.commands.plan.text_facts import render_text, render_uncounted, text_facts
+from fedpipe.terminal import show
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fedpipe plan``."""
+    options.add_run(command)
+    command.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure layers and heads on this machine, and show the cut that balances them",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show the plan of a configuration, or of a run that has been started."""
+    if args.run_dir and not (args.config or args.preset):
+        options.existing_run(args)
+    config = options.checked_config(args)
+    show(render(build_plan(config)))
+    from fedpipe.data.corpus import find_prepared
+
+    data = find_prepared(config)
+    show(render_text(text_facts(data), config) if data else render_uncounted())
+    if args.measure:
+        from fedpipe.commands.plan.cut import choose_cut, measure_here
+
+        choose_cut(config, measure=measure_here, notify=show)
+    return 0

@@ -1,0 +1,31 @@
+"""``fedpipe report``: report.html, report.md and the plots of a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fedpipe.commands import options
+from fedpipe.terminal import show
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fedpipe report``."""
+    options.add_run(command)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the report of a run, and show where it is."""
+    show(str(report(options.existing_run(args))))
+    return 0
+
+
+def report(run_dir: Path) -> Path:
+    """Write the report of a run; return its page."""
+    if options.is_finetuning(run_dir):
+        from fedpipe.commands.finetune.report import write_finetune_report
+
+        return write_finetune_report(run_dir)
+    from fedpipe.commands.pretrain.report import write_report
+
+    return write_report(run_dir)
