@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache, partial, reduce
 from importlib import resources
@@ -21,29 +21,18 @@ from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.paths import expanded, is_path
 from fedpipe.config.require import require
-from fedpipe.config.schema import RunConfig
+from fedpipe.config.schema import OpenCut, RunConfig
 from fedpipe.config.tree import Node, dump, merge, parse, parse_override, read_text, wrap
 from fedpipe.errors import ConfigError
 
 PACKAGED_CONFIG = "quickstart.yaml"
 """What ``load_config`` reads when it is given neither preset nor file."""
 
-ChooseCut = Callable[[RunConfig], tuple[int, ...]]
-"""Takes a configuration whose layers are spread evenly; returns a cut into as many stages."""
 _AUTO = re.compile(r"auto(?::(\d+))?")
 
 
-def keep_cut(config: RunConfig) -> tuple[int, ...]:
-    """Leave the layers spread evenly: the ``ChooseCut`` of those who measure nothing."""
-    return config.pipeline.cut
-
-
 def load_config(
-    path: str | None,
-    overrides: Sequence[str],
-    *,
-    preset: str | None = None,
-    choose_cut: ChooseCut = keep_cut,
+    path: str | None, overrides: Sequence[str], *, preset: str | None = None
 ) -> RunConfig:
     """Return the checked configuration of a run.
 
@@ -51,25 +40,18 @@ def load_config(
         path: YAML file; without it and without a preset the packaged quick start is read.
         overrides: ``section.key=value`` each; the value is YAML.
         preset: One of ``preset_names()``; the file is laid over it.
-        choose_cut: Called where the configuration says ``pipeline.cut: auto``, two stages, or
-            ``auto:N``, when everything else has been checked.
 
     Returns:
-        The configuration, with every default in place.
+        The configuration, with every default in place. Where it says ``pipeline.cut: auto``, two
+        stages, or ``auto:N``, its cut is an ``OpenCut``; ``with_cut`` settles it.
 
     Raises:
         ConfigError: A key is unknown, given twice or of the wrong type, values do not fit, or there
             is no such preset.
     """
-    node = _read(path, overrides, preset=preset)
-    num_stages = _stages_of_auto_cut(node)
-    if not num_stages:
-        config = cast(RunConfig, _build(RunConfig, node, key=""))
-        check(config)
-        return config
-    config = _evenly_cut(node, num_stages)
+    config = read_config(path, overrides, preset=preset)
     check(config)
-    return with_cut(config, choose_cut(config))
+    return config
 
 
 def read_config(
@@ -88,9 +70,9 @@ def read_config(
     Raises:
         ConfigError: A key is unknown, given twice or of the wrong type, or there is no such preset.
     """
-    node = _read(path, overrides, preset=preset)
-    num_stages = _stages_of_auto_cut(node)
-    return _evenly_cut(node, num_stages) if num_stages else _build(RunConfig, node, key="")
+    packaged = resources.files("fedpipe.config").joinpath(PACKAGED_CONFIG)
+    node = lay_over(path, overrides, preset=preset, presets=_presets(), packaged=packaged)
+    return cast(RunConfig, build(RunConfig, node))
 
 
 def with_cut(config: RunConfig, cut: tuple[int, ...]) -> RunConfig:
@@ -114,7 +96,7 @@ def _stages_of_auto_cut(node: Node) -> int:
 
 
 def _evenly_cut(node: Node, num_stages: int) -> RunConfig:
-    """Build a configuration whose layers are spread over so many stages."""
+    """Build a configuration with an open cut into so many stages."""
     cut = list(range(1, num_stages))
     node = merge(node, parse_override(f"pipeline.cut={cut}"))
     config = cast(RunConfig, _build(RunConfig, node, key=""))
@@ -122,12 +104,8 @@ def _evenly_cut(node: Node, num_stages: int) -> RunConfig:
     layers = shape.num_hidden_layers
     if num_stages > layers:
         return config  # too many: ``check`` says so
-    return with_cut(config, tuple(stage * layers // num_stages for stage in range(1, num_stages)))
-
-
-def _read(path: str | None, overrides: Sequence[str], *, preset: str | None) -> Node:
-    packaged = resources.files("fedpipe.config").joinpath(PACKAGED_CONFIG)
-    return lay_over(path, overrides, preset=preset, presets=_presets(), packaged=packaged)
+    even = OpenCut(stage * layers // num_stages for stage in range(1, num_stages))
+    return with_cut(config, even)
 
 
 def lay_over(
@@ -197,7 +175,7 @@ def from_dict(data: Mapping[str, Any], *, source: str = "config") -> RunConfig:
     Raises:
         ConfigError: A key is unknown or of the wrong type.
     """
-    return cast(RunConfig, _build(RunConfig, wrap(data, source), key=""))
+    return cast(RunConfig, build(RunConfig, wrap(data, source)))
 
 
 def build(cls: type, node: Node) -> Any:
@@ -210,6 +188,8 @@ def build(cls: type, node: Node) -> Any:
     Raises:
         ConfigError: A key is unknown or of the wrong type, or values do not fit.
     """
+    if cls is RunConfig and (num_stages := _stages_of_auto_cut(node)):
+        return _evenly_cut(node, num_stages)
     return _build(cls, node, key="")
 
 
@@ -454,6 +434,8 @@ def _flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _to_plain(value: Any) -> Any:
     if is_dataclass(value):
         return {field.name: _to_plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, OpenCut):
+        return str(value)
     if isinstance(value, tuple):
         return [_to_plain(item) for item in value]
     return value

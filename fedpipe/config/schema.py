@@ -153,6 +153,16 @@ class DataConfig:
         return self.sequence_length if self.padded_length else 0
 
 
+class OpenCut(tuple[int, ...]):
+    """A cut that nobody has chosen yet (``auto``); until then the layers are spread evenly."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """Return it as in a file."""
+        return f"auto:{len(self) + 1}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineConfig:
     """How the model is cut into stages and how micro-batches move through them."""
@@ -242,6 +252,11 @@ class PipelineConfig:
             self.head_location,
             "Add a cut, or lower pipeline.num_client_stages.",
         )
+
+    @property
+    def is_open(self) -> bool:
+        """The cut is still to be chosen."""
+        return isinstance(self.cut, OpenCut)
 
     @property
     def num_stages(self) -> int:

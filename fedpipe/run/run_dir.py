@@ -207,7 +207,6 @@ def resolve_config(
     run_dir: str | None,
     *,
     preset: str | None = None,
-    choose_cut: load.ChooseCut = load.keep_cut,
 ) -> tuple[RunConfig, Path, bool]:
     """Find the configuration, the directory, and whether a run is there already; writes nothing.
 
@@ -216,7 +215,6 @@ def resolve_config(
         overrides: ``section.key=value``.
         run_dir: Directory of the run, or None for ``runs/NAME``.
         preset: What the YAML is laid over, or None.
-        choose_cut: Called where the cut is left open and no run in the directory has settled it.
 
     Raises:
         FedPipeError: The configuration is wrong, or is not that of the run in the directory.
@@ -226,23 +224,23 @@ def resolve_config(
     base = saved if not (config_path or preset) and os.path.isfile(saved) else config_path
     name = "" if run_dir else load.read_config(base, overrides, preset=preset).name
     directory = Path(run_dir or Path("runs") / name)
-
-    def settled_or_chosen(config: RunConfig) -> tuple[int, ...]:
-        if has_begun(directory) and os.path.isfile(directory / "config.yaml"):
-            saved_cut = load.read_config(str(directory / "config.yaml"), []).pipeline.cut
-            if len(saved_cut) == len(config.pipeline.cut):
-                return saved_cut
-        return choose_cut(config)
-
-    config = load.load_config(base, overrides, preset=preset, choose_cut=settled_or_chosen)
+    config = load.load_config(base, overrides, preset=preset)
     if os.path.isfile(directory / "config.yaml"):
         saved_config = load.read_config(str(directory / "config.yaml"), [])
         if has_begun(directory):
+            config = _settled(config, saved_config)
             free = may_change("pretrain", [directory])
             check_config(directory, saved_config, config, may_change=free)
         return config, directory, True
     check_new(directory)
     return config, directory, False
+
+
+def _settled(config: RunConfig, saved: RunConfig) -> RunConfig:
+    """Take the cut of a run that has begun, where a configuration leaves it open."""
+    cut = saved.pipeline.cut
+    fits = config.pipeline.is_open and len(cut) == len(config.pipeline.cut)
+    return load.with_cut(config, cut) if fits else config
 
 
 def check_new(directory: Path) -> None:

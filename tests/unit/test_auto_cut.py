@@ -10,6 +10,7 @@ import pytest
 
 from fedpipe.commands.plan.costs.layers import LayerCosts, best_cut, cut_lines
 from fedpipe.commands.plan.costs.measure import measure_layer_costs
+from fedpipe.commands.pretrain.setup import set_up
 from fedpipe.commands.study.sweep import set_up_sweep
 from fedpipe.commands.throughput.command import throughput
 from fedpipe.commands.throughput.report import ThroughputSettings
@@ -26,29 +27,47 @@ TINY = (
 )  # fmt: skip
 
 
-def never(config: RunConfig) -> tuple[int, ...]:
-    raise AssertionError("nobody was to choose a cut")
-
-
 @pytest.mark.parametrize(
     ("auto", "even"), [("auto", (3,)), ("auto:2", (3,)), ("auto:4", (1, 3, 4))]
 )
-def test_whoever_measures_chooses_from_an_even_cut_that_has_passed_all_checks(
-    auto: str, even: tuple[int, ...]
+def test_an_open_cut_is_even_has_passed_all_checks_and_is_written_down_as_open(
+    auto: str, even: tuple[int, ...], tmp_path: Path
 ) -> None:
+    config = load.load_config(None, [*TINY, f"pipeline.cut={auto}"])
+    assert config.pipeline.is_open
+    assert config.pipeline.cut == even
+    (tmp_path / "config.yaml").write_text(load.to_yaml(config))
+    for again in (
+        load.load_config(str(tmp_path / "config.yaml"), []), load.from_dict(load.to_dict(config)),
+    ):  # fmt: skip
+        assert again == config and again.pipeline.is_open
+    with pytest.raises(ConfigError, match=r"pipeline\.wire"):
+        overrides = [*TINY, f"pipeline.cut={auto}", "pipeline.wire=[bf16,bf16,bf16,bf16]"]
+        load.load_config(None, overrides)
+
+
+def test_a_settled_cut_is_a_list() -> None:
+    config = load.load_config(None, [*TINY, "pipeline.cut=auto"])
+    settled = load.with_cut(config, (5,))
+    assert not settled.pipeline.is_open
+    assert settled == load.load_config(None, [*TINY, "pipeline.cut=[5]"])
+
+
+def test_whoever_measures_chooses_once_and_the_run_keeps_the_choice(tmp_path: Path) -> None:
     seen = []
 
     def choose(config: RunConfig) -> tuple[int, ...]:
         seen.append(config.pipeline.cut)
-        return tuple(cut + 1 for cut in config.pipeline.cut)
+        return (5,)
 
-    config = load.load_config(None, [*TINY, f"pipeline.cut={auto}"], choose_cut=choose)
-    assert seen == [even]
-    assert config.pipeline.cut == tuple(cut + 1 for cut in even)
-    assert load.load_config(None, [*TINY, f"pipeline.cut={auto}"]).pipeline.cut == even
-    with pytest.raises(ConfigError, match=r"pipeline\.wire"):
-        overrides = [*TINY, f"pipeline.cut={auto}", "pipeline.wire=[bf16,bf16,bf16,bf16]"]
-        load.load_config(None, overrides, choose_cut=never)
+    overrides = [*TINY, "pipeline.cut=auto", f"data.cache_dir={tmp_path}/cache"]
+    setup = set_up(
+        None, overrides, str(tmp_path / "run"), notify=lambda line: None, choose_cut=choose
+    )
+    assert seen == [(3,)]
+    saved = load.load_config(str(tmp_path / "run/config.yaml"), [])
+    assert setup.config == saved
+    assert (saved.pipeline.cut, saved.pipeline.is_open) == ((5,), False)
 
 
 @pytest.mark.parametrize("wrong", ["auto:1", "auto:x", "automatic", "auto:"])
@@ -60,21 +79,18 @@ def test_another_word_is_refused(wrong: str) -> None:
 
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"pipeline.cut: expected at most 6 stages"):
-        load.load_config(None, [*TINY, "pipeline.cut=auto:7"], choose_cut=never)
+        load.load_config(None, [*TINY, "pipeline.cut=auto:7"])
 
 
-def test_a_run_that_has_begun_keeps_its_cut_and_any_other_is_measured(tmp_path: Path) -> None:
+def test_a_run_that_has_begun_keeps_its_cut_and_any_other_is_open(tmp_path: Path) -> None:
     overrides = [*TINY, "pipeline.cut=auto"]
     saved = load.load_config(None, [*TINY, "pipeline.cut=[5]"])
     (tmp_path / "config.yaml").write_text(load.to_yaml(saved))
 
-    def resolved(choose: load.ChooseCut) -> tuple[int, ...]:
-        config = resolve_config(None, overrides, str(tmp_path), choose_cut=choose)[0]
-        return config.pipeline.cut
-
-    assert resolved(lambda config: (1,)) == (1,)
+    assert resolve_config(None, overrides, str(tmp_path))[0].pipeline.is_open
     (tmp_path / "metrics.jsonl").touch()
-    assert resolved(never) == (5,)
+    pipeline = resolve_config(None, overrides, str(tmp_path))[0].pipeline
+    assert (pipeline.cut, pipeline.is_open) == ((5,), False)
 
 
 def test_a_sweep_and_a_grid_of_measurements_want_a_list(tmp_path: Path) -> None:

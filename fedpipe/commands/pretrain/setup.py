@@ -38,7 +38,7 @@ def set_up(
     notify: Callable[[str], None],
     progress: Callable[[str, int, int], None] | None = None,
     on_checked: Callable[[], None] = lambda: None,
-    choose_cut: load.ChooseCut = load.keep_cut,
+    choose_cut: Callable[[RunConfig], tuple[int, ...]] = lambda even: tuple(even.pipeline.cut),
 ) -> RunSetup:
     """Resolve the configuration, refuse what cannot work, prepare the text, write the directory.
 
@@ -50,8 +50,7 @@ def set_up(
         notify: Shows a line to the user.
         progress: Shows the preparation of the text: (label, done, total).
         on_checked: Called when all cheap checks have passed, before the text is prepared.
-        choose_cut: Called next where the configuration leaves the cut open and nothing has been
-            trained yet.
+        choose_cut: Called next where the cut is open.
 
     Returns:
         The setup.
@@ -60,21 +59,12 @@ def set_up(
         FedPipeError: Anything a user can get wrong.
     """
     started_at = time.monotonic()
-    arguments = (config_path, overrides, run_dir)
-    even: list[RunConfig] = []
-
-    def ask_later(config: RunConfig) -> tuple[int, ...]:
-        even.append(config)
-        return config.pipeline.cut
-
-    config, directory, resumed, plan = reserve(
-        *arguments, preset=preset, choose_cut=ask_later, progress=progress
-    )
+    config, directory, resumed = resolve_config(config_path, overrides, run_dir, preset=preset)
+    plan = reserve(config, directory, progress=progress)
     on_checked()
-    if even:
-        cut = choose_cut(even[0])
-        plan = reserve(*arguments, preset=preset, choose_cut=lambda config: cut)[3]
-        config = load.with_cut(config, cut)
+    if config.pipeline.is_open:
+        config = load.with_cut(config, choose_cut(config))
+        plan = reserve(config, directory)
     checkpoint = resume_from(directory, notify=notify) if resumed else None
     notify(plan)
     data = prepare(config, progress=progress)
@@ -93,29 +83,20 @@ def set_up(
     )
 
 
-def reserve(
-    config_path: str | None,
-    overrides: Sequence[str],
-    run_dir: str | None,
-    *,
-    preset: str | None = None,
-    choose_cut: load.ChooseCut = load.keep_cut,
-    progress: Progress | None = None,
-) -> tuple[RunConfig, Path, bool, str]:
+def reserve(config: RunConfig, directory: Path, *, progress: Progress | None = None) -> str:
     """Check a run and write its configuration down; whoever has the directory can then run it.
 
-    Arguments are those of ``resolve_config``, and ``progress``, which is called while the files of
-    a run that has begun are hashed.
+    Args:
+        config: From ``resolve_config``.
+        directory: Likewise.
+        progress: Called while the files of a run that has begun are hashed.
 
     Returns:
-        The configuration, the directory, whether a run was there already, and the plan for people.
+        The plan for people.
 
     Raises:
-        FedPipeError: Anything a user can get wrong, but for the text of a new run.
+        FedPipeError: Anything that a user can get wrong, except the text of a new run.
     """
-    config, directory, resumed = resolve_config(
-        config_path, overrides, run_dir, preset=preset, choose_cut=choose_cut
-    )
     load.check(config)
     deepspeed_dict = deepspeed_config(config)
     check_sources(config)
@@ -127,4 +108,4 @@ def reserve(
     write_text(directory / "config.yaml", load.to_yaml(config))
     write_text(directory / DEEPSPEED_FILE, json.dumps(deepspeed_dict, indent=2) + "\n")
     write_text(directory / "plan.txt", plan + "\n")
-    return config, directory, resumed, plan
+    return plan

@@ -111,9 +111,7 @@ def set_up_sweep(
     def configure(own: Sequence[str]) -> RunConfig:
         if saved and run_dir and not (config_path or preset):
             return _lay_over(saved[1], [*overrides, *own], source=directory / SWEEP_FILE)
-        return load.load_config(
-            config_path, [*overrides, *own], preset=preset, choose_cut=refuse_open_cut
-        )
+        return load.load_config(config_path, [*overrides, *own], preset=preset)
 
     cells = make_cells(grid, directory / "cells", configure)
     check_distinct(cells)
@@ -123,16 +121,13 @@ def set_up_sweep(
     return Sweep(directory=directory, grid=grid, cells=cells)
 
 
-def refuse_open_cut(config: RunConfig) -> tuple[int, ...]:
-    """Refuse ``pipeline.cut: auto``: cells that measured it could each be cut elsewhere.
-
-    Raises:
-        ConfigError: Always.
-    """
-    raise ConfigError(
-        "pipeline.cut: expected a list, the same wherever a cell runs, got auto. Find one with "
-        "fedpipe plan --measure."
-    )
+def _refuse_open_cut(config: RunConfig) -> None:
+    """Refuse ``pipeline.cut: auto``: cells that measured it could each be cut elsewhere."""
+    if config.pipeline.is_open:
+        raise ConfigError(
+            "pipeline.cut: expected a list, the same wherever a cell runs, got auto. Find one with "
+            "fedpipe plan --measure."
+        )
 
 
 def make_cells(
@@ -158,6 +153,7 @@ def make_cells(
         name = _folder_name(keys, values)
         try:
             config = configure(own)
+            _refuse_open_cut(config)
             check_sources(config)
             build_plan(config)
         except FedPipeError as error:

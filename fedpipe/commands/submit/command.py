@@ -196,14 +196,9 @@ def pipeline_run(request: RunRequest) -> Run:
     Raises:
         FedPipeError: What the user can mend.
     """
-    overrides: list[str] = []  # for the job
-
-    def ask_the_job(config: RunConfig) -> tuple[int, ...]:
-        overrides.append(f"pipeline.cut=auto:{config.pipeline.num_stages}")
-        return config.pipeline.cut
-
-    arguments = (request.config_path, request.overrides, request.run_dir)
-    config, run_dir, _ = resolve_config(*arguments, preset=request.preset, choose_cut=ask_the_job)
+    config, run_dir, _ = resolve_config(
+        request.config_path, request.overrides, request.run_dir, preset=request.preset
+    )
     check_same_content(run_dir, config)
     pretrains = request.task == "pretrain"
     grid = Grid.from_config(config if pretrains else single_replica(config))
@@ -212,10 +207,8 @@ def pipeline_run(request: RunRequest) -> Run:
         name=config.name,
         grid=grid,
         is_done=lambda: pretrains and is_done(run_dir, num_rounds=config.federation.num_rounds),
-        request=replace(
-            request, config_path=None, overrides=overrides, preset=None, run_dir=str(run_dir)
-        ),
-        reserve=lambda: reserve(*arguments, preset=request.preset)[3],
+        request=replace(request, config_path=None, overrides=(), preset=None, run_dir=str(run_dir)),
+        reserve=partial(reserve, config, run_dir),
         console=partial(_console, config, grid),
         closing=partial(_closing_lines, run_dir, request.task),
     )

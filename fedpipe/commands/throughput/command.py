@@ -17,7 +17,6 @@ from fedpipe.commands.study.sweep import (
     check_distinct,
     make_cells,
     prepare_texts,
-    refuse_open_cut,
 )
 from fedpipe.commands.throughput.files import write_documents, write_files
 from fedpipe.commands.throughput.page import Report, terminal_text
@@ -180,9 +179,7 @@ def _cells(
     check_grid(grid, overrides)
 
     def configure(own: Sequence[str]) -> RunConfig:
-        config, _, _ = resolve_config(
-            config_path, [*overrides, *own], run_dir, preset=preset, choose_cut=refuse_open_cut
-        )
+        config, _, _ = resolve_config(config_path, [*overrides, *own], run_dir, preset=preset)
         single_replica(config)
         return config
 
