@@ -12,7 +12,7 @@ NUM_STAGES, NUM_REPLICAS, NUM_CLIENTS, NUM_LOCAL_STEPS = 2, 2, 6, 20
 TOKENS_PER_STEP = 4096
 ACTIVATION_BYTES = 4 * TOKENS_PER_STEP * 128
 PLAN = """\
-fedpipe 0.1.0  quickstart  4 processes = 2 replicas x 2 stages x 1 data
+fedpipe 0.2.0  quickstart  4 processes = 2 replicas x 2 stages x 1 data
   stage 0  client   embeddings, layers 0-1, aux_head       2.6 M parameters
   stage 1  server   layers 2-3, lm_head                    1.5 M parameters
   batch    32 sequences = 4 micro-batches x 8 x 1 data     128 tokens per sequence
@@ -190,7 +190,7 @@ def make_run_dir(run_dir: Path, *, end_to_end: bool = False, complete: bool = Tr
     (run_dir / "plan.txt").write_text(PLAN, encoding="utf-8")
     environment = {
         "versions": {
-            "fedpipe": "0.1.0",
+            "fedpipe": "0.2.0",
             "python": "3.11.4",
             "torch": "2.13.0",
             "deepspeed": "0.19.8",

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -120,21 +116,3 @@ def test_every_preset_says_where_it_is_from_and_what_it_corrects(name: str) -> N
     header = (FILES / f"{name}.yaml").read_text(encoding="utf-8").partition("\nname:")[0]
     for word in ("# Source: ", "# Corrected here:", "# Not published, chosen here: "):
         assert word in header
-
-
-def test_an_installed_package_brings_the_presets(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("fedpipe", "launch"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(REPOSITORY / name, source / name, symlinks=True, ignore=ignored)
-    for name in ("setup.cfg", "pyproject.toml", "README.md"):
-        shutil.copy(REPOSITORY / name, source)
-    script = "from setuptools import build_meta; build_meta.build_wheel('.')"
-    subprocess.run(
-        [sys.executable, "-c", script], cwd=source, check=True, capture_output=True, timeout=60
-    )
-    (wheel,) = source.glob("*.whl")
-    for name in preset_names():
-        packed = zipfile.ZipFile(wheel).read(f"fedpipe/config/presets/{name}.yaml")
-        assert packed == (FILES / f"{name}.yaml").read_bytes()
