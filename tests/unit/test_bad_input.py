@@ -14,6 +14,7 @@ from fedpipe.config.load import from_dict, load_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import ModelConfig
 from fedpipe.errors import ConfigError
+from tests.helpers.cases import every
 
 
 def message(overrides: list[str], path: str | None = None) -> str:
@@ -154,7 +155,7 @@ FEDERATIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("overrides", "expected"), FEDERATIONS, ids=[" ".join(o) for o, _ in FEDERATIONS])  # fmt: skip
+@every(("overrides", "expected"), FEDERATIONS)
 def test_a_federation_that_makes_no_sense_is_refused(overrides: list[str], expected: str) -> None:
     assert expected in message([f"federation.{override}" for override in overrides])
 
@@ -173,7 +174,7 @@ def test_a_shared_server_needs_stages_that_it_can_share() -> None:
     load_config(None, [shared, *at_home])
 
 
-@pytest.mark.parametrize(
+@every(
     ("override", "expected"),
     [
         (
@@ -205,7 +206,7 @@ def test_zero_hides_gradients_that_a_head_at_home_adds_to_the_embedding(tmp_path
     load_config(None, [*overrides, "model.tie_word_embeddings=false"])
 
 
-@pytest.mark.parametrize(("override", "expected"), OVERRIDES, ids=[o for o, _ in OVERRIDES])
+@every(("override", "expected"), OVERRIDES)
 def test_a_bad_override_is_refused(override: str, expected: str) -> None:
     assert expected in message([override])
 
@@ -231,7 +232,7 @@ FILES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "expected"), FILES, ids=[t for t, _ in FILES])
+@every(("text", "expected"), FILES)
 def test_a_bad_file_is_refused_with_its_line(text: str, expected: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text, encoding="utf-8")
@@ -267,7 +268,7 @@ ROBERTA = {"model_type": "roberta", "num_hidden_layers": 2, "hidden_size": 32,
            "max_position_embeddings": 514}  # fmt: skip
 
 
-@pytest.mark.parametrize(
+@every(
     ("content", "expected"),
     [
         ("{", "expected JSON in"),
@@ -362,7 +363,7 @@ FIELDS = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "expected"), FIELDS, ids=[str(f)[:40] for f, _ in FIELDS])
+@every(("fields", "expected"), FIELDS)
 def test_a_field_that_the_stages_do_not_honour_is_refused_by_name(
     fields: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
@@ -372,7 +373,7 @@ def test_a_field_that_the_stages_do_not_honour_is_refused_by_name(
     assert text.startswith("model.path: expected ")
 
 
-@pytest.mark.parametrize(
+@every(
     "name",
     [
         "roberta.encoder.layer.2.output.dense.bias",
@@ -392,7 +393,7 @@ def test_a_tensor_of_a_layer_that_would_be_left_out_is_refused(name: str, tmp_pa
     )
 
 
-@pytest.mark.parametrize(
+@every(
     ("name", "shape", "expected"),
     [
         (
@@ -462,7 +463,7 @@ JSONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("content", "expected"), JSONS, ids=[e[:50] for _, e in JSONS])
+@every(("content", "expected"), JSONS)
 def test_a_json_that_couples_stages_or_is_wrong_is_refused(
     content: Any, expected: str, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 from fedpipe.models.split import StageRole, StageSpec, placement
 from fedpipe.pipeline import schedule as ops
 from fedpipe.pipeline.schedule import SCHEDULES, evaluation, rank_stream
+from tests.helpers.cases import every
 from tests.helpers.tiny import stage_chain
 
 GRIDS = list(itertools.product((1, 2, 3, 4), (1, 2, 3, 4, 5, 6)))
@@ -59,14 +60,14 @@ def deepspeed_order(stage: int, stages: int, micro_batches: int) -> list[tuple[s
     return order
 
 
-@pytest.mark.parametrize(("stages", "micro_batches"), GRIDS)
+@every(("stages", "micro_batches"), GRIDS)
 def test_1f1b_is_deepspeeds_train_schedule(stages: int, micro_batches: int) -> None:
     for stage, stream in enumerate(streams("1f1b", stages, micro_batches)):
         ours = [(type(i).__name__, getattr(i, "micro_batch", -1)) for i in stream]
         assert ours == deepspeed_order(stage, stages, micro_batches)
 
 
-@pytest.mark.parametrize(("stages", "micro_batches"), GRIDS)
+@every(("stages", "micro_batches"), GRIDS)
 def test_streaming_never_moves_a_gradient(stages: int, micro_batches: int) -> None:
     kinds = {type(i) for stream in streams("streaming", stages, micro_batches) for i in stream}
     assert not kinds & {ops.SendGrad, ops.RecvGrad, ops.BackwardPass}
@@ -84,7 +85,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "stages", "micro_batches", "head_location"), CASES)
+@every(("name", "stages", "micro_batches", "head_location"), CASES)
 def test_every_send_meets_its_receive_in_order(
     name: str, stages: int, micro_batches: int, head_location: str
 ) -> None:
@@ -102,7 +103,7 @@ def test_every_send_meets_its_receive_in_order(
     assert all(order == list(range(micro_batches)) for order in sent.values())
 
 
-@pytest.mark.parametrize(("stages", "micro_batches"), GRIDS)
+@every(("stages", "micro_batches"), GRIDS)
 def test_no_gradient_reaches_a_client_stage_of_the_local_loss_stream(
     stages: int, micro_batches: int
 ) -> None:
@@ -148,7 +149,7 @@ def execute(
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
-@pytest.mark.parametrize(("name", "stages", "micro_batches", "head_location"), CASES)
+@every(("name", "stages", "micro_batches", "head_location"), CASES)
 def test_no_schedule_deadlocks(
     name: str, stages: int, micro_batches: int, head_location: str, window: int
 ) -> None:
@@ -198,8 +199,8 @@ def test_stages_of_a_process_ask_for_every_step_when_they_start_it() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize(("stages", "micro_batches"), GRIDS)
+@every("name", SCHEDULES)
+@every(("stages", "micro_batches"), GRIDS)
 def test_every_micro_batch_is_trained_once_and_then_one_step_is_taken(
     name: str, stages: int, micro_batches: int
 ) -> None:

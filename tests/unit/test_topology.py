@@ -10,6 +10,7 @@ import pytest
 from fedpipe.config.schema import FederationConfig, PipelineConfig, RunConfig
 from fedpipe.distributed.topology import AXES, Grid, check_devices, check_gpus
 from fedpipe.errors import TopologyError
+from tests.helpers.cases import every
 
 GRIDS = [Grid(s, r, d) for s, r, d in itertools.product((1, 2, 3), (1, 2, 4), (1, 2))]
 COLOCATED = [Grid(g.num_stages, g.num_replicas, g.data_parallel_degree, True) for g in GRIDS]
@@ -23,7 +24,7 @@ def places(grid: Grid) -> list[tuple[int, int, int]]:
     )
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@every("grid", GRIDS)
 def test_ranks_are_numbered_as_deepspeed_does(grid: Grid) -> None:
     from deepspeed.runtime.pipe.topology import ProcessTopology
 
@@ -36,13 +37,13 @@ def test_ranks_are_numbered_as_deepspeed_does(grid: Grid) -> None:
         )
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@every("grid", GRIDS)
 def test_coordinates_undo_rank(grid: Grid) -> None:
     for stage, replica, data in places(grid):
         assert grid.coordinates(grid.rank(stage, replica, data)) == ((stage,), replica, data)
 
 
-@pytest.mark.parametrize("grid", COLOCATED, ids=str)
+@every("grid", COLOCATED)
 def test_a_colocated_rank_holds_every_stage_of_its_replica(grid: Grid) -> None:
     assert grid.world_size == grid.num_replicas * grid.data_parallel_degree
     for stage, replica, data in places(grid):
@@ -51,7 +52,7 @@ def test_a_colocated_rank_holds_every_stage_of_its_replica(grid: Grid) -> None:
         assert rest == [replica, data]
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@every("grid", GRIDS)
 def test_groups_of_either_axis_partition_the_ranks(grid: Grid) -> None:
     everyone = list(range(grid.world_size))
     replica_groups = [
@@ -88,8 +89,8 @@ def chains(grid: Grid) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("ranks_per_node", [1, 2, 3, 4, 6, 8])
-@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+@every("ranks_per_node", [1, 2, 3, 4, 6, 8])
+@every("stages", [2, 3, 4, 8])
 def test_pipelines_stay_inside_nodes_where_a_multiple_of_the_stages_fits(
     stages: int, ranks_per_node: int
 ) -> None:
@@ -103,11 +104,10 @@ def test_pipelines_stay_inside_nodes_where_a_multiple_of_the_stages_fits(
         assert not Grid(stages, replicas, data, colocate=True).edges_between_nodes(1)
 
 
-@pytest.mark.parametrize("ranks_per_node", [2, 3, 4, 8])
-@pytest.mark.parametrize(
+@every("ranks_per_node", [2, 3, 4, 8])
+@every(
     "grid",
     [Grid(*g) for g in ((2, 4, 1), (2, 3, 1), (2, 2, 2), (3, 2, 1), (4, 1, 2), (8, 1, 1))],
-    ids=str,
 )
 def test_no_other_order_of_the_ranks_has_fewer_edges_between_nodes(
     grid: Grid, ranks_per_node: int
