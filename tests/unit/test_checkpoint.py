@@ -33,6 +33,7 @@ from fedpipe.run.checkpoint import (
     find_round,
     set_aside_later,
 )
+from tests.helpers.cases import every
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny import tiny_config
 
@@ -145,7 +146,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@every("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_and_named(damage: str, tmp_path: Path) -> None:
     writer = _writer(tmp_path)
     first, second = _save(writer, 1), _save(writer, 2)
@@ -307,7 +308,7 @@ def test_a_crash_at_any_moment_of_a_save_leaves_the_checkpoint_before_or_the_new
     assert moments > 60
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@every("damage", DAMAGES)
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(
     damage: str, tmp_path: Path
 ) -> None:
@@ -321,7 +322,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(
         find_latest(tmp_path)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@every("damage", DAMAGES)
 def test_an_older_damaged_checkpoint_stops_neither_saving_nor_pruning(
     damage: str, tmp_path: Path
 ) -> None:
@@ -346,7 +347,7 @@ def test_what_a_killed_save_left_behind_is_no_checkpoint(tmp_path: Path) -> None
     assert not aside.exists()
 
 
-@pytest.mark.parametrize("keep_last", [1, 2, 3])
+@every("keep_last", [1, 2, 3])
 def test_pruning_keeps_the_newest(keep_last: int, tmp_path: Path) -> None:
     writer = _writer(tmp_path, keep_last=keep_last)
     for round_id in range(1, 6):
@@ -356,7 +357,7 @@ def test_pruning_keeps_the_newest(keep_last: int, tmp_path: Path) -> None:
         assert folders == [f"round_{r:06d}" for r in expected]
 
 
-@pytest.mark.parametrize("keep_last", [1, 2, 3])
+@every("keep_last", [1, 2, 3])
 def test_no_client_file_that_a_kept_manifest_lists_is_pruned(
     keep_last: int, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ from fedpipe.config.schema import (
 )
 from fedpipe.config.tree import parse, parse_override
 from fedpipe.errors import ConfigError, FedPipeError
+from tests.helpers.cases import every
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -97,7 +98,7 @@ def test_a_whole_number_is_a_number() -> None:
     assert type(lr) is float
 
 
-@pytest.mark.parametrize("word", ["on", "off", "yes", "no", "12:30", "2024-01-01", "0123", "1_000"])
+@every("word", ["on", "off", "yes", "no", "12:30", "2024-01-01", "0123", "1_000"])
 def test_words_that_yaml_1_1_reads_as_something_else_stay_words(word: str) -> None:
     config = load_config(None, [f"name={word}"])
     assert config.name == word
@@ -163,14 +164,14 @@ def _nested(key: str, text: str) -> str:
 ODD_TEXTS = ["", "1e5", "null", "true", "0x1F", "a: b", "- x", "#", "'", '"', "\n", " a ", "[", "é"]
 
 
-@pytest.mark.parametrize("text", ODD_TEXTS)
+@every("text", ODD_TEXTS)
 def test_round_trip_through_yaml_is_exact_for_odd_texts(text: str, tmp_path: Path) -> None:
     data = DataConfig(train=(text, "x"), text_column=text)
     config = replace(RunConfig(), name=text, data=data)
     assert load_config(yaml_file(tmp_path, to_yaml(config)), []) == config
 
 
-@pytest.mark.parametrize("number", [1e-06, 1e300, 0.1, 1 / 3, 5e-324, 123456789.123])
+@every("number", [1e-06, 1e300, 0.1, 1 / 3, 5e-324, 123456789.123])
 def test_round_trip_through_yaml_is_exact_for_numbers(number: float, tmp_path: Path) -> None:
     config = replace(RunConfig(), optimizer=OptimizerConfig(lr=number, eps=number))
     assert load_config(yaml_file(tmp_path, to_yaml(config)), []) == config

@@ -11,6 +11,7 @@ from fedpipe.commands.finetune.command import check_library, count_here, finetun
 from fedpipe.commands.finetune.grid import Cell, read_cells, write_cells
 from fedpipe.config.finetune import finetune_presets, finetune_yaml, load_finetune
 from fedpipe.errors import CheckpointError, ConfigError
+from tests.helpers.cases import every
 
 WRONG = [
     ("method.nam=full", "method.nam: unknown key in an override. Did you mean method.name?"),
@@ -51,7 +52,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("override", "expected"), WRONG)
+@every(("override", "expected"), WRONG)
 def test_a_wrong_value_is_refused_in_one_line(override: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_finetune(None, [override])
@@ -73,7 +74,7 @@ WRONG_WITH_A_CUT = [
 ]
 
 
-@pytest.mark.parametrize(("override", "expected"), WRONG_WITH_A_CUT)
+@every(("override", "expected"), WRONG_WITH_A_CUT)
 def test_what_a_cut_does_not_go_with_is_refused_in_one_line(override: str, expected: str) -> None:
     cut = [] if override.startswith("pipeline") else ["pipeline.cut=[2]"]
     alone = ["federation.num_replicas=1"]  # what a sequential server needs

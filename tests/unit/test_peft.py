@@ -28,6 +28,7 @@ from fedpipe.models.peft import (
     trainable,
 )
 from fedpipe.models.tuned import FAMILIES, base_config, build_model, check_family, head_names
+from tests.helpers.cases import every
 from tests.helpers.tuned import small_batch, small_config, small_model
 
 NAMES = ("LABEL_0", "LABEL_1", "LABEL_2")
@@ -65,7 +66,7 @@ def logits(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     return model.eval()(**inputs).logits
 
 
-@pytest.mark.parametrize("name", METHODS)
+@every("name", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_method_trains_every_family_and_moves_nothing_else(family: str, name: str) -> None:
     model, batch = tuned(family, name), small_batch()
@@ -85,7 +86,7 @@ def test_every_method_trains_every_family_and_moves_nothing_else(family: str, na
     [("bert", "ner"), ("deberta-v2", "ner"), ("gpt2", "ner"), ("roberta", "regression"),
      ("bart", "regression"), ("gpt2", "causal-lm"), ("llama", "causal-lm")],
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["full", "lora", "pfeiffer"])
+@every("name", ["full", "lora", "pfeiffer"])
 def test_every_kind_of_task_trains(family: str, kind: Any, name: str) -> None:
     losses = train(tuned(family, name, kind), small_batch(kind))
     assert losses[-1] < losses[0]
@@ -96,7 +97,7 @@ def test_the_head_of_a_language_model_stays_frozen_with_an_adapter() -> None:
     assert not [name for name in trained if "lm_head" in name]
 
 
-@pytest.mark.parametrize("name", [m for m in METHODS if m != "full"])
+@every("name", [m for m in METHODS if m != "full"])
 @pytest.mark.parametrize("family", ["bert", "deberta", "gpt2"])
 def test_the_adapter_is_read_by_the_library_alone(family: str, name: str, tmp_path: Path) -> None:
     model, batch = tuned(family, name), small_batch()
@@ -125,7 +126,7 @@ STACKS = [family for family in FAMILIES if family not in WITHOUT]
 IN_LAYERS = [name for name in METHODS if name != "full" and not name.endswith("_inv")]
 
 
-@pytest.mark.parametrize("name", IN_LAYERS)
+@every("name", IN_LAYERS)
 @pytest.mark.parametrize("family", STACKS)
 def test_lower_layers_are_left_out_and_change_nothing(family: str, name: str) -> None:
     model, batch = tuned(family, name, first_layer=1), small_batch()
@@ -156,7 +157,7 @@ def test_lower_layers_that_a_model_has_not_are_refused(
         check_first_layer(small_config(family), first_layer)
 
 
-@pytest.mark.parametrize("name", MERGEABLE)
+@every("name", MERGEABLE)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_model_is_read_by_transformers_alone(
     family: str, name: str, tmp_path: Path

@@ -10,6 +10,7 @@ from fedpipe.commands.plan.plan import build_plan
 from fedpipe.config.load import diff, load_config, preset_names
 from fedpipe.config.schema import RunConfig
 from fedpipe.errors import ConfigError
+from tests.helpers.cases import every
 
 REPOSITORY = Path(__file__).parents[2]
 OVERLAY = str(REPOSITORY / "launch/configs/scaled_down.yaml")
@@ -92,12 +93,12 @@ def test_fedberts_two_strategies_differ_in_the_server_only() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", preset_names())
+@every("name", preset_names())
 def test_labels_stay_at_home_in_every_preset(name: str) -> None:
     assert preset(name).pipeline.head_location == "client"
 
 
-@pytest.mark.parametrize("name", preset_names())
+@every("name", preset_names())
 def test_the_overlay_changes_sizes_and_never_the_method(name: str) -> None:
     whole, scaled = preset(name), preset(name, path=OVERLAY)
     method = {
@@ -111,7 +112,7 @@ def test_the_overlay_changes_sizes_and_never_the_method(name: str) -> None:
     assert scaled.world_size <= 4
 
 
-@pytest.mark.parametrize("name", preset_names())
+@every("name", preset_names())
 def test_every_preset_says_where_it_is_from_and_what_it_corrects(name: str) -> None:
     header = (FILES / f"{name}.yaml").read_text(encoding="utf-8").partition("\nname:")[0]
     for word in ("# Source: ", "# Corrected here:", "# Not published, chosen here: "):

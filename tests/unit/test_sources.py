@@ -10,6 +10,7 @@ from fedpipe.data.corpus import check_sources, prepare
 from fedpipe.data.reading import NO_VALUE, check, read
 from fedpipe.data.sources import Columns, Source, resolve
 from fedpipe.errors import CorpusError
+from tests.helpers.cases import every
 
 TEXT = Columns(text="text", partition="")
 OWNED = Columns(text="text", partition="ward")
@@ -165,7 +166,7 @@ REFUSED_AT_ONCE = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED_AT_ONCE)
+@every("name", REFUSED_AT_ONCE)
 def test_a_bad_source_is_refused_at_once_in_one_line(tmp_path, name):
     content, message = REFUSED_AT_ONCE[name]
     if content is not None:
@@ -188,7 +189,7 @@ REFUSED_WITH_ITS_LINE = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED_WITH_ITS_LINE)
+@every("name", REFUSED_WITH_ITS_LINE)
 def test_prepare_names_the_line_that_cannot_be_used(tmp_path, name):
     line, message = REFUSED_WITH_ITS_LINE[name]
     path = write(tmp_path / name, GOOD + line)

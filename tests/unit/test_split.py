@@ -29,6 +29,7 @@ from fedpipe.models.split import (
     split,
     stage_specs,
 )
+from tests.helpers.cases import every
 
 LAYERS = 4
 CUTS = [cut for n in range(LAYERS + 1) for cut in combinations(range(LAYERS), n)]
@@ -56,7 +57,7 @@ def state(request: pytest.FixtureRequest) -> dict[str, torch.Tensor]:
     return dict(_model(request.param).state_dict())
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
+@every("cut", CUTS)
 def test_merge_undoes_split_bit_for_bit(
     cut: tuple[int, ...], state: dict[str, torch.Tensor]
 ) -> None:
@@ -70,7 +71,7 @@ def test_merge_undoes_split_bit_for_bit(
         assert torch.equal(whole[name], tensor), name
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
+@every("cut", CUTS)
 def test_a_layer_lives_where_the_cut_says(
     cut: tuple[int, ...], state: dict[str, torch.Tensor]
 ) -> None:

@@ -17,6 +17,7 @@ from fedpipe.data.tasks.files import find_files
 from fedpipe.data.tasks.reading import Example, hub_fingerprint, read_task
 from fedpipe.data.tasks.registry import TASKS, find_task, tag_names
 from fedpipe.errors import ConfigError, CorpusError
+from tests.helpers.cases import every
 from tests.helpers.encoders import PACKAGED, write_jsonl
 
 NER = [{"tokens": ["a", "b"], "tags": ["B-Disease", "O"]}]
@@ -140,7 +141,7 @@ GLUE = {
 }
 
 
-@pytest.mark.parametrize("name", GLUE)
+@every("name", GLUE)
 def test_glues_own_tables_are_read_and_its_test_files_have_no_labels(
     name: str, tmp_path: Path
 ) -> None:
@@ -383,7 +384,7 @@ ERRORS: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "make", "expected"), ERRORS)
+@every(("name", "make", "expected"), ERRORS)
 def test_what_is_wrong_with_a_task_is_said_in_one_line(
     name: str, make: Callable[[Path], None], expected: str, tmp_path: Path
 ) -> None:
@@ -481,7 +482,7 @@ BAD_ROWS: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "make", "expected"), BAD_ROWS)
+@every(("name", "make", "expected"), BAD_ROWS)
 def test_a_bad_row_of_50_is_left_out_and_said_with_its_place(
     name: str, make: Callable[[Path], None], expected: str, tmp_path: Path
 ) -> None:

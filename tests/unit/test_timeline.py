@@ -8,6 +8,7 @@ import pytest
 
 from fedpipe.pipeline.schedule import SCHEDULES
 from fedpipe.pipeline.timeline import COMPUTE, StageCost, Timeline, simulate, to_chrome_trace
+from tests.helpers.cases import every
 from tests.helpers.tiny import stage_chain
 
 BALANCED = StageCost(1.0, 2.0)
@@ -22,9 +23,9 @@ def simulated(schedule: str, costs: list[StageCost], **options: float) -> Timeli
     return simulate(schedule, stage_chain(schedule, len(costs)), costs, **options)
 
 
-@pytest.mark.parametrize("in_flight", [1, 2])
-@pytest.mark.parametrize("stages", [1, 2, 4, 8])
-@pytest.mark.parametrize("micro_batches", [1, 4, 8])
+@every("in_flight", [1, 2])
+@every("stages", [1, 2, 4, 8])
+@every("micro_batches", [1, 4, 8])
 def test_1f1b_bubble_is_the_textbook_one(stages: int, micro_batches: int, in_flight: int) -> None:
     # (S - 1) / (M + S - 1), Narayanan et al. 2021, section 2.2.
     expected = 100.0 * (stages - 1) / (micro_batches + stages - 1)
@@ -33,7 +34,7 @@ def test_1f1b_bubble_is_the_textbook_one(stages: int, micro_batches: int, in_fli
     assert timeline.step_s == pytest.approx(3.0 * (micro_batches + stages - 1))
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2, 4, 8, 16])
+@every("micro_batches", [1, 2, 4, 8, 16])
 def test_two_stage_1f1b_idles_one_in_m_plus_one(micro_batches: int) -> None:
     timeline = run("1f1b", 2, micro_batches)
     assert timeline.bubble_pct == pytest.approx(100.0 / (micro_batches + 1))
@@ -43,14 +44,14 @@ def test_four_stages_and_eight_micro_batches_idle_three_elevenths() -> None:
     assert run("1f1b", 4, 8).bubble_pct == pytest.approx(300.0 / 11.0)
 
 
-@pytest.mark.parametrize("stages", [2, 4])
+@every("stages", [2, 4])
 def test_sequential_works_on_one_stage_at_a_time(stages: int) -> None:
     timeline = run("sequential", stages, 4)
     assert timeline.bubble_pct == pytest.approx(100.0 - 100.0 / stages)
 
 
-@pytest.mark.parametrize("in_flight", [1, 2])
-@pytest.mark.parametrize("stages", [1, 2, 4, 8])
+@every("in_flight", [1, 2])
+@every("stages", [1, 2, 4, 8])
 def test_streaming_has_no_bubble_when_balanced(stages: int, in_flight: int) -> None:
     for micro_batches in (1, 4):
         timeline = run("streaming", stages, micro_batches, in_flight=in_flight)
@@ -107,8 +108,8 @@ def u_shape(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4, 8])
-@pytest.mark.parametrize("head_s", [0.2, 0.6])
+@every("micro_batches", [2, 4, 8])
+@every("head_s", [0.2, 0.6])
 def test_the_way_to_a_head_at_home_and_back_hides_behind_compute(
     micro_batches: int, head_s: float
 ) -> None:
@@ -120,8 +121,8 @@ def test_the_way_to_a_head_at_home_and_back_hides_behind_compute(
     assert u_shape("sequential", costs, num_micro_batches=micro_batches).bubble_pct > 45.0
 
 
-@pytest.mark.parametrize("micro_batches", [4, 8])
-@pytest.mark.parametrize("servers", [2, 3])
+@every("micro_batches", [4, 8])
+@every("servers", [2, 3])
 def test_several_server_stages_with_heads_at_home_stream_as_one_does(
     servers: int, micro_batches: int
 ) -> None:
@@ -138,7 +139,7 @@ def test_a_server_behind_a_fast_client_never_idles_while_it_has_a_forward_to_run
     assert timeline.stage_busy_pct[1] > 99.0
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@every("schedule", SCHEDULES)
 def test_events_of_a_stage_follow_one_another_and_messages_arrive_after_they_left(
     schedule: str,
 ) -> None:
@@ -153,7 +154,7 @@ def test_events_of_a_stage_follow_one_another_and_messages_arrive_after_they_lef
             assert end_s >= sent[stage - 1, "send_activation", batch, micro_batch] + 0.25
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@every("schedule", SCHEDULES)
 def test_chrome_trace_holds_every_event_in_microseconds(schedule: str) -> None:
     timeline = run(schedule, 2, 2, num_batches=2)
     trace = json.loads(json.dumps(to_chrome_trace(timeline)))["traceEvents"]
