@@ -33,7 +33,7 @@ MODES = {
 SCALE = [
     "--config", "launch/configs/scaled_down.yaml", "federation.num_replicas=1",
     "federation.num_rounds=3", "federation.num_local_steps=15", "pipeline.num_micro_batches=4",
-    "log.tensorboard=false",
+    "log.to=[]",
 ]  # fmt: skip
 
 

@@ -38,7 +38,7 @@ for name in ("torch", "fedpipe.models.modeling", "deepspeed", "fedpipe.commands.
     before = now
 json.dump(seconds, sys.stdout)
 """
-RUN = ["data.valid=[]", "log.tensorboard=false", "federation.num_rounds=1",
+RUN = ["data.valid=[]", "log.to=[]", "federation.num_rounds=1",
        "federation.num_local_steps=2"]  # fmt: skip
 
 

@@ -208,6 +208,15 @@ def to_yaml(config: RunConfig) -> str:
     return dump(to_dict(config))
 
 
+def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys of nested sections, with their values."""
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def diff(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
     """Return the dotted keys whose values differ, in the order of the schema, with both values.
 
@@ -215,7 +224,7 @@ def diff(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
         a: A configuration.
         b: Another one of the same class.
     """
-    flat_a, flat_b = dict(_flatten(_to_plain(a))), dict(_flatten(_to_plain(b)))
+    flat_a, flat_b = dict(flatten(_to_plain(a))), dict(flatten(_to_plain(b)))
     return {key: (value, flat_b[key]) for key, value in flat_a.items() if value != flat_b[key]}
 
 
@@ -334,9 +343,8 @@ def _build(cls: type, node: Node, *, key: str, root: type | None = None) -> Any:
     for name, child in node.value.items():
         dotted = f"{key}.{name}" if key else name
         if name not in names:
-            raise ConfigError(
-                f"{dotted}: unknown key in {child.where}. {_suggest(dotted, names, root)}"
-            )
+            hint = _RENAMED.get(dotted) or _suggest(dotted, names, root)
+            raise ConfigError(f"{dotted}: unknown key in {child.where}. {hint}")
         values[name] = _value(hints[name], child, key=dotted, root=root)
     return cls(**values)
 
@@ -406,6 +414,10 @@ def _closest_choice(value: Any, choices: Sequence[Any]) -> str:
     return f"Did you mean {close[0]}?" if close else f"The default is {choices[0]}."
 
 
+_RENAMED = {"log.tensorboard": "Write log.to=[tensorboard] for true, log.to=[] for false."}
+"""Keys of earlier versions, and what to write now."""
+
+
 def _suggest(dotted: str, siblings: Sequence[str], root: type) -> str:
     section, _, name = dotted.rpartition(".")
     close = difflib.get_close_matches(name, siblings, n=1)
@@ -420,15 +432,7 @@ def _suggest(dotted: str, siblings: Sequence[str], root: type) -> str:
 
 @cache
 def _all_keys(root: type) -> tuple[str, ...]:
-    return tuple(key for key, _ in _flatten(_to_plain(root())))
-
-
-def _flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in data.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    return tuple(key for key, _ in flatten(_to_plain(root())))
 
 
 def _to_plain(value: Any) -> Any:

@@ -370,12 +370,15 @@ class LogConfig:
 
     every: int = 10
     """Local steps between console lines."""
-    tensorboard: bool = True
-    """Write TensorBoard events to RUN_DIR/tensorboard."""
+    to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    """Where the numbers of metrics.jsonl are shown as well: tensorboard writes event files to
+    RUN_DIR/tensorboard; wandb, mlflow and trackio are services, set up by their own environment
+    variables, each installed by an extra of its name. [] is nowhere."""
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
         require(self.every >= 1, "log.every", "1 or more", self.every)
+        require(len(set(self.to)) == len(self.to), "log.to", "every name once", list(self.to))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

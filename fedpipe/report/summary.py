@@ -10,7 +10,7 @@ from typing import Any
 
 from fedpipe.errors import CheckpointError
 from fedpipe.report.format import is_number
-from fedpipe.report.mirror import TokenCount
+from fedpipe.report.sinks import TokenCount
 from fedpipe.report.writer import METRICS_FILE, Record, read_metrics
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
-"""The record of a run: ``metrics.jsonl``, one JSON object a line, mirrored to TensorBoard.
+"""The record of a run: ``metrics.jsonl``, one JSON object a line.
 
-The file is the truth. Console, report and TensorBoard are views of it, so a resumed run cuts it at
-the checkpoint and goes on as if it had never stopped.
+The file is the truth. Console, report and sinks are views of it, so a resumed run cuts it at the
+checkpoint and goes on as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedpipe.errors import CheckpointError
 from fedpipe.files import naming
-from fedpipe.report.mirror import TensorBoardMirror
+from fedpipe.report.sinks import Sinks
 
 METRICS_FILE = "metrics.jsonl"
 """Name of the record inside a run directory."""
@@ -23,25 +24,24 @@ Record = dict[str, Any]
 
 
 class MetricsWriter:
-    """Appends records to ``RUN_DIR/metrics.jsonl`` and, on request, to ``RUN_DIR/tensorboard``.
+    """Appends records to ``RUN_DIR/metrics.jsonl``, and gives their numbers to the sinks.
 
     One writer per run. Opening an existing file continues it; a last line that a killed process
     left unfinished is cut off first.
     """
 
-    def __init__(self, run_dir: Path | str, *, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path | str, *, sinks: Sequence[str] = ()) -> None:
         """Open the record for appending.
 
         Args:
             run_dir: Existing run directory.
-            tensorboard: Mirror the scalars to ``RUN_DIR/tensorboard``.
+            sinks: ``log.to`` of the configuration; they are opened with the first record.
         """
         self._path = Path(run_dir) / METRICS_FILE
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         os.ftruncate(self._fd, _complete_bytes(self._path.read_bytes()))
-        self._mirror = TensorBoardMirror(Path(run_dir) / "tensorboard") if tensorboard else None
-        if self._mirror is not None and self.offset:
-            self._mirror.restart(read_metrics(self._path))
+        self._names = sinks
+        self._sinks: Sinks | None = None
 
     @property
     def offset(self) -> int:
@@ -51,22 +51,20 @@ class MetricsWriter:
     def write(self, records: list[Record]) -> None:
         """Append a batch of records in one system call; NaN and infinity become null."""
         cleaned = [finite(record) for record in records]
+        if self._sinks is None and self._names:
+            self._sinks = Sinks(self._names, self._path.parent, read_metrics(self._path))
         lines = (json.dumps(r, allow_nan=False, separators=(",", ":")) for r in cleaned)
         pending = "".join(line + "\n" for line in lines).encode("ascii")
         with naming(self._path):
             while pending:  # a second turn only where the file system takes part of a write
                 pending = pending[os.write(self._fd, pending) :]
-        if self._mirror is not None:
-            with naming(self._path.with_name("tensorboard")):
-                self._mirror.add(cleaned)
+        if self._sinks is not None:
+            self._sinks.add(cleaned)
 
     def flush(self) -> None:
         """Return once everything written is on the disk."""
         with naming(self._path):
             os.fsync(self._fd)
-        if self._mirror is not None:
-            with naming(self._path.with_name("tensorboard")):
-                self._mirror.flush()
 
     def truncate(self, offset: int) -> None:
         """Forget every record after a checkpoint.
@@ -90,8 +88,7 @@ class MetricsWriter:
             )
         os.ftruncate(self._fd, offset)
         os.fsync(self._fd)
-        if self._mirror is not None and offset < size:
-            self._mirror.restart(read_metrics(self._path))
+        self._end_sinks()  # the next record opens them where the file ends now
 
     def close(self) -> None:
         """Flush and close; a second call does nothing."""
@@ -100,8 +97,12 @@ class MetricsWriter:
         self.flush()
         os.close(self._fd)
         self._fd = -1
-        if self._mirror is not None:
-            self._mirror.close()
+        self._end_sinks()
+
+    def _end_sinks(self) -> None:
+        if self._sinks is not None:
+            self._sinks.close()
+            self._sinks = None
 
 
 def read_metrics(path: Path | str) -> list[Record]:

@@ -49,7 +49,7 @@ SIZES = (
     "pipeline.cut=[1]", "pipeline.colocate=true", "pipeline.micro_batch_size=4",
     "pipeline.num_micro_batches=1", "federation.num_clients=2", "federation.num_replicas=1",
     "federation.clients_per_round=2", "federation.num_rounds=2", "federation.num_local_steps=2",
-    "log.tensorboard=false",
+    "log.to=[]",
 )  # fmt: skip
 TUNING = (
     "task.name=imdb", "task.max_length=12", "batch_size=8", "pipeline.cut=[1]",

@@ -18,7 +18,7 @@ SHRINK = {
         "model.num_hidden_layers=4", "model.hidden_size=32", "model.num_attention_heads=2",
         "model.intermediate_size=64", "data.sequence_length=32", "pipeline.micro_batch_size=2",
         "pipeline.num_micro_batches=2", "federation.num_rounds=1", "federation.num_local_steps=3",
-        "validation.max_blocks_per_client=2", "log.tensorboard=false", "pipeline.cut=[2]",
+        "validation.max_blocks_per_client=2", "log.to=[]", "pipeline.cut=[2]",
     ],
     "evaluate": [
         "evaluation.num_epochs=1", "evaluation.max_train_examples=32",

@@ -24,7 +24,7 @@ TINY = (
     "pipeline.micro_batch_size=8", "pipeline.num_micro_batches=2", "federation.num_clients=6",
     "federation.num_replicas=2", "federation.clients_per_round=4", "federation.num_rounds=3",
     "federation.num_local_steps=25", "checkpoint.every_rounds=3", "checkpoint.every_steps=0",
-    "validation.every_rounds=1", "log.tensorboard=false", "model.hidden_dropout_prob=0.1",
+    "validation.every_rounds=1", "log.to=[]", "model.hidden_dropout_prob=0.1",
     "model.attention_probs_dropout_prob=0.1",
 )  # fmt: skip
 WORLD_SIZE = 2

@@ -26,7 +26,7 @@ TINY = (
     "federation.num_replicas=2", "federation.clients_per_round=2", "federation.num_rounds=2",
     "federation.num_local_steps=3", "checkpoint.every_rounds=1", "checkpoint.every_steps=1",
     "checkpoint.keep_last=2", "validation.every_rounds=1", "validation.max_blocks_per_client=4",
-    "log.tensorboard=true", "model.hidden_dropout_prob=0.1",
+    "log.to=[tensorboard]", "model.hidden_dropout_prob=0.1",
     "model.attention_probs_dropout_prob=0.1",
 )  # fmt: skip
 ONE_REPLICA = ("federation.num_replicas=1", "federation.clients_per_round=2")

@@ -14,7 +14,7 @@ TINY = (
     "model.intermediate_size=64", "data.sequence_length=32", "pipeline.micro_batch_size=8",
     "pipeline.num_micro_batches=2", "pipeline.colocate=true", "federation.num_clients=6",
     "federation.num_replicas=1", "federation.clients_per_round=1", "federation.num_rounds=2",
-    "federation.num_local_steps=5", "validation.max_blocks_per_client=4", "log.tensorboard=false",
+    "federation.num_local_steps=5", "validation.max_blocks_per_client=4", "log.to=[]",
 )  # fmt: skip
 CELLS = ["cut=2_seed=0", "cut=2_seed=1", "cut=3_seed=0", "cut=3_seed=1"]
 KILLED = CELLS[1]

@@ -45,7 +45,7 @@ BASE: dict[str, dict[str, Any]] = {
         "num_local_steps": 2,
     },
     "optimizer": {"lr": 1e-2, "warmup_ratio": 0.25},
-    "log": {"tensorboard": False},
+    "log": {"to": []},
 }  # fmt: skip
 """Three clients on two replicas of two stages: a replica hosts a second client in a round."""
 

@@ -15,7 +15,7 @@ TINY = (
     "model.intermediate_size=64", "model.hidden_dropout_prob=0.1", "data.sequence_length=32",
     "pipeline.cut=[2]", "pipeline.micro_batch_size=8", "pipeline.num_micro_batches=2",
     "federation.num_clients=6", "federation.num_replicas=1", "federation.clients_per_round=2",
-    "federation.num_rounds=2", "federation.num_local_steps=25", "log.tensorboard=false",
+    "federation.num_rounds=2", "federation.num_local_steps=25", "log.to=[]",
 )  # fmt: skip
 """2 stages of 1 replica, 2 rounds of 50 steps: seconds, most of them imports."""
 TWO_REPLICAS = ("federation.num_replicas=2", "federation.clients_per_round=4")

@@ -29,7 +29,7 @@ def tiny_config(**sections: dict[str, Any]) -> RunConfig:
             "num_clients": 3, "num_replicas": 2, "clients_per_round": 2, "num_rounds": 2,
             "num_local_steps": 3,
         },
-        "log": {"tensorboard": False},
+        "log": {"to": []},
     }  # fmt: skip
     for section, values in sections.items():
         base[section] = base.get(section, {}) | values

@@ -1,4 +1,4 @@
-"""The record of a run, its TensorBoard mirror and the log."""
+"""The record of a run, its sinks and the log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEP = {"kind": "step", "round": 0, "step": 0, "replica": 0, "stage": 0, "tokens
 
 def test_every_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     records = make_records(num_rounds=2)
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path)
     writer.write(records[:7])
     writer.write(records[7:])
     writer.close()
@@ -29,7 +29,7 @@ def test_every_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_batch_is_in_the_file_as_soon_as_write_returns(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path)
     writer.write([STEP])
     assert read_metrics(tmp_path / "metrics.jsonl") == [STEP]
     assert writer.offset == (tmp_path / "metrics.jsonl").stat().st_size
@@ -41,7 +41,7 @@ def test_a_torn_last_line_is_left_out_and_cut_off_before_the_next_record(tmp_pat
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(STEP) + '\n{"kind":"ste', encoding="utf-8")
     assert read_metrics(path) == [STEP]
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path)
     writer.write([STEP])
     writer.close()
     assert read_metrics(path) == [STEP, STEP]
@@ -58,17 +58,17 @@ def test_truncate_and_append_give_the_file_of_an_uninterrupted_run(tmp_path: Pat
     records = make_records(num_rounds=3)
     (tmp_path / "whole").mkdir()
     (tmp_path / "resumed").mkdir()
-    whole = MetricsWriter(tmp_path / "whole", tensorboard=False)
+    whole = MetricsWriter(tmp_path / "whole")
     whole.write(records)
     whole.close()
 
-    first = MetricsWriter(tmp_path / "resumed", tensorboard=False)
+    first = MetricsWriter(tmp_path / "resumed")
     first.write(records[:50])
     first.flush()
     checkpoint = first.offset
     first.write([{"kind": "step", "loss": 1.0}, *records[50:80]])
     first.close()
-    second = MetricsWriter(tmp_path / "resumed", tensorboard=False)
+    second = MetricsWriter(tmp_path / "resumed")
     second.truncate(checkpoint)
     second.write(records[50:])
     second.close()
@@ -78,14 +78,14 @@ def test_truncate_and_append_give_the_file_of_an_uninterrupted_run(tmp_path: Pat
 
 
 def test_a_file_shorter_than_the_checkpoint_counts_is_refused(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path)
     writer.write([STEP])
     with pytest.raises(CheckpointError, match="expected at least the 5000 bytes that the checkpoi"):
         writer.truncate(5000)
 
 
 def test_an_offset_inside_a_record_is_refused_and_nothing_is_cut(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path)
     writer.write([STEP])
     with pytest.raises(CheckpointError, match="expected a record to end at byte 5, got the middle"):
         writer.truncate(5)
@@ -94,7 +94,7 @@ def test_an_offset_inside_a_record_is_refused_and_nothing_is_cut(tmp_path: Path)
 
 def test_numbers_that_json_does_not_have_become_null(tmp_path: Path) -> None:
     nested = {"loss": [math.nan, 1.0], "stages": [{"clients": {"0": math.inf}}], "lr": -math.inf}
-    writer = MetricsWriter(tmp_path, tensorboard=True)
+    writer = MetricsWriter(tmp_path, sinks=["tensorboard"])
     writer.write([{"kind": "round", **nested}, {**STEP, "loss": math.nan}])
     writer.close()
     text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
@@ -120,7 +120,7 @@ def _tensorboard(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_has_the_losses_of_every_stage_against_tokens(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, tensorboard=True)
+    writer = MetricsWriter(tmp_path, sinks=["tensorboard"])
     writer.write(make_records(num_rounds=2))
     writer.close()
     scalars = _tensorboard(tmp_path)
@@ -132,12 +132,12 @@ def test_tensorboard_has_the_losses_of_every_stage_against_tokens(tmp_path: Path
 
 
 def test_tensorboard_hides_what_came_after_the_checkpoint(tmp_path: Path) -> None:
-    first = MetricsWriter(tmp_path, tensorboard=True)
+    first = MetricsWriter(tmp_path, sinks=["tensorboard"])
     first.write([{**STEP, "loss": 1.0}, {**STEP, "loss": 2.0}])
     checkpoint = first.offset
     first.write([{**STEP, "loss": 99.0}, {**STEP, "loss": 98.0}])
     first.close()
-    second = MetricsWriter(tmp_path, tensorboard=True)
+    second = MetricsWriter(tmp_path, sinks=["tensorboard"])
     second.truncate(checkpoint)
     second.write([{**STEP, "loss": 3.0}])
     second.close()
@@ -152,7 +152,7 @@ def test_writer_console_and_log_import_no_torch(tmp_path: Path) -> None:
         "from fedpipe.commands.pretrain import report\n"
         "late = {'torch', 'transformers', 'deepspeed', 'datasets', 'matplotlib', 'rich', 'numpy'}\n"
         "assert not late & set(sys.modules), late & set(sys.modules)\n"
-        "w = MetricsWriter(sys.argv[1], tensorboard=True); w.write([{'kind': 'step'}]); w.close()\n"
+        "w = MetricsWriter(sys.argv[1]); w.write([{'kind': 'step'}]); w.close()\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

@@ -53,7 +53,7 @@ def run_cell(run_dir: Path, *, local_rank: int = 0) -> dict[str, Any]:
         cell = json.loads((run_dir / CELL_FILE).read_text(encoding="utf-8"))
         for name in (METRICS_FILE, RESULT_FILE):  # of a start that was cut short, or out of date
             (run_dir / name).unlink(missing_ok=True)
-        writer = MetricsWriter(run_dir, tensorboard=False)
+        writer = MetricsWriter(run_dir)
         try:
             return _run(run_dir, cell, writer, device=own_device(local_rank))
         finally:

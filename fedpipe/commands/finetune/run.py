@@ -105,7 +105,7 @@ class Finetuning:
         self._writer: MetricsWriter | None = None
         checkpoint = setup.checkpoint
         if comm.is_master():
-            self._writer = MetricsWriter(setup.run_dir, tensorboard=False)
+            self._writer = MetricsWriter(setup.run_dir, sinks=self.config.log.to)
             self._writer.truncate(checkpoint.metrics_offset if checkpoint else 0)
         if checkpoint:
             self.tuner.load_checkpoint(checkpoint)

@@ -39,6 +39,7 @@ from fedpipe.models.lower import check_first_layer
 from fedpipe.models.peft import Counts, adapter_head, attach, load_adapter, trainable
 from fedpipe.models.tuned import build_model, check_family, is_head_of, saved_labels
 from fedpipe.models.tuned_stage import check_cut
+from fedpipe.report.sinks import check_sinks
 from fedpipe.run.checkpoint import CHECKPOINTS, Checkpoint, Position
 from fedpipe.run.resume import (
     DEEPSPEED_FILE,
@@ -106,6 +107,7 @@ def set_up_finetune(
     started_at = time.monotonic()
     config, directory, resumed = resolve_finetune(config_path, overrides, run_dir, preset=preset)
     check_federation(config)
+    check_sinks(config.log.to)
     kind = kind_of(config)
     warnings = check_model_folder(config)
     tokenizer = load_tuning_tokenizer(config)

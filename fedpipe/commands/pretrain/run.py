@@ -102,7 +102,7 @@ class Pretraining:
         )
         self._writer = None
         if comm.is_master():
-            self._writer = MetricsWriter(setup.run_dir, tensorboard=self.config.log.tensorboard)
+            self._writer = MetricsWriter(setup.run_dir, sinks=self.config.log.to)
             self._writer.truncate(setup.checkpoint.metrics_offset if setup.checkpoint else 0)
         self._records: list[dict[str, Any]] = []
         self._steps: list[dict[str, Any]] = []

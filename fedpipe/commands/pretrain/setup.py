@@ -14,6 +14,7 @@ from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.corpus import Progress, check_sources, prepare
 from fedpipe.files import write_text
+from fedpipe.report.sinks import check_sinks
 from fedpipe.report.summary import TEXT_FILE
 from fedpipe.run.resume import DEEPSPEED_FILE
 from fedpipe.run.run_dir import (
@@ -98,6 +99,7 @@ def reserve(config: RunConfig, directory: Path, *, progress: Progress | None = N
         FedPipeError: Anything that a user can get wrong, except the text of a new run.
     """
     load.check(config)
+    check_sinks(config.log.to)
     deepspeed_dict = deepspeed_config(config)
     check_sources(config)
     plan = render(build_plan(config))
