@@ -64,6 +64,18 @@ def add_parallel(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_task_files(command: argparse.ArgumentParser) -> None:
+    """Add files that describe tasks of the user's own."""
+    add_path(
+        command,
+        "--task-file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="YAML that describes a labelled task of your own, see docs/how-to/evaluate.md",
+    )
+
+
 def add_seeds(command: argparse.ArgumentParser, *, text: str) -> None:
     """Add a list of seeds, which ``seeds`` reads."""
     command.add_argument("--seeds", metavar="N,N", help=text)

@@ -11,6 +11,8 @@ from fedpipe.config.require import require
 Precision = Literal["auto", "fp32", "bf16"]
 """What a model computes in; its weights are always float32."""
 
+DEFAULT_TASK = "ncbi-disease"
+"""What is evaluated where nobody names a task."""
 PACKAGED_TASKS = "packaged"
 """Value of ``evaluation.data``: the slice of NCBI-disease that fedpipe ships."""
 
@@ -21,8 +23,11 @@ class EvaluationConfig:
 
     models: tuple[UserPath, ...] = ()
     """Hugging Face folders (or run directories with an export); empty means runs/quickstart."""
-    tasks: tuple[str, ...] = ("ncbi-disease",)
-    """Names of tasks; docs/how-to/evaluate.md lists them."""
+    tasks: tuple[str, ...] = ()
+    """Names of tasks; docs/how-to/evaluate.md lists them. Empty: the tasks of ``task_files``, or
+    of the task files in the data folder, or else ncbi-disease."""
+    task_files: tuple[UserPath, ...] = ()
+    """Files that each describe a task of your own, or folders with a task.yaml."""
     data: UserPath = PACKAGED_TASKS
     """Folder with the tasks' files, ``hf:NAME`` or ``hf:NAME:CONFIG`` for Hugging Face datasets, or
     ``packaged``."""
@@ -55,10 +60,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
-        for name in ("tasks", "seeds"):
-            values = getattr(self, name)
-            require(len(values) > 0, f"evaluation.{name}", "at least one", list(values))
-        for name in ("models", "tasks", "seeds"):
+        require(len(self.seeds) > 0, "evaluation.seeds", "at least one", list(self.seeds))
+        for name in ("models", "tasks", "task_files", "seeds"):
             values = getattr(self, name)
             distinct = len(set(values)) == len(values)
             require(distinct, f"evaluation.{name}", "every value once", list(values))

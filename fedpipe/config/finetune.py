@@ -110,8 +110,11 @@ class MethodConfig:
 class TaskConfig:
     """What is learnt, from which examples, and whose they are."""
 
-    name: str = "ncbi-disease"
-    """A task that ``fedpipe evaluate`` knows, or ``causal-lm`` for the texts of ``task.data``."""
+    name: str = ""
+    """A task that ``fedpipe evaluate`` knows, one that a task file describes, or ``causal-lm`` for
+    the texts of ``task.data``. Empty means that of the task file, or else ncbi-disease."""
+    file: UserPath = ""
+    """File that describes a task of your own; empty also finds a task.yaml in ``task.data``."""
     data: UserPath = "packaged"
     """Folder with the task's files, ``hf:NAME`` or ``hf:NAME:CONFIG``, or ``packaged``."""
     max_length: int = 128

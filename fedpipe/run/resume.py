@@ -27,7 +27,7 @@ DEEPSPEED_FILE = "deepspeed.json"
 
 PATHS = {
     "pretrain": ("data.train", "data.valid", "data.tokenizer", "model.path", "deepspeed.config"),
-    "finetune": ("model.path", "method.path", "task.data", "deepspeed.config"),
+    "finetune": ("model.path", "method.path", "task.data", "task.file", "deepspeed.config"),
 }
 """Keys that say where something lies: it may lie elsewhere, as long as its content is the same."""
 MAY_CHANGE = {
@@ -134,13 +134,15 @@ def check_tuning(directory: Path, before: FinetuneConfig, now: FinetuneConfig) -
         now: The one that it is to be gone on with.
 
     Returns:
-        The latter, with the model that ``quickstart`` meant when the run began.
+        The latter, with the model and the task that were meant when the run began.
 
     Raises:
         CheckpointError: Other values; each is named, with the old and the new one.
     """
     if now.model.path == QUICKSTART:
         now = replace(now, model=replace(now.model, path=before.model.path))
+    if not now.task.name:  # that of the task file, or the default
+        now = replace(now, task=replace(now.task, name=before.task.name))
     free = set(may_change("finetune", [directory]))
     if before.federation.wire != "fp32":
         free -= {"federation.num_replicas"}

@@ -33,6 +33,7 @@ from fedpipe.models.peft import lora_updates
 from fedpipe.report.writer import read_metrics
 from fedpipe.run.checkpoint import CheckpointWriter
 from tests.helpers.distributed import run_distributed
+from tests.helpers.encoders import write_jsonl
 from tests.helpers.tuned import small_folder, small_task
 
 TIMES = ("seconds", "sync_s", "memory_bytes", "sync_bytes", "replica")
@@ -530,7 +531,7 @@ def test_damaged_texts_and_other_formats_are_refused(tmp_path: Path, base: list[
     tables.mkdir()
     for split in ("train", "test"):
         (tables / f"{split}.tsv").write_text("sentence\tlabel\ngood\t1\n", encoding="utf-8")
-    with pytest.raises(CorpusError, match=r"^task.column: expected JSON lines, got GLUE's TSV"):
+    with pytest.raises(CorpusError, match=r"^task.column: expected JSON lines or CSV, got GLUE"):
         set_up(tmp_path / "run", base, f"task.data={tables}", "task.name=sst2",
                "task.split=column", "task.column=site")  # fmt: skip
 
@@ -649,3 +650,62 @@ def _forget(monkeypatch: pytest.MonkeyPatch, client_id: int, *, round_id: int) -
         return dataclasses.replace(plan, turns=shared)
 
     monkeypatch.setattr(module, "plan_tuning_round", planned)
+
+
+def test_a_ner_task_of_ones_own_is_tuned_with_its_entity_types_and_its_owners(
+    tmp_path: Path, base: list[str]
+) -> None:
+    """Wards own the sentences; good things and bad things are two types."""
+    rng = np.random.default_rng(0)
+    kinds = {"good": "Good", "great": "Good", "bad": "Bad", "poor": "Bad"}
+    for split, size in (("train", 90), ("test", 30)):
+        rows = []
+        for index in range(size):
+            words = rng.choice([*kinds, "fine", "dull"], size=5).tolist()
+            tags = [f"B-{kinds[word]}" if word in kinds else "O" for word in words]
+            rows.append({"word": words, "tag": tags, "ward": f"ward {index % 3}"})
+        write_jsonl(tmp_path / f"things/{split}.jsonl", rows)
+    text = "kind: ner\ncolumns: {words: word, tags: tag}\nlabels: [Good, Bad]\n"
+    (tmp_path / "things/task.yaml").write_text(text, encoding="utf-8")
+    lines: list[str] = []
+    setup = set_up(
+        tmp_path / "run", [o for o in base if not o.startswith("task.name")],
+        f"task.data={tmp_path}/things", "task.split=column", "task.column=ward",
+        "federation.num_clients=3", "federation.num_rounds=6", "method.name=full",
+        notify=lines.append,
+    )  # fmt: skip
+    assert setup.config.task.name == "things"
+    assert run(setup) is None
+    scored = records(tmp_path / "run", "eval")[-1]
+    assert scored["metric"] == "entity_f1" and scored["score"] > 0.9
+    assert len(scored["clients"]) == 3
+    labels = TuningData.load(tmp_path / "run" / DATA).meaning.labels
+    assert labels == ("O", "B-Good", "I-Good", "B-Bad", "I-Bad")
+    export_finetuned(tmp_path / "run")
+    exported = json.loads((tmp_path / "run/export/config.json").read_text())
+    assert [exported["id2label"][str(index)] for index in range(5)] == list(labels)
+    write_finetune_report(tmp_path / "run")
+    assert "things" in (tmp_path / "run/report.md").read_text("utf-8")
+    # a file that names another task, and a name that is neither known nor described
+    with pytest.raises(
+        ConfigError, match=r"^task.name: expected things, the task of .*, got 'rte'"
+    ):
+        set_up(tmp_path / "a", base, f"task.file={tmp_path}/things", "task.name=rte")
+    with pytest.raises(ConfigError, match=r"^task.name: expected one of causal-lm, .*things\?$"):
+        set_up(tmp_path / "b", base, f"task.data={tmp_path}/things", "task.name=thing")
+
+
+def test_a_rank_correlation_of_ones_own_task_is_the_score_of_a_fine_tuning(
+    tmp_path: Path, base: list[str]
+) -> None:
+    for split, size in (("train", 40), ("test", 20)):
+        words = ["bad", "dull", "fine", "great"]
+        rows = "".join(f"{words[i % 4]},{i % 4}.5\n" for i in range(size))
+        (tmp_path / f"{split}.csv").write_text(f"text,pain\n{rows}", encoding="utf-8")
+    text = "name: pain\nkind: regression\ncolumns: {label: pain}\nmetric: spearman\n"
+    (tmp_path / "pain.yaml").write_text(text, encoding="utf-8")
+    own = [o for o in base if not o.startswith(("task.name", "task.data"))]
+    setup = set_up(tmp_path / "run", own, f"task.file={tmp_path}/pain.yaml", "method.name=full")
+    assert run(setup) is None
+    scored = records(tmp_path / "run", "eval")[-1]
+    assert scored["metric"] == "spearman" and 0 < scored["score"] <= 1

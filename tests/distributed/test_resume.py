@@ -41,7 +41,7 @@ from fedpipe.run.run_dir import (
     record_inputs,
 )
 from tests.helpers.distributed import run_distributed
-from tests.helpers.tuned import small_folder, small_task
+from tests.helpers.tuned import describe_task, small_folder, small_task
 
 TIMES = ("seconds", "tokens_per_s", "sync_s", "memory_bytes")
 SIZES = (
@@ -52,7 +52,7 @@ SIZES = (
     "log.to=[]",
 )  # fmt: skip
 TUNING = (
-    "task.name=imdb", "task.max_length=12", "batch_size=8", "pipeline.cut=[1]",
+    "task.name=opinions", "task.max_length=12", "batch_size=8", "pipeline.cut=[1]",
     "pipeline.colocate=true", "federation.num_clients=2", "federation.clients_per_round=2",
     "federation.num_replicas=1", "federation.num_rounds=2",
 )  # fmt: skip
@@ -330,7 +330,8 @@ def test_a_reproduction_does_not_mix_runs_of_two_texts(texts: Path, tmp_path: Pa
 def tuning_places(folder: Path) -> dict[str, str]:
     return {
         "model.path": str(folder / "model"), "task.data": str(folder / "task"),
-        "method.path": str(folder / "adapter"), "deepspeed.config": str(folder / "engine.json"),
+        "task.file": str(folder / "task/task.yaml"), "method.path": str(folder / "adapter"),
+        "deepspeed.config": str(folder / "engine.json"),
     }  # fmt: skip
 
 
@@ -353,6 +354,7 @@ def tuning(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tuning")
     small_folder(folder / "model")
     small_task(folder / "task")
+    describe_task(folder / "task")
     (folder / "engine.json").write_text('{"zero_optimization": {"stage": 0}}')
     begin_from = tune_on(
         folder / "run", *TUNING, "federation.num_rounds=1",
@@ -400,6 +402,10 @@ def flip(path: Path) -> None:
     [
         (lambda f: flip(f / "task/imdb.test.jsonl"), r"task\.data \(imdb\.test\.jsonl has ch.*\)"),
         (
+            lambda f: describe_task(f / "task", labels="[1, 0]"),
+            r"task\.file \(task\.yaml has changed\)",
+        ),
+        (
             lambda f: small_folder(f / "model", seed=1),
             r"model\.path \(model\.safetensors has changed\)",
         ),
@@ -416,7 +422,7 @@ def flip(path: Path) -> None:
             r"zero_.*optimization in deepspeed\.config",
         ),
     ],
-    ids=["labels", "weights", "tokenizer", "adapter", "deepspeed"],
+    ids=["labels", "task file", "weights", "tokenizer", "adapter", "deepspeed"],
 )  # fmt: skip
 def test_a_fine_tuning_that_has_begun_refuses_other_content_and_names_it(
     tuning: Path, tuned: Path, tmp_path: Path, change: Callable[[Path], Any], named: str

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.helpers.encoders import bert
 from tests.helpers.guide import ROOT, commands_of, first_commands
 
 FOLDERS = ("benchmarks", "docs", "examples", "fedpipe", "launch", "slurm")
@@ -108,6 +109,18 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     assert (tmp_path / "runs/small/export/config.json").is_file()
     assert (tmp_path / "runs/bench/throughput/report.json").is_file()
     assert (tmp_path / "runs/difference/comparison.html").is_file()
+
+
+def test_the_example_of_a_task_of_ones_own_runs(tmp_path: Path) -> None:
+    text = (ROOT / "docs/how-to/evaluate.md").read_text(encoding="utf-8")
+    example = re.search(r"## Your own labelled task\n.*?```sh\n(.*?)```", text, re.DOTALL)
+    assert example is not None
+    bert(tmp_path / "runs/small/export")
+    shrunk = example.group(1).rstrip() + f" {' '.join(SHRINK['finetune'])}\n"
+    _run(["bash", "-euc", shrunk.replace("max_length=16", "max_length=32")], tmp_path)
+    table = (tmp_path / "runs/triage/evaluation.md").read_text(encoding="utf-8")
+    assert "| triage | F1 | 4 | 1 |" in table and "task.yaml (own task)" in table
+    assert "triage" in (tmp_path / "runs/triage-clients/report.md").read_text(encoding="utf-8")
 
 
 def test_the_commands_of_the_guide_to_fine_tuning_run(tmp_path: Path) -> None:

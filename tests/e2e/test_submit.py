@@ -16,7 +16,7 @@ from fedpipe.config.load import load_config
 from tests.helpers.cli import REPOSITORY, Command, fedpipe
 from tests.helpers.encoders import bert, easy_ner
 from tests.helpers.runs import TINY, num_rounds
-from tests.helpers.tuned import small_folder, small_task
+from tests.helpers.tuned import describe_task, small_folder, small_task
 
 
 def test_a_local_job_that_is_warned_saves_requeues_itself_and_is_followed_to_its_end(
@@ -110,6 +110,9 @@ def test_the_launch_script_with_cluster_submits_and_says_what_is_wrong_before_it
         (("evaluate", "--preset", "fedbert"), "--preset: expected none with submit evaluate"),
         (("evaluate", "--tasks", "rtee"), "evaluation.tasks: expected one of bc2gm"),
         (("evaluate", "--model", "nowhere"), "--model: "),
+        (("evaluate", "--task-file", "none"), "--task-file: expected a readable YAML file, got"),
+        (("sweep", "--task-file", "x"), "--task-file: expected submit evaluate or finetune, got"),
+        (("finetune", "--task-file", "a", "--task-file", "b"), "--task-file: expected one file"),
         (("finetune", "method.name=lorra"), "method.name: expected one of full"),
         (("finetune", "--grid", "method.name=lora,lorra"), "method.name: expected one of full"),
     ],
@@ -130,10 +133,12 @@ def test_cells_without_a_scheduler_are_jobs_of_this_machine_and_end_in_one_table
     arguments = (
         "submit", "evaluate", "--cluster", "local", "--run-dir", str(run_dir), "--parallel", "2",
         "--model", str(bert(tmp_path / "small", hidden=16)), "--seeds", "0,1",
-        "--data", str(easy_ner(tmp_path / "data")), "evaluation.num_epochs=1",
-        f"data.cache_dir={tmp_path / 'cache'}",
+        "--task-file", str(easy_ner(tmp_path / "diseases", name="diseases")),
+        "evaluation.num_epochs=1", f"data.cache_dir={tmp_path / 'cache'}",
     )  # fmt: skip
-    cells = [f"small_ncbi-disease_seed={seed}" for seed in (0, 1)]
+    text = "kind: ner\nlabels: [Disease]\n"
+    (tmp_path / "diseases/task.yaml").write_text(text, encoding="utf-8")
+    cells = [f"small_diseases_seed={seed}" for seed in (0, 1)]
     done = fedpipe(*arguments, folder=tmp_path)
     assert (done.code, done.err) == (0, ""), done.out + done.err
     for name in cells:
@@ -175,8 +180,10 @@ def test_a_fine_tuning_and_a_grid_of_them_run_in_this_process_as_jobs(tmp_path: 
         0,
         f"{tmp_path / 'one'} is done: see {tmp_path / 'one'}/report.html\n",
     )
-    grid = ("--grid", "method.name=lora")
-    several = fedpipe(*common, str(tmp_path / "grid"), *tiny, *grid, folder=tmp_path)
+    describe_task(tmp_path / "task")
+    own = ("--task-file", str(tmp_path / "task"), "--grid", "method.name=lora")
+    known = [override for override in tiny if not override.startswith("task.name")]
+    several = fedpipe(*common, str(tmp_path / "grid"), *known, *own, folder=tmp_path)
     assert several.code == 0, several.out + several.err
     assert re.search(r"cell lora: done, [\d.]+ accuracy", several.out), several.out
     table = several.out.splitlines()[-3:]

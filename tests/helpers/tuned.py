@@ -93,6 +93,13 @@ def small_task(folder: Path, *, sizes: tuple[int, int] = (96, 48), sites: int = 
     return folder
 
 
+def describe_task(folder: Path, *, labels: str = "[0, 1]") -> None:
+    """Write the task file of opinions, whose examples are those of ``small_task``."""
+    files = "{train: imdb.train.jsonl, test: imdb.test.jsonl}"
+    text = f"name: opinions\nkind: classification\nlabels: {labels}\nfiles: {files}\n"
+    (folder / "task.yaml").write_text(text, encoding="utf-8")
+
+
 def small_folder(folder: Path, family: str = "bert", *, seed: int = 0) -> Path:
     """Save a tiny random encoder with a tokenizer of the words of ``small_task``."""
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] bad poor dull worse good fine great better".split()

@@ -578,3 +578,40 @@ def test_a_fine_tuning_that_diverges_says_so_beside_its_score(home: Path, tmp_pa
         "The loss of `one_rte_seed=0` is no longer finite: unless an earlier epoch was chosen, "
         "the score means nothing. Lower evaluation.learning_rate."
     )
+
+
+def test_a_task_of_ones_own_is_evaluated_kept_and_runs_again_when_its_file_changes(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"ner": ("diseases", "kind: ner\nlabels: [Disease]\n")}
+    own["pairs"] = ("same", "kind: pair\nlabels: [0, 1]\nmetric: [f1, accuracy]\n")
+    for folder, (name, text) in own.items():
+        make = easy_ner if folder == "ner" else easy_pairs
+        make(tmp_path / folder, name=name)
+        (tmp_path / folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    files = [str(tmp_path / folder / f"{name}.yaml") for folder, (name, _) in own.items()]
+    arguments = {"tasks": [], "task_files": files, "data": "packaged", "num_epochs": 8}
+    evaluation = set_up(home, tmp_path / "run", **arguments)
+    content = run(evaluation)
+    capsys.readouterr()
+    assert [row["task"] for row in content["rows"]] == ["diseases", "same", "same"]
+    for cell in evaluation.cells:
+        result = cell.result()
+        assert result is not None
+        assert result["scores"][cell.task.metrics[0]] > 0.9, (cell.name, result["scores"])
+    page = (tmp_path / "run/evaluation.md").read_text("utf-8")
+    assert "diseases.yaml (own task)" in page
+    assert not set_up(home, tmp_path / "run", **arguments).pending()
+    # a cell can be repeated by itself
+    repeated, _ = read_evaluation(
+        str(evaluation.cells[0].run_dir / "config.yaml"), [], str(tmp_path / "again")
+    )
+    assert [c.key for c in set_up_evaluation(repeated, tmp_path / "again", notify=print).cells] == [
+        evaluation.cells[0].key
+    ]
+    text = own["pairs"][1].replace("[f1, accuracy]", "matthews")
+    Path(files[1]).write_text(text, encoding="utf-8")
+    pending = set_up(home, tmp_path / "run", **arguments).pending()
+    assert [cell.task.name for cell in pending] == ["same"]
+    run_cell(pending[0].run_dir)
+    assert list((pending[0].result() or {})["scores"]) == ["matthews"]

@@ -11,8 +11,7 @@ from seqeval.metrics import f1_score as seqeval_f1
 from seqeval.scheme import IOB2
 from sklearn import metrics as sklearn_metrics
 
-from fedpipe.commands.evaluate.cell import positive_classes
-from fedpipe.data.tasks.registry import TASKS
+from fedpipe.data.tasks.registry import TASKS, TaskSpec
 from fedpipe.data.tasks.scoring import METRICS, draws, resamples
 
 RNG = np.random.default_rng(3)
@@ -53,11 +52,11 @@ def test_entities_are_counted_strictly_by_hand() -> None:
 
 
 def test_ddi_counts_positive_classes_only_and_gad_all_of_them() -> None:
-    assert positive_classes(TASKS["ddi"]) == [1, 2, 3, 4]
+    assert TaskSpec.of(TASKS["ddi"]).positive == (1, 2, 3, 4)
     gold, predicted = np.array([0, 0, 1, 2, 3, 4]), np.array([0, 1, 1, 2, 0, 1])
     # positive and right 2 (classes 1 and 2); predicted positive 4; positive 4
     assert METRICS["micro_f1"].whole(gold, predicted, [1, 2, 3, 4]) == pytest.approx(2 * 2 / 8)
-    assert positive_classes(TASKS["gad"]) == [0, 1]
+    assert TaskSpec.of(TASKS["gad"]).positive == (0, 1)
     score = METRICS["micro_f1"].whole(*CLASSES, [0, 1])
     assert score == pytest.approx(sklearn_metrics.accuracy_score(*CLASSES))
 

@@ -560,7 +560,7 @@ def config(**values: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"tasks": []}, "evaluation.tasks: expected at least one"),
+        ({"seeds": []}, "evaluation.seeds: expected at least one"),
         ({"seeds": [1, 1]}, "evaluation.seeds: expected every value once"),
         ({"seeds": [-1]}, "evaluation.seeds: expected whole numbers, 0 or more"),
         ({"learning_rate": 0.0}, "evaluation.learning_rate: expected a value above 0"),

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fedpipe.commands.evaluate.setup import CELL_FILE, RESULT_FILE
 from fedpipe.commands.evaluate.training import drawn, load_model, predict, train
 from fedpipe.data.tasks.encoding import IGNORED, Encoded, load_tokenizer
-from fedpipe.data.tasks.registry import TASKS, Task, tag_names
+from fedpipe.data.tasks.registry import TaskSpec
 from fedpipe.data.tasks.scoring import METRICS
 from fedpipe.distributed.device import device_name, own_device
 from fedpipe.files import write_atomically
@@ -64,8 +64,8 @@ def _run(
     run_dir: Path, cell: dict[str, Any], writer: MetricsWriter, *, device: torch.device
 ) -> dict[str, Any]:
     started = time.monotonic()
-    task, settings = TASKS[cell["task"]], cell["settings"]
-    labels = class_names(task, typed=settings["typed_entities"])
+    task, settings = TaskSpec.from_dict(cell["spec"]), cell["settings"]
+    labels = task.labels
     splits = {path.stem: Encoded.load(path) for path in Path(cell["data_dir"]).glob("*.npz")}
     pad_id = int(load_tokenizer(cell["model_path"]).pad_token_id)
     torch.manual_seed(cell["seed"])
@@ -82,7 +82,7 @@ def _run(
 
     def dev_score() -> float:
         gold, predicted, _ = judge(splits["dev"])
-        return METRICS[task.metrics[0]].whole(gold, predicted, positive_classes(task))
+        return METRICS[task.metrics[0]].whole(gold, predicted, task.positive)
 
     trained = train(
         model, splits["train"], settings, kind=task.kind, seed=cell["seed"], pad_id=pad_id,
@@ -96,10 +96,9 @@ def _run(
         sizes[name] = len(gold)
         rows += _rows(name, gold, predicted, examples, kind=task.kind, labels=labels)
         for metric in (*task.metrics, *_ALSO.get(task.kind, ())):
-            positive = positive_classes(task)
             key = metric if name == "test" else f"{metric}:{name}"
-            scores[key] = METRICS[metric].whole(gold, predicted, positive)
-            statistics[key] = METRICS[metric].statistics(gold, predicted, positive)
+            scores[key] = METRICS[metric].whole(gold, predicted, task.positive)
+            statistics[key] = METRICS[metric].statistics(gold, predicted, task.positive)
     train_examples = len(
         np.unique(splits["train"].examples[drawn(splits["train"], settings["max_train_examples"])])
     )
@@ -115,16 +114,6 @@ def _run(
     }  # fmt: skip
     _write(run_dir, result, statistics, rows)
     return result
-
-
-def class_names(task: Task, *, typed: bool) -> tuple[str, ...]:
-    """Return what the head predicts: tags, classes, or nothing for a number."""
-    return tag_names(task, typed=typed) if task.kind == "ner" else task.labels
-
-
-def positive_classes(task: Task) -> list[int]:
-    """Return the classes that F1 counts."""
-    return [index for index, name in enumerate(task.labels) if name not in task.negative]
 
 
 def gold_digest(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -90,6 +90,7 @@ def add_choice(command: argparse.ArgumentParser) -> None:
         metavar="NAME,NAME",
         help="tasks, see docs/how-to/evaluate.md; default: ncbi-disease",
     )
+    options.add_task_files(command)
     options.add_path(
         command,
         "--data",
@@ -106,6 +107,8 @@ def choice_of(args: argparse.Namespace) -> dict[str, Any]:
         chosen["models"] = tuple(args.model)
     if args.tasks is not None:
         chosen["tasks"] = tuple(name.strip() for name in args.tasks.split(",") if name.strip())
+    if args.task_file:
+        chosen["task_files"] = tuple(args.task_file)
     if args.data is not None:
         chosen["data"] = args.data
     if args.seeds is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from fedpipe.data.cache import cache_root
 from fedpipe.data.identity import digest
 from fedpipe.data.tasks.files import TaskFiles, find_files
 from fedpipe.data.tasks.prepare import PreparedTask, prepare_task, task_digest
-from fedpipe.data.tasks.registry import Task, find_task
+from fedpipe.data.tasks.registry import Task, TaskSpec
+from fedpipe.data.tasks.task_file import choose_tasks
 from fedpipe.data.vocabulary import check_tokenizer
-from fedpipe.errors import CheckpointError, ConfigError
+from fedpipe.errors import CheckpointError
 from fedpipe.files import write_text
 from fedpipe.printable import printable
 from fedpipe.report.format import count
@@ -155,12 +156,7 @@ def set_up_evaluation(
         FedPipeError: Anything a user can get wrong.
     """
     evaluation = config.evaluation
-    tasks = [find_task(name) for name in evaluation.tasks]
-    if len({task.name for task in tasks}) < len(tasks):
-        raise ConfigError(
-            f"evaluation.tasks: expected every task once, got {', '.join(evaluation.tasks)}. "
-            "Remove one."
-        )
+    tasks = choose_tasks(evaluation.tasks, evaluation.task_files, evaluation.data)
     folders = check_models(evaluation.models)
     files = tuple(find_files(task, evaluation.data, alone=len(tasks) == 1) for task in tasks)
     check_writable(directory)
@@ -264,13 +260,18 @@ def _write(directory: Path, config: RunConfig, cells: Sequence[Cell]) -> None:
     write_text(directory / EVALUATION_FILE, dump(shared | {"evaluation": whole["evaluation"]}))
     for cell in cells:
         own = whole["evaluation"] | cell.settings
-        own |= {"models": [cell.model.path], "tasks": [cell.task.name], "seeds": [cell.seed]}
+        own |= {
+            "models": [cell.model.path], "tasks": [cell.task.name], "seeds": [cell.seed],
+            "task_files": [cell.task.file] if cell.task.file else [],
+        }  # fmt: skip
+        spec = TaskSpec.of(cell.task, typed=cell.settings["typed_entities"])
         content = {
             "key": cell.key,
             "name": cell.name,
             "model": cell.model.name,
             "model_path": os.path.abspath(cell.model.path),
             "task": cell.task.name,
+            "spec": asdict(spec),
             "seed": cell.seed,
             "settings": cell.settings,
             "data_dir": cell.prepared.directory,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 import time
@@ -39,6 +40,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     options.add_run(command, presets=f"a published study: {', '.join(finetune_presets())}")
     text = "count what every method trains on every family's base model; start nothing"
     command.add_argument("--count", action="store_true", help=text)
+    options.add_task_files(command)
     options.add_grid(
         command,
         text="run every combination of the values, one after the other, and compare them:"
@@ -50,7 +52,22 @@ def run(args: argparse.Namespace) -> int:
     """Fine-tune what the arguments say, or count."""
     if args.count:
         return count_here()
-    return finetune(args.config, args.overrides, args.run_dir, preset=args.preset, axes=args.grid)
+    overrides = [*args.overrides, *task_overrides(args.task_file)]
+    return finetune(args.config, overrides, args.run_dir, preset=args.preset, axes=args.grid)
+
+
+def task_overrides(task_files: Sequence[str]) -> list[str]:
+    """Return ``--task-file`` as overrides.
+
+    Raises:
+        ConfigError: There are several.
+    """
+    if len(task_files) > 1:
+        raise ConfigError(
+            f"--task-file: expected one file with finetune, got {', '.join(task_files)}. Remove"
+            " one, or run --grid task.file=A,B."
+        )
+    return [f"task.file={json.dumps(path)}" for path in task_files]
 
 
 def finetune(

@@ -22,13 +22,15 @@ from fedpipe.commands.finetune.clients import (
     number_labels,
     tag_labels,
 )
-from fedpipe.commands.finetune.texts import SENTIMENT_TASKS, column_values, read_texts, text_files
+from fedpipe.commands.finetune.texts import column_values, read_texts, text_files
+from fedpipe.config.evaluation import DEFAULT_TASK
 from fedpipe.config.finetune import CAUSAL_LM, FinetuneConfig
 from fedpipe.data.identity import FileDigests, file_digests
 from fedpipe.data.tasks.encoding import Encoded, encode
 from fedpipe.data.tasks.files import find_files
 from fedpipe.data.tasks.reading import Example, LeftOut, hub_fingerprint, read_task
-from fedpipe.data.tasks.registry import Task, find_task, tag_names
+from fedpipe.data.tasks.registry import SENTIMENT_TASKS, Task, find_task, tag_names
+from fedpipe.data.tasks.task_file import is_known, own_tasks, read_task_file
 from fedpipe.errors import ConfigError, CorpusError
 from fedpipe.files import replace_folder
 from fedpipe.models.tuned import Kind
@@ -132,15 +134,32 @@ def tuning_task(config: FinetuneConfig) -> Task | None:
     """Return the task of a configuration; None for texts without labels.
 
     Raises:
-        ConfigError: There is no such task.
+        ConfigError: There is no such task, or its task file cannot be used.
     """
-    name = config.task.name
+    asked = config.task
+    name = asked.name
+    if asked.file:
+        task = read_task_file(asked.file, key="task.file")
+        if name not in ("", task.name):
+            raise ConfigError(
+                f"task.name: expected {task.name}, the task of {task.file} (task.file), got"
+                f" {name!r}. Leave task.file out, or set task.name={task.name}."
+            )
+        return task
     if name == CAUSAL_LM:
         return None
     if name in SENTIMENT_TASKS:
         return SENTIMENT_TASKS[name]
+    own = own_tasks(asked.data) if not is_known(name) else []
+    if not name and len(own) > 1:
+        raise ConfigError(
+            f"task.name: expected one of {', '.join(task.name for task in own)}, the task files in"
+            f" {asked.data}, got nothing. Choose one."
+        )
+    if not name and own:
+        return own[0]
     try:
-        return find_task(name)
+        return find_task(name or DEFAULT_TASK, own=own)
     except ConfigError as error:
         others = ", ".join((CAUSAL_LM, *SENTIMENT_TASKS))
         text = str(error).replace("evaluation.tasks: expected one of ", "")
@@ -205,8 +224,8 @@ def prepare_examples(config: FinetuneConfig, tokenizer: Any) -> TuningData:
     )
 
 
-def task_content(config: FinetuneConfig) -> FileDigests:
-    """Digest the files of a task.
+def task_content(config: FinetuneConfig) -> dict[str, FileDigests]:
+    """Digest the files of a task, by the key that names them: its examples, and its task file.
 
     Args:
         config: Names the task, and where it lies.
@@ -217,11 +236,15 @@ def task_content(config: FinetuneConfig) -> FileDigests:
     task = tuning_task(config)
     with _named_as_task():
         if task is None:
-            return file_digests(text_files(config.task), key="task.data", root=None)
+            return {"task.data": file_digests(text_files(config.task), key="task.data", root=None)}
         files = find_files(task, config.task.data, alone=True)
         if files.format == "hub":
-            return [(files.folder, hub_fingerprint(files))]
-        return file_digests(files.paths(), key="task.data", root=None)
+            found = {"task.data": [(files.folder, hub_fingerprint(files))]}
+        else:
+            found = {"task.data": file_digests(files.paths(), key="task.data", root=None)}
+        if task.file:
+            found["task.file"] = file_digests([task.file], key="task.file", root=None)
+        return found
 
 
 @contextmanager

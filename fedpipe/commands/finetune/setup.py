@@ -17,6 +17,7 @@ from fedpipe.commands.finetune.examples import (
     kind_of,
     prepare_examples,
     task_content,
+    tuning_task,
 )
 from fedpipe.commands.finetune.plan import render_plan
 from fedpipe.config.deepspeed import engine_config
@@ -172,6 +173,9 @@ def resolve_finetune(
     saved = os.path.join(run_dir, "config.yaml") if run_dir else ""
     base = saved if not (config_path or preset) and os.path.isfile(saved) else config_path
     config = load_finetune(base, overrides, preset=preset)
+    task = tuning_task(config)
+    if task is not None:
+        config = replace(config, task=replace(config.task, name=task.name))
     directory = Path(run_dir or Path("runs") / config.name)
     own = directory / "config.yaml"
     if os.path.isfile(own) and has_begun(directory):
@@ -208,7 +212,7 @@ def tuning_inputs(config: FinetuneConfig) -> Inputs:
     path = config.model.path
     base = SAMPLES / "tokenizer" if path == UNTRAINED else Path(path)
     files = {
-        "task.data": task_content(config),
+        **task_content(config),
         "model.path": file_digests(
             [*model_files(base), *tokenizer_files(base)], key="model.path", root=None
         ),

@@ -1,4 +1,4 @@
-"""Examples beside those of ``fedpipe evaluate``: plain texts, sentiment and topics, columns."""
+"""Texts without labels, and the column that says whose an example is."""
 
 from __future__ import annotations
 
@@ -10,35 +10,16 @@ from fedpipe.config.finetune import CAUSAL_LM, TaskConfig
 from fedpipe.data.lines import shown
 from fedpipe.data.reading import NO_VALUE
 from fedpipe.data.tasks.files import TaskFiles
-from fedpipe.data.tasks.reading import Example, LeftOut, json_lines, left_out_text, usable
-from fedpipe.data.tasks.registry import Defaults, Task
+from fedpipe.data.tasks.reading import (
+    Example,
+    LeftOut,
+    csv_rows,
+    json_lines,
+    left_out_text,
+    usable,
+)
 from fedpipe.data.values import name_of, text_of
 from fedpipe.errors import CorpusError
-
-_SETTINGS = Defaults(learning_rate=2e-5, batch_size=32, num_epochs=3, max_length=128)
-
-
-def _text_task(name: str, labels: tuple[str, ...], *files: str, cites: str) -> Task:
-    return Task(
-        name=name, kind="classification", metrics=("accuracy",), defaults=_SETTINGS, labels=labels,
-        files=files, cites=cites,
-    )  # fmt: skip
-
-
-SENTIMENT_TASKS = {
-    task.name: task
-    for task in (
-        _text_task("imdb", ("negative", "positive"), "imdb_subset", cites="Maas et al. 2011"),
-        _text_task(
-            "movie-reviews", ("negative", "positive"), "movie_reviews_v2",
-            cites="Pang and Lee 2004",
-        ),
-        _text_task(
-            "ag-news", ("World", "Sports", "Business", "Sci/Tech"), cites="Zhang et al. 2015"
-        ),
-    )
-}  # fmt: skip
-"""Text classification of the studies with many clients."""
 
 _TRAIN, _TEST = ("train",), ("test", "valid", "dev")
 
@@ -94,7 +75,8 @@ def _find(folder: Path, names: Sequence[str]) -> Path:
 
 def _owners(path: Path, column: str, examples: Sequence[Example]) -> list[str]:
     """Read a column of the rows that the examples are of."""
-    rows = dict(json_lines(str(path), key="task.data"))
+    read = json_lines if ".jsonl" in path.name else csv_rows
+    rows = dict(read(str(path), key="task.data"))
     chosen = ((rows[example.where], example.where) for example in examples)
     return [_owner(row, column, where) for row, where in chosen if isinstance(row, Mapping)]
 
@@ -145,11 +127,11 @@ def column_values(
         examples: Of the split; rows without one are left out.
 
     Raises:
-        CorpusError: The files are no JSON lines, or a row does not have the column.
+        CorpusError: The files are neither JSON lines nor CSV, or a row does not have the column.
     """
-    if files.format != "jsonl":
+    if files.format not in ("jsonl", "csv"):
         raise CorpusError(
-            f"task.column: expected JSON lines, got {files.format_name} in {files.folder}. Use"
-            " another task.split."
+            f"task.column: expected JSON lines or CSV, got {files.format_name} in {files.folder}."
+            " Use another task.split."
         )
     return _owners(Path(files.splits[split]), column, examples)

@@ -16,7 +16,8 @@ from fedpipe.config.evaluation import PACKAGED_TASKS
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.corpus import check_sources
 from fedpipe.data.tasks.files import find_files
-from fedpipe.data.tasks.registry import find_task
+from fedpipe.data.tasks.registry import Task
+from fedpipe.data.tasks.task_file import choose_tasks
 from fedpipe.errors import FedPipeError
 from fedpipe.files import write_text
 from fedpipe.run.resume import check_config, may_change
@@ -132,7 +133,8 @@ def plan_reproduction(
         _check_same(directory, load_reproduction(str(path), []), config)
     else:
         check_new(directory)
-    check_tasks(config)
+    names = tuple(task.name for task in check_tasks(config))
+    config = replace(config, evaluation=replace(config.evaluation, tasks=names))
     variants = make_variants(config)
     runs = tuple(
         TrainingRun(variant=variant, seed=seed, cell=_cell(directory, variant, seed))
@@ -145,12 +147,13 @@ def plan_reproduction(
     )
 
 
-def check_tasks(config: RunConfig) -> None:
-    """Refuse tasks that there are not, or whose files are not at hand."""
+def check_tasks(config: RunConfig) -> list[Task]:
+    """Return the tasks; refuse those that there are not, or whose files are not at hand."""
     evaluation = config.evaluation
-    tasks = [find_task(name) for name in evaluation.tasks]
+    tasks = choose_tasks(evaluation.tasks, evaluation.task_files, evaluation.data)
     for task in tasks:
         find_files(task, evaluation.data, alone=len(tasks) == 1)
+    return tasks
 
 
 def is_packaged(config: RunConfig) -> bool:

@@ -26,6 +26,7 @@ from fedpipe.commands.finetune.command import (
     finished_lines,
     plain_console,
     round_lines,
+    task_overrides,
 )
 from fedpipe.commands.finetune.report import outcome_text as outcome_of_finetuning
 from fedpipe.commands.pretrain.setup import reserve
@@ -58,6 +59,7 @@ _TASKS = ("pretrain", "throughput", "sweep", "evaluate", "finetune", "reproduce"
 _OPTIONS = {
     "models": ("--model", ("evaluate",)),
     "tasks": ("--tasks", ("evaluate",)),
+    "task_files": ("--task-file", ("evaluate", "finetune")),
     "data": ("--data", ("evaluate", "reproduce")),
     "seeds": ("--seeds", ("evaluate", "reproduce")),
     "scale": ("--scale", ("reproduce",)),
@@ -160,7 +162,8 @@ def submit_request(
     elif request.task == "evaluate":
         what = evaluation_array(request, chosen, show=show)
     elif request.task == "finetune":
-        what = finetuning(request, axes)
+        own = task_overrides(chosen.get("task_files", ()))
+        what = finetuning(replace(request, overrides=[*request.overrides, *own]), axes)
     elif request.task == "reproduce":
         what = reproduction(request, chosen)
     else:

@@ -14,12 +14,13 @@ from fedpipe.data.tasks.registry import Task, spelling
 from fedpipe.data.tokenizer import SAMPLES
 from fedpipe.errors import CorpusError
 
-Format = Literal["jsonl", "conll", "tsv", "saved", "hub"]
+Format = Literal["jsonl", "conll", "csv", "tsv", "saved", "hub"]
 
 HUB = "hf:"
 _FORMATS = {
     "jsonl": "JSON lines",
     "conll": "CoNLL",
+    "csv": "CSV",
     "tsv": "GLUE's TSV",
     "saved": "a saved Hugging Face dataset",
     "hub": "Hugging Face datasets",
@@ -33,6 +34,7 @@ _SPLITS = {
 """How a split may be called; mismatched is the second dev set of MNLI."""
 _JSONL = (".jsonl", ".jsonl.gz")
 _TABLES = (".tsv", ".txt", ".conll", ".iob")
+_CSV = (".csv", ".csv.gz")
 _DEPTH = 3
 """Folders below the data folder that are searched."""
 
@@ -82,6 +84,9 @@ def find_files(task: Task, data: str, *, alone: bool) -> TaskFiles:
     """
     if data.startswith(HUB):
         return _on_the_hub(task, data)
+    if task.file and (data == PACKAGED_TASKS or _is_below(Path(task.file), Path(data))):
+        data = str(Path(task.file).parent)  # its files lie beside the task file
+    alone = alone or bool(task.file)
     if data == PACKAGED_TASKS:
         root = SAMPLES / "tasks"
     elif os.path.isdir(data):
@@ -91,7 +96,7 @@ def find_files(task: Task, data: str, *, alone: bool) -> TaskFiles:
             f"evaluation.data: expected a folder, hf:NAME or packaged, got {data!r}. Check the path"
             " after --data."
         )
-    places = _places(task, root)
+    places = [_listed(task, root)] if task.splits else _places(task, root)
     if not places and alone:
         places = [found for found in [_in_folder(task, root)] if found]
     if not places:
@@ -126,6 +131,15 @@ def check_splits(task: Task, splits: Iterable[str], *, where: str) -> None:
             f"evaluation.data: expected a test or dev split of {task.name} with labels in {where}, "
             f"got {listed}. Add the file, for example test.tsv."
         )
+
+
+def formats_of(task: Task) -> dict[str, Format]:
+    """Return the formats of a task's files, by the ends of their names."""
+    tables: Format = "conll" if task.kind == "ner" else "tsv"
+    csv: Format = "csv"
+    found: dict[str, Format] = {suffix: "jsonl" for suffix in _JSONL}
+    found |= dict.fromkeys(_TABLES, tables)
+    return found if task.kind == "ner" else found | dict.fromkeys(_CSV, csv)
 
 
 def split_of(name: str) -> str | None:
@@ -188,16 +202,47 @@ def _in_folder(task: Task, folder: Path) -> TaskFiles | None:
     jsonl = _named_jsonl(task, folder, files)
     if jsonl:
         return jsonl
-    for suffixes, kind in ((_JSONL, "jsonl"), (_TABLES, "conll" if task.kind == "ner" else "tsv")):
+    formats = formats_of(task)
+    for form in dict.fromkeys(formats.values()):
+        suffixes = [suffix for suffix, other in formats.items() if other == form]
         splits = {}
         for file in files:
             known = split_of(_stem(file, suffixes) or "")
             if known:
                 splits[known] = str(folder / file)
         if splits:
-            form: Format = kind  # type: ignore[assignment]
             return TaskFiles(task=task, format=form, folder=str(folder), splits=_ordered(splits))
     return None
+
+
+def _listed(task: Task, root: Path) -> TaskFiles:
+    """Take the files that a task file names, which are all of one format."""
+    formats = formats_of(task)
+    found: set[Format] = set()
+    for split, name in task.splits:
+        form = next((form for suffix, form in formats.items() if name.endswith(suffix)), None)
+        if form is None:
+            raise CorpusError(
+                f"files.{split}: expected a name that ends with {', '.join(formats)} for kind "
+                f"{task.kind}, got {name!r} in {task.file}. Rename or convert the file."
+            )
+        if not os.path.isfile(root / name):
+            raise CorpusError(
+                f"files.{split}: expected a file, got {str(root / name)!r} in {task.file}, which "
+                "is none. Paths start from the folder of the task file, or from evaluation.data."
+            )
+        found.add(form)
+    if len(found) > 1:
+        raise CorpusError(
+            f"files: expected one format, got {', '.join(name for _, name in task.splits)} in "
+            f"{task.file}. Convert the files to one."
+        )
+    splits = {split: str(root / name) for split, name in task.splits}
+    return TaskFiles(task=task, format=found.pop(), folder=str(root), splits=splits)
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    return folder.resolve() in path.resolve().parents
 
 
 def _saved_splits(folder: Path) -> dict[str, str]:

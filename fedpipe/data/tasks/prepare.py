@@ -12,6 +12,7 @@ from fedpipe.data.identity import digest, file_digests
 from fedpipe.data.tasks.encoding import Encoded, encode, load_tokenizer
 from fedpipe.data.tasks.files import TaskFiles
 from fedpipe.data.tasks.reading import hub_fingerprint, read_task
+from fedpipe.data.tasks.registry import Task
 
 FORMAT = 2
 """Raised with every change of what the files look like or how examples become tokens."""
@@ -51,7 +52,8 @@ def task_digest(config: RunConfig, files: TaskFiles) -> str:
         root = cache_root(config)
         content = file_digests(files.paths(), key="evaluation.data", root=root)
     splits = sorted((split, Path(path).name) for split, path in files.splits.items())
-    return digest([files.task.name, files.format, splits, content, _typed(config, files)])
+    known = [files.task.name, files.format, splits, content, _typed(config, files)]
+    return digest([*known, *_description(files.task)])
 
 
 def prepare_task(
@@ -107,6 +109,13 @@ def prepare_task(
     result = _read(directory)
     assert result is not None, "it was published just now"
     return result
+
+
+def _description(task: Task) -> list[object]:
+    """Return what a task file says of how rows are read and scored; nothing of other tasks."""
+    if not task.file:
+        return []
+    return [task.kind, task.metrics, task.labels, task.negative, task.text, task.pair, task.label]
 
 
 def _typed(config: RunConfig, files: TaskFiles) -> bool:

@@ -7,6 +7,7 @@ split.
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -54,6 +55,10 @@ class _Unlabelled(CorpusError):
     """A row has no label: such test splits are kept back by those who publish a task."""
 
 
+class _Undeclared(CorpusError):
+    """A row has a label that the task file does not declare: that refuses the whole file."""
+
+
 def read_task(files: TaskFiles, *, typed: bool) -> tuple[Splits, str, LeftOut]:
     """Read the examples of all splits, without the rows that cannot be used.
 
@@ -81,7 +86,7 @@ def read_task(files: TaskFiles, *, typed: bool) -> tuple[Splits, str, LeftOut]:
 
     for split, rows in _rows(files):
         examples, faults, first = usable(rows, example)
-        if split == "test" and not examples and isinstance(first, _Unlabelled):
+        if _is_kept_back(task, split) and not examples and isinstance(first, _Unlabelled):
             continue
         if not examples and first is None:
             raise CorpusError(
@@ -98,6 +103,11 @@ def read_task(files: TaskFiles, *, typed: bool) -> tuple[Splits, str, LeftOut]:
     if "dev" in left_out:
         left_out["test"] = left_out.pop("dev")
     return splits, "dev", left_out
+
+
+def _is_kept_back(task: Task, split: str) -> bool:
+    """Whether those who publish a task may have left the labels out of a split."""
+    return split == "test" and not task.file
 
 
 def usable(
@@ -119,6 +129,8 @@ def usable(
             if isinstance(row, CorpusError):
                 raise row
             examples.append(read(row, where))
+        except _Undeclared:
+            raise
         except CorpusError as fault:
             faults.append(fault)
     return examples, len(faults), faults[0] if faults else None
@@ -162,7 +174,9 @@ def _rows(files: TaskFiles) -> Iterator[tuple[str, Iterator[Row]]]:
         elif files.format == "jsonl":
             yield split, json_lines(path, key=_KEY)
         elif files.format == "conll":
-            yield split, _conll_rows(path)
+            yield split, _conll_rows(files.task, path)
+        elif files.format == "csv":
+            yield split, csv_rows(path, key=_KEY)
         else:
             yield split, _tsv_rows(files.task, path)
 
@@ -187,7 +201,8 @@ def json_lines(path: str, *, key: str) -> Iterator[Row]:
             yield where, fault
 
 
-def _conll_rows(path: str) -> Iterator[Row]:
+def _conll_rows(task: Task, path: str) -> Iterator[Row]:
+    names = task.text[0], task.label[0]
     words: list[str] = []
     tags: list[str] = []
     start = ""
@@ -210,10 +225,10 @@ def _conll_rows(path: str) -> Iterator[Row]:
             words.append(cells[0])
             tags.append(cells[-1].strip())
         elif words:
-            yield start, fault or {"tokens": words, "tags": tags}
+            yield start, fault or dict(zip(names, (words, tags), strict=True))
             words, tags, start, fault = [], [], "", None
     if words:
-        yield start, fault or {"tokens": words, "tags": tags}
+        yield start, fault or dict(zip(names, (words, tags), strict=True))
 
 
 def _tsv_rows(task: Task, path: str) -> Iterator[Row]:
@@ -242,6 +257,57 @@ def _tsv_rows(task: Task, path: str) -> Iterator[Row]:
             )
         else:
             yield where, dict(zip(columns, cells, strict=False))
+
+
+def csv_rows(path: str, *, key: str) -> Iterator[Row]:
+    """Read the rows of a CSV file: a header, then cells between commas (or semicolons).
+
+    A cell that holds a separator, a quote or the end of a line stands in quotes.
+    """
+    faults: list[CorpusError] = []
+
+    def lines() -> Iterator[str]:
+        for _, line in lines_or_faults(path, key=key):
+            if isinstance(line, CorpusError):
+                faults.append(line)
+                line = ""
+            yield f"{line}\n"
+
+    found = lines()
+    header = next(found, "")
+    if faults:
+        raise faults[0]
+    separator = ";" if header.count(";") > header.count(",") else ","
+    columns = next(csv.reader([header], delimiter=separator))
+    reader = csv.reader(found, delimiter=separator, strict=True)
+    while True:
+        where = f"{path}:{reader.line_num + 2}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield (
+                where,
+                CorpusError(
+                    f"{key}: expected cells between {separator!r}, got {where} ({error}). Correct "
+                    "the quotes of the line."
+                ),
+            )
+            continue
+        if faults:  # an empty line stands for it, maybe inside of quotes
+            yield where, faults[0]
+            faults.clear()
+        elif cells is None:
+            return
+        elif cells and len(cells) != len(columns):
+            yield (
+                where,
+                CorpusError(
+                    f"{key}: expected the {len(columns)} columns of the header, got {len(cells)} "
+                    f"in {where}. Put cells that hold {separator!r} in quotes."
+                ),
+            )
+        elif cells:
+            yield where, dict(zip(columns, cells, strict=True))
 
 
 def _dataset_rows(task: Task, dataset: Dataset, where: str) -> Iterator[Row]:
@@ -293,7 +359,7 @@ def _unreadable(what: str, error: Exception) -> CorpusError:
 
 
 def _example(task: Task, row: Mapping[str, Any], where: str, split: str, *, typed: bool) -> Example:
-    if split == "test" and not set(task.label) & set(row):
+    if _is_kept_back(task, split) and not set(task.label) & set(row):
         raise _unlabelled(where)  # as GLUE's test files are
     label = _cell(task, row, task.label, "label", where)
     if task.kind != "ner":
@@ -313,7 +379,7 @@ def _example(task: Task, row: Mapping[str, Any], where: str, split: str, *, type
             f"tags in {where}. Correct the row."
         )
     tags = tag_names(task, typed=typed)
-    numbers = tuple(_tag(task, tag, tags, where, typed=typed) for tag in label)
+    numbers = tuple(_tag(task, tag, tags, where) for tag in label)
     return Example(tuple(_word(word, where) for word in words), numbers, where)
 
 
@@ -333,10 +399,11 @@ def _cell(task: Task, row: Mapping[str, Any], names: tuple[str, ...], what: str,
     for name in names:
         if name in row:
             return row[name]
+    way_out = f", or name it under columns in {task.file}" if task.file else ""
     raise CorpusError(
         f"evaluation.data: expected a column {' or '.join(map(repr, names))} with the {what} of "
         f"{task.name} in {where}, got {', '.join(map(str, row)) or 'no columns'}. Rename the "
-        "column."
+        f"column{way_out}."
     )
 
 
@@ -379,21 +446,20 @@ def _label(task: Task, value: Any, where: str) -> int | float:
     if text in task.labels:
         return task.labels.index(text)
     numbers = [str(number) for number in range(len(task.labels))]
-    if text in numbers:
+    if text in numbers and not task.file:
         return numbers.index(text)
     raise _unknown(task, value, f"one of {', '.join(task.labels)}", where)
 
 
-def _tag(task: Task, tag: Any, tags: tuple[str, ...], where: str, *, typed: bool) -> int:
+def _tag(task: Task, tag: Any, tags: tuple[str, ...], where: str) -> int:
     if type(tag) is int and len(task.labels) == 1 and 0 <= tag < len(tags):
         return tag
     text = str(tag)
     if text == "O":
         return 0
     part, _, entity = text.partition("-")
-    several = len(task.labels) > 1
     if part in ("B", "I"):
-        if not several or not typed:
+        if tags[1:] == (f"B-{tags[1][2:]}", f"I-{tags[1][2:]}"):
             # BioBERT's files say B and I alone; a type is checked where it is given.
             known = {name.lower() for name in (*task.labels, "entity")}
             if not entity or entity.lower() in known:
@@ -420,6 +486,11 @@ def _bio(task: Task) -> str:
 
 
 def _unknown(task: Task, value: Any, expectation: str, where: str) -> CorpusError:
+    if task.file and task.kind != "regression":
+        return _Undeclared(
+            f"evaluation.data: expected {expectation} in column {task.label[0]!r} of {where}, got "
+            f"{_short(value)}. Declare it under labels in {task.file}, or correct the row."
+        )
     return CorpusError(
         f"evaluation.data: expected {expectation} as label of {task.name}, got {_short(value)} in "
         f"{where}. Correct the row."

@@ -1,4 +1,6 @@
-"""The tasks that ``fedpipe evaluate`` knows: one row each, with the published settings. No torch.
+"""What a task is, and the tasks that fedpipe knows, with their published settings. No torch.
+
+A task that is not one of them is described by a file: see ``fedpipe.data.tasks.task_file``.
 
 Settings follow the reference evaluations: BioBERT (Lee et al. 2020) and BLURB (Gu et al. 2021) for
 the biomedical tasks, BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019) for GLUE. Like them,
@@ -8,12 +10,15 @@ no class is weighted, however rare it is.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fedpipe.errors import ConfigError
 
 Kind = Literal["ner", "classification", "regression"]
+Predicts = Literal["ner", "classification", "regression", "causal-lm"]
+"""What the head of a model gives; ``causal-lm`` is the next token of a text without labels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +49,8 @@ class Task:
     """Published settings."""
     labels: tuple[str, ...] = ()
     """Names of the classes in the order of their numbers; of a NER task its entity types."""
+    merges_types: bool = False
+    """Score all entity types as one, unless ``evaluation.typed_entities`` keeps them."""
     negative: tuple[str, ...] = ()
     """Classes that F1 does not count as found."""
     text: tuple[str, ...] = ("text", "sentence", "sentence1")
@@ -58,11 +65,49 @@ class Task:
     """Columns of its TSV file where that has no header."""
     cites: str = ""
     """Where it was published."""
+    file: str = ""
+    """Path of the task file that describes it; empty for a task of this module."""
+    splits: tuple[tuple[str, str], ...] = ()
+    """Split and path, where the task file names the files of its splits."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Under which files and folders are found, in one spelling."""
         return tuple(spelling(name) for name in (self.name, *self.files))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskSpec:
+    """What a model predicts, and how that is scored: what training and scoring know of a task."""
+
+    kind: Predicts
+    labels: tuple[str, ...]
+    """Classes or tags; empty for numbers and texts."""
+    positive: tuple[int, ...]
+    """Classes that F1 counts as found."""
+    metrics: tuple[str, ...]
+    """As of the task; ``loss`` of texts."""
+
+    @classmethod
+    def of(cls, task: Task, *, typed: bool = False) -> TaskSpec:
+        """Describe what is predicted in a task.
+
+        Args:
+            task: Any.
+            typed: Keep the entity types apart that the task merges.
+        """
+        return cls(
+            kind=task.kind,
+            labels=tag_names(task, typed=typed) if task.kind == "ner" else task.labels,
+            positive=tuple(i for i, name in enumerate(task.labels) if name not in task.negative),
+            metrics=task.metrics,
+        )
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> TaskSpec:
+        """Read what ``asdict`` gave, after JSON."""
+        names = ("labels", "positive", "metrics")
+        return cls(kind=content["kind"], **{name: tuple(content[name]) for name in names})
 
 
 def spelling(name: str) -> str:
@@ -81,7 +126,8 @@ _LARGE_GLUE = Defaults(learning_rate=2e-5, batch_size=32, num_epochs=3, max_leng
 def _ner(name: str, *types: str, files: tuple[str, ...] = (), cites: str) -> Task:
     return Task(
         name=name, kind="ner", metrics=("entity_f1",), defaults=_NER, labels=types,
-        text=("tokens", "words"), label=("tags", "ner_tags"), files=files, cites=cites,
+        merges_types=len(types) > 1, text=("tokens", "words"), label=("tags", "ner_tags"),
+        files=files, cites=cites,
     )  # fmt: skip
 
 
@@ -101,6 +147,13 @@ def _glue(
     return Task(
         name=name, kind=kind, metrics=metrics, defaults=defaults, labels=labels, text=text,
         pair=pair, label=label, files=files, headless=headless, cites="Wang et al. 2018 (GLUE)",
+    )  # fmt: skip
+
+
+def _text_task(name: str, labels: tuple[str, ...], *files: str, cites: str) -> Task:
+    return Task(
+        name=name, kind="classification", metrics=("accuracy",), defaults=_LARGE_GLUE,
+        labels=labels, files=files, cites=cites,
     )  # fmt: skip
 
 
@@ -164,21 +217,41 @@ _ALL = (
 TASKS = {task.name: task for task in _ALL}
 """Every task by its name."""
 
+SENTIMENT_TASKS = {
+    task.name: task
+    for task in (
+        _text_task("imdb", ("negative", "positive"), "imdb_subset", cites="Maas et al. 2011"),
+        _text_task(
+            "movie-reviews", ("negative", "positive"), "movie_reviews_v2",
+            cites="Pang and Lee 2004",
+        ),
+        _text_task(
+            "ag-news", ("World", "Sports", "Business", "Sci/Tech"), cites="Zhang et al. 2015"
+        ),
+    )
+}  # fmt: skip
+"""Text classification of the studies with many clients; ``fedpipe finetune`` knows them, too."""
 
-def find_task(name: str) -> Task:
+
+def find_task(name: str, *, own: Sequence[Task] = ()) -> Task:
     """Return a task by its name, in any usual spelling.
+
+    Args:
+        name: As the user wrote it.
+        own: Tasks of the user's, which are looked through first.
 
     Raises:
         ConfigError: There is no such task.
     """
-    wanted = spelling(name)
-    for task in TASKS.values():
+    wanted, tasks = spelling(name), (*own, *TASKS.values())
+    for task in tasks:
         if wanted in task.names:
             return task
-    spellings = {other: task.name for task in TASKS.values() for other in task.names}
+    spellings = {other: task.name for task in tasks for other in task.names}
     close = difflib.get_close_matches(wanted, spellings, n=1)
     hint = f"Did you mean {spellings[close[0]]}?" if close else "Choose one."
-    raise ConfigError(f"evaluation.tasks: expected one of {', '.join(TASKS)}, got {name!r}. {hint}")
+    names = ", ".join(task.name for task in tasks)
+    raise ConfigError(f"evaluation.tasks: expected one of {names}, got {name!r}. {hint}")
 
 
 def tag_names(task: Task, *, typed: bool) -> tuple[str, ...]:
@@ -186,8 +259,7 @@ def tag_names(task: Task, *, typed: bool) -> tuple[str, ...]:
 
     Args:
         task: Of kind ``ner``.
-        typed: Keep several entity types apart; otherwise they are one.
+        typed: Keep the entity types apart that the task merges.
     """
-    several = len(task.labels) > 1 and not typed
-    types = ("entity",) if several else task.labels
+    types = ("entity",) if task.merges_types and not typed else task.labels
     return ("O", *(f"{part}-{entity}" for entity in types for part in "BI"))
