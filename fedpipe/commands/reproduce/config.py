@@ -27,8 +27,9 @@ class ComparisonConfig:
     published_length: int = 0
     """``data.padded_length`` of FedBERT as published."""
     timed_rounds: int = 0
-    """Rounds for which systems are trained that learn the weights of another: their clocks go on
-    with the mean of these, their scores are the other's. 0 means all."""
+    """Some systems provably reach the same weights as another one. Such a system is trained for
+    these rounds only: later rounds take the mean of their seconds, and the other system's scores.
+    0 means all rounds."""
     seeds: tuple[int, ...] = (0,)
     """Every variant is pre-trained once with each."""
 
