@@ -1,4 +1,5 @@
-# Everything from a fresh clone: `make pretrain` trains a model, `make test` checks the code.
+# Everything from a fresh clone: `make pretrain` trains a model, `make check` checks a change in a
+# minute, `make test` checks everything that this machine can run.
 # Needs Python 3.11 and make. Set-up goes to .venv and is repeated only when a pin changes.
 
 PYTHON ?= python3.11
@@ -7,14 +8,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN_DIR ?= runs/quickstart
 
-.PHONY: help pretrain test test-all slurm-packages slurm-up slurm-down lint format bench bench-gpu \
+.PHONY: help pretrain check test test-all slurm-packages slurm-up slurm-down lint format bench bench-gpu \
 	bench-gpu-published clean .venv
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make pretrain  train the quick start into $(RUN_DIR); again: resume, or say that it is done;"
 	@echo "               on the CPU, or with DS_ACCELERATOR=cuda on 4 GPUs"
-	@echo "make test      lint, format, types and all tests; as root installs SLURM for them"
+	@echo "make check     lint, types and the fast unit tests: before every commit"
+	@echo "make test      lint, types and every test that this machine can run; as root installs SLURM"
 	@echo "make test-all  the same with every case of the matrices of options, not a sample of them"
 	@echo "make lint      ruff and mypy only"
 	@echo "make format    rewrite the code as ruff formats it"
@@ -28,6 +30,7 @@ help:
 .venv: $(READY)
 
 $(READY): setup.cfg pyproject.toml constraints.txt
+	@echo "installing the packages of constraints.txt (1.9 GB, torch for CPUs or GPUs) into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt --use-pep517 seqeval
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0 -e ".[finetune,dev]"
@@ -35,6 +38,9 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 
 pretrain: $(READY)
 	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/fedpipe pretrain --run-dir $(RUN_DIR)
+
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not slow" tests/unit
 
 test: slurm-packages lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
