@@ -26,6 +26,7 @@ MARKERS = {
     "slurm": "jobs on a real SLURM, brought up here",
     "gpu": "needs an NVIDIA GPU",
 }
+SLOW = "slow: a unit test of some seconds, which `make check` leaves out"
 NO_SLURM = "SLURM is not installed: run `make slurm-packages` as root"
 
 
@@ -33,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning} (tests/{name})")
     config.addinivalue_line("markers", matrix.MARKER)
+    config.addinivalue_line("markers", SLOW)
     for number in (signal.SIGHUP, signal.SIGINT):
         # Under nohup, or behind a shell's `&`, what the tests start would ignore it too; a handler
         # is no longer there after exec.

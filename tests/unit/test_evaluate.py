@@ -71,6 +71,7 @@ def whole(home: Path) -> Evaluation:
     return evaluation
 
 
+@pytest.mark.slow
 def test_a_model_that_can_learn_learns_easy_tasks(whole: Evaluation) -> None:
     for cell in whole.cells:
         result = cell.result()

@@ -49,6 +49,7 @@ def share(found: list[bool]) -> float:
     return sum(found) / len(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("units", [3, 5])
 @pytest.mark.parametrize(("by_seed", "by_fine"), [(0.12, 0.0), (0.12, 0.2)])
 def test_of_100_intervals_93_to_97_hold_the_truth(

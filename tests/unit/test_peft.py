@@ -292,6 +292,7 @@ def test_the_head_of_a_model_folder_is_taken_for_the_same_labels_only(
             assert same == (name not in heads or labels[0] == "good"), name
 
 
+@pytest.mark.slow
 def test_every_method_of_every_base_model_is_counted() -> None:
     rows = list(count_rows())
     assert [(row.family, row.method) for row in rows] == list(product(FAMILIES, METHODS))
