@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from fedpipe import __version__
+from fedpipe.commands import options
 from fedpipe.errors import ConfigError, FedPipeError, LaunchError
 from fedpipe.files import system_errors_named
 from fedpipe.terminal import prepare_output
@@ -86,11 +87,13 @@ class _CommandParser(_Parser):
         return super().parse_known_args(args, namespace)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
     """Run one command.
 
     Args:
         argv: Arguments without the program's name; None takes the process's own.
+        launched: A launcher has started this process as a rank, also where the environment leaves
+            that open.
 
     Returns:
         The exit code.
@@ -98,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_output()
     try:
         args = _parse(argv)
+        args.launched = launched
         command: Callable[[argparse.Namespace], int] = args.run
         with system_errors_named():
             code = command(args)
@@ -131,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fedpipe {__version__}")
+    options.add_launcher(parser)
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", required=True, parser_class=_CommandParser
     )

@@ -4,20 +4,19 @@
     deepspeed --num_accelerators 4 --no_local_rank launch/pretrain.py --config ...
     deepspeed --hostfile hosts --no_local_rank launch/pretrain.py --config ...   # several nodes
 
-With --cluster it submits the same run as a job instead, and is `fedpipe submit pretrain`:
+It is `fedpipe pretrain` in a process that is a rank, and so is `torchrun -m fedpipe pretrain`.
+With --cluster it is `fedpipe submit pretrain`, the same run as a job:
 
     python launch/pretrain.py --cluster slurm --profile slurm/profiles/gpu.yaml --config ...
 
-On one machine `fedpipe pretrain` does the same with a live display and a supervisor.
+On one machine `fedpipe pretrain` starts the ranks itself, with a live display and a supervisor.
 """
 
 import sys
 
+from fedpipe.cli import main
+
 if __name__ == "__main__":
     if any(argument.split("=")[0] == "--cluster" for argument in sys.argv):
-        from fedpipe.cli import main as fedpipe
-
-        sys.exit(fedpipe(["submit", "pretrain", *sys.argv[1:]]))
-    from fedpipe.cluster.external import main
-
-    sys.exit(main("pretrain"))
+        sys.exit(main(["submit", "pretrain", *sys.argv[1:]]))
+    sys.exit(main(["pretrain", *sys.argv[1:]], launched=True))

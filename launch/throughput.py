@@ -4,20 +4,19 @@
     deepspeed --num_accelerators 4 --no_local_rank launch/throughput.py --config ...
     deepspeed --hostfile hosts --no_local_rank launch/throughput.py --config ...   # several nodes
 
-With --cluster it submits the same measurement as a job instead, and is `fedpipe submit throughput`:
+It is `fedpipe throughput` in a process that is a rank, and so is `torchrun -m fedpipe throughput`.
+With --cluster it is `fedpipe submit throughput`, the same measurement as a job:
 
     python launch/throughput.py --cluster slurm --profile slurm/profiles/gpu.yaml --config ...
 
-On one machine `fedpipe throughput` does the same with a live display and a supervisor.
+On one machine `fedpipe throughput` starts the ranks itself, with a live display and a supervisor.
 """
 
 import sys
 
+from fedpipe.cli import main
+
 if __name__ == "__main__":
     if any(argument.split("=")[0] == "--cluster" for argument in sys.argv):
-        from fedpipe.cli import main as fedpipe
-
-        sys.exit(fedpipe(["submit", "throughput", *sys.argv[1:]]))
-    from fedpipe.cluster.external import main
-
-    sys.exit(main("throughput"))
+        sys.exit(main(["submit", "throughput", *sys.argv[1:]]))
+    sys.exit(main(["throughput", *sys.argv[1:]], launched=True))

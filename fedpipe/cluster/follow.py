@@ -9,24 +9,24 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
 
-from fedpipe.cluster.jobs import STARTS
-from fedpipe.cluster.ranks import LOST_PEER
+from fedpipe.cluster.rank import LOST_PEER, View
 from fedpipe.cluster.slurm import JobState, cells_in_queue, job_state
 from fedpipe.distributed.activity import Heartbeats
 from fedpipe.distributed.signals import EXIT_INTERRUPTED
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import FedPipeError, LaunchError, TopologyError
-from fedpipe.report.console import RunConsole
 from fedpipe.report.writer import METRICS_FILE
 
 _PERIOD_S = 1.0
+STARTS = "fedpipe starts as"
+"""Opens the part of a job's log that belongs to one attempt."""
 _SETTLE_S = 15.0
 """A network file system may show what a job wrote last only after this."""
 _FULL_BYTES = 1 << 20
@@ -37,8 +37,6 @@ _VERDICT = re.compile(r"^LaunchError: rank .*$", re.MULTILINE)
 _OUR_ERROR = re.compile(r"^(?:fedpipe\.errors\.)?([A-Z]\w*(?:Error|Exception|Exit)\b.*)$", re.M)
 
 
-Shows = Mapping[str, Callable[[dict[str, Any]], None]]
-"""What shows a record of a run, by its kind."""
 Closing = Callable[[], Sequence[str]]
 """Returns what a finished run has to show."""
 
@@ -48,8 +46,7 @@ def follow(
     *,
     run_dir: Path,
     grid: Grid,
-    console: RunConsole,
-    shows: Shows,
+    view: View,
     show: Callable[[str], None],
     closing: Closing,
 ) -> int:
@@ -59,8 +56,7 @@ def follow(
         job: submitit's.
         run_dir: Directory of the run.
         grid: Its processes, for names.
-        console: Where the run is shown.
-        shows: What of it is.
+        view: Where the run is shown.
         show: Shows a line about the job itself.
         closing: What a finished run has to show.
 
@@ -71,8 +67,8 @@ def follow(
         LaunchError: The job failed; says which rank, why, and where its log is.
         FedPipeError: What the job could not work with, as its ranks said.
     """
-    progress = Progress(run_dir / METRICS_FILE, shows)
-    announce = _Announcer(job.job_id, console.text)
+    progress = Progress(run_dir / METRICS_FILE, view)
+    announce = _Announcer(job.job_id, view.console.text)
     try:
         while True:
             state = state_of(job)
@@ -90,16 +86,16 @@ def follow(
         show(f"job {job.job_id} goes on; the same command follows it again, scancel ends it")
         return EXIT_INTERRUPTED
     finally:
-        console.close()
-    return conclude(job, state, run_dir=run_dir, grid=grid, show=show, closing=closing)
+        view.console.close()
+    return exit_code_of(job, state, run_dir=run_dir, grid=grid, show=show, closing=closing)
 
 
 class Progress:
     """Hands new records of a run to what shows them."""
 
-    def __init__(self, path: Path, shows: Shows) -> None:
+    def __init__(self, path: Path, view: View) -> None:
         """Start at the end of what is there: it is history."""
-        self._path, self._shows = path, shows
+        self._path, self._view = path, view
         self._offset = path.stat().st_size if path.is_file() else 0
 
     def read(self) -> None:
@@ -107,9 +103,9 @@ class Progress:
         for record in self._new_records():
             if record.get("event") == "progress":
                 for step in record["steps"]:
-                    self._shows["step"](step)
-            elif record["kind"] in self._shows:
-                self._shows[record["kind"]](record)
+                    self._view.show("step", step)
+            else:
+                self._view.show(record["kind"], record)
 
     def _new_records(self) -> Iterator[dict[str, Any]]:
         try:
@@ -161,7 +157,7 @@ def state_of(job: Any) -> JobState | None:
     return JobState(state="RUNNING" if state == "RUNNING" else "COMPLETED")
 
 
-def conclude(
+def exit_code_of(
     job: Any,
     state: JobState,
     *,

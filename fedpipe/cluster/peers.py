@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from fedpipe.cluster.ranks import LOST_PEER
+from fedpipe.cluster.rank import LOST_PEER
 from fedpipe.distributed.activity import Activity, Heartbeats, Ticks
 from fedpipe.distributed.board import Board
 from fedpipe.distributed.env import ProcessEnv

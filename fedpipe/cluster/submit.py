@@ -1,4 +1,9 @@
-"""A run as a job of submitit: on SLURM, on this machine, or in this process."""
+"""A run as a job of submitit: on SLURM, on this machine, or in this process.
+
+All that a job needs lies in its run directory, so a requeued job is the same job again: it reads
+``config.yaml`` and goes on from the newest checkpoint, whether it could save before it was stopped
+or not.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +11,28 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import submitit
 
-from fedpipe.cluster.external import RunRequest
-from fedpipe.cluster.follow import Closing, Shows, follow
-from fedpipe.cluster.jobs import job_of
+from fedpipe.cluster.follow import STARTS, Closing, follow
+from fedpipe.cluster.launched import run_launched
 from fedpipe.cluster.profile import SIGNAL_DELAY_S, JobShape, Profile, load_profile
+from fedpipe.cluster.rank import RankResult, RunRequest, View, load_program
 from fedpipe.cluster.slurm import cells_in_queue, check_site, of_login_node, without_rank
+from fedpipe.distributed.env import detect
+from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CheckpointError, ConfigError, TopologyError
 from fedpipe.files import write_text
-from fedpipe.report.console import RunConsole
+from fedpipe.terminal import prepare_output
 
 Cluster = Literal["slurm", "local", "debug"]
 """submitit's executors."""
@@ -31,7 +42,118 @@ JOB_FILE = "logs/job.json"
 _SRUN_ARGS = ("--kill-on-bad-exit=1", "--distribution=block")
 """One failed rank ends the step; ranks are numbered node by node (see ``Grid``)."""
 _FOR_EVER = 1_000_000
-"""Time limits that submitit lets pass: ``fedpipe.cluster.jobs`` stops what gets nowhere."""
+"""Time limits that submitit lets pass: ``note_attempt`` stops what gets nowhere."""
+_KILLED_WITHIN_S = 900.0
+"""SIGTERM announces the end: scancel's comes after KillWait, pre-emption's after GraceTime."""
+
+
+# -- what a job does -------------------------------------------------------------------------------
+
+
+class Job(submitit.helpers.Checkpointable):
+    """Part of a run; submitit pickles it and calls it in every task of the job."""
+
+    def __call__(self) -> int:
+        """Do this task's part, and see to it that an interrupted job comes back.
+
+        A warning (SIGUSR2: time limit, pre-emption) saves and requeues. SIGTERM saves and waits for
+        the end, because only SLURM knows whether it cancels the job or requeues it by itself.
+
+        Returns:
+            0 when the run is done, 75 when it is saved and can be resumed.
+
+        Raises:
+            FedPipeError: What is wrong, on every rank where all of them can know it.
+        """
+        prepare_output()
+        job = submitit.JobEnvironment()
+        job.paths.result_pickle.unlink(missing_ok=True)  # of an earlier attempt
+        # SLURM signals every process of a step. A forked child has submitit's handler and would
+        # save and requeue the job a second time; ignoring survives exec as well.
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN))
+        if job.global_rank == 0:
+            sys.stderr.write(f"{STARTS} job {job.job_id}\n")  # srun's own messages follow it
+        requeue = signal.getsignal(signal.SIGUSR2)
+        result = self._run(job)
+        if result.code == EXIT_INTERRUPTED:
+            if result.signal == signal.SIGUSR2:
+                signal.signal(signal.SIGUSR2, requeue)
+                signal.raise_signal(signal.SIGUSR2)  # submitit's; it returns on other ranks
+            elif result.signal == signal.SIGTERM and job.cluster == "slurm":
+                time.sleep(_KILLED_WITHIN_S)
+        return result.code
+
+    def _run(self, job: Any) -> RankResult:
+        raise NotImplementedError
+
+
+class RankJob(Job):
+    """One rank of a run: every task of the job is one."""
+
+    def __init__(self, name: str, request: RunRequest) -> None:
+        """Remember what to run.
+
+        Args:
+            name: Of the program.
+            request: Its run directory holds the configuration.
+        """
+        self.name, self.request = name, request
+
+    def _run(self, job: Any) -> RankResult:
+        _set_up_environment(job)
+        program = load_program(self.name)
+        return run_launched(program, self.request, env=detect(), job_id=job.job_id)
+
+
+class CommandJob(Job):
+    """A command in the only task of the job, which starts processes of its own."""
+
+    def __init__(self, name: str, run_dir: str) -> None:
+        """Remember what to run.
+
+        Args:
+            name: ``MODULE:FUNCTION``; takes the run directory, the id of the job, and the signals
+                to catch meanwhile, and returns the exit code.
+            run_dir: Holds all that the command needs to know.
+        """
+        self.name, self.run_dir = name, run_dir
+
+    def _run(self, job: Any) -> RankResult:
+        module, _, function = self.name.partition(":")
+        signals = Signals()
+        try:
+            run = getattr(import_module(module), function)
+            code = run(self.run_dir, job_id=job.job_id, signals=signals)
+        except Interrupted:
+            code = EXIT_INTERRUPTED
+        return RankResult(code=code, signal=signals.number)
+
+
+def _set_up_environment(job: Any) -> None:
+    """Export what ``detect`` and torch look for."""
+    submitit.helpers.TorchDistributedEnvironment().export(
+        set_cuda_visible_devices=False, overwrite=True
+    )
+    os.environ.update(own_gpu(os.environ, local_rank=job.local_rank))
+    if job.cluster != "slurm":  # one machine, whose name need not resolve
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def own_gpu(environ: Mapping[str, str], *, local_rank: int) -> dict[str, str]:
+    """Return the variable that leaves a rank one of its node's GPUs; empty if it has one already.
+
+    Args:
+        environ: ``CUDA_VISIBLE_DEVICES`` as SLURM sets it: the GPUs of the node that are the job's.
+        local_rank: Index of the rank on its node.
+    """
+    visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if len(visible) < 2 or local_rank >= len(visible):
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": visible[local_rank]}
+
+
+# -- how it is submitted ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,12 +168,12 @@ class Run:
     workers: int = 1
     """Processes that each task starts itself."""
     is_done: Callable[[], bool]
-    request: RunRequest
-    """What the job does."""
+    job: Job
+    """What each task does."""
     reserve: Callable[[], str]
     """Writes the directory; returns the plan."""
-    console: Callable[[], tuple[RunConsole, Shows]]
-    """Where the run is shown, and what of it."""
+    view: Callable[[], View]
+    """Where the run is shown."""
     closing: Closing
     """What the finished run has to show."""
 
@@ -102,7 +224,7 @@ def submit(
     else:
         show(run.reserve())
         (job,) = send(
-            [run.request], folder=run_dir / "logs", name=run.name, profile=profile, shape=shape,
+            [run.job], folder=run_dir / "logs", name=run.name, profile=profile, shape=shape,
             cluster=cluster,
         )  # fmt: skip
         _write_job(run_dir, job)
@@ -113,11 +235,9 @@ def submit(
         return result_here(job)
     if not follows:
         return 0
-    console, shows = run.console()
     return follow(
-        job, run_dir=run_dir, grid=run.grid, console=console, shows=shows, show=show,
-        closing=run.closing,
-    )  # fmt: skip
+        job, run_dir=run_dir, grid=run.grid, view=run.view(), show=show, closing=run.closing
+    )
 
 
 def plan_job(
@@ -166,7 +286,7 @@ def plan_job(
 
 
 def send(
-    requests: Sequence[RunRequest],
+    jobs: Sequence[Job],
     *,
     folder: Path,
     name: str,
@@ -178,7 +298,7 @@ def send(
     """Hand jobs of the same shape to submitit, several as one job array.
 
     Args:
-        requests: One per job; their run directories hold the configurations.
+        jobs: What they do; their run directories hold the configurations.
         folder: For submitit's files and the logs, on a file system that all nodes share.
         name: Of the job, in the queue.
         profile: The site's parameters.
@@ -202,7 +322,7 @@ def send(
             contextlib.redirect_stderr(io.StringIO()),  # submitit shows what it raises as well
             _environment_of(cluster, profile),
         ):
-            return list(executor.submit_array([job_of(request) for request in requests]))
+            return list(executor.submit_array(list(jobs)))
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(

@@ -6,12 +6,16 @@ import argparse
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedpipe.config.load import load_config, preset_names, read_config
 from fedpipe.config.paths import expanded
 from fedpipe.config.schema import RunConfig
+from fedpipe.distributed.env import is_rank
 from fedpipe.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from fedpipe.cluster.rank import RunRequest
 
 
 def add_path(command: argparse.ArgumentParser, name: str, **keywords: Any) -> None:
@@ -126,3 +130,23 @@ def existing_run(args: argparse.Namespace) -> Path:
 def is_finetuning(run_dir: Path) -> bool:
     """Whether a run's configuration is that of ``fedpipe finetune``."""
     return "\nmethod:" in (run_dir / "config.yaml").read_text(encoding="utf-8")
+
+
+def add_launcher(command: argparse.ArgumentParser) -> None:
+    """Take what some launchers add to the arguments of a rank; the environment says it as well."""
+    command.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def is_launched(args: argparse.Namespace) -> bool:
+    """Whether this process is a rank that a launcher has started."""
+    return args.launched or is_rank()
+
+
+def request_of(args: argparse.Namespace, *, options: Any = None) -> RunRequest:
+    """Return what the arguments ask of a run."""
+    from fedpipe.cluster.rank import RunRequest
+
+    return RunRequest(
+        config_path=args.config, overrides=args.overrides, run_dir=args.run_dir,
+        preset=args.preset, options=options,
+    )  # fmt: skip

@@ -85,6 +85,27 @@ def detect(environ: Mapping[str, str] = os.environ) -> ProcessEnv:
     )
 
 
+def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher has started this process as one of several ranks that are to meet.
+
+    It is one where the address of rank 0 is exported (MASTER_ADDR, MASTER_PORT) and the launcher
+    has numbered several processes: RANK and WORLD_SIZE of torchrun or deepspeed, or SLURM_PROCID
+    in a step of srun, whose size is SLURM_STEP_NUM_TASKS. salloc and sbatch number no processes:
+    what is typed there, or in a step of one task such as ``srun --pty bash``, starts its own ranks.
+
+    Args:
+        environ: The environment.
+
+    Raises:
+        TopologyError: A variable is not a number.
+    """
+    if not (environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")):
+        return False
+    if "RANK" in environ:
+        return _number(environ, "WORLD_SIZE", default=1) > 1
+    return "SLURM_PROCID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", default=1) > 1
+
+
 def _number(environ: Mapping[str, str], name: str, *, default: int | None = None) -> int:
     value = environ.get(name)
     if value is None and default is not None:

@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedpipe.cluster.external import RunRequest
+from fedpipe.cluster.rank import RunRequest
 from fedpipe.commands.finetune.command import choose_cells
 from fedpipe.commands.finetune.finish import export_finetuned
 from fedpipe.commands.finetune.grid import Cell, config_of
 from fedpipe.commands.finetune.run import finetune
 from fedpipe.commands.finetune.setup import FinetuneSetup, set_up_finetune
+from fedpipe.commands.pretrain import ranks
 from fedpipe.commands.pretrain.command import pretrain
 from fedpipe.commands.pretrain.setup import set_up
 from fedpipe.commands.reproduce.setup import Reproduction, plan_reproduction
@@ -233,7 +234,7 @@ def test_no_command_takes_a_finished_run_for_one_of_other_text(
     arguments = (None, options(places(tmp_path / "texts")), str(run_dir))
     request = RunRequest(overrides=arguments[1], run_dir=arguments[2])
     for command in (
-        lambda: pretrain(*arguments), lambda: pipeline_run(request),
+        lambda: pretrain(*arguments), lambda: pipeline_run(ranks.PROGRAM, request),
         lambda: throughput(*arguments, settings=ThroughputSettings()),
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match=r"got another one of data\.train \(a\.txt has"):

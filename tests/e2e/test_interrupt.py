@@ -331,13 +331,13 @@ def test_under_srun_what_a_rank_cannot_work_with_ends_every_rank_with_2(
     script.write_text(
         "import os, sys\n"
         "from fedpipe.errors import CorpusError\n"
-        "from fedpipe.cluster.external import main\n"
+        "from fedpipe.cli import main\n"
         "if os.environ['SLURM_PROCID'] == '1':\n"
         "    from fedpipe.commands.pretrain.run import Pretraining\n"
         "    def refuse(self, round_id):\n"
         "        raise CorpusError('data.valid: expected text, got none. Name another file.')\n"
         "    Pretraining._validate = refuse\n"
-        "sys.exit(main())\n"
+        "sys.exit(main(['pretrain', *sys.argv[1:]], launched=True))\n"
     )
     run_dir = str(tmp_path / "run")
     command = ("--run-dir", run_dir, *arguments, *LONG, *ONE_REPLICA)

@@ -12,7 +12,6 @@ import pytest
 
 from fedpipe import __version__, errors
 from fedpipe.cli import main
-from fedpipe.cluster.external import main as rank
 from fedpipe.commands.plan.text_facts import render_uncounted
 
 REPOSITORY = Path(__file__).parents[2]
@@ -205,6 +204,7 @@ def test_a_path_that_cannot_be_written_down_is_refused_before_it_is_made(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     name = b"caf\xe9".decode("utf-8", "surrogateescape")  # as Python reads a name in Latin-1
-    assert main(["pretrain", f"--run-dir={name}"]) == rank("pretrain", [f"--run-dir={name}"]) == 2
+    for launched in (False, True):
+        assert main(["pretrain", f"--run-dir={name}"], launched=launched) == 2
     error = "ConfigError: --run-dir: expected a path that is UTF-8, got 'caf\\udce9'. Rename it, "
     assert [line[: len(error)] for line in capsys.readouterr().err.splitlines()] == [error] * 2

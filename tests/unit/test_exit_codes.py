@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedpipe.cluster.ranks import Ranks
+from fedpipe.cluster.local import Ranks
 from fedpipe.commands.finetune import command as finetune
 from fedpipe.commands.pretrain import command as local
 from fedpipe.commands.study.pool import CellRunner, Slot, check_all_done, saying_to

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import submitit
 
-from fedpipe.cluster.attempts import note_attempt
-from fedpipe.cluster.external import RunRequest
-from fedpipe.cluster.follow import Progress, conclude, find_failure
-from fedpipe.cluster.jobs import STARTS, job_of, own_gpu
+from fedpipe.cluster.follow import STARTS, Progress, exit_code_of, find_failure
+from fedpipe.cluster.launched import note_attempt
+from fedpipe.cluster.rank import RunRequest, View
 from fedpipe.cluster.slurm import JobState
+from fedpipe.cluster.submit import CommandJob, Job, RankJob, own_gpu
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CorpusError, LaunchError, TopologyError
 from fedpipe.report.console import RunConsole
@@ -43,7 +43,7 @@ def _raises(job: Any, rank: int, error: str) -> None:
 
 def _conclude(job: Any, folder: Path, state: JobState = FAILED) -> tuple[int, list[str]]:
     lines: list[str] = []
-    code = conclude(job, state, run_dir=folder, grid=GRID, show=lines.append, closing=list)
+    code = exit_code_of(job, state, run_dir=folder, grid=GRID, show=lines.append, closing=list)
     return code, lines
 
 
@@ -80,12 +80,13 @@ def test_a_rank_takes_one_of_the_gpus_that_are_the_jobs_own() -> None:
         assert own_gpu(visible, local_rank=1) == {}
 
 
-@pytest.mark.parametrize("task", ["pretrain", "evaluate", "finetune"])
-def test_a_job_is_requeued_as_it_was_submitted(task: str) -> None:
-    job = job_of(RunRequest(task=task, run_dir="runs/x"))
+@pytest.mark.parametrize(
+    "job", [RankJob("module", RunRequest(run_dir="runs/x")), CommandJob("module:run", "runs/x")]
+)
+def test_a_job_is_requeued_as_it_was_submitted(job: Job) -> None:
     again = pickle.loads(pickle.dumps(job)).checkpoint()
     assert type(again.function) is type(job)
-    assert again.function.request == job.request and again.args == () and again.kwargs == {}
+    assert vars(again.function) == vars(job) and again.args == () and again.kwargs == {}
 
 
 # -- ends ------------------------------------------------------------------------------------------
@@ -176,7 +177,11 @@ def test_progress_shows_what_is_new_although_a_resumed_run_cuts_its_record(tmp_p
 
     path.write_text(record(0))
     progress = Progress(
-        path, {"step": console.step, "round": console.round, "eval": console.evaluation}
+        path,
+        View(
+            console=console,
+            shows={"step": console.step, "round": console.round, "eval": console.evaluation},
+        ),
     )
     assert shown() == []
     path.write_text(record(0) + record(1) + record(2)[:9])

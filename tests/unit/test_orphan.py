@@ -12,7 +12,7 @@ from tests.helpers.cli import REPOSITORY
 
 RANK = """
 import pathlib, signal, sys
-from fedpipe.cluster.orphan import stopped_with_launcher
+from fedpipe.cluster.launched import stopped_with_launcher
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 with stopped_with_launcher():
     print("ready", flush=True)

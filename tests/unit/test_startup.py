@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from fedpipe.cluster.worker import FINETUNE_PRELOAD, PRELOAD
+from fedpipe.commands.finetune import ranks as tuning
+from fedpipe.commands.pretrain import ranks as pretraining
 
 OTHERS = {"sklearn", "scipy", "seqeval", "pandas", "datasets", "adapters"}
 """Packages that only other commands need."""
@@ -16,8 +17,8 @@ OTHERS = {"sklearn", "scipy", "seqeval", "pandas", "datasets", "adapters"}
 @pytest.mark.parametrize(
     ("modules", "unwanted"),
     [
-        (PRELOAD, OTHERS),
-        (FINETUNE_PRELOAD, OTHERS - {"adapters"}),
+        (pretraining.PROGRAM.preload, OTHERS),
+        (tuning.PROGRAM.preload, OTHERS - {"adapters"}),
         (("fedpipe.run.export",), OTHERS | {"deepspeed"}),
     ],
     ids=["pretrain", "finetune", "export"],

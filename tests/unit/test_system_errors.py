@@ -94,7 +94,7 @@ def test_a_home_directory_is_only_asked_for_where_nothing_else_is_given(
 _START = """
 import sys
 from fedpipe.errors import LaunchError
-from fedpipe.cluster import fork_server as module
+from fedpipe.cluster import local as module
 if len(sys.argv) > 1:
     module._LONGEST_SOCKET = 35
 try:

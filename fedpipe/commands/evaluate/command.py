@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedpipe.cluster.fork_server import fork_server, num_threads
+from fedpipe.cluster.launched import note_attempt
+from fedpipe.cluster.local import fork_server, num_threads
 from fedpipe.commands import options
 from fedpipe.commands.evaluate.gather import gather
 from fedpipe.commands.evaluate.report import outcome_text, terminal_text
@@ -31,7 +32,8 @@ from fedpipe.commands.study.pool import (
     save_when_the_parent_dies,
     saying_to,
 )
-from fedpipe.distributed.env import num_gpus
+from fedpipe.distributed.binding import bind
+from fedpipe.distributed.env import ProcessEnv, num_gpus
 from fedpipe.distributed.signals import (
     EXIT_INTERRUPTED,
     STOP_SIGNALS,
@@ -43,6 +45,7 @@ from fedpipe.errors import ConfigError, FedPipeError
 from fedpipe.report.console import RunConsole
 from fedpipe.report.format import count
 from fedpipe.report.writer import METRICS_FILE
+from fedpipe.run.checkpoint import Position
 from fedpipe.run.run_dir import locked
 from fedpipe.terminal import show
 
@@ -259,6 +262,15 @@ def run_one(run_dir: str) -> int:
     result = run_cell(Path(run_dir))
     show(outcome_text(result))
     return 0
+
+
+def go_on(run_dir: str, *, job_id: str, signals: Signals) -> int:
+    """Run a cell in a job of one task: there is nothing to save before it is done."""
+    note_attempt(Path(run_dir), Position(), job_id=job_id)
+    alone = ProcessEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, rendezvous="")
+    bind(alone)
+    with signals.caught():
+        return run_one(run_dir)
 
 
 class _Process:

@@ -7,16 +7,16 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-from fedpipe.cluster.fork_server import fork_server
-from fedpipe.cluster.supervisor import supervise
-from fedpipe.cluster.worker import FINETUNE_PRELOAD
+from fedpipe.cluster.launched import note_attempt, position_of
+from fedpipe.cluster.local import set_up_here, supervise
+from fedpipe.cluster.rank import RunRequest
 from fedpipe.commands import options
+from fedpipe.commands.finetune import ranks
 from fedpipe.commands.finetune.grid import (
     EXAMPLE,
     Cell,
@@ -29,9 +29,9 @@ from fedpipe.commands.study.axes import check_grid, parse_grid
 from fedpipe.config.finetune import finetune_presets, load_finetune
 from fedpipe.config.tree import parse_override
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
-from fedpipe.distributed.topology import Grid
 from fedpipe.errors import ConfigError
-from fedpipe.report.console import RunConsole, refused_lines
+from fedpipe.report.console import RunConsole
+from fedpipe.run.checkpoint import find_latest
 from fedpipe.run.run_dir import locked
 
 
@@ -97,7 +97,7 @@ def finetune(
         LaunchError: A process failed.
     """
     check_library()
-    console = plain_console()
+    console = ranks.plain_console()
     signals = signals or Signals()
     try:
         with signals.caught():
@@ -111,8 +111,15 @@ def finetune(
     except Interrupted as where:
         console.text(f"interrupted{where}; {_way_back(run_dir)}")
         return EXIT_INTERRUPTED
-    _show_result(directory, console)
+    for line in ranks.PROGRAM.closing(directory):
+        console.text(line)
     return 0
+
+
+def go_on(run_dir: str, *, job_id: str, signals: Signals) -> int:
+    """Go on with a run, or begin it, in a job of one task; see ``finetune``."""
+    note_attempt(Path(run_dir), position_of(find_latest(Path(run_dir))[0]), job_id=job_id)
+    return finetune(None, [], run_dir, signals=signals)
 
 
 def count_here() -> int:
@@ -120,13 +127,8 @@ def count_here() -> int:
     check_library()
     from fedpipe.commands.finetune.count import count_rows, count_table
 
-    plain_console().text(count_table(count_rows()))
+    ranks.plain_console().text(count_table(count_rows()))
     return 0
-
-
-def plain_console() -> RunConsole:
-    """Return a console of lines."""
-    return RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
 
 
 def check_library() -> None:
@@ -166,35 +168,18 @@ def _one(
     signals: Signals,
 ) -> Path:
     """Run what is not done of one fine-tuning; return its directory."""
-    if not _is_run(run_dir):
-        load_finetune(config_path, overrides, preset=preset)  # before anything is imported
-    fork_server(FINETUNE_PRELOAD)
-    from fedpipe.commands.finetune.setup import is_finetuned, set_up_finetune
+    request = RunRequest(
+        config_path=config_path, overrides=overrides, run_dir=run_dir, preset=preset
+    )
+    setup = set_up_here(ranks.PROGRAM, request, console=console)
+    from fedpipe.commands.finetune.setup import is_finetuned
 
-    setup = set_up_finetune(config_path, overrides, run_dir, preset=preset, notify=console.text)
-    federation = setup.config.federation
-    if is_finetuned(setup.run_dir, num_rounds=federation.num_rounds):
+    if is_finetuned(setup.run_dir, num_rounds=setup.config.federation.num_rounds):
         console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
-        return setup.run_dir
-    grid = Grid.of(setup.config.stages, federation)
-    shows = round_lines(console, num_rounds=federation.num_rounds)
+        return Path(setup.run_dir)
     with locked(setup.run_dir):
-        supervise("finetune", setup, grid=grid, shows=shows, signals=signals)
-    return setup.run_dir
-
-
-def round_lines(console: RunConsole, *, num_rounds: int) -> dict[str, Callable[[Any], None]]:
-    """Return what shows the records of a fine-tuning, by their kind, a line each."""
-
-    def show_round(record: dict[str, Any]) -> None:
-        for line in [_round_line(record, num_rounds), *refused_lines(record)]:
-            console.text(line)
-
-    return {
-        "round": show_round,
-        "eval": lambda record: console.text(_score_line(record, num_rounds)),
-        "note": console.text,
-    }
+        supervise(ranks.PROGRAM, setup, signals=signals)
+    return Path(setup.run_dir)
 
 
 def choose_cells(
@@ -278,44 +263,6 @@ def _name(keys: Sequence[str], values: Sequence[str]) -> str:
         says = short == "name" and isinstance(node, str)
         parts.append(str(node) if says else f"{short}={value}")
     return "_".join("".join(c if c.isalnum() or c in "._+-=" else "-" for c in p) for p in parts)
-
-
-def _round_line(record: dict[str, Any], num_rounds: int) -> str:
-    lost = f", {len(record['dropped'])} lost" if record["dropped"] else ""
-    slow = f", {len(record['stragglers'])} slow" if record["stragglers"] else ""
-    loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
-    return (
-        f"{time.strftime('%H:%M:%S')} round {record['round'] + 1:>{len(str(num_rounds))}}"
-        f"/{num_rounds} trained {len(record['clients'])} clients{slow}{lost},"
-        f" {record['examples']:,} examples in {record['seconds']:.1f} s"
-        f" (sync {record['sync_s']:.2f} s)  loss {loss}"
-    )
-
-
-def _score_line(record: dict[str, Any], num_rounds: int) -> str:
-    worst = "-" if record["worst"] is None else f"{record['worst']:.4f}"
-    return (
-        f"{time.strftime('%H:%M:%S')} round {record['round'] + 1:>{len(str(num_rounds))}}"
-        f"/{num_rounds} {record['metric']} {record['score']:.4f}  worst client {worst}"
-        f" (client {record['worst_client']})"
-    )
-
-
-def _show_result(directory: Path, console: RunConsole) -> None:
-    for line in finished_lines(directory):
-        console.text(line)
-
-
-def finished_lines(directory: Path) -> list[str]:
-    """Return what a finished run has to show: its scores, and where its model is."""
-    from fedpipe.commands.finetune.report import result_table
-
-    folders = [name for name in ("adapter", "base", "export") if (directory / name).is_dir()]
-    return [
-        result_table([directory]),
-        *(f"{name:<8}{directory / name}" for name in folders),
-        f"report  {directory / 'report.html'}",
-    ]
 
 
 def compare_runs(directory: Path, cells: Sequence[Cell]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from fedpipe.cluster.fork_server import fork_server, num_threads
+from fedpipe.cluster.local import fork_server, num_threads
 from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.env import threads_per_process
 from fedpipe.distributed.topology import Grid
@@ -66,7 +66,7 @@ def measure_in_a_process(config: RunConfig) -> LayerCosts:
     Raises:
         LaunchError: It could not measure.
     """
-    context = fork_server()
+    context = fork_server(["fedpipe.commands.plan.costs.measure"])
     reader, writer = context.Pipe(duplex=False)
     arguments = (config, writer, _threads(config))
     process = context.Process(target=_measure, args=arguments, daemon=True)

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from fedpipe.cluster.supervisor import set_up_here, supervise
+from fedpipe.cluster.launched import start_rank
+from fedpipe.cluster.local import set_up_here, supervise
+from fedpipe.cluster.rank import RunRequest
 from fedpipe.commands import options
-from fedpipe.data.blocks import load_prepared
+from fedpipe.commands.pretrain import ranks
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
-from fedpipe.distributed.topology import Grid
-from fedpipe.federation.cohort import steps_per_round
 from fedpipe.report.console import RunConsole
-from fedpipe.report.samples import samples_text
-from fedpipe.run.run_dir import RunSetup, is_done, locked
+from fedpipe.run.run_dir import is_done, locked
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``fedpipe pretrain``."""
     options.add_run(command)
+    options.add_launcher(command)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Pre-train what the arguments say."""
+    """Pre-train what the arguments say, or be one rank of that."""
+    if options.is_launched(args):
+        return start_rank(ranks.PROGRAM, options.request_of(args))
     options.checked_config(args)
     return pretrain(args.config, args.overrides, args.run_dir, preset=args.preset)
 
@@ -57,20 +57,22 @@ def pretrain(
     signals = Signals()
     try:
         with signals.caught():
-            setup = set_up_here(config_path, overrides, run_dir, preset=preset, console=console)
+            request = RunRequest(
+                config_path=config_path, overrides=overrides, run_dir=run_dir, preset=preset
+            )
+            setup = set_up_here(ranks.PROGRAM, request, console=console)
             run_dir = str(setup.run_dir)
             console.close()
             if is_done(setup.run_dir, num_rounds=setup.config.federation.num_rounds):
                 console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
                 return 0
             with locked(setup.run_dir):
-                train(setup, signals)
+                supervise(ranks.PROGRAM, setup, signals=signals)
     except Interrupted as where:
         console.text(f"interrupted{where}; {_way_back(run_dir)}")
         return EXIT_INTERRUPTED
-    console.text(samples_text(setup.run_dir))
-    console.text(f"model   {setup.run_dir / 'export'}")
-    console.text(f"report  {setup.run_dir / 'report.html'}")
+    for line in ranks.PROGRAM.closing(setup.run_dir):
+        console.text(line)
     return 0
 
 
@@ -78,48 +80,3 @@ def _way_back(run_dir: str | None) -> str:
     if run_dir is None or not (Path(run_dir) / "config.yaml").is_file():
         return "nothing was started: give the same command again"
     return f"resume with: fedpipe pretrain --run-dir {shlex.quote(run_dir)}"
-
-
-def run_console(setup: RunSetup, *, interactive: bool | None = None) -> RunConsole:
-    """Return a console that knows how long a run is; see ``RunConsole`` for ``interactive``."""
-    config = setup.config
-    return RunConsole(
-        num_rounds=config.federation.num_rounds,
-        steps_per_round=_steps_per_round(setup),
-        num_stages=config.pipeline.num_virtual_stages,
-        log_every=config.log.every,
-        interactive=interactive,
-    )
-
-
-def train(setup: RunSetup, signals: Signals) -> None:
-    """Train a run that has been set up to its end, and show it.
-
-    Args:
-        setup: From ``set_up_here``; the caller holds its lock.
-        signals: Caught by the caller.
-
-    Raises:
-        LaunchError: A process failed.
-        Interrupted: The run was asked to stop, and is saved.
-    """
-    config = setup.config
-    console = run_console(setup)
-    shows: dict[str, Callable[[Any], None]] = {
-        "step": console.step,
-        "round": console.round,
-        "eval": console.evaluation,
-        "note": console.text,
-    }
-    try:
-        supervise("pretrain", setup, grid=Grid.from_config(config), shows=shows, signals=signals)
-    finally:
-        console.close()
-
-
-def _steps_per_round(setup: RunSetup) -> int:
-    """Local steps that the busiest replica makes in a round."""
-    config = setup.config
-    blocks = [shard.num_blocks for shard in load_prepared(setup.data_dir).train]
-    turns = math.ceil(config.federation.clients_per_round / config.federation.num_replicas)
-    return turns * steps_per_round(config, blocks)

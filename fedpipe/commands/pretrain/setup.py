@@ -38,7 +38,7 @@ def set_up(
     preset: str | None = None,
     notify: Callable[[str], None],
     progress: Callable[[str, int, int], None] | None = None,
-    on_checked: Callable[[], None] = lambda: None,
+    on_checked: Callable[[], object] = lambda: None,
     choose_cut: Callable[[RunConfig], tuple[int, ...]] = lambda even: tuple(even.pipeline.cut),
 ) -> RunSetup:
     """Resolve the configuration, refuse what cannot work, prepare the text, write the directory.

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedpipe.cluster.fork_server import fork_server
-from fedpipe.cluster.supervisor import set_up_here
-from fedpipe.cluster.worker import PRELOAD as TRAINING_PRELOAD
+from fedpipe.cluster.launched import note_attempt, position_of
+from fedpipe.cluster.local import fork_server, set_up_here, supervise
+from fedpipe.cluster.rank import RunRequest
 from fedpipe.commands import options
 from fedpipe.commands.evaluate.command import PRELOAD, run_cells
 from fedpipe.commands.evaluate.setup import Evaluation, set_up_evaluation
-from fedpipe.commands.pretrain.command import train
+from fedpipe.commands.pretrain import ranks as pretraining
 from fedpipe.commands.reproduce.config import EXPERIMENTS, SCALES
 from fedpipe.commands.reproduce.report import blocks, draw_losses, draw_scores, terminal_text
 from fedpipe.commands.reproduce.results import Content, read_curves, summarise, wanted_models
@@ -45,10 +45,11 @@ from fedpipe.report.console import RunConsole
 from fedpipe.report.document import Figure, to_html, to_markdown
 from fedpipe.report.drawing import render
 from fedpipe.report.format import count
+from fedpipe.run.checkpoint import Position, find_latest
 from fedpipe.run.run_dir import locked
 
 RESULT_FILE = "reproduce.json"
-_PRELOAD = (*TRAINING_PRELOAD, *PRELOAD)
+_PRELOAD = (*pretraining.PROGRAM.preload, *PRELOAD)
 _EXPORT_LOG = "logs/models.log"
 _CAPTIONS = {
     "scores.png": "Score against pre-training time, one fine-tuning per round, task and seed; the "
@@ -142,6 +143,21 @@ def reproduce(
     return 0
 
 
+def go_on(run_dir: str, *, job_id: str, signals: Signals) -> int:
+    """Go on with an experiment, or begin it, in a job of one task; see ``reproduce``."""
+    note_attempt(Path(run_dir), _position(Path(run_dir)), job_id=job_id)
+    return reproduce(EXPERIMENTS[0], [], run_dir, signals=signals)
+
+
+def _position(directory: Path) -> Position:
+    """Where an experiment stands: rounds and steps of all its runs, and cells that are scored."""
+    positions = [position_of(find_latest(run)[0]) for run in directory.glob("cells/*")]
+    scored = len(list(directory.glob(f"{EVALUATION}/cells/*/result.json")))
+    return Position(
+        round_id=scored + sum(p.round_id for p in positions), step=sum(p.step for p in positions)
+    )
+
+
 def is_reproduced(plan: Reproduction) -> bool:
     """Whether all of it is done, as its directory says."""
     if plan.pending() or not (plan.directory / RESULT_FILE).is_file():
@@ -195,10 +211,11 @@ def _pretrain(plan: Reproduction, signals: Signals, console: RunConsole) -> None
             continue
         console.text(f"run     {number}/{len(plan.runs)}  {run.cell.name}")
         try:
-            setup = set_up_here(None, [], str(run.cell.run_dir), preset=None, console=console)
+            request = RunRequest(run_dir=str(run.cell.run_dir))
+            setup = set_up_here(pretraining.PROGRAM, request, console=console)
             console.close()
             with locked(setup.run_dir):
-                train(setup, signals)
+                supervise(pretraining.PROGRAM, setup, signals=signals)
         except LaunchError as error:
             console.text(f"failed  {error}")
         if signals.asked:  # too late for this run to stop

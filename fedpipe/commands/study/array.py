@@ -11,11 +11,18 @@ from typing import Any
 
 import submitit
 
-from fedpipe.cluster.external import RunRequest
-from fedpipe.cluster.follow import conclude, state_of
+from fedpipe.cluster.follow import exit_code_of, state_of
 from fedpipe.cluster.profile import JobShape, Profile
 from fedpipe.cluster.slurm import cells_in_queue
-from fedpipe.cluster.submit import Cluster, check_folder, plan_job, result_here, send, slurm_job
+from fedpipe.cluster.submit import (
+    Cluster,
+    Job,
+    check_folder,
+    plan_job,
+    result_here,
+    send,
+    slurm_job,
+)
 from fedpipe.commands.study.pool import check_all_done
 from fedpipe.distributed.signals import EXIT_INTERRUPTED
 from fedpipe.distributed.topology import Grid
@@ -49,8 +56,8 @@ class Array:
 
     task: str
     """What a user calls all of them: sweep, evaluate, finetune."""
-    job_task: str
-    """What a job does of it."""
+    job: Callable[[Path], Job]
+    """Makes what a job does, of the run directory of its cell."""
     name: str
     """Of the jobs, in the queue."""
     directory: Path
@@ -155,7 +162,7 @@ def _send(
     parallel: int | None = None,
 ) -> list[Any]:
     return send(
-        [RunRequest(task=array.job_task, run_dir=str(cell.run_dir)) for cell in cells],
+        [array.job(cell.run_dir) for cell in cells],
         folder=array.directory / "logs", name=array.name, profile=profile, shape=shape,
         cluster=cluster, parallel=parallel,
     )  # fmt: skip
@@ -226,7 +233,7 @@ def _ended(
             state = state_of(job)
             if state is None or not state.has_ended:
                 return None
-            code = conclude(
+            code = exit_code_of(
                 job, state, run_dir=cell.run_dir, grid=cell.grid, show=lines.append, closing=list
             )
     except FedPipeError as error:

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedpipe.cluster.external import RunRequest
-from fedpipe.cluster.follow import Shows
-from fedpipe.cluster.submit import Cluster, Run, submit
+from fedpipe.cluster.rank import RunRequest, View
+from fedpipe.cluster.submit import Cluster, CommandJob, RankJob, Run, submit
 from fedpipe.commands import options
 from fedpipe.commands.evaluate import gather as evaluations
 from fedpipe.commands.evaluate.command import add_choice, choice_of
 from fedpipe.commands.evaluate.report import outcome_text, terminal_text
 from fedpipe.commands.evaluate.setup import read_evaluation, set_up_evaluation
+from fedpipe.commands.finetune import ranks as tuning
 from fedpipe.commands.finetune.command import (
     check_library,
     choose_cells,
     compare_runs,
-    finished_lines,
-    plain_console,
-    round_lines,
     task_overrides,
 )
 from fedpipe.commands.finetune.report import outcome_text as outcome_of_finetuning
+from fedpipe.commands.pretrain import ranks as pretraining
 from fedpipe.commands.pretrain.setup import reserve
 from fedpipe.commands.reproduce.command import add_scale, is_reproduced, reproduced_lines
 from fedpipe.commands.reproduce.config import EXPERIMENTS
@@ -36,16 +32,13 @@ from fedpipe.commands.reproduce.setup import plan_reproduction
 from fedpipe.commands.study.array import Array, ArrayCell, submit_array
 from fedpipe.commands.study.report import read_result
 from fedpipe.commands.study.sweep import gather, prepare_texts, set_up_sweep
-from fedpipe.commands.throughput import page
+from fedpipe.commands.throughput import ranks as measuring
 from fedpipe.commands.throughput.command import add_settings, settings_of
-from fedpipe.commands.throughput.report import single_replica
+from fedpipe.commands.throughput.ranks import Measuring
 from fedpipe.config.finetune import load_finetune
-from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import ConfigError
-from fedpipe.report.console import RunConsole
 from fedpipe.report.format import count, number
-from fedpipe.report.samples import samples_text
 from fedpipe.run.run_dir import (
     check_same_content,
     is_done,
@@ -69,6 +62,8 @@ _ONE_TASK = Grid(num_stages=1, num_replicas=1, data_parallel_degree=1)
 
 Show = Callable[[str], None]
 """Shows a line."""
+PIPELINE_RUNS = {"pretrain": pretraining.PROGRAM, "throughput": measuring.PROGRAM}
+"""What the ranks do of tasks whose jobs are a rank per task."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -102,13 +97,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Submit what the arguments say."""
     return submit_request(
+        args.task,
         RunRequest(
-            task=args.task,
             config_path=args.config,
             overrides=args.overrides,
             run_dir=args.run_dir,
             preset=args.preset,
-            settings=settings_of(args),
+            options=Measuring(settings=settings_of(args)),
         ),
         axes=args.grid,
         chosen=choice_of(args) | ({"scale": args.scale} if args.scale else {}),
@@ -121,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def submit_request(
+    task: str,
     request: RunRequest,
     *,
     axes: Sequence[str],
@@ -134,7 +130,8 @@ def submit_request(
     """Check what a user asks for, and submit it: the whole of ``fedpipe submit TASK``.
 
     Args:
-        request: The task and its configuration.
+        task: What a job does, in the user's word.
+        request: Its configuration.
         axes: A grid; empty for none, or for that of the directory.
         chosen: What options of some tasks set, by their field.
         profile_path: YAML of submitit's parameters; None only where there is no scheduler.
@@ -150,24 +147,23 @@ def submit_request(
         FedPipeError: What the user can mend; nothing has been submitted.
         LaunchError: A job that was followed has failed.
     """
-    if axes and request.task not in ("sweep", "finetune"):
+    if axes and task not in ("sweep", "finetune"):
         raise ConfigError(
-            f"--grid: expected submit sweep or finetune, got submit {request.task}. Change the "
-            "task."
+            f"--grid: expected submit sweep or finetune, got submit {task}. Change the task."
         )
-    _check_options(request, chosen)
+    _check_options(task, chosen)
     what: Run | Array
-    if request.task == "sweep":
+    if task == "sweep":
         what = sweep_array(request, axes)
-    elif request.task == "evaluate":
+    elif task == "evaluate":
         what = evaluation_array(request, chosen, show=show)
-    elif request.task == "finetune":
+    elif task == "finetune":
         own = task_overrides(chosen.get("task_files", ()))
         what = finetuning(replace(request, overrides=[*request.overrides, *own]), axes)
-    elif request.task == "reproduce":
+    elif task == "reproduce":
         what = reproduction(request, chosen)
     else:
-        what = pipeline_run(request)
+        what = pipeline_run(PIPELINE_RUNS[task], request)
     if isinstance(what, Run):
         return submit(what, profile_path=profile_path, cluster=cluster, follows=follows, show=show)
     return submit_array(
@@ -176,21 +172,22 @@ def submit_request(
     )  # fmt: skip
 
 
-def _check_options(request: RunRequest, chosen: Mapping[str, Any]) -> None:
+def _check_options(task: str, chosen: Mapping[str, Any]) -> None:
     """Refuse options of another task."""
     for field in chosen:
         option, tasks = _OPTIONS[field]
-        if request.task not in tasks:
+        if task not in tasks:
             raise ConfigError(
-                f"{option}: expected submit {' or '.join(tasks)}, got submit {request.task}."
+                f"{option}: expected submit {' or '.join(tasks)}, got submit {task}."
                 " Change the task."
             )
 
 
-def pipeline_run(request: RunRequest) -> Run:
+def pipeline_run(program: pretraining.PretrainingRanks, request: RunRequest) -> Run:
     """Check a pre-training or a measurement: a rank per task.
 
     Args:
+        program: What the ranks do.
         request: As the user says it.
 
     Returns:
@@ -203,47 +200,27 @@ def pipeline_run(request: RunRequest) -> Run:
         request.config_path, request.overrides, request.run_dir, preset=request.preset
     )
     check_same_content(run_dir, config)
-    pretrains = request.task == "pretrain"
-    grid = Grid.from_config(config if pretrains else single_replica(config))
+    pretrains = program is pretraining.PROGRAM
+    steps = config.federation.num_local_steps  # the text, which may have fewer, is not ready
     return Run(
         run_dir=run_dir,
         name=config.name,
-        grid=grid,
+        grid=program.grid_of(config),
         is_done=lambda: pretrains and is_done(run_dir, num_rounds=config.federation.num_rounds),
-        request=replace(request, config_path=None, overrides=(), preset=None, run_dir=str(run_dir)),
+        job=RankJob(program.name, RunRequest(run_dir=str(run_dir), options=request.options)),
         reserve=partial(reserve, config, run_dir),
-        console=partial(_console, config, grid),
-        closing=partial(_closing_lines, run_dir, request.task),
+        view=partial(pretraining.view, config, num_local_steps=steps),
+        closing=partial(program.closing, run_dir),
     )
 
 
-def _console(config: RunConfig, grid: Grid) -> tuple[RunConsole, Shows]:
-    turns = math.ceil(config.federation.clients_per_round / grid.num_replicas)
-    console = RunConsole(
-        num_rounds=config.federation.num_rounds,
-        steps_per_round=config.federation.num_local_steps * turns,
-        num_stages=config.pipeline.num_virtual_stages,
-        log_every=config.log.every,
-    )
-    return console, _shows(console)
+def _pretraining_job(run_dir: Path) -> RankJob:
+    return RankJob(pretraining.PROGRAM.name, RunRequest(run_dir=str(run_dir)))
 
 
-def _shows(console: RunConsole) -> Shows:
-    """Return what shows the records of a pre-training, by their kind."""
-    return {"step": console.step, "round": console.round, "eval": console.evaluation}
-
-
-def _closing_lines(run_dir: Path, task: str) -> list[str]:
-    """What a finished run has to show: held-out words, model and report, or a measurement."""
-    if task == "throughput":
-        folder = run_dir / "throughput"
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        return [page.terminal_text(report), f"report  {folder / 'report.html'}"]
-    return [
-        samples_text(run_dir),
-        f"model   {run_dir / 'export'}",
-        f"report  {run_dir / 'report.html'}",
-    ]
+def _command_job(name: str, run_dir: Path) -> CommandJob:
+    """Return a job that goes on with a directory, by the function for it in a command's module."""
+    return CommandJob(f"fedpipe.commands.{name}.command:go_on", str(run_dir))
 
 
 def sweep_array(request: RunRequest, axes: Sequence[str]) -> Array:
@@ -262,7 +239,7 @@ def sweep_array(request: RunRequest, axes: Sequence[str]) -> Array:
     cells = {cell.name: cell for cell in sweep.cells}
     return Array(
         task="sweep",
-        job_task="pretrain",
+        job=_pretraining_job,
         name=sweep.cells[0].config.name,
         directory=sweep.directory,
         cells=tuple(
@@ -306,7 +283,7 @@ def evaluation_array(request: RunRequest, chosen: Mapping[str, Any], *, show: Sh
 
     return Array(
         task="evaluate",
-        job_task="evaluate",
+        job=partial(_command_job, "evaluate"),
         name=f"{config.name}-evaluation",
         directory=directory,
         cells=tuple(
@@ -347,7 +324,7 @@ def finetuning(request: RunRequest, axes: Sequence[str]) -> Run | Array:
 
     return Array(
         task="finetune",
-        job_task="finetune",
+        job=partial(_command_job, "finetune"),
         name=runs[cells[0].name].name,
         directory=directory,
         cells=tuple(
@@ -382,20 +359,16 @@ def _finetuning_run(
         set_up_finetune(config_path, overrides, run_dir, preset=preset, notify=lines.append)
         return "\n".join(lines)
 
-    def console() -> tuple[RunConsole, Shows]:
-        plain = plain_console()
-        return plain, round_lines(plain, num_rounds=num_rounds)
-
     return Run(
         run_dir=directory,
         name=config.name,
         grid=_ONE_TASK,
         workers=Grid.of(config.stages, config.federation).world_size,
         is_done=partial(is_finetuned, directory, num_rounds=num_rounds),
-        request=RunRequest(task="finetune", run_dir=str(directory)),
+        job=_command_job("finetune", directory),
         reserve=write,
-        console=console,
-        closing=partial(finished_lines, directory),
+        view=partial(tuning.view, num_rounds=num_rounds),
+        closing=partial(tuning.PROGRAM.closing, directory),
     )
 
 
@@ -433,8 +406,8 @@ def reproduction(request: RunRequest, chosen: Mapping[str, Any]) -> Run:
         grid=_ONE_TASK,
         workers=max(grid.world_size for grid in grids),
         is_done=lambda: is_reproduced(plan),
-        request=RunRequest(task="reproduce", run_dir=str(plan.directory)),
+        job=_command_job("reproduce", plan.directory),
         reserve=write,
-        console=lambda: (plain_console(), {}),
+        view=lambda: View(console=tuning.plain_console()),
         closing=partial(reproduced_lines, plan.directory),
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from fedpipe.cluster.supervisor import set_up_here, supervise
+from fedpipe.cluster.launched import start_rank
+from fedpipe.cluster.local import set_up_here, supervise
+from fedpipe.cluster.rank import RunRequest
 from fedpipe.commands import options
 from fedpipe.commands.study.axes import check_grid, parse_grid
 from fedpipe.commands.study.sweep import (
@@ -18,8 +18,8 @@ from fedpipe.commands.study.sweep import (
     make_cells,
     prepare_texts,
 )
-from fedpipe.commands.throughput.files import write_documents, write_files
-from fedpipe.commands.throughput.page import Report, terminal_text
+from fedpipe.commands.throughput import ranks
+from fedpipe.commands.throughput.files import write_documents
 from fedpipe.commands.throughput.points import (
     Point,
     content,
@@ -27,28 +27,25 @@ from fedpipe.commands.throughput.points import (
     points_headline,
     points_table,
 )
+from fedpipe.commands.throughput.ranks import FOLDER, Measuring, read_report, repeating_command
 from fedpipe.commands.throughput.report import (
-    Measurement,
     ThroughputSettings,
     single_replica,
-    summarise,
 )
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.corpus import prepare
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
-from fedpipe.distributed.topology import Grid
+from fedpipe.errors import ConfigError
 from fedpipe.report.console import RunConsole
 from fedpipe.report.document import aligned
 from fedpipe.report.format import count
 from fedpipe.run.run_dir import RunSetup, describe_environment, locked, resolve_config
 
-FOLDER = "throughput"
-"""Of the reports, in the run directory."""
-
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``fedpipe throughput``."""
     options.add_run(command)
+    options.add_launcher(command)
     add_settings(command)
     options.add_grid(
         command,
@@ -82,7 +79,15 @@ def settings_of(args: argparse.Namespace) -> ThroughputSettings:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what the arguments say."""
+    """Measure what the arguments say, or be one rank of that."""
+    if options.is_launched(args):
+        if args.grid:
+            raise ConfigError(
+                "--grid: expected none where a launcher has started the ranks, got one. Measure "
+                "one point at a time, or without the launcher."
+            )
+        how = Measuring(settings=settings_of(args))
+        return start_rank(ranks.PROGRAM, options.request_of(args, options=how))
     if not args.grid:
         options.checked_config(args)
     return throughput(
@@ -128,14 +133,18 @@ def throughput(
         with signals.caught():
             cells = _cells(config_path, overrides, run_dir, axes, preset=preset)
             first = cells[0].overrides if cells else ()
-            setup = set_up_here(
-                config_path, [*overrides, *first], run_dir, preset=preset, console=console
-            )
+            request = RunRequest(
+                config_path=config_path, overrides=[*overrides, *first], run_dir=run_dir,
+                preset=preset,
+            )  # fmt: skip
+            setup = set_up_here(ranks.PROGRAM, request, console=console)
+            console.close()
             with locked(setup.run_dir):
                 if cells:
                     _measure_points(setup, cells, axes, points, settings, console, signals)
                 else:
-                    measurement = _measure(setup, settings, console=console, signals=signals)
+                    how = Measuring(settings=settings)
+                    supervise(ranks.PROGRAM, setup, how, signals=signals)
     except Interrupted:
         done = f"{len(points)} of {count(len(cells), 'point')}" if points else "nothing"
         console.text(f"interrupted; {done} {'were' if len(points) > 1 else 'was'} written")
@@ -143,25 +152,9 @@ def throughput(
     finally:
         console.close()
     if not cells:
-        conclude(setup, measurement, settings, console=console)
+        for line in ranks.PROGRAM.closing(setup.run_dir):
+            console.text(line)
     return 0
-
-
-def conclude(
-    setup: RunSetup, measurement: Measurement, settings: ThroughputSettings, *, console: RunConsole
-) -> None:
-    """Write the files of a measurement and show its table.
-
-    Args:
-        setup: The run.
-        measurement: What rank 0 has collected.
-        settings: How it was measured.
-        console: Shows the table.
-    """
-    folder = setup.run_dir / FOLDER
-    report = _write(setup, measurement, settings, folder=folder)
-    console.text(terminal_text(report))
-    console.text(f"report  {folder / 'report.html'}")
 
 
 def _cells(
@@ -188,21 +181,6 @@ def _cells(
     return cells
 
 
-def _measure(
-    setup: RunSetup, settings: ThroughputSettings, *, console: RunConsole, signals: Signals
-) -> Measurement:
-    measurements: list[Measurement] = []
-    supervise(
-        "throughput",
-        setup,
-        settings,
-        grid=Grid.from_config(single_replica(setup.config)),
-        shows={"note": console.text, "measurement": measurements.append},
-        signals=signals,
-    )
-    return measurements[0]
-
-
 def _measure_points(
     setup: RunSetup,
     cells: Sequence[Cell],
@@ -218,13 +196,13 @@ def _measure_points(
     for index, cell in enumerate(cells):
         console.text(f"point   {index + 1}/{len(cells)}  {' '.join(cell.overrides)}")
         own = replace(setup, config=cell.config, data_dir=prepare(cell.config).directory)
-        measurement = _measure(own, settings, console=console, signals=signals)
-        report = _write(
-            own, measurement, settings, folder=folder / cell.name, overrides=cell.overrides
-        )
+        place = f"{FOLDER}/{cell.name}"
+        how = Measuring(settings=settings, folder=place, overrides=tuple(cell.overrides))
+        supervise(ranks.PROGRAM, own, how, signals=signals)
+        report = read_report(folder / cell.name)
         points.append(Point(name=cell.name, overrides=cell.overrides, report=report))
         environment = describe_environment()
-        environment["repeat"] = _command(setup, settings, end=["--grid", *axes])
+        environment["repeat"] = repeating_command(setup, settings, end=["--grid", *axes])
         write_documents(
             folder,
             f"fedpipe throughput: {setup.config.name}",
@@ -234,35 +212,3 @@ def _measure_points(
     lines = ["", *aligned(points_table(points)), "", points_headline(points).replace("`", "")]
     console.text("\n".join(lines))
     console.text(f"report  {folder / 'report.html'}")
-
-
-def _write(
-    setup: RunSetup,
-    measurement: Measurement,
-    settings: ThroughputSettings,
-    *,
-    folder: Path,
-    overrides: Sequence[str] = (),
-) -> Report:
-    config = single_replica(setup.config)
-    environment: dict[str, Any] = describe_environment() | {
-        "emulate_ms": settings.emulate_ms,
-        "repetitions": settings.repetitions,
-        "num_steps": settings.num_steps,
-        "repeat": _command(setup, settings, end=overrides),
-    }
-    report = summarise(measurement, config, environment=environment)
-    write_files(folder, report, measurement, config=config)
-    return report
-
-
-def _command(setup: RunSetup, settings: ThroughputSettings, *, end: Sequence[str]) -> str:
-    """What repeats a measurement with the configuration that it left behind."""
-    words = [
-        "fedpipe", "throughput", "--config", str(setup.run_dir / "config.yaml"),
-        "--run-dir", f"{setup.run_dir}-again", "--repetitions", str(settings.repetitions),
-        "--steps", str(settings.num_steps),
-    ]  # fmt: skip
-    if settings.emulate_ms:
-        words += ["--emulate-ms", f"{settings.emulate_ms:g}"]
-    return shlex.join([*words, *end])

@@ -1,0 +1,262 @@
+"""The one program of a rank: prepare the process, be set up, work, finish. No torch at the top.
+
+A command says in a ``RankProgram`` what its ranks do, and hands it over by the name of the module
+that has it as ``PROGRAM``. There are three starters: ``local`` forks the ranks of this machine,
+``launched`` makes a rank of a process that torchrun, deepspeed or srun has started, and a job of
+submitit (``submit``) makes one of each of its tasks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedpipe import log
+from fedpipe.distributed.binding import bind
+from fedpipe.distributed.env import ProcessEnv, num_gpus
+from fedpipe.distributed.signals import EXIT_INTERRUPTED, StopSignals
+from fedpipe.distributed.topology import Grid
+from fedpipe.distributed.watch import Report, Watch
+from fedpipe.files import system_errors_named
+from fedpipe.report.console import RunConsole
+from fedpipe.run.checkpoint import Checkpoint, Position
+
+LOST_PEER = re.compile(r"Connection (closed|reset)|BrokenPipe|Broken pipe|peer")
+"""What a rank says whose neighbour has gone: it is not to blame."""
+
+Notify = Callable[[str], None]
+"""Shows a line."""
+Emit = Callable[[str, Any], None]
+"""Takes what a rank tells: a record by its kind, ("note", line), ("training", whether it does)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRequest:
+    """What a user asks of a run."""
+
+    config_path: str | None = None
+    overrides: Sequence[str] = ()
+    run_dir: str | None = None
+    preset: str | None = None
+    options: Any = None
+    """What a command adds to the configuration; its own program reads it."""
+
+
+class Setup(Protocol):
+    """A run that is ready to start, as far as starters know it; picklable."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Its directory."""
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """Where it goes on."""
+
+    @property
+    def hang_timeout_s(self) -> float:
+        """Seconds without a sign of life after which a process is taken for hung."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """Where a run is shown, and what of it."""
+
+    console: RunConsole
+    shows: Mapping[str, Callable[[Any], None]] = field(default_factory=dict)
+    """What shows a record, by its kind."""
+    log_every: int = 0
+    """Local steps between those that are shown where not every step can be; 0 for a run without."""
+
+    def show(self, kind: str, value: Any) -> None:
+        """Show a record or a note; what has no place here is left out."""
+        if kind == "note":
+            self.console.text(value)
+        elif kind in self.shows:
+            self.shows[kind](value)
+
+
+class RankProgram(ABC):
+    """What the ranks of a command do; setups are the command's own, and passed on as they are."""
+
+    command: str
+    """What a user calls it."""
+
+    @property
+    def name(self) -> str:
+        """Of the module that has it as ``PROGRAM``."""
+        return type(self).__module__
+
+    preload: Sequence[str]
+    """Modules that a rank needs and that take seconds to import."""
+    stops: str
+    """When a run that is asked to stop does so, for people."""
+
+    @abstractmethod
+    def locate(self, request: RunRequest) -> tuple[Path, Grid]:
+        """Return where a run will be and its processes, from the configuration alone.
+
+        Raises:
+            FedPipeError: The configuration is wrong.
+        """
+
+    @abstractmethod
+    def set_up(
+        self,
+        request: RunRequest,
+        *,
+        notify: Notify,
+        progress: Callable[[str, int, int], None] | None = None,
+        on_checked: Callable[[], object] = lambda: None,
+        threads: int | None = None,
+    ) -> Any:
+        """Check the run and write its directory; once, in the process that starts it, or on rank 0.
+
+        Args:
+            request: What the user asks for.
+            notify: Shows a line to the user.
+            progress: Shows a preparation: (label, done, total).
+            on_checked: Called when what takes no time has been checked.
+            threads: That this process computes with, a rank; None where it must not import torch.
+
+        Returns:
+            The setup.
+
+        Raises:
+            FedPipeError: Anything a user can get wrong.
+        """
+
+    @abstractmethod
+    def to_message(self, setup: Any) -> dict[str, Any]:
+        """Return what JSON can hold of a setup."""
+
+    @abstractmethod
+    def from_message(self, message: Mapping[str, Any], *, started_at: float) -> Any:
+        """Make a setup again on another rank, which began at ``started_at`` of its own clock."""
+
+    @abstractmethod
+    def folders(self, setup: Any) -> Mapping[str, Path]:
+        """Return what every rank must see besides the run directory, by the key that names it."""
+
+    @abstractmethod
+    def grid(self, setup: Any) -> Grid:
+        """Return the processes of a run."""
+
+    @abstractmethod
+    def run(
+        self, setup: Any, options: Any, *, env: ProcessEnv, emit: Emit, watch: Watch
+    ) -> Position | None:
+        """Do a rank's work.
+
+        Args:
+            setup: The run.
+            options: Of the request.
+            env: This process' place in the run.
+            emit: Told what people may want to see.
+            watch: Says what the rank does, and when to stop.
+
+        Returns:
+            None when the run is done; otherwise where it has stopped, saved.
+
+        Collective: every process of the run.
+        """
+
+    @abstractmethod
+    def finish(self, setup: Any, *, notify: Notify) -> None:
+        """Write what a finished run leaves behind. On rank 0."""
+
+    @abstractmethod
+    def view(self, setup: Any, *, interactive: bool | None = None) -> View:
+        """Return where a run is shown; see ``RunConsole`` for ``interactive``."""
+
+    @abstractmethod
+    def closing(self, run_dir: Path) -> Sequence[str]:
+        """Return what a finished run has to show."""
+
+
+def load_program(name: str) -> RankProgram:
+    """Return the program that a module has as ``PROGRAM``."""
+    program: RankProgram = import_module(name).PROGRAM
+    return program
+
+
+class Starter(Report, Protocol):
+    """What differs for a rank with who has started it; its watch reports to it."""
+
+    @property
+    def signals(self) -> StopSignals:
+        """Caught once the ranks can agree where to stop."""
+
+    def set_up(self, program: RankProgram, watch: Watch) -> AbstractContextManager[Any]:
+        """Have the run's setup from now on.
+
+        Raises:
+            FedPipeError: On every rank: what the user can mend.
+        """
+
+    def emit(self, kind: str, value: Any) -> None:
+        """Take what the rank tells."""
+
+    def worked(self) -> None:
+        """Take that the rank's work is over, however it ended."""
+
+    def conclude(self, program: RankProgram, setup: Any, stopped_at: Position | None) -> None:
+        """Take how the run has ended."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankResult:
+    """How a rank's part of a run has ended."""
+
+    code: int
+    """0 done, 75 interrupted and saved."""
+    signal: int = 0
+    """The one that has interrupted the run, whichever rank it reached."""
+
+
+@system_errors_named()
+def run_rank(
+    program: RankProgram, starter: Starter, *, env: ProcessEnv, options: Any
+) -> RankResult:
+    """Run one rank from its first line to its last, whatever has started it.
+
+    Args:
+        program: What to run.
+        starter: Who has started it, and how it reaches the others.
+        env: This process' place in the run.
+        options: Of the request.
+
+    Returns:
+        How it has ended.
+
+    Raises:
+        FedPipeError: On every rank what the user can mend.
+
+    Collective: every process of the run.
+    """
+    if not num_gpus():  # DeepSpeed probes for accelerators otherwise
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    bind(env)
+    log.setup(rank=env.rank)
+    with (
+        Watch(signals=starter.signals, report=starter) as watch,
+        starter.set_up(program, watch) as setup,
+    ):
+        try:
+            stopped_at = program.run(setup, options, env=env, emit=starter.emit, watch=watch)
+        finally:
+            starter.worked()
+        if stopped_at is None and env.rank == 0:
+            program.finish(setup, notify=lambda line: starter.emit("note", line))
+        starter.conclude(program, setup, stopped_at)
+        if stopped_at is None:
+            return RankResult(code=0)
+        return RankResult(code=EXIT_INTERRUPTED, signal=watch.stop_signal)

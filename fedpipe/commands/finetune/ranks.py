@@ -1,0 +1,164 @@
+"""What the ranks of a fine-tuning do, whatever has started them. No torch at the top."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedpipe.cluster.rank import Emit, Notify, RankProgram, RunRequest, View
+from fedpipe.config.finetune import load_finetune
+from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.topology import Grid
+from fedpipe.distributed.watch import Watch
+from fedpipe.report.console import RunConsole, refused_lines
+from fedpipe.run.checkpoint import Checkpoint, Position
+
+if TYPE_CHECKING:
+    from fedpipe.commands.finetune.setup import FinetuneSetup
+
+
+class FinetuningRanks(RankProgram):
+    """A fine-tuning."""
+
+    command = "finetune"
+    preload = (
+        "fedpipe.models.modeling",  # first: see there
+        "fedpipe.commands.finetune.run",
+        "fedpipe.commands.finetune.finish",
+    )
+    stops = "after this round"
+
+    def locate(self, request: RunRequest) -> tuple[Path, Grid]:
+        """See ``RankProgram``."""
+        from fedpipe.commands.finetune.setup import resolve_finetune
+
+        config, run_dir, _ = resolve_finetune(
+            request.config_path, request.overrides, request.run_dir, preset=request.preset
+        )
+        return run_dir, Grid.of(config.stages, config.federation)
+
+    def set_up(
+        self,
+        request: RunRequest,
+        *,
+        notify: Notify,
+        progress: Callable[[str, int, int], None] | None = None,
+        on_checked: Callable[[], object] = lambda: None,
+        threads: int | None = None,
+    ) -> FinetuneSetup:
+        """See ``RankProgram``; the model is looked at, so this imports torch."""
+        if request.run_dir is None or not (Path(request.run_dir) / "config.yaml").is_file():
+            load_finetune(request.config_path, request.overrides, preset=request.preset)
+        on_checked()
+        from fedpipe.commands.finetune.setup import set_up_finetune
+
+        return set_up_finetune(
+            request.config_path, request.overrides, request.run_dir, preset=request.preset,
+            notify=notify,
+        )  # fmt: skip
+
+    def to_message(self, setup: FinetuneSetup) -> dict[str, Any]:
+        """See ``RankProgram``."""
+        saved = setup.checkpoint
+        return {
+            "run_dir": str(setup.run_dir),
+            "checkpoint": saved and asdict(saved) | {"path": str(saved.path)},
+        }
+
+    def from_message(self, message: Mapping[str, Any], *, started_at: float) -> FinetuneSetup:
+        """See ``RankProgram``."""
+        from fedpipe.commands.finetune.setup import FinetuneSetup
+
+        run_dir, saved = Path(message["run_dir"]), message["checkpoint"]
+        checkpoint = saved and Checkpoint(
+            **saved | {"path": Path(saved["path"]), "position": Position(**saved["position"])}
+        )
+        return FinetuneSetup(
+            config=load_finetune(str(run_dir / "config.yaml"), []), run_dir=run_dir,
+            checkpoint=checkpoint or None, started_at=started_at,
+        )  # fmt: skip
+
+    def folders(self, setup: FinetuneSetup) -> Mapping[str, Path]:
+        """All that is read lies in the run directory."""
+        return {}
+
+    def grid(self, setup: FinetuneSetup) -> Grid:
+        """See ``RankProgram``."""
+        return Grid.of(setup.config.stages, setup.config.federation)
+
+    def run(
+        self, setup: FinetuneSetup, options: Any, *, env: ProcessEnv, emit: Emit, watch: Watch
+    ) -> Position | None:
+        """See ``RankProgram``."""
+        from fedpipe.commands.finetune.run import finetune
+
+        return finetune(setup, env=env, emit=emit, watch=watch)
+
+    def finish(self, setup: FinetuneSetup, *, notify: Notify) -> None:
+        """Write the adapter and the model, and the report."""
+        from fedpipe.commands.finetune.finish import export_finetuned
+        from fedpipe.commands.finetune.report import write_finetune_report
+
+        export_finetuned(setup.run_dir)
+        write_finetune_report(setup.run_dir)
+
+    def view(self, setup: FinetuneSetup, *, interactive: bool | None = None) -> View:
+        """Lines."""
+        return view(num_rounds=setup.config.federation.num_rounds)
+
+    def closing(self, run_dir: Path) -> list[str]:
+        """See ``RankProgram``."""
+        from fedpipe.commands.finetune.report import result_table
+
+        folders = [name for name in ("adapter", "base", "export") if (run_dir / name).is_dir()]
+        return [
+            result_table([run_dir]),
+            *(f"{name:<8}{run_dir / name}" for name in folders),
+            f"report  {run_dir / 'report.html'}",
+        ]
+
+
+def view(*, num_rounds: int) -> View:
+    """Return a console of lines that shows the rounds and scores of a fine-tuning."""
+    console = plain_console()
+
+    def show_round(record: dict[str, Any]) -> None:
+        for line in [_round_line(record, num_rounds), *refused_lines(record)]:
+            console.text(line)
+
+    def show_score(record: dict[str, Any]) -> None:
+        console.text(_score_line(record, num_rounds))
+
+    return View(console=console, shows={"round": show_round, "eval": show_score})
+
+
+def plain_console() -> RunConsole:
+    """Return a console of lines."""
+    return RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
+
+
+def _round_line(record: dict[str, Any], num_rounds: int) -> str:
+    lost = f", {len(record['dropped'])} lost" if record["dropped"] else ""
+    slow = f", {len(record['stragglers'])} slow" if record["stragglers"] else ""
+    loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
+    return (
+        f"{time.strftime('%H:%M:%S')} round {record['round'] + 1:>{len(str(num_rounds))}}"
+        f"/{num_rounds} trained {len(record['clients'])} clients{slow}{lost},"
+        f" {record['examples']:,} examples in {record['seconds']:.1f} s"
+        f" (sync {record['sync_s']:.2f} s)  loss {loss}"
+    )
+
+
+def _score_line(record: dict[str, Any], num_rounds: int) -> str:
+    worst = "-" if record["worst"] is None else f"{record['worst']:.4f}"
+    return (
+        f"{time.strftime('%H:%M:%S')} round {record['round'] + 1:>{len(str(num_rounds))}}"
+        f"/{num_rounds} {record['metric']} {record['score']:.4f}  worst client {worst}"
+        f" (client {record['worst_client']})"
+    )
+
+
+PROGRAM = FinetuningRanks()

@@ -1,0 +1,142 @@
+"""What the ranks of a pre-training do, whatever has started them. No torch at the top."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedpipe.cluster.rank import Emit, Notify, RankProgram, RunRequest, View
+from fedpipe.commands.plan.cut import choose_cut, measure_here, measure_in_a_process
+from fedpipe.commands.pretrain.setup import set_up
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import load_prepared
+from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.topology import Grid
+from fedpipe.distributed.watch import Watch
+from fedpipe.federation.cohort import steps_per_round
+from fedpipe.report.console import RunConsole
+from fedpipe.report.samples import samples_text
+from fedpipe.run.checkpoint import Position
+from fedpipe.run.run_dir import RunSetup, resolve_config
+
+
+class PretrainingRanks(RankProgram):
+    """A pre-training."""
+
+    command = "pretrain"
+    preload = (
+        "fedpipe.commands.pretrain.run",
+        "fedpipe.run.export",
+        "fedpipe.commands.pretrain.report",
+    )
+    stops = "within a few local steps"
+
+    def locate(self, request: RunRequest) -> tuple[Path, Grid]:
+        """See ``RankProgram``."""
+        config, run_dir, _ = resolve_config(
+            request.config_path, request.overrides, request.run_dir, preset=request.preset
+        )
+        return run_dir, self.grid_of(config)
+
+    def set_up(
+        self,
+        request: RunRequest,
+        *,
+        notify: Notify,
+        progress: Callable[[str, int, int], None] | None = None,
+        on_checked: Callable[[], object] = lambda: None,
+        threads: int | None = None,
+    ) -> RunSetup:
+        """See ``RankProgram``; a cut that is left open is measured."""
+        measure = partial(measure_here, threads=threads) if threads else measure_in_a_process
+        return set_up(
+            request.config_path,
+            request.overrides,
+            request.run_dir,
+            preset=request.preset,
+            notify=notify,
+            progress=progress,
+            on_checked=on_checked,
+            choose_cut=partial(choose_cut, measure=measure, notify=notify),
+        )
+
+    def to_message(self, setup: RunSetup) -> dict[str, Any]:
+        """See ``RankProgram``."""
+        return setup.to_message()
+
+    def from_message(self, message: Mapping[str, Any], *, started_at: float) -> RunSetup:
+        """See ``RankProgram``."""
+        return RunSetup.from_message(message, started_at=started_at)
+
+    def folders(self, setup: RunSetup) -> Mapping[str, Path]:
+        """See ``RankProgram``."""
+        return {"data.cache_dir": Path(setup.data_dir)}
+
+    def grid(self, setup: RunSetup) -> Grid:
+        """See ``RankProgram``."""
+        return self.grid_of(setup.config)
+
+    def grid_of(self, config: RunConfig) -> Grid:
+        """Return the processes that a configuration asks for."""
+        return Grid.from_config(config)
+
+    def run(
+        self, setup: RunSetup, options: Any, *, env: ProcessEnv, emit: Emit, watch: Watch
+    ) -> Position | None:
+        """See ``RankProgram``."""
+        from fedpipe.commands.pretrain.run import pretrain
+
+        return pretrain(setup, env=env, emit=emit, watch=watch)
+
+    def finish(self, setup: RunSetup, *, notify: Notify) -> None:
+        """Export the model, let it fill in held-out words, write the report."""
+        from fedpipe.commands.pretrain.report import write_report
+        from fedpipe.run import export
+
+        notify("writing the model folder and the report")
+        export.export_run(setup.run_dir)
+        data = load_prepared(setup.data_dir)
+        if data.valid:
+            export.write_samples(setup.run_dir, setup.config, data)
+        write_report(setup.run_dir)
+
+    def view(self, setup: RunSetup, *, interactive: bool | None = None) -> View:
+        """See ``RankProgram``."""
+        blocks = [shard.num_blocks for shard in load_prepared(setup.data_dir).train]
+        steps = steps_per_round(setup.config, blocks)
+        return view(setup.config, num_local_steps=steps, interactive=interactive)
+
+    def closing(self, run_dir: Path) -> list[str]:
+        """See ``RankProgram``."""
+        return [
+            samples_text(run_dir),
+            f"model   {run_dir / 'export'}",
+            f"report  {run_dir / 'report.html'}",
+        ]
+
+
+def view(config: RunConfig, *, num_local_steps: int, interactive: bool | None = None) -> View:
+    """Return where a pre-training is shown.
+
+    Args:
+        config: The run.
+        num_local_steps: Of a client in a round.
+        interactive: See ``RunConsole``.
+    """
+    federation = config.federation
+    turns = math.ceil(federation.clients_per_round / federation.num_replicas)
+    console = RunConsole(
+        num_rounds=federation.num_rounds,
+        steps_per_round=turns * num_local_steps,
+        num_stages=config.pipeline.num_virtual_stages,
+        log_every=config.log.every,
+        interactive=interactive,
+    )
+    shows = {"step": console.step, "round": console.round, "eval": console.evaluation}
+    return View(console=console, shows=shows, log_every=max(config.log.every, 1))
+
+
+PROGRAM = PretrainingRanks()
