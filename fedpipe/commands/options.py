@@ -138,8 +138,19 @@ def add_launcher(command: argparse.ArgumentParser) -> None:
 
 
 def is_launched(args: argparse.Namespace) -> bool:
-    """Whether this process is a rank that a launcher has started."""
-    return args.launched or is_rank()
+    """Whether this process is a rank that a launcher has started.
+
+    Raises:
+        ConfigError: It is, and a grid is asked for: all ranks of a launcher belong to one run.
+    """
+    if not (args.launched or is_rank()):
+        return False
+    if getattr(args, "grid", ()):
+        raise ConfigError(
+            "--grid: expected none where a launcher has started the ranks of one run, got "
+            f"{' '.join(args.grid)}. Start the command without the launcher."
+        )
+    return True
 
 
 def request_of(args: argparse.Namespace, *, options: Any = None) -> RunRequest:

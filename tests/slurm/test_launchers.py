@@ -26,6 +26,7 @@ from tests.helpers.runs import (
 from tests.helpers.slurm import Cluster, held_until, wait_until
 
 SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
+SRUN = REPOSITORY / "slurm" / "pretrain.sbatch"
 LATE = ("checkpoint.every_rounds=2",)
 """Only a stop saves before the run is done."""
 SIZES = (
@@ -41,14 +42,14 @@ def undisturbed(folder: Path) -> Path:
 class Job:
     """A job of one of the scripts, with the least that it can be given here."""
 
-    def __init__(self, cluster: Cluster, script: str, run_dir: Path, *arguments: str) -> None:
+    def __init__(self, cluster: Cluster, script: Path, run_dir: Path, *arguments: str) -> None:
         self._cluster, self._run_dir = cluster, run_dir
         self._log = run_dir.with_suffix(".log")
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.id = cluster.run(
             "sbatch", "--parsable", f"--chdir={REPOSITORY}", f"--output={self._log}",
             f"--export=ALL,PATH={path},PYTHONPATH={REPOSITORY}", *SIZES,
-            str(REPOSITORY / "slurm" / script), "--run-dir", str(run_dir), *TINY, *LATE,
+            str(script), "--run-dir", str(run_dir), *TINY, *LATE,
             f"data.cache_dir={run_dir.parent / 'cache'}", *arguments,
         ).stdout.strip()  # fmt: skip
 
@@ -77,7 +78,7 @@ def test_a_warned_job_on_two_nodes_saves_runs_again_and_ends_as_one_machine_woul
     cluster: Cluster, folder: Path, undisturbed: Path
 ) -> None:
     run_dir = folder / "pretrain"
-    job = Job(cluster, "pretrain.sbatch", run_dir)
+    job = Job(cluster, SRUN, run_dir)
     job.wait_for_round(1)
     with held_until([lock_holder(run_dir)], signal.SIGUSR2):
         # What SLURM does with --signal=B:USR2@300.
@@ -88,11 +89,20 @@ def test_a_warned_job_on_two_nodes_saves_runs_again_and_ends_as_one_machine_woul
     assert outcome(run_dir) == outcome(undisturbed)
 
 
-@pytest.mark.parametrize("script", ["deepspeed.sbatch", "torchrun.sbatch"])
-def test_a_launcher_per_node_trains_to_the_losses_of_one_machine(
-    script: str, cluster: Cluster, folder: Path, undisturbed: Path
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [
+        ("deepspeed.sbatch", "launch/pretrain.py"),
+        ("torchrun.sbatch", "-m fedpipe pretrain"),
+        ("pretrain.sbatch", "-m fedpipe pretrain"),
+    ],
+)
+def test_a_launcher_trains_to_the_losses_of_one_machine_whatever_it_is_told_to_start(
+    name: str, program: str, cluster: Cluster, folder: Path, undisturbed: Path
 ) -> None:
-    run_dir = folder / Path(script).stem
+    run_dir, script = folder / f"of-{name.partition('.')[0]}", folder / name
+    text = (REPOSITORY / "slurm" / name).read_text()
+    script.write_text(text.replace("launch/pretrain.py", program))
     job = Job(cluster, script, run_dir)
     assert job.end() == "COMPLETED", job.log()
     assert outcome(run_dir) == outcome(undisturbed)
@@ -102,7 +112,7 @@ def test_a_launcher_per_node_trains_to_the_losses_of_one_machine(
 def test_a_job_of_a_wrong_size_says_so_and_does_not_come_back(
     cluster: Cluster, folder: Path
 ) -> None:
-    job = Job(cluster, "pretrain.sbatch", folder / "wrong", "federation.num_replicas=2")
+    job = Job(cluster, SRUN, folder / "wrong", "federation.num_replicas=2")
     assert job.end() == "FAILED", job.log()
     assert (
         "TopologyError: num_replicas (2) x num_stages (2) x data_parallel_degree (1) = 4 processes,"
@@ -112,7 +122,7 @@ def test_a_job_of_a_wrong_size_says_so_and_does_not_come_back(
 
 def test_a_job_that_cannot_save_is_not_requeued_for_ever(cluster: Cluster, folder: Path) -> None:
     run_dir = folder / "unsaved"
-    job = Job(cluster, "pretrain.sbatch", run_dir, *LONG)
+    job = Job(cluster, SRUN, run_dir, *LONG)
     job.wait_for_round(1)
     (run_dir / "checkpoints").touch()  # a file, where a folder must be
     start = json.dumps({"job": job.id, "round": 0, "step": 0})

@@ -200,6 +200,13 @@ def test_an_option_that_is_a_path_may_begin_at_home(
     assert "--model: expected the home directory of a known user" in capsys.readouterr().err
 
 
+def test_ranks_of_a_launcher_belong_to_one_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("throughput", "finetune"):
+        assert main([command, "--grid", "seed=0,1"], launched=True) == 2
+    error = "ConfigError: --grid: expected none where a launcher has started the ranks of one run, "
+    assert [line[: len(error)] for line in capsys.readouterr().err.splitlines()] == [error] * 2
+
+
 def test_a_path_that_cannot_be_written_down_is_refused_before_it_is_made(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -12,6 +12,7 @@ from fedpipe.distributed.env import (
     ProcessEnv,
     cores_from_slurm,
     detect,
+    is_rank,
     threads_per_process,
 )
 from fedpipe.errors import TopologyError
@@ -49,6 +50,33 @@ def test_srun_is_understood() -> None:
     assert detect(SRUN) == ProcessEnv(
         rank=3, world_size=4, local_rank=1, local_world_size=2, rendezvous="tcp://node-7:40000"
     )
+
+
+SALLOC = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
+ADDRESS = {"MASTER_ADDR": "node-7", "MASTER_PORT": "40000"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, False),
+        (TORCHRUN, True),
+        (TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"}, False),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "4"}, True),
+        (SALLOC | ADDRESS, False),
+        (SALLOC | ADDRESS | {"SLURM_PROCID": "0"}, False),  # a job script
+        (SALLOC | ADDRESS | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        (SALLOC | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}, False),
+    ],
+    ids=[
+        "terminal", "torchrun", "torchrun, one process", "srun", "salloc", "sbatch",
+        "srun --pty bash", "srun of four runs",
+    ],
+)  # fmt: skip
+def test_a_process_is_a_rank_where_a_launcher_has_started_several_that_are_to_meet(
+    environ: dict[str, str], expected: bool
+) -> None:
+    assert is_rank(environ) == expected
 
 
 @pytest.mark.parametrize(

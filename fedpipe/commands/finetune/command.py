@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
-from fedpipe.cluster.launched import note_attempt, position_of
+from fedpipe.cluster.launched import note_attempt, position_of, start_rank
 from fedpipe.cluster.local import set_up_here, supervise
 from fedpipe.cluster.rank import RunRequest
 from fedpipe.commands import options
@@ -41,6 +41,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     text = "count what every method trains on every family's base model; start nothing"
     command.add_argument("--count", action="store_true", help=text)
     options.add_task_files(command)
+    options.add_launcher(command)
     options.add_grid(
         command,
         text="run every combination of the values, one after the other, and compare them:"
@@ -49,11 +50,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fine-tune what the arguments say, or count."""
+    """Fine-tune what the arguments say, be one rank of that, or count."""
     if args.count:
         return count_here()
-    overrides = [*args.overrides, *task_overrides(args.task_file)]
-    return finetune(args.config, overrides, args.run_dir, preset=args.preset, axes=args.grid)
+    args.overrides = [*args.overrides, *task_overrides(args.task_file)]
+    if options.is_launched(args):
+        check_library()
+        return start_rank(ranks.PROGRAM, options.request_of(args))
+    return finetune(args.config, args.overrides, args.run_dir, preset=args.preset, axes=args.grid)
 
 
 def task_overrides(task_files: Sequence[str]) -> list[str]:

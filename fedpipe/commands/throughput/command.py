@@ -35,7 +35,6 @@ from fedpipe.commands.throughput.report import (
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.corpus import prepare
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
-from fedpipe.errors import ConfigError
 from fedpipe.report.console import RunConsole
 from fedpipe.report.document import aligned
 from fedpipe.report.format import count
@@ -81,11 +80,6 @@ def settings_of(args: argparse.Namespace) -> ThroughputSettings:
 def run(args: argparse.Namespace) -> int:
     """Measure what the arguments say, or be one rank of that."""
     if options.is_launched(args):
-        if args.grid:
-            raise ConfigError(
-                "--grid: expected none where a launcher has started the ranks, got one. Measure "
-                "one point at a time, or without the launcher."
-            )
         how = Measuring(settings=settings_of(args))
         return start_rank(ranks.PROGRAM, options.request_of(args, options=how))
     if not args.grid:
