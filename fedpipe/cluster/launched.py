@@ -183,10 +183,10 @@ class _Launched(Peers):
         else:
             self._view.show(kind, value)
 
-    def worked(self) -> None:
+    def training_ended(self) -> None:
         self.signals.release()
 
-    def conclude(self, program: RankProgram, setup: Setup, stopped_at: Position | None) -> None:
+    def show_end(self, program: RankProgram, setup: Setup, stopped_at: Position | None) -> None:
         if self._env.rank > 0:
             return
         lines = [f"interrupted after {stopped_at}; give the same command again to resume"]

@@ -269,10 +269,10 @@ class _Supervised(Quiet):
         with self._sending:  # stages may be threads, and the watch is one
             self._pipe.send((kind, value))
 
-    def worked(self) -> None:
+    def training_ended(self) -> None:
         """The supervisor decides what a signal means from now on, and ends this rank."""
 
-    def conclude(self, program: RankProgram, setup: Setup, stopped_at: Position | None) -> None:
+    def show_end(self, program: RankProgram, setup: Setup, stopped_at: Position | None) -> None:
         if stopped_at is not None:
             self.emit("stopped", f" after {stopped_at}")
 

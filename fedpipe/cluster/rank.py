@@ -169,7 +169,7 @@ class RankProgram(ABC):
         """
 
     @abstractmethod
-    def finish(self, setup: Any, *, notify: Notify) -> None:
+    def write_results(self, setup: Any, *, notify: Notify) -> None:
         """Write what a finished run leaves behind. On rank 0."""
 
     @abstractmethod
@@ -204,10 +204,10 @@ class Starter(Report, Protocol):
     def emit(self, kind: str, value: Any) -> None:
         """Take what the rank tells."""
 
-    def worked(self) -> None:
-        """Take that the rank's work is over, however it ended."""
+    def training_ended(self) -> None:
+        """Take that the rank does not train any more, whether it is done or has failed."""
 
-    def conclude(self, program: RankProgram, setup: Any, stopped_at: Position | None) -> None:
+    def show_end(self, program: RankProgram, setup: Any, stopped_at: Position | None) -> None:
         """Take how the run has ended."""
 
 
@@ -253,10 +253,10 @@ def run_rank(
         try:
             stopped_at = program.run(setup, options, env=env, emit=starter.emit, watch=watch)
         finally:
-            starter.worked()
+            starter.training_ended()
         if stopped_at is None and env.rank == 0:
-            program.finish(setup, notify=lambda line: starter.emit("note", line))
-        starter.conclude(program, setup, stopped_at)
+            program.write_results(setup, notify=lambda line: starter.emit("note", line))
+        starter.show_end(program, setup, stopped_at)
         if stopped_at is None:
             return RankResult(code=0)
         return RankResult(code=EXIT_INTERRUPTED, signal=watch.stop_signal)

@@ -97,7 +97,7 @@ class FinetuningRanks(RankProgram):
 
         return finetune(setup, env=env, emit=emit, watch=watch)
 
-    def finish(self, setup: FinetuneSetup, *, notify: Notify) -> None:
+    def write_results(self, setup: FinetuneSetup, *, notify: Notify) -> None:
         """Write the adapter and the model, and the report."""
         from fedpipe.commands.finetune.finish import export_finetuned
         from fedpipe.commands.finetune.report import write_finetune_report

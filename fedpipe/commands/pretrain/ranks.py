@@ -91,7 +91,7 @@ class PretrainingRanks(RankProgram):
 
         return pretrain(setup, env=env, emit=emit, watch=watch)
 
-    def finish(self, setup: RunSetup, *, notify: Notify) -> None:
+    def write_results(self, setup: RunSetup, *, notify: Notify) -> None:
         """Export the model, let it fill in held-out words, write the report."""
         from fedpipe.commands.pretrain.report import write_report
         from fedpipe.run import export

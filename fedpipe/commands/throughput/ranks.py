@@ -70,7 +70,7 @@ class MeasuringRanks(PretrainingRanks):
         if measurement is not None:
             _write(setup, measurement, how)
 
-    def finish(self, setup: RunSetup, *, notify: Notify) -> None:
+    def write_results(self, setup: RunSetup, *, notify: Notify) -> None:
         """Nothing is left to do."""
 
     def view(self, setup: RunSetup, *, interactive: bool | None = None) -> View:
