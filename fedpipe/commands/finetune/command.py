@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
-from fedpipe.cluster.launched import note_attempt, position_of, start_rank
+from fedpipe.cluster.launched import note_attempt, position_of
 from fedpipe.cluster.local import set_up_here, supervise
 from fedpipe.cluster.rank import RunRequest
 from fedpipe.commands import options
@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         return count_here()
     args.overrides = [*args.overrides, *task_overrides(args.task_file)]
     if options.is_launched(args):
+        from fedpipe.cluster.launched import start_rank
+
         check_library()
         return start_rank(ranks.PROGRAM, options.request_of(args))
     return finetune(args.config, args.overrides, args.run_dir, preset=args.preset, axes=args.grid)

@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedpipe.cluster.launched import start_rank
 from fedpipe.cluster.local import set_up_here, supervise
 from fedpipe.cluster.rank import RunRequest
 from fedpipe.commands import options
@@ -26,6 +25,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Pre-train what the arguments say, or be one rank of that."""
     if options.is_launched(args):
+        from fedpipe.cluster.launched import start_rank
+
         return start_rank(ranks.PROGRAM, options.request_of(args))
     options.checked_config(args)
     return pretrain(args.config, args.overrides, args.run_dir, preset=args.preset)

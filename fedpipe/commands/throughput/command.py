@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedpipe.cluster.launched import start_rank
 from fedpipe.cluster.local import set_up_here, supervise
 from fedpipe.cluster.rank import RunRequest
 from fedpipe.commands import options
@@ -80,6 +79,8 @@ def settings_of(args: argparse.Namespace) -> ThroughputSettings:
 def run(args: argparse.Namespace) -> int:
     """Measure what the arguments say, or be one rank of that."""
     if options.is_launched(args):
+        from fedpipe.cluster.launched import start_rank
+
         how = Measuring(settings=settings_of(args))
         return start_rank(ranks.PROGRAM, options.request_of(args, options=how))
     if not args.grid:
