@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedpipe.commands.evaluate.labelled import task_loss
-from fedpipe.commands.finetune.recall import Recall
+from fedpipe.commands.finetune.hidden_states import HiddenStateCache
 from fedpipe.config.finetune import MethodConfig
 from fedpipe.data.tasks.encoding import Encoded
 from fedpipe.models.lower import LowerLayers
@@ -93,9 +93,9 @@ class _Run:
         self.lower_layers: Callable[[], AbstractContextManager[None]] = nullcontext
         if first:
             lower = LowerLayers(self.model, int(first))
-            recall = Recall(lower, _split(ids), folder)
+            cache = HiddenStateCache(lower, _split(ids), folder)
             rows = np.arange(len(ids))
-            self.lower_layers = lambda: lower.given(recall.hidden(rows, self.inputs))
+            self.lower_layers = lambda: lower.given(cache.hidden(rows, self.inputs))
 
     def step(self) -> Step:
         started = time.perf_counter()

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from fedpipe.commands.evaluate.labelled import task_loss
 from fedpipe.commands.finetune.examples import DATA, TuningData
-from fedpipe.commands.finetune.tuner import attach_seeded, build_tuned
+from fedpipe.commands.finetune.model import attach_seeded, build_tuned
+from fedpipe.commands.finetune.turns import batches, num_tuning_steps
 from fedpipe.config.finetune import FinetuneConfig, load_finetune
 from fedpipe.data.tasks.encoding import Encoded, collate
-from fedpipe.federation.turns import batches, num_tuning_steps
 from fedpipe.models.families import stable_seed
 from fedpipe.models.peft import trainable
 
@@ -87,7 +87,7 @@ client_app = ClientApp()
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
-    """One client's turn, as in ``fedpipe.commands.finetune.tuner``."""
+    """One client's turn, as in ``fedpipe.commands.finetune.whole``."""
     settings = message.content["config"]
     client, round_id = int(context.node_config["partition-id"]), int(settings["server-round"]) - 1
     torch.set_num_threads(1)

@@ -17,11 +17,11 @@ import torch
 
 from fedpipe.commands.finetune.examples import DATA, TuningData
 from fedpipe.commands.finetune.setup import set_up_finetune
-from fedpipe.commands.finetune.tuner import Tuner
+from fedpipe.commands.finetune.turns import plan_tuning_round
+from fedpipe.commands.finetune.whole import WholeReplica
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
-from fedpipe.federation.turns import plan_tuning_round
 from fedpipe.models.peft import lora_updates
 from fedpipe.run.checkpoint import CheckpointWriter
 
@@ -63,19 +63,22 @@ def _error(args: argparse.Namespace, comm: Comm, split: str, clients: int, seed:
         )  # fmt: skip
         config, run_dir = setup.config, setup.run_dir
         data = TuningData.load(run_dir / DATA)
-        tuner = Tuner(config, data, comm=comm, run_dir=run_dir)
+        replica = WholeReplica(config, data, comm=comm, run_dir=run_dir)
         writer = CheckpointWriter(run_dir, comm=comm, keep_last=1)
         turns = plan_tuning_round(config, round_id=0, lengths=data.train_lengths()).turns
-        updates = lora_updates(tuner.model)
+        updates = lora_updates(replica.model)
         exact = [torch.zeros_like(update.weight) for update in updates]
         for turn in turns:
-            tuner.train(
-                turn, round_id=0, last_round=None, writer=writer,
-                learning_rate=lambda step: config.optimizer.lr,
+            replica.begin_turn(turn, round_id=0, last_round=None)
+            replica.train(
+                turn, range(turn.num_steps), round_id=0, seen=0,
+                lr=lambda step: config.optimizer.lr, on_step=lambda stage_id, result: None,
+                until=lambda step: step + 1,
             )  # fmt: skip
+            replica.end_turn(turn, round_id=0, last_round=None, writer=writer)
             for total, update in zip(exact, updates, strict=True):
                 total.add_(update.product(), alpha=turn.weight)
-        tuner.synchronize(len(turns))
+        replica.synchronize(len(turns))
         pairs = [
             (update.product() - total, total) for update, total in zip(updates, exact, strict=True)
         ]

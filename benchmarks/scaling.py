@@ -90,7 +90,7 @@ def _round(
         if turn.replica_id == comm.replica
     )
     for synchronizer in replica.synchronizers.values():
-        synchronizer.begin_turn(None)
+        synchronizer.set_weights(None)
     source = replica.training_source(turn.client_id, start=0)
 
     def train(steps: range) -> None:
@@ -104,7 +104,7 @@ def _round(
     train(range(2, 2 + num_steps))
     cpu, trained = time.process_time() - cpu, time.monotonic()
     for synchronizer in replica.synchronizers.values():
-        synchronizer.end_turn(turn.client_id, weight=turn.weight, round_id=0)
+        synchronizer.take_update(turn.client_id, weight=turn.weight, round_id=0)
         synchronizer.synchronize()
     return cpu, trained - started, time.monotonic() - trained
 

@@ -96,7 +96,7 @@ class RankProgram(ABC):
 
     preload: Sequence[str]
     """Modules that a rank needs and that take seconds to import."""
-    stops: str
+    stops = "within a few local steps"
     """When a run that is asked to stop does so, for people."""
 
     @abstractmethod

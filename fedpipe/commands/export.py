@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 def export(run_dir: Path) -> list[Path]:
     """Write the newest checkpoint of a run as folders that other libraries read; return them."""
     if options.is_finetuning(run_dir):
-        from fedpipe.commands.finetune.finish import export_finetuned
+        from fedpipe.commands.finetune.export import export_finetuned
 
         return export_finetuned(run_dir)
     from fedpipe.run.export import export_run

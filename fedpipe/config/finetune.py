@@ -338,11 +338,6 @@ class FinetuneConfig:
             "federation.data_parallel_degree", "1 in fine-tuning", federation.data_parallel_degree,
             "Raise federation.num_replicas instead.",
         )  # fmt: skip
-        require(
-            self.checkpoint.every_steps == 0,
-            "checkpoint.every_steps", "0 in fine-tuning", self.checkpoint.every_steps,
-            "It is saved between rounds.",
-        )  # fmt: skip
 
     def _check_product(self) -> None:
         with_product = "with method.lora_average=product"

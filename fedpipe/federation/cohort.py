@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 from fedpipe.config.schema import RunConfig
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClientHistory:
-    """What came before a round, by client id: a function of the seed, so nothing is stored."""
-
-    blocks_seen: tuple[int, ...]
-    """Position in the client's stream of blocks."""
-    last_round: tuple[int | None, ...]
-    """Round in which the client trained last; None at its first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,10 +19,59 @@ class Turn:
     client_id: int
     replica_id: int
     num_steps: int
-    tokens: int
+    num_examples: int
+    """Trained blocks or examples, those of a second pass counted again."""
+    num_tokens: int
     """Trained tokens."""
     weight: float
-    """Share in the mean: of the round's tokens, or one over the cohort. A cohort's sum to 1."""
+    """Share in the mean; those of a round's turns sum to 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundPlan:
+    """What happens in a round."""
+
+    turns: tuple[Turn, ...]
+    """Of the clients that come back, in cohort order; the k-th on replica ``k mod num_replicas``.
+    A round may have none."""
+    stragglers: tuple[int, ...] = ()
+    """Clients among them that end early."""
+    dropped: tuple[int, ...] = ()
+    """Clients that are drawn and lost: nothing of theirs arrives, and nobody waits for them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientHistory:
+    """What came before a round, by client id: a function of the seed, so nothing is stored."""
+
+    examples_seen: tuple[int, ...]
+    """Blocks or examples that the client has trained on: its position in its stream of blocks."""
+    last_round: tuple[int | None, ...]
+    """Round in which the client trained last; None at its first."""
+
+    def after(self, turns: Sequence[Turn], *, round_id: int) -> Self:
+        """Add a round to what came before it."""
+        seen, last = list(self.examples_seen), list(self.last_round)
+        for turn in turns:
+            seen[turn.client_id] += turn.num_examples
+            last[turn.client_id] = round_id
+        return type(self)(examples_seen=tuple(seen), last_round=tuple(last))
+
+
+def client_history(
+    plan: Callable[[int], Sequence[Turn]], *, before: int, num_clients: int
+) -> ClientHistory:
+    """Replay all rounds before ``before``; a run does so once, when it starts.
+
+    Args:
+        plan: Returns the turns of a round.
+        before: A round.
+        num_clients: Data owners.
+    """
+    history = ClientHistory(examples_seen=(0,) * num_clients, last_round=(None,) * num_clients)
+    for round_id in range(before):
+        history = history.after(plan(round_id), round_id=round_id)
+    return history
 
 
 def draw_cohort(
@@ -106,7 +146,8 @@ def plan_round(
             client_id=client_id,
             replica_id=k % federation.num_replicas,
             num_steps=steps[k],
-            tokens=tokens[k],
+            num_examples=steps[k] * config.blocks_per_step,
+            num_tokens=tokens[k],
             weight=shares[k] / total,
         )
         for k, client_id in enumerate(cohort)
@@ -132,33 +173,3 @@ def idle_pct(config: RunConfig, blocks_per_client: Sequence[int], *, num_rounds:
         made += sum(steps)
         possible += max(steps) * len(steps)
     return 100 * (1 - made / possible)
-
-
-def client_history(
-    config: RunConfig, *, before: int, blocks_per_client: Sequence[int]
-) -> ClientHistory:
-    """Replay the draws of all rounds before ``before``; a run does so once, when it starts."""
-    none = len(blocks_per_client)
-    history = ClientHistory(blocks_seen=(0,) * none, last_round=(None,) * none)
-    for round_id in range(before):
-        turns = plan_round(config, round_id=round_id, blocks_per_client=blocks_per_client)
-        history = after_round(history, turns, round_id=round_id, config=config)
-    return history
-
-
-def after_round(
-    history: ClientHistory, turns: Sequence[Turn], *, round_id: int, config: RunConfig
-) -> ClientHistory:
-    """Add a round to what came before it.
-
-    Args:
-        history: Before the round.
-        turns: Of the round.
-        round_id: Of the round.
-        config: Batch.
-    """
-    seen, last = list(history.blocks_seen), list(history.last_round)
-    for turn in turns:
-        seen[turn.client_id] += turn.num_steps * config.blocks_per_step
-        last[turn.client_id] = round_id
-    return ClientHistory(blocks_seen=tuple(seen), last_round=tuple(last))

@@ -7,9 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedpipe.config.federation import FederationConfig
-from fedpipe.config.finetune import FinetuneConfig
-from fedpipe.config.schema import RunConfig
+from fedpipe.config.federation import AttackConfig, FederationConfig
 from fedpipe.distributed.comm import Comm
 from fedpipe.federation.aggregation import (
     BUCKET_ELEMENTS,
@@ -17,7 +15,6 @@ from fedpipe.federation.aggregation import (
     Aggregator,
     make_aggregator,
 )
-from fedpipe.federation.attack import falsify
 from fedpipe.federation.strategy import ServerOptimizer
 from fedpipe.models.families import stable_seed
 from fedpipe.models.split import StageRole, part_of
@@ -42,7 +39,7 @@ class Synchronizer:
     a turn starts where the one before it ended. A shared stage is one model on all replicas: their
     gradients are averaged in every step.
 
-    *Lent* ones are not its business: whoever begins a turn sets them.
+    *Lent* ones are not its business: the replica sets them when a turn begins.
     """
 
     def __init__(
@@ -96,20 +93,21 @@ class Synchronizer:
 
     @classmethod
     def of_stage(
-        cls, stage: StageModule, config: RunConfig | FinetuneConfig, *, comm: Comm
+        cls, stage: StageModule, federation: FederationConfig, *, seed: int, comm: Comm
     ) -> Synchronizer:
         """Return the synchronizer of a stage of the pipeline.
 
         Args:
             stage: With its first weights; identical on every replica.
-            config: Federation and seed.
+            federation: What becomes of it.
+            seed: Of attackers.
             comm: Its replica group holds this stage once per replica.
         """
-        federation, spec, parameters = config.federation, stage.spec, trainable(stage)
+        spec, parameters = stage.spec, trainable(stage)
         return cls(
             parameters,
             federation,
-            seed=config.seed,
+            seed=seed,
             comm=comm,
             kept={n for n in parameters if not getattr(federation.average, part_of(n, spec))},
             lent=stage.lent.keys(),
@@ -128,7 +126,7 @@ class Synchronizer:
         return self._start_N.numel()
 
     @torch.no_grad()
-    def begin_turn(self, kept: Mapping[str, Tensor] | None) -> None:
+    def set_weights(self, kept: Mapping[str, Tensor] | None) -> None:
         """Set the stage to the global weights and a client's own kept parts.
 
         Args:
@@ -169,7 +167,7 @@ class Synchronizer:
             gradient.copy_(part.view_as(gradient))
 
     @torch.no_grad()
-    def end_turn(self, client_id: int, *, weight: float, round_id: int) -> None:
+    def take_update(self, client_id: int, *, weight: float, round_id: int) -> None:
         """Take what a client has trained into the round, or hand it on.
 
         Args:
@@ -183,7 +181,7 @@ class Synchronizer:
         for name, parameter in self._averaged.items():
             self._global[name].copy_(parameter)
 
-    def refuse_turn(self) -> None:
+    def leave_out(self) -> None:
         """Leave out what a client has trained: the next turn starts from the same weights."""
         if self._aggregator is not None:
             self._aggregator.leave_out()
@@ -266,7 +264,7 @@ class Synchronizer:
         return dict(self._global)
 
     def load_global_state(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the global weights; the stage takes them at the next ``begin_turn``."""
+        """Replace the global weights; the stage takes them at the next ``set_weights``."""
         restore(self._global, state)
 
     @property
@@ -281,7 +279,7 @@ class Synchronizer:
 
     @property
     def partial(self) -> Mapping[str, Tensor]:
-        """The unfinished round, live: what ``end_turn`` has taken so far."""
+        """The unfinished round, live: what ``take_update`` has taken so far."""
         return self._aggregator.partial if self._aggregator else {}
 
 
@@ -300,3 +298,19 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Tell whether no tensor holds nan or inf, by the least and the largest value of each."""
     extremes = [torch.stack(torch.aminmax(t.detach())) for t in tensors if t.numel()]
     return not extremes or bool(torch.stack(extremes).isfinite().all())
+
+
+def falsify(change_N: Tensor, attack: AttackConfig, *, seed: int) -> Tensor:
+    """Return what an attacker sends instead of its change of the global weights.
+
+    sign_flip: ``-scale change``. noise: ``change + scale std(change) z``, z standard normal.
+
+    Args:
+        change_N: float32.
+        attack: Kind, not "none", and scale.
+        seed: Of z, which is drawn on the CPU and so is the same on every device.
+    """
+    if attack.kind == "sign_flip":
+        return change_N * -attack.scale
+    noise_N = torch.randn(change_N.shape, generator=torch.Generator().manual_seed(seed))
+    return change_N + noise_N.to(change_N.device) * (attack.scale * change_N.std())

@@ -1,10 +1,15 @@
-"""What it costs a rank to make one model of its stage: bytes and memory. Pure: no torch."""
+"""What averaging costs a rank, foretold; and what a round has sent, as a record. Pure: no torch."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fedpipe.config.federation import FederationConfig
+from fedpipe.config.schema import PipelineConfig
+from fedpipe.models.split import pipeline_edges
 
 BLOCK = 1024
 """Elements of an int8 change that share a float32 scale: 0.4 % on top of a byte each."""
@@ -64,3 +69,26 @@ def averaging_floats(numel: int, *, federation: FederationConfig) -> int:
     if federation.wire == "fp32" or federation.num_replicas == 1:
         return floats + numel
     return floats + numel + size + size // federation.num_replicas
+
+
+def traffic_record(
+    round_id: int, sent: Sequence[Mapping[str, int]], *, pipeline: PipelineConfig
+) -> dict[str, Any]:
+    """Sum what all processes sent in a round: bytes per pipe edge and per collective."""
+    total: Counter[str] = Counter()
+    for counts in sent:
+        total.update(counts)
+    edges = [
+        {
+            "from": source,
+            "to": target,
+            "bytes_forward": total[f"forward/bytes/{edge}"],
+            "bytes_backward": total[f"backward/bytes/{edge}"],
+            "messages_forward": total[f"forward/messages/{edge}"],
+            "messages_backward": total[f"backward/messages/{edge}"],
+        }
+        for edge, (source, target, _) in enumerate(pipeline_edges(pipeline))
+    ]
+    names = ("fedavg", "shared_gradients", "gradients", "embedding")
+    collectives = {name: total[name] for name in names}
+    return {"kind": "traffic", "round": round_id, "edges": edges, "collectives": collectives}

@@ -354,6 +354,12 @@ def find_latest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, passed_over
 
 
+def is_in_mid_round(run_dir: Path) -> bool:
+    """Whether the newest checkpoint, intact or not, is of a round that has begun."""
+    folders = _folders(run_dir)
+    return bool(folders) and "_step_" in folders[-1].name
+
+
 def find_round(run_dir: Path, num_rounds: int) -> Checkpoint:
     """Find the checkpoint after so many rounds.
 
@@ -418,8 +424,10 @@ def _problem(run_dir: Path, folder: Path) -> str | None:
         return f"{STATE} cannot be read"
     if position.name != folder.name or offset < 0:
         return f"{STATE} is that of another checkpoint"
-    if any(folder.glob("rank_*.pt")):  # resumed without, a round would lose what it has done
-        return "its rank_*.pt are of an earlier version, which numbered the ranks otherwise"
+    # Resumed without them, a round would lose what it has done, and averages what they have kept.
+    for pattern in ("rank_*.pt", "server.pt"):
+        if any(folder.glob(pattern)):
+            return f"its {pattern} is of an earlier version, which named these files otherwise"
     for name, size, digest in entries:
         try:
             with open(run_dir / name, "rb") as file:

@@ -18,7 +18,7 @@ from fedpipe.config.load import diff
 from fedpipe.data.identity import FileDigests
 from fedpipe.errors import CheckpointError
 from fedpipe.report.writer import METRICS_FILE
-from fedpipe.run.checkpoint import CHECKPOINTS
+from fedpipe.run.checkpoint import CHECKPOINTS, is_in_mid_round
 
 INPUTS_FILE = "inputs.json"
 """What a run reads, by content."""
@@ -35,7 +35,7 @@ MAY_CHANGE = {
     "finetune": ("hang_timeout_s", "federation.num_replicas", *PATHS["finetune"]),
 }
 """By command, the keys whose values may be others when a run is gone on with; no result depends on
-them, but for the rounding of sums over another number of replicas. A sweep's and a reproduction's
+them, up to the rounding of sums over another number of replicas. A sweep's and a reproduction's
 are those of the pre-trainings that they consist of; ``throughput`` measures what a pre-training's
 directory says, and ``submit`` sends what the other commands run."""
 
@@ -125,8 +125,8 @@ def check_config(
 def check_tuning(directory: Path, before: FinetuneConfig, now: FinetuneConfig) -> FinetuneConfig:
     """Refuse another configuration than that of the fine-tuning in a directory.
 
-    The number of replicas must stay where averages are compressed: each replica owes to the next
-    round what it has rounded off.
+    The number of replicas must stay in the middle of a round, whose clients they have among them,
+    and where averages are compressed: each replica owes to the next round what it has rounded off.
 
     Args:
         directory: Of the run.
@@ -144,7 +144,7 @@ def check_tuning(directory: Path, before: FinetuneConfig, now: FinetuneConfig) -
     if not now.task.name:  # that of the task file, or the default
         now = replace(now, task=replace(now.task, name=before.task.name))
     free = set(may_change("finetune", [directory]))
-    if before.federation.wire != "fp32":
+    if before.federation.wire != "fp32" or is_in_mid_round(directory):
         free -= {"federation.num_replicas"}
     check_config(directory, before, now, may_change=free)
     return now

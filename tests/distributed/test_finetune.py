@@ -18,16 +18,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedpipe.commands.finetune.examples import DATA, TuningData
-from fedpipe.commands.finetune.finish import export_finetuned
+from fedpipe.commands.finetune.export import export_finetuned
 from fedpipe.commands.finetune.report import result_table, write_finetune_report
 from fedpipe.commands.finetune.run import finetune
 from fedpipe.commands.finetune.setup import FinetuneSetup, set_up_finetune
-from fedpipe.commands.finetune.tuner import Tuner
+from fedpipe.commands.finetune.turns import draw_round, plan_tuning_round
+from fedpipe.commands.finetune.whole import WholeReplica
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError
-from fedpipe.federation.turns import TuningTurn, draw_round, plan_tuning_round
+from fedpipe.federation.cohort import Turn
 from fedpipe.models.lower import LowerLayers
 from fedpipe.models.peft import lora_updates
 from fedpipe.report.writer import read_metrics
@@ -90,10 +91,10 @@ def weights(run_dir: Path, round_id: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def tuner(tmp_path: Path, base: list[str]) -> Any:
+def replica(tmp_path: Path, base: list[str]) -> Any:
     comms: list[Comm] = []
 
-    def make(*overrides: str) -> tuple[Tuner, CheckpointWriter]:
+    def make(*overrides: str) -> tuple[WholeReplica, CheckpointWriter]:
         setup = set_up(tmp_path / f"run{len(comms)}", base, *overrides)
         for comm in comms:
             comm.close()
@@ -101,7 +102,7 @@ def tuner(tmp_path: Path, base: list[str]) -> Any:
             Comm(Grid(num_stages=1, num_replicas=1, data_parallel_degree=1), alone(), edges=())
         )
         data = TuningData.load(setup.run_dir / DATA)
-        made = Tuner(setup.config, data, comm=comms[-1], run_dir=setup.run_dir)
+        made = WholeReplica(setup.config, data, comm=comms[-1], run_dir=setup.run_dir)
         return made, CheckpointWriter(setup.run_dir, comm=comms[-1], keep_last=1)
 
     with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):
@@ -111,52 +112,55 @@ def tuner(tmp_path: Path, base: list[str]) -> Any:
 
 
 def train(
-    made: tuple[Tuner, CheckpointWriter], shares: dict[int, float], round_id: int = 0
+    made: tuple[WholeReplica, CheckpointWriter], shares: dict[int, float], round_id: int = 0
 ) -> None:
     for client_id, share in shares.items():
-        turn = TuningTurn(
+        turn = Turn(
             client_id=client_id, replica_id=0, num_steps=3, num_examples=0, num_tokens=0,
             weight=share,
         )  # fmt: skip
-        made[0].train(
-            turn, round_id=round_id, last_round=None, learning_rate=lambda step: 1e-2,
-            writer=made[1],
+        replica, writer = made
+        replica.begin_turn(turn, round_id=round_id, last_round=None)
+        replica.train(
+            turn, range(3), round_id=round_id, seen=0, lr=lambda step: 1e-2,
+            on_step=lambda stage_id, result: None, until=lambda step: 3,
         )  # fmt: skip
+        replica.end_turn(turn, round_id=round_id, last_round=None, writer=writer)
     made[0].synchronize(len(shares))
 
 
-def test_the_average_is_the_weighted_mean_of_what_clients_would_have_sent(tuner: Any) -> None:
+def test_the_average_is_the_weighted_mean_of_what_clients_would_have_sent(replica: Any) -> None:
     sent = []
     for client_id in (0, 1):
-        made = tuner()
+        made = replica()
         train(made, {client_id: 1.0})
         sent.append({n: p.detach().clone() for n, p in made[0].parameters.items()})
-    together = tuner()
+    together = replica()
     train(together, {0: 0.25, 1: 0.75})
     for name, parameter in together[0].parameters.items():
         expected = 0.25 * sent[0][name] + 0.75 * sent[1][name]
         torch.testing.assert_close(parameter.detach(), expected, atol=1e-6, rtol=0)
 
 
-def products(tuner: Tuner) -> list[torch.Tensor]:
-    return [u.weight.detach() + u.product() for u in lora_updates(tuner.model)]
+def products(replica: WholeReplica) -> list[torch.Tensor]:
+    return [u.weight.detach() + u.product() for u in lora_updates(replica.model)]
 
 
-def test_the_product_average_is_the_mean_of_products_and_factors_is_not(tuner: Any) -> None:
+def test_the_product_average_is_the_mean_of_products_and_factors_is_not(replica: Any) -> None:
     sent = []
     for client_id in (0, 1):
-        made = tuner()
+        made = replica()
         train(made, {client_id: 1.0})
         sent.append(products(made[0]))
     expected = [0.25 * a + 0.75 * b for a, b in zip(*sent, strict=True)]
-    frozen = [u.weight.detach().clone() for u in lora_updates(tuner()[0].model)]
+    frozen = [u.weight.detach().clone() for u in lora_updates(replica()[0].model)]
 
-    def distance(made: tuple[Tuner, CheckpointWriter]) -> float:
+    def distance(made: tuple[WholeReplica, CheckpointWriter]) -> float:
         """Error of the averaged update, over the update."""
         off = zip(products(made[0]), expected, frozen, strict=True)
         return max(float((p - e).norm() / (e - w).norm()) for p, e, w in off)
 
-    factors, exact = tuner(), tuner("method.lora_average=product")
+    factors, exact = replica(), replica("method.lora_average=product")
     train(factors, {0: 0.25, 1: 0.75})
     assert distance(factors) > 0.05
     train(exact, {0: 0.25, 1: 0.75})
@@ -288,7 +292,7 @@ def test_every_example_runs_through_the_lower_layers_once(
     assert "embeddings and 1 layer run once per example" in (setup.run_dir / "plan.txt").read_text()
     spared = records(tmp_path / "spared", "round", "eval")
 
-    monkeypatch.setattr(Tuner, "_lower_layers", lambda *_: nullcontext())
+    monkeypatch.setattr(WholeReplica, "_lower_layers", lambda *_: nullcontext())
     run(set_up(tmp_path / "whole", base, "method.first_layer=1"))
     whole = records(tmp_path / "whole", "round", "eval")
     assert [r["loss"] for r in spared if "loss" in r] == pytest.approx(
@@ -389,7 +393,6 @@ def test_a_round_whose_clients_are_all_lost_changes_nothing(
          r"^federation.server: expected replicated in"),
         (("federation.data_parallel_degree=2",), ConfigError, r"^federation.data_parallel_degree"),
         (("federation.average.embeddings=false",), ConfigError, r"^federation.average.embeddings"),
-        (("checkpoint.every_steps=3",), ConfigError, r"^checkpoint.every_steps: expected 0 in"),
         (("method.first_layer=2",), ConfigError, r"^method.first_layer: expected a layer below 2"),
         (("method.lora_average=product", "method.name=ia3"), ConfigError,
          r"^method.lora_average: expected factors without method.name=lora"),
@@ -579,23 +582,23 @@ def test_a_client_may_have_nothing_held_out_but_not_all_of_them(
 
 def _spoil(monkeypatch: pytest.MonkeyPatch, client_id: int, *, round_id: int = 1) -> None:
     """Let the second loss of a client be NaN in one round."""
-    train, step = Tuner.train, Tuner._step
+    train, step = WholeReplica.train, WholeReplica._step
     steps: list[int] = []
 
-    def train_and_count(tuner: Tuner, turn: TuningTurn, **keywords: Any) -> Any:
+    def train_and_count(replica: WholeReplica, turn: Turn, *more: Any, **keywords: Any) -> Any:
         hit = (turn.client_id, keywords["round_id"]) == (client_id, round_id)
         steps[:] = [1] if hit else []
-        return train(tuner, turn, **keywords)
+        return train(replica, turn, *more, **keywords)
 
-    def step_or_nan(tuner: Tuner, *arguments: Any) -> Any:
-        loss, norm = step(tuner, *arguments)
+    def step_or_nan(replica: WholeReplica, *arguments: Any) -> Any:
+        loss, norm = step(replica, *arguments)
         left = steps.pop() if steps else -1
         if left > 0:
             steps.append(left - 1)
         return (loss * torch.nan, norm) if left == 0 else (loss, norm)
 
-    monkeypatch.setattr(Tuner, "train", train_and_count)
-    monkeypatch.setattr(Tuner, "_step", step_or_nan)
+    monkeypatch.setattr(WholeReplica, "train", train_and_count)
+    monkeypatch.setattr(WholeReplica, "_step", step_or_nan)
 
 
 def test_a_client_whose_loss_is_nan_is_left_out_of_the_average_and_of_its_own_state(

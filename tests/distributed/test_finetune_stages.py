@@ -15,15 +15,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedpipe.commands.finetune.examples import DATA, TuningData
-from fedpipe.commands.finetune.finish import export_finetuned, learnt
+from fedpipe.commands.finetune.export import export_finetuned, learnt
 from fedpipe.commands.finetune.micro_batches import task_messages
 from fedpipe.commands.finetune.report import write_finetune_report
 from fedpipe.commands.finetune.run import finetune
 from fedpipe.commands.finetune.setup import FinetuneSetup
-from fedpipe.commands.finetune.staged import StagedTuner
+from fedpipe.commands.finetune.staged import StagedReplica
+from fedpipe.commands.finetune.turns import draw_round
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.errors import ConfigError
-from fedpipe.federation.turns import TuningTurn, draw_round
+from fedpipe.federation.cohort import Turn
 from fedpipe.models.split import stage_specs
 from fedpipe.models.tuned_stage import TunedStage
 from fedpipe.pipeline.stage_engine import StageEngine
@@ -207,28 +208,28 @@ def test_a_client_whose_loss_is_nan_on_one_stage_is_left_out_on_both(
     tmp_path: Path, base: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two clients the other's weights are the average then."""
-    loss, train, end_turn = StageEngine._loss, StagedTuner.train, StagedTuner.end_turn
+    loss, train, end_turn = StageEngine._loss, StagedReplica.train, StagedReplica.end_turn
     hosted: list[int] = []
     trained: dict[int, list[dict[str, torch.Tensor]]] = {}
 
-    def train_and_note(tuner: StagedTuner, turn: TuningTurn, **keywords: Any) -> Any:
+    def train_and_note(replica: StagedReplica, turn: Turn, *more: Any, **keywords: Any) -> Any:
         hosted[:] = [turn.client_id]
-        return train(tuner, turn, **keywords)
+        return train(replica, turn, *more, **keywords)
 
     def bad_loss(engine: StageEngine, batch: Any) -> Any:
         value = loss(engine, batch)
         return value * torch.nan if (engine.spec.stage_id, hosted) == (0, [bad]) else value
 
-    def end_and_note(tuner: StagedTuner, turn: TuningTurn, **keywords: Any) -> None:
+    def end_and_note(replica: StagedReplica, turn: Turn, **keywords: Any) -> None:
         trained[turn.client_id] = [
             {n: p.detach().clone() for n, p in engine.stage.named_parameters() if p.requires_grad}
-            for engine in tuner.stages
+            for engine in replica.stages
         ]
-        end_turn(tuner, turn, **keywords)
+        end_turn(replica, turn, **keywords)
 
     monkeypatch.setattr(StageEngine, "_loss", bad_loss)
-    monkeypatch.setattr(StagedTuner, "train", train_and_note)
-    monkeypatch.setattr(StagedTuner, "end_turn", end_and_note)
+    monkeypatch.setattr(StagedReplica, "train", train_and_note)
+    monkeypatch.setattr(StagedReplica, "end_turn", end_and_note)
     options = ("federation.num_rounds=1", "federation.clients_per_round=2")
     setup = set_up(tmp_path, base, *CUT, *PLAIN[1:], *options, "method.name=houlsby")
     bad, other = draw_round(setup.config, 0, 5)[0]

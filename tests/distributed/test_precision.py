@@ -31,7 +31,9 @@ def _train_two_turns(env: ProcessEnv, config: RunConfig, data: PreparedData) -> 
     comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
     replica = Replica(config, data, comm=comm)
     losses: list[float] = []
-    turn = Turn(client_id=0, replica_id=0, num_steps=STEPS, tokens=1, weight=1.0)
+    turn = Turn(
+        client_id=0, replica_id=0, num_steps=STEPS, num_examples=1, num_tokens=1, weight=1.0
+    )
     averaged_survives = True
     for round_id in range(2):
         replica.begin_turn(turn, round_id=round_id, last_round=None)
@@ -51,7 +53,7 @@ def _train_two_turns(env: ProcessEnv, config: RunConfig, data: PreparedData) -> 
         averaged_survives &= moved <= STEPS * 1.5e-3
         for synchronizer in replica.synchronizers.values():
             half = replace(turn, weight=0.5)  # of the weights: a visible change
-            synchronizer.end_turn(half.client_id, weight=half.weight, round_id=round_id)
+            synchronizer.take_update(half.client_id, weight=half.weight, round_id=round_id)
             synchronizer.synchronize()
     sent = sum(
         s.links.activations_out.sent_bytes for s in replica.stages if s.links.activations_out

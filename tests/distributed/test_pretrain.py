@@ -128,12 +128,17 @@ def _synchronize(env: ProcessEnv, config: RunConfig, data: PreparedData, weights
                 for parameter in engine.stage.parameters():
                     parameter.fill_(1.0 + comm.replica)
             turn = Turn(
-                client_id=0, replica_id=0, num_steps=1, tokens=1, weight=weights[comm.replica]
+                client_id=0,
+                replica_id=0,
+                num_steps=1,
+                num_examples=1,
+                num_tokens=1,
+                weight=weights[comm.replica],
             )
-            synchronizer.end_turn(turn.client_id, weight=turn.weight, round_id=0)
+            synchronizer.take_update(turn.client_id, weight=turn.weight, round_id=0)
         synchronizer.synchronize()
         kept = synchronizer.kept_state()
-        synchronizer.begin_turn(None)
+        synchronizer.set_weights(None)
         result |= {
             n: (p.detach().numpy().copy(), first[n].numpy(), n in kept)
             for n, p in engine.stage.named_parameters()

@@ -26,19 +26,19 @@ BAD = 3
 
 def _train(env: ProcessEnv, setup: Any, poison: Poison) -> dict[tuple[int, int, int], Any]:
     """Run; return what every client had trained when its turn ended, by round, client and stage."""
-    from fedpipe.federation.hosting import HostedStages
+    from fedpipe.federation.stages import StageReplica
 
-    end_turn = HostedStages.end_turn
+    end_turn = StageReplica.end_turn
     trained = {}
 
-    def noted(stages: HostedStages, turn: Any, *, round_id: int, **keywords: Any) -> None:
+    def noted(stages: StageReplica, turn: Any, *, round_id: int, **keywords: Any) -> None:
         for engine in stages.stages:
             trained[round_id, turn.client_id, engine.spec.stage_id] = {
                 n: p.detach().clone().numpy() for n, p in engine.stage.named_parameters()
             }
         end_turn(stages, turn, round_id=round_id, **keywords)
 
-    HostedStages.end_turn = noted  # type: ignore[method-assign]
+    StageReplica.end_turn = noted  # type: ignore[method-assign]
     _pretrain(env, setup, poison)
     return trained
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from fedpipe.cluster.rank import RunRequest
 from fedpipe.commands.finetune.command import choose_cells
-from fedpipe.commands.finetune.finish import export_finetuned
+from fedpipe.commands.finetune.export import export_finetuned
 from fedpipe.commands.finetune.grid import Cell, config_of
 from fedpipe.commands.finetune.run import finetune
 from fedpipe.commands.finetune.setup import FinetuneSetup, set_up_finetune

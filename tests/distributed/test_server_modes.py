@@ -39,9 +39,12 @@ def _by_hand(env: ProcessEnv, config: RunConfig, data: PreparedData) -> dict[str
     if federation.server != "replicated":
         going_on[1] = build_optimizer(weights[1], config.optimizer)
 
+    def plan(round_id: int) -> Any:
+        return plan_round(config, round_id=round_id, blocks_per_client=blocks)
+
     for round_id in range(federation.num_rounds):
-        turns = plan_round(config, round_id=round_id, blocks_per_client=blocks)
-        seen = client_history(config, before=round_id, blocks_per_client=blocks).blocks_seen
+        turns = plan(round_id)
+        seen = client_history(plan, before=round_id, num_clients=len(blocks)).examples_seen
         trained = []
         for first in range(0, len(turns), federation.num_replicas):
             group = turns[first : first + federation.num_replicas]

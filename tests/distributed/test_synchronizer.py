@@ -58,13 +58,13 @@ def _rounds(
                 continue
             for engine in replica.stages:
                 sync = replica.synchronizers[engine.spec.stage_id]
-                sync.begin_turn(None)
+                sync.set_weights(None)
                 with torch.no_grad():
                     for name, parameter in engine.stage.named_parameters():
                         parameter += _change(
                             parameter.shape, name=name, client_id=turn.client_id, round_id=round_id
                         )
-                sync.end_turn(turn.client_id, weight=turn.weight, round_id=round_id)
+                sync.take_update(turn.client_id, weight=turn.weight, round_id=round_id)
         sent.append({s: sync.synchronize() for s, sync in replica.synchronizers.items()})
         history.append(state())
     comm.close()

@@ -23,7 +23,6 @@ from fedpipe.data.masking import MaskedReader, pad
 from fedpipe.distributed.device import autocast
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.wire import TensorSpec
-from fedpipe.federation.attack import falsify
 from fedpipe.federation.cohort import Turn, client_history, plan_round, steps_per_round
 from fedpipe.federation.strategy import (
     ServerOptimizer,
@@ -32,6 +31,7 @@ from fedpipe.federation.strategy import (
     squared_distances,
     trimmed_mean,
 )
+from fedpipe.federation.synchronizer import falsify
 from fedpipe.federation.traffic import BLOCK, padded
 from fedpipe.models.families import hf_config, stable_seed
 from fedpipe.models.split import StageRole, model_stages, part_of, placement
@@ -147,7 +147,7 @@ class _Reference:
 
     def run(self) -> Result:
         for round_id in range(self.config.federation.num_rounds):
-            turns = plan_round(self.config, round_id=round_id, blocks_per_client=self.blocks)
+            turns = self._turns(round_id)
             replicas = self.config.federation.num_replicas
             updates: list[list[Tensor]] = []
             for first in range(0, len(turns), replicas):
@@ -159,6 +159,9 @@ class _Reference:
                 if self._averaged(stage) and not self._is_handed_on(stage):
                     self._average(stage, turns, [update[stage] for update in updates])
         return self.result
+
+    def _turns(self, round_id: int) -> tuple[Turn, ...]:
+        return plan_round(self.config, round_id=round_id, blocks_per_client=self.blocks)
 
     def _worker(self, turn: Turn, round_id: int) -> _Worker:
         stages = copy.deepcopy(self.stages)
@@ -190,8 +193,8 @@ class _Reference:
         config = self.config
         size, count = config.pipeline.micro_batch_size, config.pipeline.num_micro_batches
         ranks = config.federation.data_parallel_degree
-        history = client_history(config, before=round_id, blocks_per_client=self.blocks)
-        start = history.blocks_seen[turn.client_id]
+        history = client_history(self._turns, before=round_id, num_clients=len(self.blocks))
+        start = history.examples_seen[turn.client_id]
         reader = MaskedReader(
             self.data, turn.client_id, split="train", seed=config.seed,
             num_masked=config.data.num_masked,

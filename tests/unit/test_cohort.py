@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
 
 from fedpipe.config.schema import RunConfig
 from fedpipe.federation.cohort import (
+    Turn,
     client_history,
     draw_cohort,
     num_local_steps,
@@ -26,6 +28,10 @@ def _config(*, seed: int = 0, **federation: Any) -> RunConfig:
 
     base = {"num_clients": len(BLOCKS), "clients_per_round": 3, "num_replicas": 2, "num_rounds": 9}
     return dataclasses.replace(tiny_config(federation=base | federation), seed=seed)
+
+
+def _plan(config: RunConfig, round_id: int) -> tuple[Turn, ...]:
+    return plan_round(config, round_id=round_id, blocks_per_client=BLOCKS)
 
 
 def _draw(seed: int, round_id: int, count: int = 4) -> tuple[int, ...]:
@@ -69,14 +75,14 @@ def test_weights_are_shares_of_the_trained_tokens() -> None:
         assert math.isclose(sum(t.weight for t in turns), 1.0, rel_tol=1e-12)
         total = sum(t.num_steps for t in turns)
         for turn in turns:
-            assert turn.tokens == turn.num_steps * config.blocks_per_step * LENGTH
+            assert turn.num_tokens == turn.num_steps * config.blocks_per_step * LENGTH
             assert turn.weight == pytest.approx(turn.num_steps / total)
 
 
 def test_uniform_weights_ignore_how_much_a_client_has() -> None:
     config = _config(num_local_epochs=1.0, aggregation={"weighting": "uniform"})
     turns = plan_round(config, round_id=1, blocks_per_client=BLOCKS)
-    assert len({t.tokens for t in turns}) > 1
+    assert len({t.num_tokens for t in turns}) > 1
     assert [t.weight for t in turns] == [1 / 3] * 3
 
 
@@ -126,9 +132,10 @@ def test_the_schedule_advances_by_the_longest_turn_there_can_be() -> None:
 def test_every_client_goes_on_where_it_stopped(epochs: float) -> None:
     config = _config(num_local_epochs=epochs, data_parallel_degree=2)
     seen = [0] * len(BLOCKS)
+    plan = partial(_plan, config)
     for round_id in range(9):
-        history = client_history(config, before=round_id, blocks_per_client=BLOCKS)
-        assert list(history.blocks_seen) == seen
-        for turn in plan_round(config, round_id=round_id, blocks_per_client=BLOCKS):
+        history = client_history(plan, before=round_id, num_clients=len(BLOCKS))
+        assert list(history.examples_seen) == seen
+        for turn in plan(round_id):
             seen[turn.client_id] += turn.num_steps * config.blocks_per_step
     assert sum(seen) > 0

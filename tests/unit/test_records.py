@@ -12,19 +12,19 @@ import pytest
 from fedpipe.commands.pretrain.records import (
     evaluation_record,
     round_record,
-    traffic_record,
     write_timeline,
 )
 from fedpipe.config.federation import AggregationConfig
 from fedpipe.federation.cohort import Turn
 from fedpipe.federation.refusal import Refused, judge
+from fedpipe.federation.traffic import traffic_record
 from tests.helpers.tiny import tiny_config
 
 
 def _turns() -> list[Turn]:
     return [
-        Turn(client_id=4, replica_id=0, num_steps=2, tokens=300, weight=0.75),
-        Turn(client_id=1, replica_id=1, num_steps=1, tokens=100, weight=0.25),
+        Turn(client_id=4, replica_id=0, num_steps=2, num_examples=0, num_tokens=300, weight=0.75),
+        Turn(client_id=1, replica_id=1, num_steps=1, num_examples=0, num_tokens=100, weight=0.25),
     ]
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fedpipe.config.federation import AttackConfig, FederationConfig, ServerOptimizerConfig
 from fedpipe.config.load import from_dict
-from fedpipe.federation.attack import falsify
 from fedpipe.federation.strategy import (
     ServerOptimizer,
     krum_select,
@@ -20,6 +19,7 @@ from fedpipe.federation.strategy import (
     squared_distances,
     trimmed_mean,
 )
+from fedpipe.federation.synchronizer import falsify
 from fedpipe.federation.traffic import averaging_bytes
 
 NAN, INF = math.nan, math.inf

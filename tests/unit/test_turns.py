@@ -7,13 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedpipe.commands.finetune.turns import batches, num_tuning_steps, plan_tuning_round
 from fedpipe.config.finetune import FinetuneConfig, load_finetune
-from fedpipe.federation.turns import (
-    batches,
-    last_turns,
-    num_tuning_steps,
-    plan_tuning_round,
-)
+from fedpipe.federation.cohort import client_history
 
 LENGTHS = [np.arange(1, size + 1) for size in (40, 10, 25, 3, 60, 17, 5, 33)]
 
@@ -106,10 +102,18 @@ def test_a_pass_takes_every_example_once_and_passes_differ() -> None:
                                                          steps=3))).tolist()  # fmt: skip
 
 
-def test_last_turns_count_only_those_who_came_back() -> None:
-    asked = config("scenario.dropout_share=0.5", "federation.clients_per_round=3")
-    expected: dict[int, int] = {}
-    for round_id in range(6):
-        turns = plan_tuning_round(asked, round_id=round_id, lengths=LENGTHS).turns
-        expected |= {turn.client_id: round_id for turn in turns}
-    assert last_turns(asked, before=6, num_clients=8) == expected
+@pytest.mark.parametrize("byzantine", [0, 1])
+def test_the_last_round_of_a_client_is_the_one_from_which_it_came_back(byzantine: int) -> None:
+    """In a round that is left out for too few clients nobody trains."""
+    asked = ["scenario.dropout_share=0.5", "federation.clients_per_round=3"]
+    if byzantine:
+        asked += ["federation.aggregation.rule=trimmed_mean",
+                  "federation.aggregation.weighting=uniform",
+                  "federation.aggregation.num_byzantine=1"]  # fmt: skip
+    plans = [plan(*asked, round_id=round_id) for round_id in range(6)]
+    assert not all(p.turns for p in plans)
+    found = client_history(lambda round_id: plans[round_id].turns, before=6, num_clients=8)
+    for client_id, last in enumerate(found.last_round):
+        mine = [r for r, p in enumerate(plans) for t in p.turns if t.client_id == client_id]
+        assert last == max(mine, default=None)
+        assert found.examples_seen[client_id] == len(mine) * len(LENGTHS[client_id])

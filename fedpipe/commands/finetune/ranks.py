@@ -27,9 +27,8 @@ class FinetuningRanks(RankProgram):
     preload = (
         "fedpipe.models.modeling",  # first: see there
         "fedpipe.commands.finetune.run",
-        "fedpipe.commands.finetune.finish",
+        "fedpipe.commands.finetune.export",
     )
-    stops = "after this round"
 
     def locate(self, request: RunRequest) -> tuple[Path, Grid]:
         """See ``RankProgram``."""
@@ -99,7 +98,7 @@ class FinetuningRanks(RankProgram):
 
     def write_results(self, setup: FinetuneSetup, *, notify: Notify) -> None:
         """Write the adapter and the model, and the report."""
-        from fedpipe.commands.finetune.finish import export_finetuned
+        from fedpipe.commands.finetune.export import export_finetuned
         from fedpipe.commands.finetune.report import write_finetune_report
 
         export_finetuned(setup.run_dir)

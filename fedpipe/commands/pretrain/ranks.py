@@ -32,7 +32,6 @@ class PretrainingRanks(RankProgram):
         "fedpipe.run.export",
         "fedpipe.commands.pretrain.report",
     )
-    stops = "within a few local steps"
 
     def locate(self, request: RunRequest) -> tuple[Path, Grid]:
         """See ``RankProgram``."""

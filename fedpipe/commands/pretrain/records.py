@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpipe.config.schema import PipelineConfig
 from fedpipe.federation.cohort import Turn
 from fedpipe.federation.refusal import Outcome
 from fedpipe.files import write_text
-from fedpipe.models.split import pipeline_edges
 
 
 def round_record(
@@ -32,7 +29,7 @@ def round_record(
     """
     left_out = {fault.client for fault in outcome.refused}
     steps = [s for s in steps if s["client"] not in left_out]
-    tokens = sum(t.tokens for t in turns)
+    tokens = sum(t.num_tokens for t in turns)
     loss: list[float | None] = []
     for stage in range(num_stages):
         losses = [s["loss"] for s in steps if s["stage"] == stage and s["loss"] is not None]
@@ -79,29 +76,6 @@ def evaluation_record(
             }
         )
     return {"kind": "eval", "round": round_id, "stages": stages, "tokens": tokens}
-
-
-def traffic_record(
-    round_id: int, sent: Sequence[Mapping[str, int]], *, pipeline: PipelineConfig
-) -> dict[str, Any]:
-    """Sum what all processes sent in a round: bytes per pipe edge and per collective."""
-    total: Counter[str] = Counter()
-    for counts in sent:
-        total.update(counts)
-    edges = [
-        {
-            "from": source,
-            "to": target,
-            "bytes_forward": total[f"forward/bytes/{edge}"],
-            "bytes_backward": total[f"backward/bytes/{edge}"],
-            "messages_forward": total[f"forward/messages/{edge}"],
-            "messages_backward": total[f"backward/messages/{edge}"],
-        }
-        for edge, (source, target, _) in enumerate(pipeline_edges(pipeline))
-    ]
-    names = ("fedavg", "shared_gradients", "gradients", "embedding")
-    collectives = {name: total[name] for name in names}
-    return {"kind": "traffic", "round": round_id, "edges": edges, "collectives": collectives}
 
 
 def write_timeline(

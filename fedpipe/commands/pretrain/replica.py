@@ -1,10 +1,11 @@
-"""One replica of the pipeline as one process sees it: build it, hand it a client, score it."""
+"""A pre-training's replica of the pipeline: its stages, and the text that the first one reads."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,19 +19,20 @@ from fedpipe.data.masking import MaskedBatch, MaskedReader, pad
 from fedpipe.data.validation import validation_batch
 from fedpipe.distributed.comm import Comm
 from fedpipe.federation.cohort import Turn
-from fedpipe.federation.hosting import HostedStages
-from fedpipe.federation.turns import TuningTurn
+from fedpipe.federation.stages import StageReplica
 from fedpipe.models.families import hf_config
 from fedpipe.models.split import StageSpec, model_stages
 from fedpipe.models.stage import Stage, build_stage
 from fedpipe.pipeline.messages import edge_messages
-from fedpipe.pipeline.stage_engine import MicroBatchSource
+from fedpipe.pipeline.stage_engine import MicroBatchSource, StepResult
 
 EMBEDDING_LEDGER = "embedding"
 """Entry of the traffic ledger."""
+TRACED_STEPS = range(2, 6)
+"""Local steps of the first round whose instructions are timed for the timeline."""
 
 
-class Replica(HostedStages):
+class Replica(StageReplica):
     """The stages of a pre-training in this process, and the text that the first of them reads."""
 
     def __init__(
@@ -90,10 +92,30 @@ class Replica(HostedStages):
 
     # -- training ----------------------------------------------------------------------------
 
-    def begin_turn(self, turn: Turn | TuningTurn, *, round_id: int, last_round: int | None) -> None:
-        """See ``HostedStages``. Collective: every process of the replica."""
-        super().begin_turn(turn, round_id=round_id, last_round=last_round)
+    def train(
+        self,
+        turn: Turn,
+        steps: range,
+        *,
+        round_id: int,
+        seen: int,
+        lr: Callable[[int], float],
+        on_step: Callable[[int, StepResult], None],
+        until: Callable[[int], int],
+    ) -> None:
+        """See ``Replica.train``; the run's first turn is timed for the timeline."""
+        for stage in self.stages:
+            first = round_id == 0 and not stage.trace.events
+            stage.trace.steps = TRACED_STEPS if first else range(0)
+        super().train(
+            turn, steps, round_id=round_id, seen=seen, lr=lr, on_step=on_step, until=until
+        )
+
+    def set_weights(self, client_id: int, last_round: int | None) -> dict[int, dict[str, Any]]:
+        """See ``Replica.set_weights``; a decoder that is lent gets the word embedding."""
+        states = super().set_weights(client_id, last_round)
         self._lend_embedding()
+        return states
 
     @torch.no_grad()
     def _lend_embedding(self) -> None:
@@ -116,6 +138,10 @@ class Replica(HostedStages):
             for decoder_VD in engines[final.stage_id].stage.lent.values():
                 decoder_VD.copy_(embedding_VD)
             engines[final.stage_id].weights_changed()
+
+    def turn_source(self, turn: Turn, *, round_id: int, seen: int) -> MicroBatchSource | None:
+        """Masked micro-batches of a turn: the client's stream of blocks goes on."""
+        return self.training_source(turn.client_id, start=seen)
 
     def training_source(self, client_id: int, *, start: int) -> MicroBatchSource | None:
         """Masked micro-batches of a client from block ``start`` of its stream; first stage only."""
@@ -145,38 +171,20 @@ class Replica(HostedStages):
 
     # -- validation --------------------------------------------------------------------------
 
-    def evaluate(
-        self, client_ids: Sequence[int], *, last_rounds: Sequence[int | None]
-    ) -> dict[int, dict[int, tuple[float, int]]]:
-        """Score the global weights on held-out text of some clients, with their kept parts.
-
-        Args:
-            client_ids: Clients that this replica scores.
-            last_rounds: By client id, the round in which it trained last.
+    def score(self, client_id: int) -> dict[int, tuple[float, int]]:
+        """Score a client's held-out text.
 
         Returns:
-            stage -> client -> (summed loss in nats, masked tokens); stages with a head only. Data
-            index 0 computes, the others return nothing.
-
-        Collective: every process of the replica.
+            By stage with a head, the summed loss in nats, and the masked tokens.
         """
-        scores: dict[int, dict[int, tuple[float, int]]] = {s.spec.stage_id: {} for s in self.stages}
-        if self.comm.data > 0:
-            return {}
-        for index, client_id in enumerate(client_ids):
-            for stage_id, synchronizer in self.synchronizers.items():
-                state = self._client_state(client_id, stage_id, last_rounds[client_id])
-                synchronizer.begin_turn(state.get("kept"))
-            if index == 0 or not self.config.federation.average.embeddings:
-                self._lend_embedding()
-            num_blocks = self.num_valid_blocks(client_id)
-            batches = math.ceil(num_blocks / self.config.pipeline.micro_batch_size)
-            source = self._validation_source(client_id) if self.reads_text else None
-            for stage_id, losses in self.engine.evaluate(batches, source=source).items():
-                scored = losses.flatten(0, 1)[:num_blocks].double()
-                num_tokens = num_blocks * self.config.data.num_masked
-                scores[stage_id][client_id] = (float(scored.sum()), num_tokens)
-        return scores
+        num_blocks = self.num_valid_blocks(client_id)
+        batches = math.ceil(num_blocks / self.config.pipeline.micro_batch_size)
+        source = self._validation_source(client_id) if self.reads_text else None
+        num_tokens = num_blocks * self.config.data.num_masked
+        return {
+            stage_id: (float(losses.flatten(0, 1)[:num_blocks].double().sum()), num_tokens)
+            for stage_id, losses in self.engine.evaluate(batches, source=source).items()
+        }
 
     def num_valid_blocks(self, client_id: int) -> int:
         """Held-out blocks of a client that are scored."""

@@ -1,4 +1,4 @@
-"""What the frozen lower layers give for every example of a split, on disk once it is known."""
+"""A cache on disk of the hidden states that the frozen lower layers compute for every example."""
 
 # B = sequences of a batch, T = tokens of its longest one, D = hidden size
 
@@ -17,14 +17,14 @@ from fedpipe.data.tasks.encoding import Encoded
 from fedpipe.models.lower import LowerLayers
 
 
-class Recall:
+class HiddenStateCache:
     """Hidden states of a split's sequences, computed when they are first asked for.
 
-    Each is computed alone, so that no bit of it depends on who is in its batch.
+    Each is computed alone, so that no bit of it depends on the other sequences of its batch.
 
-    They lie in a file without a name, which goes with the process: float32, as long as the tokens,
-    and on disk only as far as it is filled. Every process has its own, for it trains its own
-    clients.
+    The cache is a file without a name, which is removed with the process: float32, as long as the
+    tokens, and on disk only as far as it is filled. Every process has its own, because it trains
+    clients of its own.
     """
 
     def __init__(self, lower: LowerLayers, split: Encoded, folder: Path) -> None:

@@ -4,42 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpipe.config.finetune import FinetuneConfig
-from fedpipe.federation.cohort import draw_cohort
+from fedpipe.federation.cohort import RoundPlan, Turn, draw_cohort
 
 _SCENARIO, _ORDER = 0x5CE2A, 0x0DDE2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TuningTurn:
-    """One client's training in one round, on one replica."""
-
-    client_id: int
-    replica_id: int
-    num_steps: int
-    num_examples: int
-    """Trained examples, those of a second pass counted again."""
-    num_tokens: int
-    """Trained tokens."""
-    weight: float
-    """Share in the mean; those of a round's turns sum to 1."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Round:
-    """What happens in a round."""
-
-    turns: tuple[TuningTurn, ...]
-    """Of the clients that come back; client k of them on replica ``k mod num_replicas``."""
-    stragglers: tuple[int, ...]
-    """Clients among them that end early."""
-    dropped: tuple[int, ...]
-    """Clients that are drawn and lost: nothing of theirs arrives, and nobody waits for them."""
 
 
 def draw_round(
@@ -79,7 +51,7 @@ def draw_round(
 
 def plan_tuning_round(
     config: FinetuneConfig, *, round_id: int, lengths: Sequence[NDArray[np.int64]]
-) -> Round:
+) -> RoundPlan:
     """Plan a round: turns, steps and shares.
 
     The shares are those of the clients that come back: their trained examples, their trained
@@ -97,7 +69,7 @@ def plan_tuning_round(
     back, slow, lost = draw_round(config, round_id, len(lengths))
     aggregation = federation.aggregation
     if len(back) < aggregation.fewest_clients():
-        return Round(turns=(), stragglers=(), dropped=tuple(lost))
+        return RoundPlan(turns=(), dropped=tuple(lost))
     planned = []
     for client_id in back:
         steps = num_tuning_steps(config, len(lengths[client_id]), slow=client_id in slow)
@@ -109,9 +81,9 @@ def plan_tuning_round(
         planned.append((client_id, steps, examples, tokens))
     column = {"uniform": None, "examples": 2, "tokens": 3}[aggregation.weighting]
     shares = [1 if column is None else entry[column] for entry in planned]
-    return Round(
+    return RoundPlan(
         turns=tuple(
-            TuningTurn(
+            Turn(
                 client_id=client_id,
                 replica_id=k % federation.num_replicas,
                 num_steps=steps,
@@ -163,14 +135,6 @@ def batches(
         if index == 0:
             order = _generator(_ORDER, config.seed, round_id, client_id, step).permutation(size)
         yield order[index * config.batch_size : (index + 1) * config.batch_size]
-
-
-def last_turns(config: FinetuneConfig, *, before: int, num_clients: int) -> dict[int, int]:
-    """Return the round in which each client came back last, of the rounds before ``before``."""
-    last: dict[int, int] = {}
-    for round_id in range(before):
-        last |= dict.fromkeys(draw_round(config, round_id, num_clients)[0], round_id)
-    return last
 
 
 def _generator(*parts: int) -> np.random.Generator:

@@ -1,0 +1,179 @@
+"""Records of a fine-tuning in metrics.jsonl: turns, rounds, traffic, and scores. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpipe.commands.finetune.examples import Meaning
+from fedpipe.data.tasks.encoding import IGNORED
+from fedpipe.data.tasks.scoring import METRICS
+from fedpipe.federation.cohort import RoundPlan, Turn
+from fedpipe.federation.refusal import Outcome
+
+_BYTES = 4
+"""Of a float32 that travels."""
+Scores = Mapping[int, Mapping[int, NDArray[np.float64]]]
+"""By stage and client, what the task's metric needs to know of each of its examples, (E, K)."""
+
+
+def turn_records(
+    plan: RoundPlan, round_id: int, *, steps: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Summarise every client's training; the loss is the last stage's.
+
+    Args:
+        plan: Of the round.
+        round_id: From 0.
+        steps: Local steps of all clients and stages, in their order.
+    """
+    by_client: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for step in steps:
+        by_client[step["client"]].append(step)
+    turns = sorted(plan.turns, key=lambda turn: turn.client_id)
+    return [_turn_record(turn, round_id, by_client[turn.client_id]) for turn in turns]
+
+
+def _turn_record(turn: Turn, round_id: int, steps: list[Mapping[str, Any]]) -> dict[str, Any]:
+    losses: dict[int, list[float]] = defaultdict(list)
+    seconds: dict[int, float] = defaultdict(float)
+    for step in steps:
+        seconds[step["stage"]] += step["seconds"]
+        if step["loss"] is not None:
+            losses[step["stage"]].append(step["loss"])
+    means = {stage: float(np.mean(own)) for stage, own in sorted(losses.items())}
+    last = max(means)
+    record = {
+        "kind": "turn", "round": round_id, "client": turn.client_id, "replica": turn.replica_id,
+        "steps": turn.num_steps, "examples": turn.num_examples, "tokens": turn.num_tokens,
+        "weight": turn.weight, "seconds": max(seconds.values()), "loss": means[last],
+        "last_loss": losses[last][-1],
+    }  # fmt: skip
+    if len(means) > 1:
+        record["stages"] = {str(stage): mean for stage, mean in means.items()}
+    return record
+
+
+def round_record(
+    plan: RoundPlan,
+    round_id: int,
+    *,
+    turns: Sequence[Mapping[str, Any]],
+    outcome: Outcome,
+    facts: Sequence[Mapping[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """Summarise a round.
+
+    A client whose update is refused is listed, and its loss does not count.
+
+    Args:
+        plan: Of the round.
+        round_id: From 0.
+        turns: What ``turn_records`` returned.
+        outcome: What the updates came to.
+        facts: By rank: "sync" (seconds and bytes of averaging) and "memory".
+        seconds: That the round took.
+    """
+    left_out = {fault.client for fault in outcome.refused}
+    taken = [turn for turn in turns if turn["client"] not in left_out]
+    weights = [turn["weight"] for turn in taken]
+    loss = float(np.average([t["loss"] for t in taken], weights=weights)) if taken else None
+    return {
+        "kind": "round", "round": round_id, "clients": [turn["client"] for turn in turns],
+        "stragglers": list(plan.stragglers), "dropped": list(plan.dropped),
+        "refused": [fault.record() for fault in outcome.refused],
+        "averaged": outcome.is_averaged,
+        "loss": loss, "examples": sum(turn["examples"] for turn in turns),
+        "tokens": sum(turn["tokens"] for turn in turns), "seconds": seconds,
+        "sync_s": max(own["sync"][0] for own in facts),
+        "sync_bytes": sum(own["sync"][1] for own in facts),
+        "memory_bytes": [own["memory"] for own in facts],
+    }  # fmt: skip
+
+
+def client_traffic(
+    plan: RoundPlan, round_id: int, *, edges: Any, sent_numel: int, received_numel: int
+) -> dict[str, Any]:
+    """Record what leaves and reaches the clients of a round: the parameters that are averaged.
+
+    Every client that is drawn receives them; one that is lost sends nothing. Of a model that is cut
+    they are those of the client's stages, and what passes over every edge comes with them.
+
+    Args:
+        plan: Of the round.
+        round_id: From 0.
+        edges: Of the record of ``traffic_record``.
+        sent_numel: Parameters that a client sends.
+        received_numel: Parameters that a client receives.
+    """
+    up, down = sent_numel * _BYTES, received_numel * _BYTES
+    return {
+        "kind": "traffic", "round": round_id, "edges": edges,
+        "client_bytes_up": up, "client_bytes_down": down,
+        "bytes_up": up * len(plan.turns),
+        "bytes_down": down * (len(plan.turns) + len(plan.dropped)),
+    }  # fmt: skip
+
+
+def score_record(round_id: int, scores: Scores, meaning: Meaning) -> dict[str, Any]:
+    """Summarise a scoring: over all examples, by client, and the worst client.
+
+    The score is that of the last stage; of the others' heads the score over all examples.
+    """
+    found = scores[max(scores)]
+    clients = {client: from_statistics(meaning, rows) for client, rows in sorted(found.items())}
+    known = {client: score for client, score in clients.items() if np.isfinite(score)}
+    choose = max if meaning.metric == "loss" else min
+    worst = choose(known, key=known.__getitem__) if known else None
+    record = {
+        "kind": "eval", "round": round_id, "metric": meaning.metric,
+        "score": _over_all(meaning, found),
+        "mean": float(np.mean(list(known.values()))) if known else None,
+        "worst": known.get(worst) if worst is not None else None, "worst_client": worst,
+        "clients": {str(client): score for client, score in clients.items()},
+    }  # fmt: skip
+    if len(scores) > 1:
+        record["stages"] = {str(s): _over_all(meaning, scores[s]) for s in sorted(scores)}
+    return record
+
+
+def _over_all(meaning: Meaning, clients: Mapping[int, NDArray[np.float64]]) -> float:
+    return from_statistics(meaning, np.concatenate(list(clients.values())))
+
+
+def statistics(
+    meaning: Meaning, split: Any, sequences: NDArray[np.int64], outputs: Mapping[int, Any]
+) -> NDArray[np.float64]:
+    """Return what the metric needs of every example, (E, K), from predictions by sequence."""
+    if meaning.kind == "causal-lm":
+        return np.array([outputs[int(row)] for row in sequences], dtype=np.float64).reshape(-1, 2)
+    metric = METRICS[meaning.metric]
+    if meaning.kind != "ner":
+        gold = [float(label) for label in split.labels[sequences]]
+        predicted = [outputs[int(row)] for row in sequences]
+        return metric.statistics(gold, predicted, meaning.positive)
+    there: dict[int, list[str]] = {}
+    found: dict[int, list[str]] = {}
+    for row in sequences:
+        tags = split.labels[split.starts[row] : split.starts[row + 1]]
+        example = int(split.examples[row])
+        there.setdefault(example, []).extend(
+            meaning.labels[int(tag)] for tag in tags[tags != IGNORED]
+        )
+        found.setdefault(example, []).extend(meaning.labels[tag] for tag in outputs[int(row)])
+    return metric.statistics(list(there.values()), list(found.values()), meaning.positive)
+
+
+def from_statistics(meaning: Meaning, rows: NDArray[np.float64]) -> float:
+    """Return the score of some examples; of texts the mean loss per token."""
+    if meaning.kind == "causal-lm":
+        return float(rows[:, 0].sum() / max(1.0, rows[:, 1].sum()))
+    metric = METRICS[meaning.metric]
+    if metric.from_sums is None:  # its statistics are gold and prediction
+        return metric.whole(rows[:, 0], rows[:, 1], meaning.positive)
+    return float(metric.from_sums(rows.sum(axis=0)[None])[0])

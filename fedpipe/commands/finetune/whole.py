@@ -1,0 +1,245 @@
+"""A replica with a whole model, of a fine-tuning without a cut: a client's training and scoring."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from fedpipe.commands.evaluate.labelled import labelled_batch, task_loss
+from fedpipe.commands.finetune.examples import Meaning, TuningData
+from fedpipe.commands.finetune.hidden_states import HiddenStateCache
+from fedpipe.commands.finetune.model import attach_seeded, build_tuned
+from fedpipe.commands.finetune.records import statistics
+from fedpipe.commands.finetune.turns import batches
+from fedpipe.config.finetune import FinetuneConfig
+from fedpipe.data.tasks.encoding import IGNORED, Encoded
+from fedpipe.distributed.comm import Comm
+from fedpipe.distributed.device import autocast, rng_state, set_rng_state
+from fedpipe.federation.cohort import Turn
+from fedpipe.federation.lora import ProductSynchronizer
+from fedpipe.federation.replica import Doing, Replica
+from fedpipe.federation.synchronizer import Synchronizer
+from fedpipe.models.families import stable_seed
+from fedpipe.models.lower import LowerLayers
+from fedpipe.models.peft import lora_updates, trainable
+from fedpipe.models.tuned import head_names
+from fedpipe.pipeline.optimizer import make_optimizer
+from fedpipe.pipeline.stage_engine import StepResult
+
+WEIGHTS_FILE = "weights.safetensors"
+
+
+class ModelEngine:
+    """A whole model and its optimizer: the engine of a replica that is not cut."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Hold them; ``optimizer`` is that of what is trained of the model."""
+        self.stage, self.optimizer = model, optimizer
+        self.faults: dict[str, int] = {}
+
+    def weights_changed(self) -> None:
+        """Do nothing: the optimizer has no copy of the parameters."""
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Moments and counters of the optimizer."""
+        return dict(self.optimizer.state_dict())
+
+    def load_optimizer_state(self, state: dict[str, Any] | None) -> None:
+        """Take moments over from ``optimizer_state``; None starts afresh."""
+        if state is None:
+            self.optimizer.state.clear()
+        else:
+            self.optimizer.load_state_dict(state)
+
+
+class WholeReplica(Replica):
+    """A model, its synchronizer, and the examples of all clients, which lie on the disk's cache."""
+
+    whole_model = WEIGHTS_FILE
+
+    def __init__(
+        self, config: FinetuneConfig, data: TuningData, *, comm: Comm, run_dir: Path
+    ) -> None:
+        """Build the model with its first values, equal in every process.
+
+        Args:
+            config: The run.
+            data: Examples and their owners.
+            comm: Of this process.
+            run_dir: Where clients keep what is theirs.
+        """
+        self.config, self.data = config, data
+        self.model = build_tuned(config, data.meaning).to(comm.device)
+        heads = head_names(self.model)
+        self.counts = attach_seeded(self.model, config, data.meaning)
+        self.parameters = trainable(self.model)
+        kept = set() if config.federation.average.final_head else heads & set(self.parameters)
+        self.products: ProductSynchronizer | None = None
+        if config.method.lora_average == "product":
+            self.products = ProductSynchronizer(
+                self.parameters, config.federation, updates=lora_updates(self.model),
+                seed=config.seed, comm=comm, kept=kept,
+            )  # fmt: skip
+        self.synchronizer = self.products or Synchronizer(
+            self.parameters, config.federation, seed=config.seed, comm=comm, kept=kept
+        )
+        optimizer = make_optimizer(self.parameters.values(), config.optimizer)
+        self.engine = ModelEngine(self.model, optimizer)
+        super().__init__(
+            {0: self.engine}, {0: self.synchronizer}, federation=config.federation,
+            seed=config.seed, comm=comm, run_dir=run_dir,
+        )  # fmt: skip
+        self._lower: LowerLayers | None = None
+        if config.method.first_layer:
+            self._lower = LowerLayers(self.model, config.method.first_layer)
+            self._train_cache = HiddenStateCache(self._lower, data.train, run_dir)
+            self._test_cache = HiddenStateCache(self._lower, data.test, run_dir)
+        self._num_batches, self._computing = 0, False
+        self.sent_numel = self.synchronizer.averaged_numel
+        """Parameters that a client sends."""
+
+    def residual_numel(self, num_clients: int) -> int:
+        """Parameters that a client receives beside those that it sends; see the synchronizer's."""
+        return self.products.residual_numel(num_clients) if self.products and num_clients else 0
+
+    # -- training ----------------------------------------------------------------------------
+
+    def train(
+        self,
+        turn: Turn,
+        steps: range,
+        *,
+        round_id: int,
+        seen: int,
+        lr: Callable[[int], float],
+        on_step: Callable[[int, StepResult], None],
+        until: Callable[[int], int],
+    ) -> None:
+        """See ``Replica.train``. The numbers of the steps are read from the device at the end."""
+        self.model.train()
+        mine = self.data.train_sequences[turn.client_id]
+        order = list(
+            batches(
+                self.config, turn.client_id, round_id=round_id, size=len(mine),
+                steps=turn.num_steps,
+            )
+        )  # fmt: skip
+        losses, norms, ended = [], [], [time.monotonic()]
+        for step in takewhile(lambda step: until(step) > step, steps):
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = lr(step)
+            loss, norm = self._step(mine[order[step]])
+            losses.append(loss)
+            norms.append(norm)
+            ended.append(time.monotonic())
+        self._computing = False
+        if not losses:
+            return
+        numbers = zip(torch.stack(losses).tolist(), torch.stack(norms).tolist(), strict=True)
+        for index, (loss, norm) in enumerate(numbers):
+            step = steps[index]
+            for what, value in (("grad_norm", norm), ("loss", loss)):
+                if not math.isfinite(value):
+                    self.engine.faults.setdefault(what, step)
+            seconds = ended[index + 1] - ended[index]
+            on_step(0, StepResult(step, loss, norm, lr(step), seconds))
+
+    def _step(self, sequences: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Make a local step; return its loss and the norm of its gradients."""
+        optimizer = self.engine.optimizer
+        logits, labels = self._forward(self.data.train, sequences)
+        loss = task_loss(logits, labels, kind=self.data.meaning.kind)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.synchronizer.before_step()
+        limit = self.config.optimizer.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit, foreach=True)
+        optimizer.step()
+        return loss.detach(), norm
+
+    def seed_draws(self, client_id: int, *, round_id: int) -> None:
+        """Seed dropout for a turn."""
+        torch.manual_seed(stable_seed(self.seed, "turn", round_id, client_id))
+
+    @property
+    def draws(self) -> dict[str, Any]:
+        """Where dropout goes on drawing."""
+        return rng_state(self.comm.device)
+
+    @draws.setter
+    def draws(self, state: dict[str, Any]) -> None:
+        set_rng_state(state, self.comm.device)
+
+    def doing(self) -> Doing | None:
+        """The batch that is computed now, or was computed last of a turn or a scoring."""
+        return Doing(what=f"batch {self._num_batches}") if self._computing else None
+
+    def _forward(self, split: Encoded, sequences: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        self._num_batches += 1
+        self._computing = True
+        meaning = self.data.meaning
+        device = self.comm.device
+        inputs, labels = labelled_batch(
+            split, sequences, kind=meaning.kind, pad_id=meaning.pad_id, device=device
+        )
+        with (
+            autocast(device, self.config.model.precision),
+            self._lower_layers(split, sequences, inputs),
+        ):
+            logits: Tensor = self.model(**inputs).logits
+        return logits.float(), labels
+
+    def _lower_layers(
+        self, split: Encoded, sequences: NDArray[np.int64], inputs: dict[str, Tensor]
+    ) -> AbstractContextManager[None]:
+        """Feed cached hidden states in instead of running the frozen layers again."""
+        if self._lower is None:
+            return nullcontext()
+        cache = self._train_cache if split is self.data.train else self._test_cache
+        return self._lower.given(cache.hidden(sequences, inputs))
+
+    # -- scoring -----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def score(self, client_id: int) -> dict[int, NDArray[np.float64]]:
+        """Return what the task's metric needs to know of a client's held-out examples."""
+        self.model.eval()
+        sequences = self.data.test_sequences[client_id]
+        meaning, test = self.data.meaning, self.data.test
+        order = sequences[np.argsort(test.lengths()[sequences], kind="stable")]
+        outputs: dict[int, Any] = {}
+        size = self.config.scoring.batch_size
+        for first in range(0, len(order), size):
+            rows = order[first : first + size]
+            logits, labels = self._forward(test, rows)
+            for row, value in zip(rows, _predictions(logits, labels, meaning), strict=True):
+                outputs[int(row)] = value
+        self._computing = False
+        return {0: statistics(meaning, test, sequences, outputs)}
+
+
+def _predictions(logits: Tensor, labels: Tensor, meaning: Meaning) -> list[Any]:
+    """Per sequence: a number, a class, the tags of its words, or summed loss and tokens."""
+    if meaning.kind == "regression":
+        return list(logits[:, 0].tolist())
+    if meaning.kind == "classification":
+        return list(logits.argmax(-1).tolist())
+    if meaning.kind == "ner":
+        tags, labels = logits.argmax(-1).cpu(), labels.cpu()
+        return [row[known != IGNORED].tolist() for row, known in zip(tags, labels, strict=True)]
+    targets = labels[:, 1:]
+    losses = functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
+    )
+    return list(zip(losses.sum(1).tolist(), (targets != IGNORED).sum(1).tolist(), strict=True))
