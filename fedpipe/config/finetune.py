@@ -178,8 +178,9 @@ class CutConfig:
     """Run all stages of a replica as threads of one process."""
 
     def __post_init__(self) -> None:
-        """Check the values that need nothing else."""
-        self.for_batch(self.num_micro_batches)
+        """Check the values that need nothing else; without a cut all must be the defaults."""
+        if self.cut:
+            self.for_batch(self.num_micro_batches)
 
     def for_batch(self, batch_size: int) -> PipelineConfig:
         """Return what the engine needs to know, for so many examples per local step."""

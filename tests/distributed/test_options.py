@@ -1,35 +1,42 @@
-"""Whatever the options: training as in plain PyTorch and resuming bit for bit, or a refusal."""
+"""Whatever the options: pre-training as in plain PyTorch, a stop without a trace, or a refusal."""
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fedpipe.commands.finetune.examples import DATA, TuningData
+from fedpipe.commands.finetune.setup import FinetuneSetup, set_up_finetune
+from fedpipe.commands.finetune.turns import plan_tuning_round
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, load_prepared, save_manifest
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.watch import Moment
-from fedpipe.federation.cohort import plan_round
+from fedpipe.errors import ConfigError
+from fedpipe.federation.cohort import Turn, plan_round
 from fedpipe.report.writer import read_metrics
 from fedpipe.run.checkpoint import Position, find_latest
 from fedpipe.run.run_dir import RunSetup
-from tests.helpers import options
 from tests.helpers.distributed import run_distributed
-from tests.helpers.options import Settings
+from tests.helpers.options import FINETUNE, PRETRAIN, Settings, file_of, show, world_size
 from tests.helpers.reference import train_plainly
 from tests.helpers.tiny import tiny_data
+from tests.helpers.tuned import small_folder, small_task
 
 STEP = ("round", "step", "client", "stage")
 FINE, COARSE = 2e-5, 5e-3
 """Nats that a loss may be off: in float32, and where something is rounded to 8 bits or 16."""
-TIMES = ("seconds", "tokens_per_s", "sync_s")
+TIMES = ("seconds", "tokens_per_s", "sync_s", "memory_bytes")
 
 
 def _pretrain(env: ProcessEnv, setup: RunSetup, stop: Moment | None) -> Position | None:
@@ -119,7 +126,7 @@ def _assert_as_in_plain_pytorch(
 
 
 def _check(settings: Settings, folder: Path) -> None:
-    config = options.build(settings)
+    config = PRETRAIN.build(settings)
     if config.pipeline.compile and shutil.which("g++") is None:
         pytest.skip("torch compiles with a C++ compiler")
     federation = config.federation
@@ -134,9 +141,7 @@ def _check(settings: Settings, folder: Path) -> None:
 
     last = federation.num_rounds - 1
     turns = plan_round(config, round_id=last, blocks_per_client=[s.num_blocks for s in data.train])
-    longest = max(
-        sum(t.num_steps for t in turns if t.replica_id == r) for r in range(federation.num_replicas)
-    )
+    longest = _longest(turns)
     if longest > 1:
         stop = last, longest - 1
         assert _run(config, data, folder / "stopped", stop) == Position(round_id=last, step=stop[1])
@@ -145,12 +150,20 @@ def _check(settings: Settings, folder: Path) -> None:
         assert _same(_state(folder / "stopped"), _state(folder / "undisturbed"))
 
 
-SINGLES = options.singles()
-COVERING, REFUSED = options.recorded()
+def _longest(turns: Sequence[Turn]) -> int:
+    """Local steps of the replica that makes the most of them in a round."""
+    steps: Counter[int] = Counter()
+    for turn in turns:
+        steps[turn.replica_id] += turn.num_steps
+    return max(steps.values(), default=0)
+
+
+SINGLES = PRETRAIN.singles()
+COVERING, REFUSED = PRETRAIN.recorded()
 
 
 @pytest.mark.matrix(sample=4)
-@pytest.mark.parametrize("settings", SINGLES, ids=map(options.show, SINGLES))
+@pytest.mark.parametrize("settings", SINGLES, ids=map(show, SINGLES))
 def test_every_value_of_every_option(settings: Settings, tmp_path: Path) -> None:
     _check(settings, tmp_path)
 
@@ -163,16 +176,101 @@ def test_every_two_values_together(settings: Settings, tmp_path: Path) -> None:
 
 def test_every_pair_of_values_is_in_a_row_or_refused_by_name() -> None:
     """The rows are generated; FEDPIPE_RECORD=1 does so again. No choice is refused in itself."""
-    usable = {options.show(choice) for choice, _ in options.choices()}
-    for key, given in options.values().items():
+    usable = {show(choice) for choice, _ in PRETRAIN.choices}
+    for key, given in PRETRAIN.values.items():
         for value in given:
-            assert type(value) is int or options.show({key: value}) in usable, (key, value)
-    held = set().union(*map(options.held_by, COVERING))
-    held |= {options.pair(a, b) for a, b, _ in REFUSED}
-    missing = [(a, b) for a, b in options.all_pairs() if options.pair(a, b) not in held]
-    assert not missing, f"{missing[0]} is in no row: FEDPIPE_RECORD=1 pytest {__file__}"
-    for row in COVERING:
-        options.build(row)
-    for a, b, key in REFUSED:
-        settings, refusal = options.complete(a | b)
-        assert settings is None and options.named(refusal) == key != "", (a, b, refusal)
+            assert type(value) is int or show({key: value}) in usable, (key, value)
+    assert not PRETRAIN.not_covered(COVERING, REFUSED), f"FEDPIPE_RECORD=1 pytest {__file__}"
+
+
+# -- fine-tuning -----------------------------------------------------------------------------------
+
+
+def _finetune(env: ProcessEnv, setup: FinetuneSetup, stop: Moment | None) -> Position | None:
+    from fedpipe.commands.finetune.run import finetune
+    from fedpipe.distributed.watch import Watch
+
+    with Watch() as watch:
+        if stop is not None:
+            watch.stop.freeze()
+            watch.stop.settle(stop)
+        return finetune(setup, env=env, emit=lambda kind, record: None, watch=watch)
+
+
+def _tune(
+    run_dir: Path, overrides: Sequence[str] = (), stop: Moment | None = None
+) -> tuple[FinetuneSetup, Position | None]:
+    """Fine-tune, or go on with the run of a directory; return where it has stopped."""
+    setup = set_up_finetune(None, overrides, str(run_dir), notify=lambda line: None)
+    ends = run_distributed(_finetune, world_size(setup.config), setup, stop, timeout_s=300.0)
+    (end,) = set(ends)
+    return setup, end
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name a tiny model of three layers with dropout, and a tiny task."""
+    root = tmp_path_factory.mktemp("places")
+    model = small_folder(root / "model", num_hidden_layers=3, hidden_dropout_prob=0.1)
+    return [f"model.path={model}", f"task.data={small_task(root / 'task', sizes=(60, 24))}"]
+
+
+def _check_tuning(settings: Settings, places: list[str], folder: Path) -> None:
+    own = {key: file_of(key, v) if key == "deepspeed.config" else v for key, v in settings.items()}
+    given = {**FINETUNE.base, **own}
+    overrides = [*places, *(f"{key}={json.dumps(value)}" for key, value in given.items())]
+    setup, end = _tune(folder / "undisturbed", overrides)
+    assert end is None
+    lengths = TuningData.load(setup.run_dir / DATA).train_lengths()
+    plans = [
+        plan_tuning_round(setup.config, round_id=round_id, lengths=lengths)
+        for round_id in range(setup.config.federation.num_rounds)
+    ]
+    longest, last = max((_longest(plan.turns), index) for index, plan in enumerate(plans))
+    if longest > 1:
+        stop = last, longest - 1
+        _, end = _tune(folder / "stopped", overrides, stop)
+        assert end == Position(round_id=last, step=longest - 1)
+        assert _tune(folder / "stopped")[1] is None
+        assert _records(folder / "stopped") == _records(folder / "undisturbed")
+        assert _same(_state(folder / "stopped"), _state(folder / "undisturbed"))
+
+
+TUNING_SINGLES = FINETUNE.singles()
+TUNING_COVERING, TUNING_REFUSED = FINETUNE.recorded()
+TUNING_ROWS = [f"row {i}" for i in range(len(TUNING_COVERING))]
+
+
+@pytest.mark.matrix(sample=2)
+@pytest.mark.parametrize("settings", TUNING_SINGLES, ids=map(show, TUNING_SINGLES))
+def test_every_value_of_every_option_of_fine_tuning(
+    settings: Settings, places: list[str], tmp_path: Path
+) -> None:
+    _check_tuning(settings, places, tmp_path)
+
+
+@pytest.mark.matrix(sample=4)
+@pytest.mark.parametrize("settings", TUNING_COVERING, ids=TUNING_ROWS)
+def test_every_two_values_of_fine_tuning_together(
+    settings: Settings, places: list[str], tmp_path: Path
+) -> None:
+    _check_tuning(settings, places, tmp_path)
+
+
+def test_every_pair_of_values_of_fine_tuning_is_in_a_row_or_refused_by_name() -> None:
+    """The rows are generated; one option is refused in itself, and says so."""
+    usable = {show(choice) for choice, _ in FINETUNE.choices}
+    refused = {
+        key
+        for key, given in FINETUNE.values.items()
+        for value in given
+        if type(value) is not int and show({key: value}) not in usable
+    }
+    assert refused == {"federation.server"}
+    for own in ({"clients_per_round": 2, "server": "shared"}, {"num_replicas": 1}):
+        mode = {"server": "sequential"} | own
+        settings = {f"federation.{key}": value for key, value in mode.items()}
+        with pytest.raises(ConfigError, match=r"^federation.server: expected replicated in fine-"):
+            FINETUNE.build(settings)
+    wrong = FINETUNE.not_covered(TUNING_COVERING, TUNING_REFUSED)
+    assert not wrong, f"FEDPIPE_RECORD=1 pytest {__file__}"

@@ -1,6 +1,6 @@
-"""The options of a pre-training and their combinations, derived from the schema.
+"""The options of a command and their combinations, derived from the schema.
 
-Every field of ``RunConfig`` that a rank reads is an option. Its values come from its type: each
+Every field of a configuration that a rank reads is an option. Its values come from its type: each
 choice, both truth values, the neighbours of a whole number, half of a number. A value that others
 must accompany gets the fewest that the configuration accepts, found by following what its own
 refusals name. ``covering`` makes configurations that hold every pair of values between them.
@@ -17,48 +17,26 @@ import re
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, cached_property
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from fedpipe.config.load import check, from_dict
+from fedpipe.config import load
+from fedpipe.config.finetune import FinetuneConfig
 from fedpipe.config.schema import RunConfig
+from fedpipe.config.tree import wrap
+from fedpipe.distributed.topology import Grid
 from fedpipe.errors import ConfigError
 
 Settings = dict[str, Any]
 """Dotted key -> value, where it is not the base's."""
+Refused = tuple[Settings, Settings, str]
+"""Two values that are refused together, and the key that the refusal names first."""
 
-BASE: dict[str, dict[str, Any]] = {
-    "model": {
-        "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-        "intermediate_size": 32, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
-        "max_position_embeddings": 40,
-    },
-    "data": {"sequence_length": 16, "partition": "iid"},
-    "pipeline": {"cut": [1], "micro_batch_size": 2, "num_micro_batches": 2},
-    "federation": {
-        "num_clients": 5, "num_replicas": 2, "clients_per_round": 3, "num_rounds": 2,
-        "num_local_steps": 2,
-    },
-    "optimizer": {"lr": 1e-2, "warmup_ratio": 0.25},
-    "log": {"to": []},
-}  # fmt: skip
-"""Three clients on two replicas of two stages: a replica hosts a second client in a round."""
-
-ELSEWHERE = (
-    "name", "log.", "evaluation.",  # other commands and what is shown
-    "data.train", "data.valid", "data.text_column", "data.tokenizer", "data.partition",
-    "data.dirichlet_alpha", "data.cache_dir", "data.num_workers",  # read before a rank starts
-    "pipeline.hang_timeout_s",  # read by who watches the ranks
-    "model.size",  # sizes that the base has of its own
-)  # fmt: skip
-"""Beginnings of keys that no rank reads."""
-ALONE = ("pipeline.compile",)
-"""Options that take a compiler minutes: tried with everything else as it is."""
 _ZERO = '"zero_optimization": {"stage": 1}'
 _BF16 = '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
 FILES = {
@@ -69,49 +47,234 @@ FILES = {
 """Values of texts that name a file: what is in it."""
 LARGEST_WORLD = 8
 """Processes of a configuration that was not asked for more."""
+GOLDEN = Path(__file__).parents[1] / "golden"
 _DEEPEST = 4
-_KEY = re.compile(r"[a-z_0-9]+(?:\.[a-z_0-9]+)+")
+_KEY = re.compile(r"[a-z_0-9]+(?:\.[a-z_0-9]+)*")
 _NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 
 
-def build(settings: Mapping[str, Any]) -> RunConfig:
-    """Return the checked configuration.
+class Options:
+    """The options of one command."""
 
-    Raises:
-        ConfigError: It is refused.
-    """
-    tree: dict[str, Any] = {name: dict(section) for name, section in BASE.items()}
-    for key, value in settings.items():
-        *sections, name = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[name] = str(_file(key, value)) if key in FILES else value
-    config = from_dict(tree)
-    check(config)
+    def __init__(
+        self,
+        configure: Callable[[dict[str, Any]], Any],
+        base: Settings,
+        *,
+        record: str,
+        elsewhere: tuple[str, ...],
+        alone: tuple[str, ...] = (),
+        further: Mapping[str, list[Any]] | None = None,
+    ) -> None:
+        """Derive nothing yet.
+
+        Args:
+            configure: Makes a checked configuration of nested values; refuses with ConfigError.
+            base: Values, where they are not the defaults.
+            record: File of ``GOLDEN`` that holds what ``covering`` returned last.
+            elsewhere: Beginnings of keys that no rank reads.
+            alone: Options that take minutes: tried with everything else as it is.
+            further: Values that the type of an option does not say.
+        """
+        self._configure, self.base, self._record = configure, base, GOLDEN / record
+        self._elsewhere, self._alone, self._further = elsewhere, alone, further or {}
+
+    def build(self, settings: Mapping[str, Any]) -> Any:
+        """Return the checked configuration.
+
+        Raises:
+            ConfigError: It is refused.
+        """
+        tree: dict[str, Any] = {}
+        for key, value in (self.base | dict(settings)).items():
+            *sections, name = key.split(".")
+            node = tree
+            for section in sections:
+                node = node.setdefault(section, {})
+            node[name] = file_of(key, value) if key in FILES else value
+        return self._configure(tree)
+
+    @cached_property
+    def values(self) -> dict[str, tuple[Any, ...]]:
+        """The values of every option that are not the base's."""
+        found: dict[str, tuple[Any, ...]] = {}
+        for key, kind, value in _leaves(self.build({})):
+            if not key.startswith(self._elsewhere):
+                others: Any = FILES.get(key) or self._further.get(key) or _others(kind, value)
+                distinct = [v for v in others if v != _plain(value)]
+                if distinct:
+                    found[key] = tuple(_first_of_its_kind(distinct))
+        return found
+
+    def complete(self, wanted: Settings) -> tuple[Settings | None, str]:
+        """Find the fewest settings beside some wanted ones with which they are accepted.
+
+        Returns:
+            Both together, or None if there are none; and what refuses the wanted ones alone.
+        """
+        refusal = ""
+        queue, seen = deque([wanted]), {_identity(wanted)}
+        while queue:
+            settings = queue.popleft()
+            try:
+                self.build(settings)
+                return settings, refusal
+            except ConfigError as error:
+                refusal = refusal or str(error)
+                if len(settings) - len(wanted) == _DEEPEST:
+                    continue
+                for key, value in self._ways_out(str(error)):
+                    further = settings | {key: value}
+                    if key not in settings and _identity(further) not in seen:
+                        seen.add(_identity(further))
+                        queue.append(further)
+        return None, refusal
+
+    def _ways_out(self, refusal: str) -> Iterator[tuple[str, Any]]:
+        """Values of the options that a refusal names: their own, and numbers that it names."""
+        numbers = sorted({int(number) for number in _NUMBER.findall(refusal)})
+        for key in dict.fromkeys(_KEY.findall(refusal)):
+            of_key = self.values.get(key, ())
+            yield from ((key, value) for value in of_key)
+            if any(type(value) is int for value in of_key):
+                yield from ((key, number) for number in numbers if number not in of_key)
+
+    @cached_property
+    def choices(self) -> list[tuple[Settings, Settings]]:
+        """Every value of every option, alone and with the settings that it needs."""
+        found = []
+        for key, given in self.values.items():
+            for value in given:
+                settings, refusal = self.complete({key: value})
+                if settings is None:  # a number out of range: the refusal says what the range is
+                    own = attrgetter(key)(self.build({}))
+                    numbers = {int(n) for n in _NUMBER.findall(refusal)} - {value, own}
+                    ranges = (self.complete({key: number})[0] for number in sorted(numbers))
+                    settings = next((s for s in ranges if s is not None), None)
+                if settings is not None:
+                    found.append(({key: settings[key]}, settings))
+        return found
+
+    def singles(self) -> list[Settings]:
+        """Return the configurations of ``choices``, each once."""
+        return _first_of_its_kind([settings for _, settings in self.choices])
+
+    def all_pairs(self) -> list[tuple[Settings, Settings]]:
+        """Return every two values of different options."""
+        pairs = itertools.combinations(self._paired(), 2)
+        return [(a, b) for a, b in pairs if a.keys() != b.keys()]
+
+    def _paired(self) -> list[Settings]:
+        alone = _first_of_its_kind([choice for choice, _ in self.choices])
+        return [choice for choice in alone if not choice.keys() & set(self._alone)]
+
+    def covering(self) -> tuple[list[Settings], list[Refused]]:
+        """Find configurations that hold every pair between them; greedy, the same at every call.
+
+        Returns:
+            The configurations; the pairs that are refused.
+        """
+        left, refused = {}, []
+        for a, b in self.all_pairs():
+            settings, refusal = self.complete(a | b)
+            if settings is None:
+                refused.append((a, b, self.named(refusal)))
+            else:
+                left[pair(a, b)] = settings
+        leading: dict[str, list[Any]] = {}
+        for choice in self._paired():
+            for key, value in choice.items():
+                leading.setdefault(key, []).append(value)
+        draw, rows = random.Random(0), []
+        while left:
+            row = dict(left[min(left)])
+            for key in draw.sample(sorted(leading), len(leading)):
+                if key not in row:
+                    row |= self._most_useful(key, leading[key], row, left)
+            rows.append(row)
+            for held in held_by(row):
+                left.pop(held, None)
+        return rows, refused
+
+    def _most_useful(
+        self, key: str, given: list[Any], row: Settings, left: Mapping[Any, Any]
+    ) -> Settings:
+        """The value that adds the most missing pairs to a configuration, as far as it fits in."""
+        gains = [
+            (sum(pair({key: value}, {k: v}) in left for k, v in row.items()), index)
+            for index, value in enumerate(given)
+        ]
+        for gain, index in sorted(gains, reverse=True):
+            if gain and self._accepted(row | {key: given[index]}):
+                return {key: given[index]}
+        return {}
+
+    def _accepted(self, settings: Settings) -> bool:
+        try:
+            return world_size(self.build(settings)) <= LARGEST_WORLD
+        except ConfigError:
+            return False
+
+    def named(self, refusal: str) -> str:
+        """Return the first option that a refusal names; "" for none."""
+        return next((key for key in _KEY.findall(refusal) if key in self.values), "")
+
+    def recorded(self) -> tuple[list[Settings], list[Refused]]:
+        """Read what ``covering`` returned last; FEDPIPE_RECORD=1 calls it again, for seconds."""
+        if os.environ.get("FEDPIPE_RECORD") == "1":
+            rows, refused = self.covering()
+            entries = [
+                *({"row": r} for r in rows),
+                *({"refused": [a, b], "by": k} for a, b, k in refused),
+            ]
+            self._record.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        entries = [json.loads(line) for line in self._record.read_text().splitlines()]
+        rows = [entry["row"] for entry in entries if "row" in entry]
+        return rows, [(*entry["refused"], entry["by"]) for entry in entries if "refused" in entry]
+
+    def not_covered(self, rows: Sequence[Settings], refused: Sequence[Refused]) -> list[str]:
+        """Return what is wrong with rows that are to hold every pair, and with the refusals."""
+        held: set[tuple[str, str]] = set().union(*map(held_by, rows))
+        held |= {pair(a, b) for a, b, _ in refused}
+        wrong = [
+            f"{show(a)} and {show(b)} are in no row"
+            for a, b in self.all_pairs()
+            if pair(a, b) not in held
+        ]
+        for row in rows:
+            self.build(row)
+        for a, b, key in refused:
+            settings, refusal = self.complete(a | b)
+            if settings is not None or not key or self.named(refusal) != key:
+                wrong.append(f"{show(a | b)}: expected a refusal that names {key}, got {refusal}")
+        return wrong
+
+
+def world_size(config: Any) -> int:
+    """Return the processes of a configuration of either class."""
+    if isinstance(config, RunConfig):
+        return config.world_size
+    return Grid.of(config.stages, config.federation).world_size
+
+
+def _pretraining(tree: dict[str, Any]) -> RunConfig:
+    config = load.from_dict(tree)
+    load.check(config)
+    return config
+
+
+def _finetuning(tree: dict[str, Any]) -> FinetuneConfig:
+    config: FinetuneConfig = load.build(FinetuneConfig, wrap(tree, "config"))
     return config
 
 
 @cache
-def _file(key: str, name: str) -> Path:
+def file_of(key: str, name: str) -> str:
+    """Return the path of one of ``FILES``."""
     file = Path(tempfile.mkdtemp(prefix="options-")) / f"{name}.json"
     file.write_text(FILES[key][name])
     atexit.register(shutil.rmtree, file.parent)
-    return file
-
-
-@cache
-def values() -> dict[str, tuple[Any, ...]]:
-    """Return the values of every option that are not the base's."""
-    base = build({})
-    found: dict[str, tuple[Any, ...]] = {}
-    for key, kind, value in _leaves(base):
-        if not key.startswith(ELSEWHERE):
-            others = FILES[key] if key in FILES else _others(kind, value)
-            distinct = [v for v in others if v != _plain(value)]
-            if distinct:
-                found[key] = tuple(_first_of_its_kind(distinct))
-    return found
+    return str(file)
 
 
 def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -146,10 +309,6 @@ def _others(kind: Any, value: Any) -> list[Any]:
     return []
 
 
-def _base(key: str) -> Any:
-    return attrgetter(key)(build({}))
-
-
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
@@ -158,125 +317,13 @@ def _first_of_its_kind(given: list[Any]) -> list[Any]:
     return [v for i, v in enumerate(given) if not any(v is w or v == w for w in given[:i])]
 
 
-def complete(wanted: Settings) -> tuple[Settings | None, str]:
-    """Find the fewest settings beside some wanted ones with which they are accepted.
-
-    Returns:
-        Both together, or None if there are none; and what refuses the wanted ones alone.
-    """
-    refusal = ""
-    queue, seen = deque([wanted]), {_identity(wanted)}
-    while queue:
-        settings = queue.popleft()
-        try:
-            build(settings)
-            return settings, refusal
-        except ConfigError as error:
-            refusal = refusal or str(error)
-            if len(settings) - len(wanted) == _DEEPEST:
-                continue
-            for key, value in _ways_out(str(error)):
-                further = settings | {key: value}
-                if key not in settings and _identity(further) not in seen:
-                    seen.add(_identity(further))
-                    queue.append(further)
-    return None, refusal
-
-
-def _ways_out(refusal: str) -> Iterator[tuple[str, Any]]:
-    """Values of the options that a refusal names: their own, and numbers that it names."""
-    numbers = sorted({int(number) for number in _NUMBER.findall(refusal)})
-    for key in dict.fromkeys(_KEY.findall(refusal)):
-        of_key = values().get(key, ())
-        yield from ((key, value) for value in of_key)
-        if any(type(value) is int for value in of_key):
-            yield from ((key, number) for number in numbers if number not in of_key)
-
-
 def _identity(settings: Settings) -> str:
     return str(sorted(settings.items()))
-
-
-@cache
-def choices() -> list[tuple[Settings, Settings]]:
-    """Return every value of every option, alone and with the settings that it needs."""
-    found = []
-    for key, given in values().items():
-        for value in given:
-            settings, refusal = complete({key: value})
-            if settings is None:  # a number out of range: the refusal says what the range is
-                numbers = {int(n) for n in _NUMBER.findall(refusal)} - {value, _base(key)}
-                ranges = (complete({key: number})[0] for number in sorted(numbers))
-                settings = next((s for s in ranges if s is not None), None)
-            if settings is not None:
-                found.append(({key: settings[key]}, settings))
-    return found
-
-
-def singles() -> list[Settings]:
-    """Return the configurations of ``choices``, each once."""
-    return _first_of_its_kind([settings for _, settings in choices()])
-
-
-def all_pairs() -> list[tuple[Settings, Settings]]:
-    """Return every two values of different options."""
-    return [(a, b) for a, b in itertools.combinations(_paired(), 2) if a.keys() != b.keys()]
-
-
-def _paired() -> list[Settings]:
-    alone = _first_of_its_kind([choice for choice, _ in choices()])
-    return [choice for choice in alone if not choice.keys() & set(ALONE)]
-
-
-def covering() -> tuple[list[Settings], list[tuple[Settings, Settings, str]]]:
-    """Find configurations that hold every pair between them; greedy, the same at every call.
-
-    Returns:
-        The configurations; the pairs that are refused, with the key that the refusal names first.
-    """
-    left, refused = {}, []
-    for a, b in all_pairs():
-        settings, refusal = complete(a | b)
-        if settings is None:
-            refused.append((a, b, named(refusal)))
-        else:
-            left[pair(a, b)] = settings
-    leading: dict[str, list[Any]] = {}
-    for choice in _paired():
-        for key, value in choice.items():
-            leading.setdefault(key, []).append(value)
-    draw, rows = random.Random(0), []
-    while left:
-        row = dict(left[min(left)])
-        for key in draw.sample(sorted(leading), len(leading)):
-            if key not in row:
-                row |= _most_useful(key, leading[key], row, left)
-        rows.append(row)
-        for held in held_by(row):
-            left.pop(held, None)
-    return rows, refused
-
-
-def _most_useful(key: str, given: list[Any], row: Settings, left: Mapping[Any, Any]) -> Settings:
-    """The value that adds the most missing pairs to a configuration, as far as it fits in."""
-    gains = [
-        (sum(pair({key: value}, {k: v}) in left for k, v in row.items()), index)
-        for index, value in enumerate(given)
-    ]
-    for gain, index in sorted(gains, reverse=True):
-        if gain and _accepted(row | {key: given[index]}):
-            return {key: given[index]}
-    return {}
 
 
 def held_by(row: Settings) -> set[tuple[str, str]]:
     """Return the pairs in a configuration."""
     return {pair(dict([a]), dict([b])) for a, b in itertools.combinations(row.items(), 2)}
-
-
-def named(refusal: str) -> str:
-    """Return the first option that a refusal names; "" for none."""
-    return next((key for key in _KEY.findall(refusal) if key in values()), "")
 
 
 def pair(a: Settings, b: Settings) -> tuple[str, str]:
@@ -285,30 +332,47 @@ def pair(a: Settings, b: Settings) -> tuple[str, str]:
     return first, second
 
 
-def _accepted(settings: Settings) -> bool:
-    try:
-        return build(settings).world_size <= LARGEST_WORLD
-    except ConfigError:
-        return False
-
-
 def show(settings: Settings) -> str:
     """Write settings as overrides on a command line."""
     return " ".join(f"{key}={value}" for key, value in settings.items()).replace("'", "")
 
 
-RECORD = Path(__file__).parents[1] / "golden" / "options.jsonl"
+PRETRAIN = Options(
+    _pretraining,
+    {
+        "model.hidden_size": 16, "model.num_hidden_layers": 3, "model.num_attention_heads": 2,
+        "model.intermediate_size": 32, "model.hidden_dropout_prob": 0.1,
+        "model.attention_probs_dropout_prob": 0.1, "model.max_position_embeddings": 40,
+        "data.sequence_length": 16, "data.partition": "iid",
+        "pipeline.cut": [1], "pipeline.micro_batch_size": 2, "pipeline.num_micro_batches": 2,
+        "federation.num_clients": 5, "federation.num_replicas": 2,
+        "federation.clients_per_round": 3, "federation.num_rounds": 2,
+        "federation.num_local_steps": 2, "optimizer.lr": 1e-2, "optimizer.warmup_ratio": 0.25,
+        "log.to": [],
+    },
+    record="options.jsonl",
+    elsewhere=(
+        "name", "log.", "evaluation.",  # other commands and what is shown
+        "data.train", "data.valid", "data.text_column", "data.tokenizer", "data.partition",
+        "data.dirichlet_alpha", "data.cache_dir", "data.num_workers",  # read before a rank starts
+        "pipeline.hang_timeout_s",  # read by who watches the ranks
+        "model.size",  # sizes that the base has of its own
+    ),
+    alone=("pipeline.compile",),  # takes a compiler minutes
+)  # fmt: skip
+"""Three clients on two replicas of two stages: a replica hosts a second client in a round."""
 
-
-def recorded() -> tuple[list[Settings], list[tuple[Settings, Settings, str]]]:
-    """Read what ``covering`` returned last; FEDPIPE_RECORD=1 calls it again, for ten seconds."""
-    if os.environ.get("FEDPIPE_RECORD") == "1":
-        rows, refused = covering()
-        entries = [
-            *({"row": r} for r in rows),
-            *({"refused": [a, b], "by": k} for a, b, k in refused),
-        ]
-        RECORD.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    entries = [json.loads(line) for line in RECORD.read_text().splitlines()]
-    rows = [entry["row"] for entry in entries if "row" in entry]
-    return rows, [(*entry["refused"], entry["by"]) for entry in entries if "refused" in entry]
+FINETUNE = Options(
+    _finetuning,
+    {
+        "task.name": "imdb", "task.max_length": 12, "method.dropout": 0.1, "batch_size": 8,
+        "federation.num_clients": 5, "federation.num_replicas": 2,
+        "federation.clients_per_round": 3, "federation.num_rounds": 2,
+        "federation.num_local_steps": 2, "optimizer.lr": 1e-2, "optimizer.warmup_ratio": 0.25,
+        "log.to": [],
+    },
+    record="finetune_options.jsonl",
+    elsewhere=("name", "log.", "hang_timeout_s", "task.", "model.path", "method.path"),
+    further={"pipeline.cut": [[1], [1, 2]], "method.reduction_factor": [4.0]},
+)  # fmt: skip
+"""Three clients on two whole models; cuts make up to three stages of each."""

@@ -50,12 +50,14 @@ def small_config(family: str, **changes: Any) -> PretrainedConfig:
     return config
 
 
-def small_model(family: str, kind: Kind = "classification", *, seed: int = 0) -> PreTrainedModel:
-    """Build a tiny random model with biases that are not zero."""
+def small_model(
+    family: str, kind: Kind = "classification", *, seed: int = 0, **changes: Any
+) -> PreTrainedModel:
+    """Build a tiny random model with biases that are not zero; ``changes`` of its configuration."""
     torch.manual_seed(seed)
-    model = build_model(
-        small_config(family), kind, num_labels=1 if kind == "regression" else LABELS
-    )
+    config = small_config(family)
+    config.update(changes)
+    model = build_model(config, kind, num_labels=1 if kind == "regression" else LABELS)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -100,11 +102,11 @@ def describe_task(folder: Path, *, labels: str = "[0, 1]") -> None:
     (folder / "task.yaml").write_text(text, encoding="utf-8")
 
 
-def small_folder(folder: Path, family: str = "bert", *, seed: int = 0) -> Path:
+def small_folder(folder: Path, family: str = "bert", *, seed: int = 0, **changes: Any) -> Path:
     """Save a tiny random encoder with a tokenizer of the words of ``small_task``."""
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] bad poor dull worse good fine great better".split()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    small_model(family, "regression", seed=seed).base_model.save_pretrained(folder)
+    small_model(family, "regression", seed=seed, **changes).base_model.save_pretrained(folder)
     return folder
