@@ -111,10 +111,10 @@ def _flower(
     run_dir, result = folder / "prepared", folder / f"flower_{how}.json"
     if not run_dir.is_dir():  # configuration and examples; they do not count
         from fedpipe.commands.finetune.setup import set_up_finetune
+        from fedpipe.run.run_dir import resolve
 
-        set_up_finetune(
-            None, _overrides(args, method, seed), str(run_dir), notify=lambda line: None
-        )
+        asked = resolve("finetune", None, _overrides(args, method, seed), str(run_dir))
+        set_up_finetune(*asked, notify=lambda line: None)
     app = Path(__file__).with_name("flower_app.py")
     cores = len(os.sched_getaffinity(0))
     command = [python, str(app), str(run_dir), str(cores), how, str(result)]

@@ -24,6 +24,7 @@ from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.models.peft import lora_updates
 from fedpipe.run.checkpoint import CheckpointWriter
+from fedpipe.run.run_dir import resolve
 
 CLIENTS = (2, 8, 32)
 ENV = ProcessEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, rendezvous="")
@@ -51,16 +52,14 @@ def main() -> None:
 
 def _error(args: argparse.Namespace, comm: Comm, split: str, clients: int, seed: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        setup = set_up_finetune(
-            None,
-            [
-                "task.name=ag-news", f"task.data={args.data}", f"model.path={args.model}",
-                f"task.split={split}", "task.max_length=64", "federation.num_replicas=1",
-                f"federation.num_clients={clients}", f"federation.clients_per_round={clients}",
-                f"seed={seed}", *args.overrides,
-            ],
-            str(Path(folder) / "run"), notify=lambda line: None,
-        )  # fmt: skip
+        overrides = [
+            "task.name=ag-news", f"task.data={args.data}", f"model.path={args.model}",
+            f"task.split={split}", "task.max_length=64", "federation.num_replicas=1",
+            f"federation.num_clients={clients}", f"federation.clients_per_round={clients}",
+            f"seed={seed}", *args.overrides,
+        ]  # fmt: skip
+        asked = resolve("finetune", None, overrides, str(Path(folder) / "run"))
+        setup = set_up_finetune(*asked, notify=lambda line: None)
         config, run_dir = setup.config, setup.run_dir
         data = TuningData.load(run_dir / DATA)
         replica = WholeReplica(config, data, comm=comm, run_dir=run_dir)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpipe.cluster.peers import Peers
 from fedpipe.cluster.rank import (
+    Located,
     RankProgram,
     RankResult,
     RunRequest,
@@ -140,15 +141,17 @@ class _Launched(Peers):
         env, notify, started_at = self._env, self._view.console.text, time.monotonic()
         threads = threads_per_process(env.local_world_size)
         with contextlib.ExitStack() as stack:
+            found: Located
 
             def choose() -> Path:
-                run_dir, grid = program.locate(self._request)
-                grid.check_world_size(env.world_size)
-                stack.enter_context(_new(run_dir))
-                return run_dir
+                nonlocal found
+                found = program.locate(self._request)
+                found.grid.check_world_size(env.world_size)
+                stack.enter_context(_new(found.run.path))
+                return found.run.path
 
             def prepare() -> dict[str, Any]:
-                setup = program.set_up(self._request, notify=notify, threads=threads)
+                setup = program.set_up(found, notify=notify, threads=threads)
                 stack.enter_context(locked(setup.run_dir))
                 if self._job_id:
                     position = position_of(setup.checkpoint)

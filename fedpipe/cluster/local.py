@@ -27,8 +27,8 @@ from typing import Any
 
 from fedpipe.cluster.rank import (
     LOST_PEER,
+    Located,
     RankProgram,
-    RunRequest,
     Setup,
     View,
     load_program,
@@ -60,12 +60,12 @@ _USERS_THREADS = os.environ.get("OMP_NUM_THREADS", "")
 # -- the supervisor --------------------------------------------------------------------------------
 
 
-def set_up_here(program: RankProgram, request: RunRequest, *, console: RunConsole) -> Any:
+def set_up_here(program: RankProgram, found: Located, *, console: RunConsole) -> Any:
     """Set a run up, while the fork server makes the slow imports.
 
     Args:
         program: What its ranks do.
-        request: What the user asks for.
+        found: From ``program.locate``.
         console: Shows the plan and the preparation.
 
     Returns:
@@ -75,7 +75,7 @@ def set_up_here(program: RankProgram, request: RunRequest, *, console: RunConsol
         FedPipeError: Anything a user can get wrong.
     """
     return program.set_up(
-        request,
+        found,
         notify=console.text,
         progress=console.preparing,
         on_checked=partial(fork_server, [*program.preload, program.name]),

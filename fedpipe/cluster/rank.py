@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fedpipe import log
 from fedpipe.distributed.binding import bind
@@ -27,6 +27,7 @@ from fedpipe.distributed.watch import Report, Watch
 from fedpipe.files import system_errors_named
 from fedpipe.report.console import RunConsole
 from fedpipe.run.checkpoint import Checkpoint, Position
+from fedpipe.run.run_dir import RunDir, resolve
 
 LOST_PEER = re.compile(r"Connection (closed|reset)|BrokenPipe|Broken pipe|peer")
 """What a rank says whose neighbour has gone: it is not to blame."""
@@ -47,6 +48,17 @@ class RunRequest:
     preset: str | None = None
     options: Any = None
     """What a command adds to the configuration; its own program reads it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Located:
+    """A run as far as its configuration says what it will be; nothing is written yet."""
+
+    run: RunDir
+    config: Any
+    """Of the command's own class."""
+    grid: Grid
+    """Its processes."""
 
 
 class Setup(Protocol):
@@ -99,18 +111,33 @@ class RankProgram(ABC):
     stops = "within a few local steps"
     """When a run that is asked to stop does so, for people."""
 
-    @abstractmethod
-    def locate(self, request: RunRequest) -> tuple[Path, Grid]:
-        """Return where a run will be and its processes, from the configuration alone.
+    kind: Literal["pretrain", "finetune"]
+    """Of the run's directory."""
+
+    def locate(self, request: RunRequest) -> Located:
+        """Return what a run will be, from the configuration alone, which is read once.
 
         Raises:
-            FedPipeError: The configuration is wrong.
+            FedPipeError: The configuration is wrong, or is not that of the run in the directory.
         """
+        run, config = resolve(
+            self.kind, request.config_path, request.overrides, request.run_dir,
+            preset=request.preset,
+        )  # fmt: skip
+        return self.located(run, config)
+
+    def located(self, run: RunDir, config: Any) -> Located:
+        """Return what a run of a configuration will be."""
+        return Located(run=run, config=config, grid=self.grid_of(config))
+
+    @abstractmethod
+    def grid_of(self, config: Any) -> Grid:
+        """Return the processes that a configuration asks for."""
 
     @abstractmethod
     def set_up(
         self,
-        request: RunRequest,
+        found: Located,
         *,
         notify: Notify,
         progress: Callable[[str, int, int], None] | None = None,
@@ -120,7 +147,7 @@ class RankProgram(ABC):
         """Check the run and write its directory; once, in the process that starts it, or on rank 0.
 
         Args:
-            request: What the user asks for.
+            found: From ``locate``.
             notify: Shows a line to the user.
             progress: Shows a preparation: (label, done, total).
             on_checked: Called when what takes no time has been checked.
@@ -145,9 +172,9 @@ class RankProgram(ABC):
     def folders(self, setup: Any) -> Mapping[str, Path]:
         """Return what every rank must see besides the run directory, by the key that names it."""
 
-    @abstractmethod
     def grid(self, setup: Any) -> Grid:
         """Return the processes of a run."""
+        return self.grid_of(setup.config)
 
     @abstractmethod
     def run(

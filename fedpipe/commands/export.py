@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fedpipe.commands import options
+from fedpipe.run.run_dir import RunDir
 from fedpipe.terminal import show
 
 
@@ -16,17 +17,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export a run, and show the folders."""
-    for folder in export(options.existing_run(args)):
+    for folder in export(options.existing_run(args, "pretrain", "finetune")):
         show(str(folder))
     return 0
 
 
-def export(run_dir: Path) -> list[Path]:
+def export(run: RunDir) -> list[Path]:
     """Write the newest checkpoint of a run as folders that other libraries read; return them."""
-    if options.is_finetuning(run_dir):
+    if run.kind == "finetune":
         from fedpipe.commands.finetune.export import export_finetuned
 
-        return export_finetuned(run_dir)
+        return export_finetuned(run.path)
     from fedpipe.run.export import export_run
 
-    return [export_run(run_dir)]
+    return [export_run(run.path)]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpipe.config.load import load_config, preset_names, read_config
+from fedpipe.config.load import preset_names, read_config
 from fedpipe.config.paths import expanded
-from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.env import is_rank
-from fedpipe.errors import CheckpointError, ConfigError
+from fedpipe.errors import ConfigError
+from fedpipe.run.run_dir import Kind, RunDir
 
 if TYPE_CHECKING:
     from fedpipe.cluster.rank import RunRequest
@@ -99,37 +98,16 @@ def seeds(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def checked_config(args: argparse.Namespace) -> RunConfig:
-    """Refuse a wrong configuration before a launcher starts to import torch in the background."""
-    config_path = args.config
-    if args.run_dir and not (config_path or args.preset):
-        saved = Path(args.run_dir) / "config.yaml"
-        config_path = str(saved) if os.path.isfile(saved) else None
-    return load_config(config_path, args.overrides, preset=args.preset)
-
-
-def existing_run(args: argparse.Namespace) -> Path:
-    """Return the directory of a run that has been started.
+def existing_run(args: argparse.Namespace, *kinds: Kind) -> RunDir:
+    """Open the directory of a run that has been started, of one of some kinds.
 
     Raises:
         CheckpointError: There is none.
     """
     if args.run_dir:
-        run_dir = Path(args.run_dir)
-    else:
-        config = read_config(args.config, args.overrides, preset=args.preset)
-        run_dir = Path("runs") / config.name
-    if not os.path.isfile(run_dir / "config.yaml"):  # Path.is_file raises on a long name
-        raise CheckpointError(
-            f"--run-dir: expected the directory of a run, got {str(run_dir)!r} without a"
-            " config.yaml. Name one that fedpipe pretrain wrote."
-        )
-    return run_dir
-
-
-def is_finetuning(run_dir: Path) -> bool:
-    """Whether a run's configuration is that of ``fedpipe finetune``."""
-    return "\nmethod:" in (run_dir / "config.yaml").read_text(encoding="utf-8")
+        return RunDir.open(args.run_dir, *kinds)
+    config = read_config(args.config, args.overrides, preset=args.preset)
+    return RunDir.open(Path("runs") / config.name, *kinds)
 
 
 def add_launcher(command: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fedpipe.commands import options
+from fedpipe.run.run_dir import RunDir
 from fedpipe.terminal import show
 
 
@@ -16,16 +17,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the report of a run, and show where it is."""
-    show(str(report(options.existing_run(args))))
+    show(str(report(options.existing_run(args, "pretrain", "finetune"))))
     return 0
 
 
-def report(run_dir: Path) -> Path:
+def report(run: RunDir) -> Path:
     """Write the report of a run; return its page."""
-    if options.is_finetuning(run_dir):
+    if run.kind == "finetune":
         from fedpipe.commands.finetune.report import write_finetune_report
 
-        return write_finetune_report(run_dir)
+        return write_finetune_report(run.path)
     from fedpipe.commands.pretrain.report import write_report
 
-    return write_report(run_dir)
+    return write_report(run.path)

@@ -20,6 +20,7 @@ from fedpipe.config.schema import (
     OptimizerConfig,
     PipelineConfig,
 )
+from fedpipe.config.tree import Node
 
 PACKAGED_CONFIG = "finetune.yaml"
 """What ``load_finetune`` reads when it is given neither preset nor file."""
@@ -356,12 +357,13 @@ class FinetuneConfig:
 
 
 def load_finetune(
-    path: str | None, overrides: Sequence[str], *, preset: str | None = None
+    path: str | Node | None, overrides: Sequence[str], *, preset: str | None = None
 ) -> FinetuneConfig:
     """Return the checked configuration of a fine-tuning.
 
     Args:
-        path: YAML file; without it and without a preset the packaged example is read.
+        path: YAML file, or its tree where it was read before; without it and without a preset the
+            packaged example is read.
         overrides: ``section.key=value`` each; the value is YAML.
         preset: One of ``finetune_presets()``; the file is laid over it.
 

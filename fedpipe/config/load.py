@@ -32,12 +32,13 @@ _AUTO = re.compile(r"auto(?::(\d+))?")
 
 
 def load_config(
-    path: str | None, overrides: Sequence[str], *, preset: str | None = None
+    path: str | Node | None, overrides: Sequence[str], *, preset: str | None = None
 ) -> RunConfig:
     """Return the checked configuration of a run.
 
     Args:
-        path: YAML file; without it and without a preset the packaged quick start is read.
+        path: YAML file, or its tree where it was read before; without it and without a preset the
+            packaged quick start is read.
         overrides: ``section.key=value`` each; the value is YAML.
         preset: One of ``preset_names()``; the file is laid over it.
 
@@ -55,14 +56,11 @@ def load_config(
 
 
 def read_config(
-    path: str | None, overrides: Sequence[str], *, preset: str | None = None
+    path: str | Node | None, overrides: Sequence[str], *, preset: str | None = None
 ) -> RunConfig:
     """Return the configuration without the checks that need several sections or files.
 
-    Args:
-        path: YAML file; without it and without a preset the packaged quick start is read.
-        overrides: ``section.key=value`` each; the value is YAML.
-        preset: One of ``preset_names()``; the file is laid over it.
+    Arguments are those of ``load_config``.
 
     Returns:
         The configuration, with every default in place.
@@ -70,8 +68,8 @@ def read_config(
     Raises:
         ConfigError: A key is unknown, given twice or of the wrong type, or there is no such preset.
     """
-    packaged = resources.files("fedpipe.config").joinpath(PACKAGED_CONFIG)
-    node = lay_over(path, overrides, preset=preset, presets=_presets(), packaged=packaged)
+    node = path if isinstance(path, Node) else run_tree(path, preset=preset)
+    node = reduce(merge, map(parse_override, overrides), node)
     return cast(RunConfig, build(RunConfig, node))
 
 
@@ -108,8 +106,17 @@ def _evenly_cut(node: Node, num_stages: int) -> RunConfig:
     return with_cut(config, even)
 
 
+def run_tree(path: str | None, *, preset: str | None = None) -> Node:
+    """Read file and preset once, for ``load_config`` with overrides of several runs.
+
+    Arguments are those of ``load_config``.
+    """
+    packaged = resources.files("fedpipe.config").joinpath(PACKAGED_CONFIG)
+    return lay_over(path, (), preset=preset, presets=_presets(), packaged=packaged)
+
+
 def lay_over(
-    path: str | None,
+    path: str | Node | None,
     overrides: Sequence[str],
     *,
     preset: str | None,
@@ -119,7 +126,7 @@ def lay_over(
     """Lay preset, file and overrides over each other.
 
     Args:
-        path: YAML file, or None.
+        path: YAML file, its tree, or None.
         overrides: ``section.key=value`` each; the value is YAML.
         preset: Name of a file of ``presets``, or None.
         presets: Folder of the packaged presets.
@@ -129,7 +136,9 @@ def lay_over(
         ConfigError: A file cannot be read, or there is no such preset.
     """
     layers = [] if preset is None else [_read_preset(preset, presets)]
-    if path is not None:
+    if isinstance(path, Node):
+        layers.append(path)
+    elif path is not None:
         layers.append(parse(read_text(path), source=path))
     elif preset is None:
         layers.append(parse(packaged.read_text("utf-8"), source=packaged.name))

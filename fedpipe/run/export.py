@@ -38,7 +38,7 @@ from fedpipe.run.checkpoint import (
     find_latest,
     stage_file,
 )
-from fedpipe.run.run_dir import prepared_text
+from fedpipe.run.run_dir import RunDir, prepared_text
 
 if TYPE_CHECKING:  # its module imports scipy if it is not fedpipe.models.modeling that imports it
     from transformers import PreTrainedModel
@@ -64,12 +64,7 @@ def export_run(run_dir: Path) -> Path:
     Raises:
         CheckpointError: There is no run, or no intact checkpoint.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(
-            f"--run-dir: expected the directory of a run, got {run_dir}. "
-            "Run `fedpipe pretrain` first."
-        )
-    config = load_config(str(run_dir / "config.yaml"), [])
+    config = load_config(RunDir.open(run_dir, "pretrain").saved, [])
     checkpoint, _ = find_latest(run_dir)
     if checkpoint is None:
         raise CheckpointError(

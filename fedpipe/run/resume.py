@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedpipe.config.finetune import QUICKSTART, FinetuneConfig
-from fedpipe.config.load import diff
+from fedpipe.config.load import diff, with_cut
 from fedpipe.data.identity import FileDigests
 from fedpipe.errors import CheckpointError
-from fedpipe.report.writer import METRICS_FILE
-from fedpipe.run.checkpoint import CHECKPOINTS, is_in_mid_round
+from fedpipe.run.checkpoint import is_in_mid_round
 
 INPUTS_FILE = "inputs.json"
 """What a run reads, by content."""
@@ -56,32 +55,15 @@ class Inputs:
         """Return the content of ``INPUTS_FILE``."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
-
-def has_begun(directory: Path) -> bool:
-    """Whether a run has left more than its configuration, which nothing depends on yet."""
-    return any((directory / name).exists() for name in (METRICS_FILE, CHECKPOINTS))
-
-
-def read_inputs(directory: Path) -> Inputs | None:
-    """Read what a run began with; None where that was not written down."""
-    try:
-        content = json.loads((directory / INPUTS_FILE).read_text(encoding="utf-8"))
+    @classmethod
+    def from_json(cls, text: str) -> Inputs:
+        """Read what ``to_json`` wrote."""
+        content = json.loads(text)
         files = {
             key: [(str(name), str(digest)) for name, digest in own]
             for key, own in content["files"].items()
         }
-        return Inputs(prepared=str(content["prepared"]), files=files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def may_change(command: str, directories: Iterable[Path]) -> tuple[str, ...]:
-    """Return the keys of ``MAY_CHANGE`` that may be others for the runs in some directories.
-
-    Where one has begun and it was not written down with what, all paths must be the same.
-    """
-    known = all(read_inputs(directory) for directory in directories if has_begun(directory))
-    return tuple(key for key in MAY_CHANGE[command] if known or key not in PATHS[command])
+        return cls(prepared=str(content["prepared"]), files=files)
 
 
 def check_config(
@@ -122,31 +104,36 @@ def check_config(
         )
 
 
-def check_tuning(directory: Path, before: FinetuneConfig, now: FinetuneConfig) -> FinetuneConfig:
-    """Refuse another configuration than that of the fine-tuning in a directory.
+def continued(directory: Path, before: Any, now: Any, *, may_change: Collection[str]) -> Any:
+    """Return the configuration that a run which has begun goes on with.
 
-    The number of replicas must stay in the middle of a round, whose clients they have among them,
-    and where averages are compressed: each replica owes to the next round what it has rounded off.
+    The number of replicas of a fine-tuning must stay in the middle of a round, whose clients they
+    have among them, and where averages are compressed: each replica owes to the next round what it
+    has rounded off.
 
     Args:
         directory: Of the run.
         before: Its configuration.
-        now: The one that it is to be gone on with.
+        now: The one that is asked for, of the same class.
+        may_change: Keys whose values may be others.
 
     Returns:
-        The latter, with the model and the task that were meant when the run began.
+        The latter, with what it leaves open as it was settled when the run began: the cut, the
+        task, the model that ``quickstart`` meant.
 
     Raises:
         CheckpointError: Other values; each is named, with the old and the new one.
     """
-    if now.model.path == QUICKSTART:
-        now = replace(now, model=replace(now.model, path=before.model.path))
-    if not now.task.name:  # that of the task file, or the default
-        now = replace(now, task=replace(now.task, name=before.task.name))
-    free = set(may_change("finetune", [directory]))
-    if before.federation.wire != "fp32" or is_in_mid_round(directory):
-        free -= {"federation.num_replicas"}
-    check_config(directory, before, now, may_change=free)
+    if isinstance(now, FinetuneConfig):
+        if now.model.path == QUICKSTART:
+            now = replace(now, model=replace(now.model, path=before.model.path))
+        if not now.task.name:  # that of the task file, or the default
+            now = replace(now, task=replace(now.task, name=before.task.name))
+        if before.federation.wire != "fp32" or is_in_mid_round(directory):
+            may_change = set(may_change) - {"federation.num_replicas"}
+    elif now.pipeline.is_open and len(now.pipeline.cut) == len(before.pipeline.cut):
+        now = with_cut(now, before.pipeline.cut)
+    check_config(directory, before, now, may_change=may_change)
     return now
 
 

@@ -1,26 +1,32 @@
-"""The run directory: checked and written once, before any process of the run starts. No torch."""
+"""The run directory: what it is, what it holds, what a resume may change. No torch."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import platform
 import re
+import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, overload
 
 from fedpipe import __version__
 from fedpipe.config import load
 from fedpipe.config.deepspeed import deepspeed_config
+from fedpipe.config.finetune import FinetuneConfig, load_finetune
+from fedpipe.config.load import load_config, read_config
 from fedpipe.config.schema import RunConfig
+from fedpipe.config.tree import Node, parse, read_text
 from fedpipe.data.cache import cache_root
 from fedpipe.data.corpus import (
     PreparedData,
@@ -31,19 +37,45 @@ from fedpipe.data.corpus import (
 )
 from fedpipe.data.identity import file_digests, model_files
 from fedpipe.errors import CheckpointError
-from fedpipe.files import write_text
+from fedpipe.files import patiently, write_text
+from fedpipe.report.writer import METRICS_FILE
 from fedpipe.run.checkpoint import CHECKPOINTS, Checkpoint, Position, find_latest, set_aside_later
 from fedpipe.run.resume import (
+    DEEPSPEED_FILE,
     INPUTS_FILE,
+    MAY_CHANGE,
+    PATHS,
     Inputs,
-    check_config,
     check_deepspeed,
     check_inputs,
-    has_begun,
-    may_change,
-    read_inputs,
+    continued,
 )
 
+VERSION = 1
+"""Of run directories; raised where an older fedpipe could not read what a newer one writes."""
+RUN_FILE = "run.json"
+
+Kind = Literal[
+    "pretrain", "finetune", "sweep", "finetune grid", "evaluation", "evaluation cell",
+    "reproduction", "comparison",
+]  # fmt: skip
+"""What a directory is. A measurement is made in the directory of a pre-training."""
+TITLES: dict[Kind, str] = {
+    "pretrain": "a pre-training",
+    "finetune": "a fine-tuning",
+    "sweep": "a sweep",
+    "finetune grid": "a grid of fine-tunings",
+    "evaluation": "an evaluation",
+    "evaluation cell": "a cell of an evaluation",
+    "reproduction": "a reproduction",
+    "comparison": "a comparison of evaluations",
+}
+"""For people."""
+_CONFIG_FILES: dict[Kind, str] = {
+    "sweep": "sweep.yaml", "evaluation": "evaluation.yaml", "reproduction": "reproduce.yaml",
+}  # fmt: skip
+"""Where the configuration of a kind is not in ``config.yaml``."""
+_ADVICE: dict[Kind, str] = {"evaluation": "; --model names what is evaluated"}
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "submitit")
 
 
@@ -97,6 +129,336 @@ class RunSetup:
         )  # fmt: skip
 
 
+class RunDir:
+    """A directory that fedpipe works in: what it is, what it holds, and whether it is done.
+
+    ``run.json`` in it says what it is. It is written when the directory is made and read once.
+    """
+
+    def __init__(self, path: Path, kind: Kind, *, is_new: bool) -> None:
+        """Take what ``at`` or ``open`` has found out; nothing is written."""
+        self.path, self.kind = path, kind
+        self.is_new = is_new
+        """Nothing is there yet; ``make`` makes it."""
+
+    @classmethod
+    def at(cls, path: str | Path, *kinds: Kind) -> RunDir:
+        """Find the directory of a command: one of its kinds, or a new one of the first of them.
+
+        Args:
+            path: As the user names it.
+            kinds: What the command can go on with.
+
+        Raises:
+            CheckpointError: Something else lies there, or what another version of fedpipe wrote.
+        """
+        path = Path(path)
+        found = _read_kind(path)
+        if found is None:
+            _check_new(path)
+            return cls(path, kinds[0], is_new=True)
+        if found not in kinds:
+            raise CheckpointError(
+                f"--run-dir: expected a new directory or that of {TITLES[kinds[0]]}, got that of"
+                f" {TITLES[found]}, {path}. Choose another directory{_ADVICE.get(kinds[0], '')}."
+            )
+        return cls(path, found, is_new=False)
+
+    @classmethod
+    def open(cls, path: str | Path, *kinds: Kind) -> RunDir:
+        """Open a directory that is there.
+
+        Args:
+            path: As the user names it.
+            kinds: What it may be; without any, it may be everything.
+
+        Raises:
+            CheckpointError: It is not there, or is another one.
+        """
+        path = Path(path)
+        found = _read_kind(path)
+        if found is None:
+            raise CheckpointError(
+                f"--run-dir: expected the directory of a run, got {str(path)!r} without a"
+                f" {RUN_FILE}. Name one that fedpipe {kinds[0] if kinds else 'pretrain'} wrote."
+            )
+        if kinds and found not in kinds:
+            raise CheckpointError(
+                f"--run-dir: expected the directory of {TITLES[kinds[0]]}, got that of"
+                f" {TITLES[found]}, {path}. Choose another directory."
+            )
+        return cls(path, found, is_new=False)
+
+    def make(self) -> RunDir:
+        """Make the directory if it is new, and try whether it can be written.
+
+        Raises:
+            CheckpointError: It cannot.
+        """
+        check_writable(self.path)
+        if self.is_new:
+            content = {"kind": self.kind, "version": VERSION}
+            write_text(self.path / RUN_FILE, json.dumps(content) + "\n")
+            self.is_new = False
+        return self
+
+    # -- what it holds -----------------------------------------------------------------------
+
+    @property
+    def config_file(self) -> Path:
+        """Where its configuration is."""
+        return self.path / _CONFIG_FILES.get(self.kind, "config.yaml")
+
+    @cached_property
+    def _text(self) -> str | None:
+        """Of its configuration, read once."""
+        there = not self.is_new and self.config_file.is_file()
+        return read_text(str(self.config_file)) if there else None
+
+    @cached_property
+    def saved(self) -> Node | None:
+        """Its configuration as it was when this was first asked for; None where there is none.
+
+        Raises:
+            CheckpointError: A run that has begun has lost it.
+        """
+        if self._text is not None:
+            return parse(self._text, source=str(self.config_file))
+        if self.has_begun:
+            raise CheckpointError(
+                f"{self.config_file}: expected the configuration of the run, got no such file."
+                " Restore it, or choose a new --run-dir."
+            )
+        return None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has more than its configuration, which nothing depends on yet."""
+        return any((self.path / name).exists() for name in (METRICS_FILE, CHECKPOINTS))
+
+    def is_done(self, *, num_rounds: int) -> bool:
+        """Whether all rounds of a run are trained, and everything made of them is written."""
+        trained = Path(CHECKPOINTS, Position(round_id=num_rounds).name)
+        made = ("report.html",) if self.kind == "finetune" else ("export", "report.html")
+        return all((self.path / name).exists() for name in (trained, *made))
+
+    @property
+    def inputs(self) -> Inputs | None:
+        """What a run began with; None where that was not written down."""
+        try:
+            return Inputs.from_json((self.path / INPUTS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def checkpoint(self, *, notify: Callable[[str], None]) -> Checkpoint | None:
+        """Find the newest complete checkpoint of a run, and set aside what lies after it.
+
+        Args:
+            notify: Told where the run goes on, and of checkpoints that cannot be used.
+
+        Returns:
+            Where to go on; None for a run that has saved nothing.
+        """
+        checkpoint, passed_over = find_latest(self.path)
+        for line in passed_over:
+            notify(f"warning: {line}; falling back to an earlier one")
+        if checkpoint:
+            for name in set_aside_later(self.path, checkpoint.position):
+                notify(f"kept as {self.path / name} until the run has got as far again")
+            notify(f"resuming {self.path} from {checkpoint.path.name}")
+        return checkpoint
+
+    # -- what a resume may change ------------------------------------------------------------
+
+    @property
+    def may_change(self) -> tuple[str, ...]:
+        """Keys of ``MAY_CHANGE`` that may be others when a run is gone on with.
+
+        Where it has begun and it was not written down with what, all paths must be the same.
+        """
+        known = self.inputs is not None or not self.has_begun
+        command = "finetune" if self.kind == "finetune" else "pretrain"
+        return tuple(key for key in MAY_CHANGE[command] if known or key not in PATHS[command])
+
+    def check_content(self, deepspeed: Mapping[str, Any], inputs: Callable[[], Inputs]) -> None:
+        """Refuse to go on with other text, models or DeepSpeed JSON than a run has begun with.
+
+        Args:
+            deepspeed: What DeepSpeed is given now; empty where it is given nothing.
+            inputs: Finds out what is read now; called where a run has begun.
+
+        Raises:
+            FedPipeError: The content is another one, or cannot be read.
+        """
+        if not self.has_begun:
+            return
+        check_deepspeed(self.path, deepspeed)
+        if (before := self.inputs) is not None:
+            check_inputs(self.path, before, inputs())
+
+    def claim(self, deepspeed: Mapping[str, Any], inputs: Callable[[], Inputs]) -> None:
+        """Make the directory for a run that may go on here; arguments as of ``check_content``.
+
+        Raises:
+            FedPipeError: It cannot be written, another command is at work in it, or it has begun
+                with other content.
+        """
+        self.make()
+        with locked(self.path):  # of a running command: its checkpoints come and go
+            pass
+        self.check_content(deepspeed, inputs)
+
+    def record_inputs(self, now: Inputs, *, notify: Callable[[str], None]) -> None:
+        """Write down what a run begins with; one that has begun must have begun with the same.
+
+        Args:
+            now: What it reads.
+            notify: Told where nobody knows what the run has begun with.
+
+        Raises:
+            CheckpointError: It has begun with something else.
+        """
+        if self.has_begun:
+            if (before := self.inputs) is not None:
+                check_inputs(self.path, before, now)
+                return
+            notify(
+                f"warning: {self.path} does not say what it began with: today's text and models are"
+                f" taken for the same, and written down in {INPUTS_FILE}"
+            )
+        write_text(self.path / INPUTS_FILE, now.to_json())
+
+    def write(
+        self, config: str, *, deepspeed: Mapping[str, Any] | None = None, plan: str | None = None
+    ) -> None:
+        """Write what a run is: its configuration, the JSON for DeepSpeed and the plan.
+
+        Args:
+            config: As YAML.
+            deepspeed: What DeepSpeed is given; None where it is given nothing.
+            plan: For people.
+        """
+        if config != self._text:  # nothing is renamed over the file of a run at work
+            write_text(self.config_file, config)
+        if deepspeed is not None:
+            write_text(self.path / DEEPSPEED_FILE, json.dumps(deepspeed, indent=2) + "\n")
+        if plan is not None:
+            write_text(self.path / "plan.txt", plan + "\n")
+
+
+def _read_kind(path: Path) -> Kind | None:
+    """Read what a directory is; None where it has no ``run.json``.
+
+    Raises:
+        CheckpointError: It is that of another version, or damaged.
+    """
+    file = path / RUN_FILE
+    try:
+        text = patiently(lambda: file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise
+    try:
+        content = json.loads(text)
+        kind, version = content["kind"], int(content["version"])
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{file}: expected the kind and the version of a directory, got {text.strip()[:60]!r}."
+            " Restore the file, or choose another --run-dir."
+        ) from None
+    if version != VERSION or kind not in TITLES:
+        raise CheckpointError(
+            f"--run-dir: expected a directory of version {VERSION}, got {kind} of version {version}"
+            f" in {path}. Use the version of fedpipe that wrote it (see env.json there), or choose"
+            " another directory."
+        )
+    return cast(Kind, kind)
+
+
+def _check_new(path: Path) -> None:
+    """Refuse to start where something else lies.
+
+    Raises:
+        CheckpointError: The path is a file, or a directory with other files.
+    """
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise CheckpointError(
+            f"--run-dir: expected a directory, got the file {path}. Choose another path."
+        )
+    # What a start that was killed early leaves behind is nothing.
+    ours = re.compile(r"logs|\.lock|\.writable|\..*\.part")
+    if os.path.isdir(path) and not all(ours.fullmatch(file.name) for file in path.iterdir()):
+        raise CheckpointError(
+            f"--run-dir: expected a new, empty or fedpipe run directory, got {path} with other"
+            f" files. Choose another directory; what a fedpipe older than {RUN_FILE} wrote, only"
+            " that version goes on with."
+        )
+
+
+@overload
+def resolve(
+    kind: Literal["pretrain"], config_path: str | Node | None, overrides: Sequence[str],
+    run_dir: str | RunDir | None, *, preset: str | None = None,
+) -> tuple[RunDir, RunConfig]: ...  # fmt: skip
+@overload
+def resolve(
+    kind: Literal["finetune"], config_path: str | Node | None, overrides: Sequence[str],
+    run_dir: str | RunDir | None, *, preset: str | None = None,
+) -> tuple[RunDir, FinetuneConfig]: ...  # fmt: skip
+def resolve(
+    kind: Literal["pretrain", "finetune"], config_path: str | Node | None,
+    overrides: Sequence[str], run_dir: str | RunDir | None, *, preset: str | None = None,
+) -> tuple[RunDir, RunConfig | FinetuneConfig]:  # fmt: skip
+    """Find the directory and the configuration of a run, reading every file once; write nothing.
+
+    Args:
+        kind: Of the run.
+        config_path: YAML, or its tree where it was read before, or None for that of the run in the
+            directory, else the packaged one.
+        overrides: ``section.key=value``.
+        run_dir: Directory of the run, or None for ``runs/NAME``.
+        preset: What the YAML is laid over, or None.
+
+    Returns:
+        The directory, and the configuration: of a run that has begun, one that it can go on with.
+
+    Raises:
+        FedPipeError: The configuration is wrong, or is not that of the run in the directory.
+    """
+    load: Callable[..., Any] = load_finetune if kind == "finetune" else load_config
+    run = RunDir.at(run_dir, kind) if isinstance(run_dir, str) else run_dir
+    # Without --config and --preset, the run's own file is what the overrides are applied to.
+    own = run.saved if run and not (config_path or preset) else None
+    config = load(own or config_path, overrides, preset=preset)
+    run = run or RunDir.at(Path("runs") / config.name, kind)
+    if run.has_begun:
+        # What the run read may lie elsewhere now, so it is not checked.
+        read: Callable[..., Any] = load_finetune if kind == "finetune" else read_config
+        config = continued(run.path, read(run.saved, []), config, may_change=run.may_change)
+    return run, config
+
+
+def shared_freedom(runs: Iterable[RunDir]) -> tuple[str, ...]:
+    """Return the keys that may be others in all of several pre-trainings."""
+    kept = [set(run.may_change) for run in runs]
+    return tuple(key for key in MAY_CHANGE["pretrain"] if all(key in own for own in kept))
+
+
+def way_back(task: str, run: RunDir | None) -> str:
+    """Say how an interrupted command is gone on with.
+
+    Args:
+        task: The command.
+        run: Its directory; None where it had not come so far.
+    """
+    if run is None or run.is_new:
+        return "nothing was started: give the same command again"
+    return f"resume with: fedpipe {task} --run-dir {shlex.quote(str(run.path))}"
+
+
 def prepared_text(directory: Path, config: RunConfig) -> PreparedData:
     """Return the text that a run has been trained on, whatever its files hold meanwhile.
 
@@ -107,42 +469,16 @@ def prepared_text(directory: Path, config: RunConfig) -> PreparedData:
     Raises:
         FedPipeError: The cache does not hold it any more, and the files are others.
     """
-    before = read_inputs(directory)
-    found = prepared_under(before.prepared, root=cache_root(config)) if before else None
+    run = RunDir.open(directory, "pretrain")
+    found = prepared_under(run.inputs.prepared, root=cache_root(config)) if run.inputs else None
     if found is not None:
         return found
-    check_same_content(directory, config)
+    run.check_content(deepspeed_config(config), partial(inputs_of, config))
     return prepare(config)
 
 
-def resume_from(directory: Path, *, notify: Callable[[str], None]) -> Checkpoint | None:
-    """Find the newest complete checkpoint of a run, and set aside what lies after it.
-
-    Args:
-        directory: Of the run.
-        notify: Told where the run goes on, and of checkpoints that cannot be used.
-
-    Returns:
-        Where to go on; None for a run that has saved nothing.
-    """
-    checkpoint, passed_over = find_latest(directory)
-    for line in passed_over:
-        notify(f"warning: {line}; falling back to an earlier one")
-    if checkpoint:
-        for name in set_aside_later(directory, checkpoint.position):
-            notify(f"kept as {directory / name} until the run has got as far again")
-        notify(f"resuming {directory} from {checkpoint.path.name}")
-    return checkpoint
-
-
-def is_done(run_dir: Path, *, num_rounds: int) -> bool:
-    """All rounds are trained, exported and reported."""
-    trained = run_dir / CHECKPOINTS / Position(round_id=num_rounds).name
-    return all(p.exists() for p in (trained, run_dir / "export", run_dir / "report.html"))
-
-
 def inputs_of(config: RunConfig, *, progress: Progress | None = None) -> Inputs:
-    """Find out what a run reads now: text, tokenizer and first weights.
+    """Find out what a pre-training reads now: text, tokenizer and first weights.
 
     Args:
         config: The run.
@@ -157,113 +493,6 @@ def inputs_of(config: RunConfig, *, progress: Progress | None = None) -> Inputs:
         paths = model_files(Path(config.model.path))
         files["model.path"] = file_digests(paths, key="model.path", root=cache_root(config))
     return Inputs(prepared=identity.key, files=files)
-
-
-def check_same_content(
-    directory: Path, config: RunConfig, *, progress: Progress | None = None
-) -> None:
-    """Refuse to go on with other text, another tokenizer, first weights or DeepSpeed JSON.
-
-    Args:
-        directory: Of a run; one that has not begun may read what it likes.
-        config: What it is to be gone on with.
-        progress: Called while files are hashed.
-
-    Raises:
-        FedPipeError: The content is another one, or cannot be read.
-    """
-    if not has_begun(directory):
-        return
-    check_deepspeed(directory, deepspeed_config(config))
-    if (before := read_inputs(directory)) is not None:
-        check_inputs(directory, before, inputs_of(config, progress=progress))
-
-
-def record_inputs(directory: Path, now: Inputs, *, notify: Callable[[str], None]) -> None:
-    """Write down what a run begins with; one that has begun must have begun with the same.
-
-    Args:
-        directory: Of the run.
-        now: What it reads.
-        notify: Told where nobody knows what a run has begun with.
-
-    Raises:
-        CheckpointError: It has begun with something else.
-    """
-    if has_begun(directory):
-        if (before := read_inputs(directory)) is not None:
-            check_inputs(directory, before, now)
-            return
-        notify(
-            f"warning: {directory} does not say what it began with: today's text and models are"
-            f" taken for the same, and written down in {INPUTS_FILE}"
-        )
-    write_text(directory / INPUTS_FILE, now.to_json())
-
-
-def resolve_config(
-    config_path: str | None,
-    overrides: Sequence[str],
-    run_dir: str | None,
-    *,
-    preset: str | None = None,
-) -> tuple[RunConfig, Path, bool]:
-    """Find the configuration, the directory, and whether a run is there already; writes nothing.
-
-    Args:
-        config_path: YAML, or None.
-        overrides: ``section.key=value``.
-        run_dir: Directory of the run, or None for ``runs/NAME``.
-        preset: What the YAML is laid over, or None.
-
-    Raises:
-        FedPipeError: The configuration is wrong, or is not that of the run in the directory.
-    """
-    saved = os.path.join(run_dir, "config.yaml") if run_dir else ""
-    # Without --config and --preset, the run's own file is what the overrides are applied to.
-    base = saved if not (config_path or preset) and os.path.isfile(saved) else config_path
-    name = "" if run_dir else load.read_config(base, overrides, preset=preset).name
-    directory = Path(run_dir or Path("runs") / name)
-    config = load.load_config(base, overrides, preset=preset)
-    if os.path.isfile(directory / "config.yaml"):
-        saved_config = load.read_config(str(directory / "config.yaml"), [])
-        if has_begun(directory):
-            config = _settled(config, saved_config)
-            free = may_change("pretrain", [directory])
-            check_config(directory, saved_config, config, may_change=free)
-        return config, directory, True
-    check_new(directory)
-    return config, directory, False
-
-
-def _settled(config: RunConfig, saved: RunConfig) -> RunConfig:
-    """Take the cut of a run that has begun, where a configuration leaves it open."""
-    cut = saved.pipeline.cut
-    fits = config.pipeline.is_open and len(cut) == len(config.pipeline.cut)
-    return load.with_cut(config, cut) if fits else config
-
-
-def check_new(directory: Path) -> None:
-    """Refuse to start a run where something else lies.
-
-    Raises:
-        CheckpointError: The path is a file, or a directory with other files.
-    """
-    if os.path.exists(directory) and not os.path.isdir(directory):
-        raise CheckpointError(
-            f"--run-dir: expected a directory, got the file {directory}. Choose another path."
-        )
-    if os.path.isdir(directory) and not _is_new(directory):
-        raise CheckpointError(
-            f"--run-dir: expected a new, empty or fedpipe run directory, got {directory} "
-            "with other files. Choose another directory."
-        )
-
-
-def _is_new(directory: Path) -> bool:
-    """Whether a directory holds nothing but what a start that was killed early leaves behind."""
-    ours = re.compile(r"logs|\.lock|\.writable|\..*\.part")
-    return all(ours.fullmatch(path.name) for path in directory.iterdir())
 
 
 def check_writable(directory: Path) -> None:

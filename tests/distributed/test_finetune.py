@@ -33,6 +33,7 @@ from fedpipe.models.lower import LowerLayers
 from fedpipe.models.peft import lora_updates
 from fedpipe.report.writer import read_metrics
 from fedpipe.run.checkpoint import CheckpointWriter
+from fedpipe.run.run_dir import resolve
 from tests.helpers.distributed import run_distributed
 from tests.helpers.encoders import write_jsonl
 from tests.helpers.tuned import small_folder, small_task
@@ -61,7 +62,8 @@ def set_up(
 ) -> FinetuneSetup:
     own = {override.partition("=")[0] for override in overrides}
     kept = [override for override in base if override.partition("=")[0] not in own]
-    return set_up_finetune(None, [*kept, *overrides], str(run_dir), notify=notify)
+    asked = resolve("finetune", None, [*kept, *overrides], str(run_dir))
+    return set_up_finetune(*asked, notify=notify)
 
 
 def alone() -> ProcessEnv:
@@ -439,13 +441,10 @@ def test_sequences_beyond_what_the_model_was_trained_on_are_named(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.model_max_length = 8
     tokenizer.save_pretrained(folder)
-    overrides = [o for o in base if not o.startswith("model.path=")]
     lines: list[str] = []
     for length in (12, 8):
-        set_up_finetune(
-            None, [*overrides, f"model.path={folder}", f"task.max_length={length}"],
-            str(tmp_path / str(length)), notify=lines.append,
-        )  # fmt: skip
+        own = (f"model.path={folder}", f"task.max_length={length}")
+        set_up(tmp_path / str(length), base, *own, notify=lines.append)
     named = [line for line in lines if "task.max_length=8 may score better" in line]
     assert len(named) == 1
 
@@ -460,8 +459,7 @@ def test_a_directory_with_another_run_is_refused(tmp_path: Path, base: list[str]
 
 def test_a_client_without_a_label_is_allowed_and_named(tmp_path: Path, base: list[str]) -> None:
     said: list[str] = []
-    kept = [o for o in base if not o.startswith("task.split")]
-    set_up_finetune(None, [*kept, "task.split=label_sorted"], str(tmp_path), notify=said.append)
+    set_up(tmp_path, base, "task.split=label_sorted", notify=said.append)
     assert "without examples of some labels, such as client 0" in said[-1]
 
 

@@ -36,10 +36,11 @@ from fedpipe.errors import CheckpointError
 from fedpipe.report.writer import read_metrics
 from fedpipe.run.resume import INPUTS_FILE, MAY_CHANGE
 from fedpipe.run.run_dir import (
+    RunDir,
     RunSetup,
     inputs_of,
     prepared_text,
-    record_inputs,
+    resolve,
 )
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tuned import describe_task, small_folder, small_task
@@ -91,7 +92,8 @@ def options(values: dict[str, str]) -> list[str]:
 
 
 def go_on(run_dir: Path, *overrides: str, notify: Any = None) -> RunSetup:
-    return set_up(None, overrides, str(run_dir), notify=notify or (lambda line: None))
+    run, config = resolve("pretrain", None, overrides, str(run_dir))
+    return set_up(run, config, notify=notify or (lambda line: None))
 
 
 def outcome(run_dir: Path) -> tuple[list[str], dict[str, bytes]]:
@@ -138,7 +140,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
     """A run of two rounds; not exported."""
     run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    train(set_up(None, [*SIZES, *options(places(texts))], str(run_dir), notify=lambda line: None))
+    train(go_on(run_dir, *SIZES, *options(places(texts))))
     return run_dir
 
 
@@ -282,7 +284,8 @@ def test_a_finished_model_is_exported_with_the_text_of_its_run(
 
 
 def begin(config: RunConfig, run_dir: Path) -> None:
-    record_inputs(run_dir, inputs_of(config), notify=lambda line: None)
+    run = RunDir.open(run_dir, "pretrain")
+    run.record_inputs(inputs_of(config), notify=lambda line: None)
     (run_dir / "metrics.jsonl").touch()
 
 
@@ -337,7 +340,8 @@ def tuning_places(folder: Path) -> dict[str, str]:
 
 
 def tune_on(run_dir: Path, *overrides: str, notify: Any = None) -> FinetuneSetup:
-    return set_up_finetune(None, overrides, str(run_dir), notify=notify or (lambda line: None))
+    run, config = resolve("finetune", None, overrides, str(run_dir))
+    return set_up_finetune(run, config, notify=notify or (lambda line: None))
 
 
 def tune(setup: FinetuneSetup, *, killed_in_round: int = -1) -> None:

@@ -80,8 +80,8 @@ def _saved(run_dir: Path, name: str) -> Callable[[], bool]:
 def test_a_run_writes_every_file_of_the_contract(done: Path) -> None:
     names = {path.name for path in done.iterdir()}
     assert names >= {
-        "config.yaml", "deepspeed.json", "inputs.json", "plan.txt", "env.json", "metrics.jsonl",
-        "timeline.json",
+        "run.json", "config.yaml", "deepspeed.json", "inputs.json", "plan.txt", "env.json",
+        "metrics.jsonl", "timeline.json",
         "samples.json", "text.json", "checkpoints", "export", "report.html", "report.md",
         "tensorboard", "logs",
     }  # fmt: skip
@@ -344,7 +344,7 @@ def test_resuming_with_another_value_names_the_key(done: Path, folder: Path) -> 
 def test_resuming_with_an_edited_deepspeed_json_names_its_key(
     done: Path, folder: Path, tmp_path: Path
 ) -> None:
-    for name in ("config.yaml", "deepspeed.json", "metrics.jsonl"):
+    for name in ("run.json", "config.yaml", "deepspeed.json", "metrics.jsonl"):
         (tmp_path / name).write_bytes((done / name).read_bytes())
     saved = json.loads((tmp_path / "deepspeed.json").read_text())
     saved["zero_optimization"] = {"stage": 1}
@@ -360,7 +360,7 @@ def test_another_quick_start_does_not_resume_the_one_that_is_there(
     """Without --run-dir too: `runs/quickstart` may hold a run with other overrides."""
     run_dir = tmp_path / "runs" / "quickstart"
     run_dir.mkdir(parents=True)
-    for name in ("config.yaml", "metrics.jsonl"):
+    for name in ("run.json", "config.yaml", "metrics.jsonl"):
         (run_dir / name).write_bytes((done / name).read_bytes())
     error = _refused(folder=tmp_path)
     assert "got other values of " in error and "model.hidden_size (" in error
@@ -397,7 +397,7 @@ def test_a_start_that_was_killed_early_can_be_repeated(
 
 def test_a_damaged_run_does_not_start_afresh(folder: Path, done: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "round_000001").mkdir(parents=True)
-    for name in ("config.yaml", "metrics.jsonl"):
+    for name in ("run.json", "config.yaml", "metrics.jsonl"):
         (tmp_path / name).write_bytes((done / name).read_bytes())
     error = _refused("--run-dir", str(tmp_path), folder=folder)
     assert "expected an intact checkpoint, got none (checkpoint round_000001 is damaged" in error

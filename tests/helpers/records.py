@@ -182,6 +182,7 @@ def make_run_dir(run_dir: Path, *, end_to_end: bool = False, complete: bool = Tr
     if not complete:
         return run_dir
     objective = "end_to_end" if end_to_end else "local_loss"
+    (run_dir / "run.json").write_text('{"kind": "pretrain", "version": 1}', encoding="utf-8")
     (run_dir / "config.yaml").write_text(
         f"name: quickstart\nseed: 0\npipeline:\n  objective: {objective}\n  cut: [2]\n"
         "  num_client_stages: 1\nfederation:\n  num_clients: 6\n",

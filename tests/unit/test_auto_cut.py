@@ -19,7 +19,7 @@ from fedpipe.config.schema import RunConfig
 from fedpipe.errors import ConfigError
 from fedpipe.models.split import placement, stage_specs
 from fedpipe.pipeline.timeline import StageCost
-from fedpipe.run.run_dir import resolve_config
+from fedpipe.run.run_dir import RunDir, resolve
 
 TINY = (
     "model.num_hidden_layers=6", "model.hidden_size=16", "model.num_attention_heads=2",
@@ -61,9 +61,9 @@ def test_whoever_measures_chooses_once_and_the_run_keeps_the_choice(tmp_path: Pa
         return (5,)
 
     overrides = [*TINY, "pipeline.cut=auto", f"data.cache_dir={tmp_path}/cache"]
-    setup = set_up(
-        None, overrides, str(tmp_path / "run"), notify=lambda line: None, choose_cut=choose
-    )
+    run, config = resolve("pretrain", None, overrides, str(tmp_path / "run"))
+    assert config.pipeline.is_open
+    setup = set_up(run, config, notify=lambda line: None, choose_cut=choose)
     assert seen == [(3,)]
     saved = load.load_config(str(tmp_path / "run/config.yaml"), [])
     assert setup.config == saved
@@ -85,11 +85,10 @@ def test_more_stages_than_layers_are_refused() -> None:
 def test_a_run_that_has_begun_keeps_its_cut_and_any_other_is_open(tmp_path: Path) -> None:
     overrides = [*TINY, "pipeline.cut=auto"]
     saved = load.load_config(None, [*TINY, "pipeline.cut=[5]"])
-    (tmp_path / "config.yaml").write_text(load.to_yaml(saved))
-
-    assert resolve_config(None, overrides, str(tmp_path))[0].pipeline.is_open
+    RunDir.at(tmp_path, "pretrain").make().write(load.to_yaml(saved))
+    assert resolve("pretrain", None, overrides, str(tmp_path))[1].pipeline.is_open
     (tmp_path / "metrics.jsonl").touch()
-    pipeline = resolve_config(None, overrides, str(tmp_path))[0].pipeline
+    pipeline = resolve("pretrain", None, overrides, str(tmp_path))[1].pipeline
     assert (pipeline.cut, pipeline.is_open) == ((5,), False)
 
 

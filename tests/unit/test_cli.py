@@ -13,6 +13,7 @@ import pytest
 from fedpipe import __version__, errors
 from fedpipe.cli import main
 from fedpipe.commands.plan.text_facts import render_uncounted
+from fedpipe.run.run_dir import RunDir
 
 REPOSITORY = Path(__file__).parents[2]
 COMMANDS = (
@@ -110,8 +111,8 @@ BAD_LINES = [
     (["plan", "--config", "nowhere.yaml"], "ConfigError: --config: expected a readable YAML file"),
     (["plan", "data.tokenizer=nowhere"], "CorpusError: data.tokenizer: expected a folder"),
     (["plan", "--run-dir", "nowhere"], "CheckpointError: --run-dir: expected the directory of a"),
-    (["export", "--run-dir", "nowhere"], "got 'nowhere' without a config.yaml."),
-    (["report", "name=nothing"], "got 'runs/nothing' without a config.yaml."),
+    (["export", "--run-dir", "nowhere"], "got 'nowhere' without a run.json."),
+    (["report", "name=nothing"], "got 'runs/nothing' without a run.json."),
 ]
 
 
@@ -144,7 +145,7 @@ def test_overrides_may_stand_on_either_side_of_options(
 def test_plan_of_a_run_is_its_own_configuration(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "config.yaml").write_text("name: earlier\n", encoding="utf-8")
+    RunDir.at(tmp_path, "pretrain").make().write("name: earlier\n")
     assert main(["plan", "--run-dir", str(tmp_path)]) == 0
     assert "earlier" in capsys.readouterr().out
 
@@ -195,7 +196,7 @@ def test_an_option_that_is_a_path_may_begin_at_home(
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert main(["report", "--run-dir=~/x"]) == 2
-    assert "got '/home/me/x' without a config.yaml." in capsys.readouterr().err
+    assert "got '/home/me/x' without a run.json." in capsys.readouterr().err
     assert main(["evaluate", "--model=~nobody-here/x"]) == 2
     assert "--model: expected the home directory of a known user" in capsys.readouterr().err
 

@@ -30,6 +30,7 @@ from fedpipe.data.tasks.scoring import METRICS
 from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.report.drawing import render
 from fedpipe.report.writer import read_metrics
+from fedpipe.run.run_dir import RunDir
 from tests.helpers.encoders import bert, easy_ner, easy_pairs, write_jsonl
 
 FAST = {"num_epochs": 8, "learning_rate": 3e-3, "batch_size": 8}
@@ -85,7 +86,7 @@ def test_a_cell_leaves_its_configuration_record_predictions_and_result(whole: Ev
     names = {path.name for path in cell.run_dir.iterdir()} - {".lock"}
     assert names == {
         "cell.json", "config.yaml", "metrics.jsonl", "predictions.jsonl.gz", "result.json",
-        "statistics.npz",
+        "run.json", "statistics.npz",
     }  # fmt: skip
     records = read_metrics(cell.run_dir / "metrics.jsonl")
     assert [r["epoch"] for r in records if r["kind"] == "eval"] == list(range(1, 9))
@@ -493,7 +494,7 @@ def test_a_users_error_is_one_line_and_starts_nothing(
 
 
 def test_a_directory_of_something_else_is_left_alone(home: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("name: other\n", encoding="utf-8")
+    RunDir.at(tmp_path, "pretrain").make()
     with pytest.raises(CheckpointError, match="expected a new directory or that of an evaluation"):
         read_evaluation(None, [], str(tmp_path))
 

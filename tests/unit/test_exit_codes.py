@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 
 from fedpipe.cluster.local import Ranks
-from fedpipe.commands.finetune import command as finetune
-from fedpipe.commands.pretrain import command as local
 from fedpipe.commands.study.pool import CellRunner, Slot, check_all_done, saying_to
 from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.signals import Signals
@@ -29,6 +27,7 @@ from fedpipe.errors import (
     is_users,
 )
 from fedpipe.report.console import RunConsole
+from fedpipe.run.run_dir import RunDir, way_back
 
 GRID = Grid(num_stages=1, num_replicas=2, data_parallel_degree=1)
 
@@ -65,10 +64,9 @@ def test_the_command_that_goes_on_can_be_pasted_whatever_the_directory_is_called
     tmp_path: Path,
 ) -> None:
     run_dir = tmp_path / "my run's $HOME"
-    run_dir.mkdir()
-    (run_dir / "config.yaml").touch()
+    run = RunDir.at(run_dir, "pretrain").make()
     failure = str(_ranks(run_dir, "ValueError: 3").failure())
-    ways = [failure, local._way_back(str(run_dir)), finetune._way_back(str(run_dir))]
+    ways = [failure, way_back("pretrain", run), way_back("finetune", run)]
     commands = [shlex.split(way[way.index("fedpipe ") :]) for way in ways]
     assert commands == [
         ["fedpipe", task, "--run-dir", str(run_dir)]

@@ -16,6 +16,7 @@ from fedpipe.commands.study.pool import divide
 from fedpipe.commands.study.report import MAX_DRAWN, Row, RunResult, Spread, draw_sweep, table
 from fedpipe.commands.study.sweep import Cell, Sweep, gather, prepare_texts, set_up_sweep
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError, FedPipeError
+from fedpipe.run.run_dir import RunDir
 
 GRID = ("pipeline.cut=[2],[1,3]", "seed=0,1")
 
@@ -181,15 +182,15 @@ def test_another_sweep_in_the_same_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_no_sweeps_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").touch()
+    RunDir.at(tmp_path / "run", "pretrain").make()
     with pytest.raises(CheckpointError, match=r"expected a new directory or that of a sweep, got"):
+        set_up(tmp_path / "run", *GRID)
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(CheckpointError, match=r"with other files\. Choose another directory;"):
         set_up(tmp_path, *GRID)
-    (tmp_path / "config.yaml").rename(tmp_path / "thesis.txt")
-    with pytest.raises(CheckpointError, match=r"with other files\. Choose another directory\."):
-        set_up(tmp_path, *GRID)
-    (tmp_path / "sweep.yaml").write_text("grid: []\n", encoding="utf-8")
+    RunDir.at(tmp_path / "damaged", "sweep").make().write("grid: []\n")
     with pytest.raises(CheckpointError, match=r"sweep\.yaml: expected the grid and the conf"):
-        set_up(tmp_path)
+        set_up(tmp_path / "damaged")
 
 
 def test_a_cell_at_work_keeps_its_configuration_file(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ from fedpipe.report.console import RunConsole
 from fedpipe.report.format import count
 from fedpipe.report.writer import METRICS_FILE
 from fedpipe.run.checkpoint import Position
-from fedpipe.run.run_dir import locked
+from fedpipe.run.run_dir import Kind, RunDir, locked
 from fedpipe.terminal import show
 
 PRELOAD = (
@@ -123,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate what the arguments say, run one cell again, or compare two evaluations."""
     if args.compare:
         return _compare(args.compare, args.run_dir)
-    if args.run_dir and os.path.isfile(Path(args.run_dir) / "cell.json"):
+    kinds: tuple[Kind, ...] = ("evaluation", "evaluation cell")
+    if args.run_dir and RunDir.at(args.run_dir, *kinds).kind == "evaluation cell":
         return run_one(args.run_dir)
     return evaluate(
         args.config,

@@ -35,7 +35,7 @@ from fedpipe.report.document import (
 )
 from fedpipe.report.format import count, is_number
 from fedpipe.report.sections import environment_rows
-from fedpipe.run.run_dir import check_new, check_writable, describe_environment
+from fedpipe.run.run_dir import RunDir, describe_environment
 
 Unit = int | str
 """A training: the seed of a fine-tuning, or a model that stands for a seed of pre-training."""
@@ -164,9 +164,7 @@ def write_comparison(content: dict[str, Any], directory: Path) -> None:
     Raises:
         CheckpointError: Something else lies in the directory, or it cannot be written.
     """
-    if not os.path.isfile(directory / "comparison.json"):
-        check_new(directory)
-    check_writable(directory)
+    RunDir.at(directory, "comparison").make()
     title = f"fedpipe comparison: {content['first']} and {content['second']}"
     page: list[Block] = [
         comparison_table(content),

@@ -34,11 +34,10 @@ from fedpipe.errors import CheckpointError
 from fedpipe.files import write_text
 from fedpipe.printable import printable
 from fedpipe.report.format import count
-from fedpipe.run.run_dir import check_new, check_writable, locked
+from fedpipe.run.run_dir import RunDir, locked
 
 FORMAT = 1
 """Raised with every change of how a cell is trained or scored: earlier results no longer count."""
-EVALUATION_FILE = "evaluation.yaml"
 CELL_FILE = "cell.json"
 RESULT_FILE = "result.json"
 
@@ -116,20 +115,12 @@ def read_evaluation(
     Raises:
         FedPipeError: The configuration is wrong, or something else lies in the directory.
     """
-    saved = os.path.join(run_dir, EVALUATION_FILE) if run_dir else ""
-    base = saved if not config_path and os.path.isfile(saved) else config_path
-    config = load.load_config(base, overrides)
+    run = RunDir.at(run_dir, "evaluation") if run_dir else None
+    config = load.load_config(config_path or (run.saved if run else None), overrides)
     if chosen:
         config = replace(config, evaluation=replace(config.evaluation, **chosen))
-    directory = Path(run_dir or f"runs/{config.name}-evaluation")
-    if not os.path.isfile(directory / EVALUATION_FILE):
-        if os.path.isfile(directory / "config.yaml"):
-            raise CheckpointError(
-                f"--run-dir: expected a new directory or that of an evaluation, got the run in "
-                f"{directory}. Choose another directory; --model names what is evaluated."
-            )
-        check_new(directory)
-    return config, directory
+    run = run or RunDir.at(f"runs/{config.name}-evaluation", "evaluation")
+    return config, run.path
 
 
 def set_up_evaluation(
@@ -159,7 +150,7 @@ def set_up_evaluation(
     tasks = choose_tasks(evaluation.tasks, evaluation.task_files, evaluation.data)
     folders = check_models(evaluation.models)
     files = tuple(find_files(task, evaluation.data, alone=len(tasks) == 1) for task in tasks)
-    check_writable(directory)
+    run = RunDir.at(directory, "evaluation").make()
     with locked(directory):  # nobody else may be at work on its cells
         pass
     for line in dict.fromkeys(w for f in folders for w in check_tokenizer(f, key="--model")):
@@ -193,7 +184,7 @@ def set_up_evaluation(
                 for seed in evaluation.seeds
             ]
     progress("reading and tokenising tasks", total, total)
-    _write(directory, config, cells)
+    _write(run, config, cells)
     return Evaluation(
         directory=directory, config=config, models=models, files=files, cells=tuple(cells)
     )
@@ -253,11 +244,11 @@ def _cell(
     )  # fmt: skip
 
 
-def _write(directory: Path, config: RunConfig, cells: Sequence[Cell]) -> None:
+def _write(run: RunDir, config: RunConfig, cells: Sequence[Cell]) -> None:
     """Write the configuration of the evaluation, and what each cell needs to run by itself."""
     whole = load.to_dict(config)
     shared = {"name": config.name, "data": {"cache_dir": config.data.cache_dir}}
-    write_text(directory / EVALUATION_FILE, dump(shared | {"evaluation": whole["evaluation"]}))
+    run.write(dump(shared | {"evaluation": whole["evaluation"]}))
     for cell in cells:
         own = whole["evaluation"] | cell.settings
         own |= {
@@ -277,6 +268,6 @@ def _write(directory: Path, config: RunConfig, cells: Sequence[Cell]) -> None:
             "data_dir": cell.prepared.directory,
             "test_split": cell.prepared.test_split,
         }
-        cell.run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(cell.run_dir / "config.yaml", dump(shared | {"evaluation": own}))
+        own_dir = RunDir.at(cell.run_dir, "evaluation cell").make()
+        own_dir.write(dump(shared | {"evaluation": own}))
         write_text(cell.run_dir / CELL_FILE, json.dumps(content, indent=1) + "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -14,25 +13,23 @@ from pathlib import Path
 
 from fedpipe.cluster.launched import note_attempt, position_of
 from fedpipe.cluster.local import set_up_here, supervise
-from fedpipe.cluster.rank import RunRequest
 from fedpipe.commands import options
 from fedpipe.commands.finetune import ranks
 from fedpipe.commands.finetune.grid import (
     EXAMPLE,
     Cell,
     again,
-    is_grid,
     read_cells,
     write_cells,
 )
 from fedpipe.commands.study.axes import check_grid, parse_grid
-from fedpipe.config.finetune import finetune_presets, load_finetune
+from fedpipe.config.finetune import FinetuneConfig, finetune_presets, load_finetune
 from fedpipe.config.tree import parse_override
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.errors import ConfigError
 from fedpipe.report.console import RunConsole
 from fedpipe.run.checkpoint import find_latest
-from fedpipe.run.run_dir import locked
+from fedpipe.run.run_dir import RunDir, locked, resolve, way_back
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -105,19 +102,21 @@ def finetune(
     check_library()
     console = ranks.plain_console()
     signals = signals or Signals()
+    run: RunDir | None = None
     try:
         with signals.caught():
             study = choose_cells(config_path, overrides, run_dir, preset=preset, axes=axes)
             if study is not None:
-                run_dir = str(study[0])
+                run = RunDir.open(study[0], "finetune grid")
                 _grid(*study, console, signals)
                 console.text(compare_runs(*study))
                 return 0
-            directory = _one(config_path, overrides, run_dir, preset, console, signals)
+            run, config = resolve("finetune", config_path, overrides, run_dir, preset=preset)
+            _one(run, config, console, signals)
     except Interrupted as where:
-        console.text(f"interrupted{where}; {_way_back(run_dir)}")
+        console.text(f"interrupted{where}; {way_back('finetune', run)}")
         return EXIT_INTERRUPTED
-    for line in ranks.PROGRAM.closing(directory):
+    for line in ranks.PROGRAM.closing(run.path):
         console.text(line)
     return 0
 
@@ -151,41 +150,14 @@ def check_library() -> None:
         )
 
 
-def _is_run(run_dir: str | None) -> bool:
-    return run_dir is not None and (Path(run_dir) / "config.yaml").is_file()
-
-
-def _is_grid(run_dir: str | None) -> bool:
-    return run_dir is not None and is_grid(Path(run_dir))
-
-
-def _way_back(run_dir: str | None) -> str:
-    if not (_is_run(run_dir) or _is_grid(run_dir)):
-        return "give the same command again"
-    return f"resume with: fedpipe finetune --run-dir {shlex.quote(str(run_dir))}"
-
-
-def _one(
-    config_path: str | None,
-    overrides: Sequence[str],
-    run_dir: str | None,
-    preset: str | None,
-    console: RunConsole,
-    signals: Signals,
-) -> Path:
-    """Run what is not done of one fine-tuning; return its directory."""
-    request = RunRequest(
-        config_path=config_path, overrides=overrides, run_dir=run_dir, preset=preset
-    )
-    setup = set_up_here(ranks.PROGRAM, request, console=console)
-    from fedpipe.commands.finetune.setup import is_finetuned
-
-    if is_finetuned(setup.run_dir, num_rounds=setup.config.federation.num_rounds):
+def _one(run: RunDir, config: FinetuneConfig, console: RunConsole, signals: Signals) -> None:
+    """Run what is not done of one fine-tuning."""
+    setup = set_up_here(ranks.PROGRAM, ranks.PROGRAM.located(run, config), console=console)
+    if run.is_done(num_rounds=config.federation.num_rounds):
         console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
-        return Path(setup.run_dir)
+        return
     with locked(setup.run_dir):
         supervise(ranks.PROGRAM, setup, signals=signals)
-    return Path(setup.run_dir)
 
 
 def choose_cells(
@@ -214,9 +186,10 @@ def choose_cells(
             may not change.
     """
     chosen = any(override.startswith("method.name=") for override in overrides)
-    if not (config_path or preset or axes or chosen or _is_run(run_dir) or _is_grid(run_dir)):
+    run = RunDir.at(run_dir, "finetune", "finetune grid") if run_dir else None
+    if not (config_path or preset or axes or chosen or (run and not run.is_new)):
         axes = EXAMPLE
-    saved = read_cells(Path(run_dir)) if run_dir and is_grid(Path(run_dir)) else []
+    saved = read_cells(run.path) if run and run.kind == "finetune grid" else []
     if not (axes or saved):
         return None
     cells = _cells(config_path, overrides, preset, axes) if axes else saved
@@ -257,7 +230,8 @@ def _grid(directory: Path, cells: Sequence[Cell], console: RunConsole, signals: 
     """Run the cells of a grid that are not done, one after another."""
     for index, cell in enumerate(cells):
         console.text(f"{time.strftime('%H:%M:%S')} run {index + 1}/{len(cells)}: {cell.name}")
-        _one(None, [], str(directory / cell.name), None, console, signals)
+        run, config = resolve("finetune", None, [], str(directory / cell.name))
+        _one(run, config, console, signals)
 
 
 def _name(keys: Sequence[str], values: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from fedpipe.models.peft import MERGEABLE, frozen_state, plain_state, save_adapt
 from fedpipe.models.split import merge
 from fedpipe.run.checkpoint import find_latest
 from fedpipe.run.export import check_finite
+from fedpipe.run.run_dir import RunDir
 
 ADAPTER_DIR, EXPORT_DIR, BASE_DIR = "adapter", "export", "base"
 
@@ -40,7 +41,7 @@ def export_finetuned(run_dir: Path) -> list[Path]:
     Raises:
         CheckpointError: There is no intact checkpoint.
     """
-    config = load_finetune(str(run_dir / "config.yaml"), [])
+    config = load_finetune(RunDir.open(run_dir, "finetune").saved, [])
     checkpoint, _ = find_latest(run_dir)
     if checkpoint is None:
         raise CheckpointError(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from fedpipe.config.finetune import FinetuneConfig, finetune_yaml, load_finetune
 from fedpipe.errors import CheckpointError, FedPipeError
 from fedpipe.files import write_text
-from fedpipe.run.resume import check_tuning, has_begun
-from fedpipe.run.run_dir import check_new, check_writable
+from fedpipe.run.resume import continued
+from fedpipe.run.run_dir import RunDir
 
 EXAMPLE = ("method.name=lora,full",)
 """What is compared where the user asks for nothing."""
@@ -29,11 +30,6 @@ class Cell:
     overrides: list[str]
 
 
-def is_grid(directory: Path) -> bool:
-    """Whether a directory holds the cells of a grid."""
-    return (directory / _FILE).is_file()
-
-
 def write_cells(directory: Path, cells: Sequence[Cell]) -> None:
     """Write down what a grid consists of, and the whole configuration of every cell.
 
@@ -48,7 +44,8 @@ def write_cells(directory: Path, cells: Sequence[Cell]) -> None:
         CheckpointError: The directory holds another grid, a run or something else, or a cell has
             another configuration or content; it is named.
     """
-    saved = read_cells(directory) if is_grid(directory) else []
+    run = RunDir.at(directory, "finetune grid")
+    saved = [] if run.is_new else read_cells(directory)
     if saved and [cell.name for cell in saved] != [cell.name for cell in cells]:
         raise CheckpointError(
             f"--run-dir: expected the grid that is in {directory}, got another one. Resume with"
@@ -61,20 +58,17 @@ def write_cells(directory: Path, cells: Sequence[Cell]) -> None:
             for cell, config in zip(saved, configs, strict=True)
         ]
     else:
-        check_new(directory)
-        check_writable(directory)
+        run.make()
         text = json.dumps([asdict(cell) for cell in cells], indent=1)
         write_text(directory / _FILE, text + "\n")
     for cell, config in zip(cells, configs, strict=True):
-        path, text = config_of(cell, directory), finetune_yaml(config)
-        # That of a cell at work is left alone.
-        if not (path.is_file() and path.read_text(encoding="utf-8") == text):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
+        RunDir.at(directory / cell.name, "finetune").make().write(finetune_yaml(config))
 
 
 def read_cells(directory: Path) -> list[Cell]:
-    """Read what ``write_cells`` wrote."""
+    """Read what ``write_cells`` wrote; nothing where it was interrupted before."""
+    if not (directory / _FILE).is_file():
+        return []
     content = json.loads((directory / _FILE).read_text(encoding="utf-8"))
     return [Cell(**cell) for cell in content]
 
@@ -102,16 +96,26 @@ def again(
     return Cell(name=cell.name, config_path=str(path), preset=None, overrides=list(overrides))
 
 
+def check_tuning(run: RunDir, config: FinetuneConfig) -> None:
+    """Refuse to go on with other examples, another base model, adapter or DeepSpeed JSON.
+
+    Raises:
+        FedPipeError: The content is another one, or cannot be read.
+    """
+    if not run.has_begun:  # what follows imports torch
+        return
+    from fedpipe.commands.finetune.setup import deepspeed_of, tuning_inputs
+
+    run.check_content(deepspeed_of(config), partial(tuning_inputs, config))
+
+
 def _check_same(directory: Path, cell: Cell, now: FinetuneConfig) -> FinetuneConfig:
     saved = again(cell, directory, config_path=None, overrides=[], preset=None)
     before = load_finetune(saved.config_path, saved.overrides, preset=saved.preset)
-    run_dir = directory / cell.name
+    run = RunDir.at(directory / cell.name, "finetune")
     try:
-        now = check_tuning(run_dir, before, now)
-        if has_begun(run_dir):  # what follows imports torch
-            from fedpipe.commands.finetune.setup import check_same_tuning
-
-            check_same_tuning(run_dir, now)
+        now = continued(run.path, before, now, may_change=run.may_change)
+        check_tuning(run, now)
         return now
     except FedPipeError as error:
         raise type(error)(f"cell {cell.name}: {error}") from error

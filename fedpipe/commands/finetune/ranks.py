@@ -8,13 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpipe.cluster.rank import Emit, Notify, RankProgram, RunRequest, View
-from fedpipe.config.finetune import load_finetune
+from fedpipe.cluster.rank import Emit, Located, Notify, RankProgram, View
+from fedpipe.config.finetune import FinetuneConfig, load_finetune
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import Watch
 from fedpipe.report.console import RunConsole, refused_lines
 from fedpipe.run.checkpoint import Checkpoint, Position
+from fedpipe.run.run_dir import RunDir
 
 if TYPE_CHECKING:
     from fedpipe.commands.finetune.setup import FinetuneSetup
@@ -24,24 +25,16 @@ class FinetuningRanks(RankProgram):
     """A fine-tuning."""
 
     command = "finetune"
+    kind = "finetune"
     preload = (
         "fedpipe.models.modeling",  # first: see there
         "fedpipe.commands.finetune.run",
         "fedpipe.commands.finetune.export",
     )
 
-    def locate(self, request: RunRequest) -> tuple[Path, Grid]:
-        """See ``RankProgram``."""
-        from fedpipe.commands.finetune.setup import resolve_finetune
-
-        config, run_dir, _ = resolve_finetune(
-            request.config_path, request.overrides, request.run_dir, preset=request.preset
-        )
-        return run_dir, Grid.of(config.stages, config.federation)
-
     def set_up(
         self,
-        request: RunRequest,
+        found: Located,
         *,
         notify: Notify,
         progress: Callable[[str, int, int], None] | None = None,
@@ -49,15 +42,10 @@ class FinetuningRanks(RankProgram):
         threads: int | None = None,
     ) -> FinetuneSetup:
         """See ``RankProgram``; the model is looked at, so this imports torch."""
-        if request.run_dir is None or not (Path(request.run_dir) / "config.yaml").is_file():
-            load_finetune(request.config_path, request.overrides, preset=request.preset)
         on_checked()
         from fedpipe.commands.finetune.setup import set_up_finetune
 
-        return set_up_finetune(
-            request.config_path, request.overrides, request.run_dir, preset=request.preset,
-            notify=notify,
-        )  # fmt: skip
+        return set_up_finetune(found.run, found.config, notify=notify)
 
     def to_message(self, setup: FinetuneSetup) -> dict[str, Any]:
         """See ``RankProgram``."""
@@ -76,7 +64,7 @@ class FinetuningRanks(RankProgram):
             **saved | {"path": Path(saved["path"]), "position": Position(**saved["position"])}
         )
         return FinetuneSetup(
-            config=load_finetune(str(run_dir / "config.yaml"), []), run_dir=run_dir,
+            config=load_finetune(RunDir.open(run_dir, "finetune").saved, []), run_dir=run_dir,
             checkpoint=checkpoint or None, started_at=started_at,
         )  # fmt: skip
 
@@ -84,9 +72,9 @@ class FinetuningRanks(RankProgram):
         """All that is read lies in the run directory."""
         return {}
 
-    def grid(self, setup: FinetuneSetup) -> Grid:
+    def grid_of(self, config: FinetuneConfig) -> Grid:
         """See ``RankProgram``."""
-        return Grid.of(setup.config.stages, setup.config.federation)
+        return Grid.of(config.stages, config.federation)
 
     def run(
         self, setup: FinetuneSetup, options: Any, *, env: ProcessEnv, emit: Emit, watch: Watch

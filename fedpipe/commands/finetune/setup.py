@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,7 @@ from fedpipe.commands.finetune.examples import (
 )
 from fedpipe.commands.finetune.plan import render_plan
 from fedpipe.config.deepspeed import engine_config
-from fedpipe.config.finetune import (
-    QUICKSTART,
-    FinetuneConfig,
-    finetune_yaml,
-    load_finetune,
-)
+from fedpipe.config.finetune import QUICKSTART, FinetuneConfig, finetune_yaml
 from fedpipe.config.half_files import check_fetched, check_weights, read_json_object
 from fedpipe.data.identity import file_digests, model_files, tokenizer_files
 from fedpipe.data.lines import shown
@@ -41,24 +36,9 @@ from fedpipe.models.peft import Counts, adapter_head, attach, load_adapter, trai
 from fedpipe.models.tuned import build_model, check_family, is_head_of, saved_labels
 from fedpipe.models.tuned_stage import check_cut
 from fedpipe.report.sinks import check_sinks
-from fedpipe.run.checkpoint import CHECKPOINTS, Checkpoint, Position
-from fedpipe.run.resume import (
-    DEEPSPEED_FILE,
-    Inputs,
-    check_deepspeed,
-    check_inputs,
-    check_tuning,
-    has_begun,
-    read_inputs,
-)
-from fedpipe.run.run_dir import (
-    check_new,
-    check_writable,
-    describe_environment,
-    locked,
-    record_inputs,
-    resume_from,
-)
+from fedpipe.run.checkpoint import Checkpoint
+from fedpipe.run.resume import Inputs
+from fedpipe.run.run_dir import RunDir, describe_environment
 
 UNTRAINED = "untrained"
 """Value of ``model.path``: the quick start's model with random weights, packaged tokenizer."""
@@ -83,20 +63,13 @@ class FinetuneSetup:
 
 
 def set_up_finetune(
-    config_path: str | None,
-    overrides: Sequence[str],
-    run_dir: str | None,
-    *,
-    preset: str | None = None,
-    notify: Callable[[str], None],
+    run: RunDir, config: FinetuneConfig, *, notify: Callable[[str], None]
 ) -> FinetuneSetup:
     """Refuse what cannot work, deal the examples out, write the directory.
 
     Args:
-        config_path: YAML, or None (a resumed run reads its own).
-        overrides: ``section.key=value``.
-        run_dir: Directory of the run, or None for ``runs/NAME``.
-        preset: What the YAML is laid over, or None.
+        run: From ``resolve``.
+        config: Likewise.
         notify: Shows a line to the user.
 
     Returns:
@@ -106,7 +79,7 @@ def set_up_finetune(
         FedPipeError: Anything a user can get wrong.
     """
     started_at = time.monotonic()
-    config, directory, resumed = resolve_finetune(config_path, overrides, run_dir, preset=preset)
+    config = _settled(config)
     check_federation(config)
     check_sinks(config.log.to)
     kind = kind_of(config)
@@ -117,23 +90,16 @@ def set_up_finetune(
     check_first_layer(model_config, config.method.first_layer)
     if config.is_cut:
         check_cut(model_config, config.pipeline.cut[-1])
-    deepspeed_dict = _deepspeed(config)
-    check_writable(directory)
-    with locked(directory):  # of a running command: its checkpoints come and go
-        pass
-    check_same_tuning(directory, config)
+    run.claim(deepspeed_of(config), partial(tuning_inputs, config))
     data = prepare_examples(config, tokenizer)
     check_lengths(config, data, model_config)
     counts, trained = count_parameters(config, model_config, data)
     plan = render_plan(config, data, counts, trained=trained, model_config=model_config)
-    write_text(directory / "config.yaml", finetune_yaml(config))
-    if config.is_cut:
-        write_text(directory / DEEPSPEED_FILE, json.dumps(deepspeed_dict, indent=2) + "\n")
-    write_text(directory / "plan.txt", plan + "\n")
-    record_inputs(directory, tuning_inputs(config), notify=notify)
-    write_text(directory / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
-    data.save(directory / DATA)
-    checkpoint = resume_from(directory, notify=notify) if resumed else None
+    run.write(finetune_yaml(config), deepspeed=deepspeed_of(config) or None, plan=plan)
+    run.record_inputs(tuning_inputs(config), notify=notify)
+    write_text(run.path / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
+    data.save(run.path / DATA)
+    checkpoint = run.checkpoint(notify=notify)
     notify(plan)
     for line in warnings:
         notify(f"warning {line}")
@@ -149,58 +115,8 @@ def set_up_finetune(
     if config.model.path == UNTRAINED and not checkpoint:
         notify(f"no {_QUICKSTART_EXPORT}: random weights; `make pretrain` leaves a model there")
     return FinetuneSetup(
-        config=config, run_dir=directory, checkpoint=checkpoint, started_at=started_at
+        config=config, run_dir=run.path, checkpoint=checkpoint, started_at=started_at
     )
-
-
-def is_finetuned(run_dir: Path, *, num_rounds: int) -> bool:
-    """All rounds are trained, and written down."""
-    trained = run_dir / CHECKPOINTS / Position(round_id=num_rounds).name
-    return trained.exists() and (run_dir / "report.html").exists()
-
-
-def resolve_finetune(
-    config_path: str | None, overrides: Sequence[str], run_dir: str | None, *, preset: str | None
-) -> tuple[FinetuneConfig, Path, bool]:
-    """Find configuration and directory of a run, and whether it has begun; writes nothing.
-
-    Arguments are those of ``set_up_finetune``.
-
-    Raises:
-        FedPipeError: The configuration is wrong or another one than that of the run in the
-            directory, or something else lies there.
-    """
-    saved = os.path.join(run_dir, "config.yaml") if run_dir else ""
-    base = saved if not (config_path or preset) and os.path.isfile(saved) else config_path
-    config = load_finetune(base, overrides, preset=preset)
-    task = tuning_task(config)
-    if task is not None:
-        config = replace(config, task=replace(config.task, name=task.name))
-    directory = Path(run_dir or Path("runs") / config.name)
-    own = directory / "config.yaml"
-    if os.path.isfile(own) and has_begun(directory):
-        before = load_finetune(str(own), [])
-        return check_tuning(directory, before, config), directory, True
-    if not os.path.isfile(own):
-        check_new(directory)
-    return replace(config, model=replace(config.model, path=_model_path(config))), directory, False
-
-
-def check_same_tuning(directory: Path, config: FinetuneConfig) -> None:
-    """Refuse to go on with another task, base model, adapter or DeepSpeed JSON.
-
-    Args:
-        directory: Of a run; one that has not begun may read what it likes.
-        config: What it is to be gone on with.
-
-    Raises:
-        FedPipeError: The content is another one, or cannot be read.
-    """
-    if not has_begun(directory):
-        return
-    check_deepspeed(directory, _deepspeed(config))
-    if (before := read_inputs(directory)) is not None:
-        check_inputs(directory, before, tuning_inputs(config))
 
 
 def tuning_inputs(config: FinetuneConfig) -> Inputs:
@@ -223,7 +139,14 @@ def tuning_inputs(config: FinetuneConfig) -> Inputs:
     return Inputs(prepared=f"examples-{FORMAT}", files=files)
 
 
-def _deepspeed(config: FinetuneConfig) -> dict[str, Any]:
+def _settled(config: FinetuneConfig) -> FinetuneConfig:
+    """Name the task and the model that a configuration leaves open."""
+    if (task := tuning_task(config)) is not None:
+        config = replace(config, task=replace(config.task, name=task.name))
+    return replace(config, model=replace(config.model, path=_model_path(config)))
+
+
+def deepspeed_of(config: FinetuneConfig) -> dict[str, Any]:
     """Return what the stages' engines are given; empty without a cut."""
     return engine_config(config.deepspeed.config, config.stages) if config.is_cut else {}
 

@@ -7,6 +7,7 @@ import argparse
 from fedpipe.commands import options
 from fedpipe.commands.plan.plan import build_plan, render
 from fedpipe.commands.plan.text_facts import render_text, render_uncounted, text_facts
+from fedpipe.config.load import load_config
 from fedpipe.terminal import show
 
 
@@ -22,9 +23,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show the plan of a configuration, or of a run that has been started."""
+    source = args.config
     if args.run_dir and not (args.config or args.preset):
-        options.existing_run(args)
-    config = options.checked_config(args)
+        source = options.existing_run(args, "pretrain").saved
+    config = load_config(source, args.overrides, preset=args.preset)
     show(render(build_plan(config)))
     from fedpipe.data.corpus import find_prepared
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedpipe.cluster.rank import Emit, Notify, RankProgram, RunRequest, View
+from fedpipe.cluster.rank import Emit, Located, Notify, RankProgram, View
 from fedpipe.commands.plan.cut import choose_cut, measure_here, measure_in_a_process
 from fedpipe.commands.pretrain.setup import set_up
 from fedpipe.config.schema import RunConfig
@@ -20,29 +20,23 @@ from fedpipe.federation.cohort import steps_per_round
 from fedpipe.report.console import RunConsole
 from fedpipe.report.samples import samples_text
 from fedpipe.run.checkpoint import Position
-from fedpipe.run.run_dir import RunSetup, resolve_config
+from fedpipe.run.run_dir import RunSetup
 
 
 class PretrainingRanks(RankProgram):
     """A pre-training."""
 
     command = "pretrain"
+    kind = "pretrain"
     preload = (
         "fedpipe.commands.pretrain.run",
         "fedpipe.run.export",
         "fedpipe.commands.pretrain.report",
     )
 
-    def locate(self, request: RunRequest) -> tuple[Path, Grid]:
-        """See ``RankProgram``."""
-        config, run_dir, _ = resolve_config(
-            request.config_path, request.overrides, request.run_dir, preset=request.preset
-        )
-        return run_dir, self.grid_of(config)
-
     def set_up(
         self,
-        request: RunRequest,
+        found: Located,
         *,
         notify: Notify,
         progress: Callable[[str, int, int], None] | None = None,
@@ -52,10 +46,8 @@ class PretrainingRanks(RankProgram):
         """See ``RankProgram``; a cut that is left open is measured."""
         measure = partial(measure_here, threads=threads) if threads else measure_in_a_process
         return set_up(
-            request.config_path,
-            request.overrides,
-            request.run_dir,
-            preset=request.preset,
+            found.run,
+            found.config,
             notify=notify,
             progress=progress,
             on_checked=on_checked,
@@ -74,12 +66,8 @@ class PretrainingRanks(RankProgram):
         """See ``RankProgram``."""
         return {"data.cache_dir": Path(setup.data_dir)}
 
-    def grid(self, setup: RunSetup) -> Grid:
-        """See ``RankProgram``."""
-        return self.grid_of(setup.config)
-
     def grid_of(self, config: RunConfig) -> Grid:
-        """Return the processes that a configuration asks for."""
+        """See ``RankProgram``."""
         return Grid.from_config(config)
 
     def run(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
 from fedpipe.commands.plan.plan import build_plan, render
 from fedpipe.commands.plan.text_facts import render_text, text_facts
@@ -16,38 +16,23 @@ from fedpipe.data.corpus import Progress, check_sources, prepare
 from fedpipe.files import write_text
 from fedpipe.report.sinks import check_sinks
 from fedpipe.report.summary import TEXT_FILE
-from fedpipe.run.resume import DEEPSPEED_FILE
-from fedpipe.run.run_dir import (
-    RunSetup,
-    check_same_content,
-    check_writable,
-    describe_environment,
-    inputs_of,
-    locked,
-    record_inputs,
-    resolve_config,
-    resume_from,
-)
+from fedpipe.run.run_dir import RunDir, RunSetup, describe_environment, inputs_of
 
 
 def set_up(
-    config_path: str | None,
-    overrides: Sequence[str],
-    run_dir: str | None,
+    run: RunDir,
+    config: RunConfig,
     *,
-    preset: str | None = None,
     notify: Callable[[str], None],
     progress: Callable[[str, int, int], None] | None = None,
     on_checked: Callable[[], object] = lambda: None,
     choose_cut: Callable[[RunConfig], tuple[int, ...]] = lambda even: tuple(even.pipeline.cut),
 ) -> RunSetup:
-    """Resolve the configuration, refuse what cannot work, prepare the text, write the directory.
+    """Refuse what cannot work, write the directory, prepare the text.
 
     Args:
-        config_path: YAML, or None for the packaged quick start (a resumed run reads its own).
-        overrides: ``section.key=value``.
-        run_dir: Directory of the run, or None for ``runs/NAME``.
-        preset: What the YAML is laid over, or None.
+        run: From ``resolve``.
+        config: Likewise.
         notify: Shows a line to the user.
         progress: Shows the preparation of the text: (label, done, total).
         on_checked: Called when all cheap checks have passed, before the text is prepared.
@@ -60,36 +45,35 @@ def set_up(
         FedPipeError: Anything a user can get wrong.
     """
     started_at = time.monotonic()
-    config, directory, resumed = resolve_config(config_path, overrides, run_dir, preset=preset)
-    plan = reserve(config, directory, progress=progress)
+    plan = reserve(run, config, progress=progress)
     on_checked()
     if config.pipeline.is_open:
         config = load.with_cut(config, choose_cut(config))
-        plan = reserve(config, directory)
-    checkpoint = resume_from(directory, notify=notify) if resumed else None
+        plan = reserve(run, config)
+    checkpoint = run.checkpoint(notify=notify)
     notify(plan)
     data = prepare(config, progress=progress)
-    record_inputs(directory, inputs_of(config), notify=notify)
+    run.record_inputs(inputs_of(config), notify=notify)
     facts = text_facts(data)
     notify(render_text(facts, config))
-    write_text(directory / "plan.txt", f"{plan}\n{render_text(facts, config)}\n")
-    write_text(directory / TEXT_FILE, json.dumps(facts, indent=1) + "\n")
-    write_text(directory / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
+    write_text(run.path / "plan.txt", f"{plan}\n{render_text(facts, config)}\n")
+    write_text(run.path / TEXT_FILE, json.dumps(facts, indent=1) + "\n")
+    write_text(run.path / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
     return RunSetup(
         config=config,
-        run_dir=directory,
+        run_dir=run.path,
         data_dir=data.directory,
         checkpoint=checkpoint,
         started_at=started_at,
     )
 
 
-def reserve(config: RunConfig, directory: Path, *, progress: Progress | None = None) -> str:
+def reserve(run: RunDir, config: RunConfig, *, progress: Progress | None = None) -> str:
     """Check a run and write its configuration down; whoever has the directory can then run it.
 
     Args:
-        config: From ``resolve_config``.
-        directory: Likewise.
+        run: From ``resolve``.
+        config: Likewise.
         progress: Called while the files of a run that has begun are hashed.
 
     Returns:
@@ -103,11 +87,6 @@ def reserve(config: RunConfig, directory: Path, *, progress: Progress | None = N
     deepspeed_dict = deepspeed_config(config)
     check_sources(config)
     plan = render(build_plan(config))
-    check_writable(directory)
-    with locked(directory):  # of a running command: its checkpoints come and go
-        pass
-    check_same_content(directory, config, progress=progress)
-    write_text(directory / "config.yaml", load.to_yaml(config))
-    write_text(directory / DEEPSPEED_FILE, json.dumps(deepspeed_dict, indent=2) + "\n")
-    write_text(directory / "plan.txt", plan + "\n")
+    run.claim(deepspeed_dict, partial(inputs_of, config, progress=progress))
+    run.write(load.to_yaml(config), deepspeed=deepspeed_dict, plan=plan)
     return plan

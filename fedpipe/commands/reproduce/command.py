@@ -16,7 +16,6 @@ from pathlib import Path
 
 from fedpipe.cluster.launched import note_attempt, position_of
 from fedpipe.cluster.local import fork_server, set_up_here, supervise
-from fedpipe.cluster.rank import RunRequest
 from fedpipe.commands import options
 from fedpipe.commands.evaluate.command import PRELOAD, run_cells
 from fedpipe.commands.evaluate.setup import Evaluation, set_up_evaluation
@@ -46,7 +45,7 @@ from fedpipe.report.document import Figure, to_html, to_markdown
 from fedpipe.report.drawing import render
 from fedpipe.report.format import count
 from fedpipe.run.checkpoint import Position, find_latest
-from fedpipe.run.run_dir import locked
+from fedpipe.run.run_dir import RunDir, locked
 
 RESULT_FILE = "reproduce.json"
 _PRELOAD = (*pretraining.PROGRAM.preload, *PRELOAD)
@@ -207,12 +206,13 @@ def _run(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
 def _pretrain(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
     """Train what is not done, one run after the other; one that fails does not end the others."""
     for number, run in enumerate(plan.runs, start=1):
-        if run.done:
+        if run.cell.is_done:
             continue
         console.text(f"run     {number}/{len(plan.runs)}  {run.cell.name}")
         try:
-            request = RunRequest(run_dir=str(run.cell.run_dir))
-            setup = set_up_here(pretraining.PROGRAM, request, console=console)
+            own = RunDir.at(run.cell.run_dir, "pretrain")
+            found = pretraining.PROGRAM.located(own, run.cell.config)
+            setup = set_up_here(pretraining.PROGRAM, found, console=console)
             console.close()
             with locked(setup.run_dir):
                 supervise(pretraining.PROGRAM, setup, signals=signals)

@@ -11,6 +11,7 @@ from fedpipe.config.load import build, check, lay_over
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.require import require
 from fedpipe.config.schema import RunConfig
+from fedpipe.config.tree import Node
 
 EXPERIMENTS = ("fedbiobert",)
 SCALES = ("tiny", "small", "base")
@@ -60,12 +61,13 @@ class ReproductionConfig(RunConfig):
 
 
 def load_reproduction(
-    path: str | None, overrides: Sequence[str], *, scale: str = "tiny"
+    path: str | Node | None, overrides: Sequence[str], *, scale: str = "tiny"
 ) -> ReproductionConfig:
     """Return the checked configuration of a reproduction.
 
     Args:
-        path: YAML file; None takes the packaged settings of the scale.
+        path: YAML file, or its tree where it was read before; None takes the packaged settings of
+            the scale.
         overrides: ``section.key=value`` each.
         scale: One of ``SCALES``.
 

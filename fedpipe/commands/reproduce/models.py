@@ -8,6 +8,7 @@ from pathlib import Path
 from fedpipe.config.load import load_config
 from fedpipe.run.checkpoint import find_round
 from fedpipe.run.export import export_checkpoint
+from fedpipe.run.run_dir import RunDir
 
 
 def export_models(wanted: Sequence[tuple[Path, int, Path]]) -> None:
@@ -21,5 +22,5 @@ def export_models(wanted: Sequence[tuple[Path, int, Path]]) -> None:
     """
     for run_dir, num_rounds, target in wanted:
         checkpoint = find_round(run_dir, num_rounds) if num_rounds else None
-        config = load_config(str(run_dir / "config.yaml"), [])
+        config = load_config(RunDir.open(run_dir, "pretrain").saved, [])
         export_checkpoint(run_dir, config, checkpoint, target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +18,9 @@ from fedpipe.data.tasks.files import find_files
 from fedpipe.data.tasks.registry import Task
 from fedpipe.data.tasks.task_file import choose_tasks
 from fedpipe.errors import FedPipeError
-from fedpipe.files import write_text
-from fedpipe.run.resume import check_config, may_change
-from fedpipe.run.run_dir import check_new, check_writable, is_done
+from fedpipe.run.resume import check_config
+from fedpipe.run.run_dir import RunDir, shared_freedom
 
-SETTINGS_FILE = "reproduce.yaml"
-"""The whole configuration of a reproduction."""
 CELLS, MODELS, EVALUATION = "cells", "models", "evaluation"
 UNTRAINED = "untrained"
 TASKS = (
@@ -41,11 +37,6 @@ class TrainingRun:
     variant: Variant
     seed: int
     cell: Cell
-
-    @property
-    def done(self) -> bool:
-        """Whether all its rounds are trained."""
-        return is_done(self.cell.run_dir, num_rounds=self.cell.config.federation.num_rounds)
 
     def model_name(self, round_id: int) -> str:
         """Name the model after a round, 1 for the first; 0 is untrained, the same for all."""
@@ -66,7 +57,7 @@ class Reproduction:
 
     def pending(self) -> list[TrainingRun]:
         """Runs that are not complete."""
-        return [run for run in self.runs if not run.done]
+        return [run for run in self.runs if not run.cell.is_done]
 
     def of(self, variant: Variant) -> list[TrainingRun]:
         """Return the runs of a variant, in the order of the seeds."""
@@ -87,8 +78,7 @@ class Reproduction:
         Raises:
             FedPipeError: The directory cannot be written to.
         """
-        check_writable(self.directory)
-        write_text(self.directory / SETTINGS_FILE, load.dump_config(self.config))
+        RunDir.at(self.directory, "reproduction").make().write(load.dump_config(self.config))
         write_configs([run.cell for run in self.runs])
 
 
@@ -117,22 +107,17 @@ def plan_reproduction(
     Raises:
         FedPipeError: Anything a user can get wrong.
     """
-    directory = Path(run_dir or f"runs/{experiment}-{scale or 'tiny'}")
-    path = directory / SETTINGS_FILE
-    exists = os.path.isfile(path)  # Path.is_file raises on a long name
-    config = load_reproduction(
-        str(path) if exists and scale is None else None, overrides, scale=scale or "tiny"
-    )
+    run = RunDir.at(run_dir or f"runs/{experiment}-{scale or 'tiny'}", "reproduction")
+    directory, saved = run.path, run.saved
+    config = load_reproduction(saved if scale is None else None, overrides, scale=scale or "tiny")
     if data is not None:
         chosen = config.evaluation.tasks if _names_tasks(overrides) else TASKS
         evaluation = replace(config.evaluation, data=data, tasks=chosen)
         config = replace(config, evaluation=evaluation)
     if seeds is not None:
         config = replace(config, reproduce=replace(config.reproduce, seeds=seeds))
-    if exists:
-        _check_same(directory, load_reproduction(str(path), []), config)
-    else:
-        check_new(directory)
+    if saved:
+        _check_same(directory, load_reproduction(saved, []), config)
     names = tuple(task.name for task in check_tasks(config))
     config = replace(config, evaluation=replace(config.evaluation, tasks=names))
     variants = make_variants(config)
@@ -179,7 +164,7 @@ def _cell(directory: Path, variant: Variant, seed: int) -> Cell:
 
 def _check_same(directory: Path, before: ReproductionConfig, now: ReproductionConfig) -> None:
     """Refuse another reproduction than that of the directory; its evaluation may be another."""
-    free = may_change("pretrain", directory.glob(f"{CELLS}/*"))
+    free = shared_freedom(RunDir.at(path, "pretrain") for path in directory.glob(f"{CELLS}/*"))
     check_config(
         directory, before, now, may_change=(*free, "evaluation."),
         what="settings of the reproduction",

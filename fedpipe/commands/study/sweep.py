@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,17 @@ from fedpipe.commands.plan.plan import build_plan
 from fedpipe.commands.study.axes import Grid, check_grid, parse_grid
 from fedpipe.commands.study.report import Row, draw_sweep, read_result, short_names, table
 from fedpipe.config import load
+from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.schema import RunConfig
-from fedpipe.config.tree import dump, merge, parse, parse_override, read_text, wrap
+from fedpipe.config.tree import dump, wrap
 from fedpipe.data.corpus import Progress, check_sources, prepare
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError
 from fedpipe.files import write_text
 from fedpipe.printable import printable
 from fedpipe.report.drawing import render
-from fedpipe.run.resume import check_config, may_change
-from fedpipe.run.run_dir import (
-    check_new,
-    check_same_content,
-    check_writable,
-    describe_environment,
-    is_done,
-)
+from fedpipe.run.resume import check_config
+from fedpipe.run.run_dir import RunDir, describe_environment, inputs_of, shared_freedom
 
-SWEEP_FILE = "sweep.yaml"
-"""The grid, and the configuration that its values are laid over."""
 _SEED = "seed"
 """Cells that differ in nothing else are repetitions of one row."""
 _MAX_NAME = 200
@@ -58,6 +50,12 @@ class Cell:
     config: RunConfig
     """All of its configuration."""
 
+    @property
+    def is_done(self) -> bool:
+        """Whether all its rounds are trained, exported and reported."""
+        run = RunDir.at(self.run_dir, "pretrain")
+        return run.is_done(num_rounds=self.config.federation.num_rounds)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
@@ -70,7 +68,7 @@ class Sweep:
 
     def pending(self) -> list[Cell]:
         """Cells whose run is not complete, in their order."""
-        return [cell for cell in self.cells if not _is_done(cell)]
+        return [cell for cell in self.cells if not cell.is_done]
 
 
 def set_up_sweep(
@@ -97,28 +95,26 @@ def set_up_sweep(
         FedPipeError: Anything a user can get wrong; a cell that cannot run is named.
     """
     grid = parse_grid(axes)
-    if run_dir is None:
-        first = [f"{key}={values[0]}" for key, values in grid]
-        name = load.read_config(config_path, [*overrides, *first], preset=preset).name
-    directory = Path(run_dir or f"runs/{name}")
-    saved = _read_saved(directory)
-    if saved is None:
-        _check_new(directory)
+    run = RunDir.at(run_dir, "sweep") if run_dir else None
+    saved = _read_saved(run) if run else None
+    if run and saved and not (config_path or preset):
+        base = wrap(saved[1], str(run.config_file))
     else:
-        grid = grid or saved[0]
+        base = load.run_tree(config_path, preset=preset)
+    if run is None:
+        first = [f"{key}={values[0]}" for key, values in grid]
+        run = RunDir.at(f"runs/{load.read_config(base, [*overrides, *first]).name}", "sweep")
+        saved = _read_saved(run)
+    grid = grid or (saved[0] if saved else ())
     check_grid(grid, overrides)
-
-    def configure(own: Sequence[str]) -> RunConfig:
-        if saved and run_dir and not (config_path or preset):
-            return _lay_over(saved[1], [*overrides, *own], source=directory / SWEEP_FILE)
-        return load.load_config(config_path, [*overrides, *own], preset=preset)
-
-    cells = make_cells(grid, directory / "cells", configure)
+    cells = make_cells(
+        grid, run.path / "cells", lambda own: load.load_config(base, [*overrides, *own])
+    )
     check_distinct(cells)
     if saved is not None:
-        _check_same(directory, saved, grid, cells)
-    _write(directory, grid, cells)
-    return Sweep(directory=directory, grid=grid, cells=cells)
+        _check_same(run, saved, grid, cells)
+    _write(run, grid, cells)
+    return Sweep(directory=run.path, grid=grid, cells=cells)
 
 
 def _refuse_open_cut(config: RunConfig) -> None:
@@ -162,15 +158,6 @@ def make_cells(
     return tuple(cells)
 
 
-def _check_new(directory: Path) -> None:
-    if os.path.isfile(directory / "config.yaml"):
-        raise CheckpointError(
-            f"--run-dir: expected a new directory or that of a sweep, got the run in {directory}. "
-            "Choose another directory."
-        )
-    check_new(directory)
-
-
 def _folder_name(keys: Sequence[str], values: Sequence[str]) -> str:
     parts = []
     for key, value in zip(short_names(keys), values, strict=True):
@@ -178,14 +165,6 @@ def _folder_name(keys: Sequence[str], values: Sequence[str]) -> str:
         text = re.sub(r"[^A-Za-z0-9.+-]+", "-", value.strip("[]'\" "))
         parts.append(f"{key}={text or 'none'}")
     return "_".join(parts)
-
-
-def _lay_over(base: dict[str, Any], overrides: Sequence[str], *, source: Path) -> RunConfig:
-    """Do what ``load_config`` does, on a configuration that was read already."""
-    tree = reduce(merge, map(parse_override, overrides), wrap(base, str(source)))
-    config = load.from_dict(tree.plain(), source=str(source))
-    load.check(config)
-    return config
 
 
 def check_distinct(cells: Iterable[Cell]) -> None:
@@ -217,34 +196,33 @@ def check_distinct(cells: Iterable[Cell]) -> None:
             )
 
 
-def _read_saved(directory: Path) -> tuple[Grid, dict[str, Any]] | None:
+def _read_saved(run: RunDir) -> tuple[Grid, dict[str, Any]] | None:
     """Read the grid and the configuration of the sweep in a directory, if there is one."""
-    path = directory / SWEEP_FILE
-    if not os.path.isfile(path):  # Path.is_file raises on a long name
+    if run.saved is None:
         return None
-    content = parse(read_text(str(path)), source=str(path)).plain()
+    content = run.saved.plain()
     axes, config = content.get("grid"), content.get("config")
     if not (isinstance(axes, list) and axes and isinstance(config, dict)):
         raise CheckpointError(
-            f"{path}: expected the grid and the configuration of a sweep, got {sorted(content)}. "
-            "Restore the file, or choose a new --run-dir."
+            f"{run.config_file}: expected the grid and the configuration of a sweep, got"
+            f" {sorted(content)}. Restore the file, or choose a new --run-dir."
         )
     return parse_grid([str(axis) for axis in axes]), config
 
 
 def _check_same(
-    directory: Path, saved: tuple[Grid, dict[str, Any]], grid: Grid, cells: Sequence[Cell]
+    run: RunDir, saved: tuple[Grid, dict[str, Any]], grid: Grid, cells: Sequence[Cell]
 ) -> None:
     """Refuse another sweep than that of the directory."""
     way_out = "Continue it with --run-dir alone, or choose a new --run-dir."
     if grid != saved[0]:
         raise CheckpointError(
-            f"{directory}: expected the grid of the sweep that is there, "
+            f"{run.path}: expected the grid of the sweep that is there, "
             f"{shlex.join(_axes(saved[0]))}, got {shlex.join(_axes(grid))}. {way_out}"
         )
     check_config(
-        directory, load.from_dict(saved[1], source=str(directory / SWEEP_FILE)), cells[0].config,
-        may_change=may_change("pretrain", [cell.run_dir for cell in cells]),
+        run.path, load.from_dict(saved[1], source=str(run.config_file)), cells[0].config,
+        may_change=shared_freedom(RunDir.at(cell.run_dir, "pretrain") for cell in cells),
         what="configuration of the sweep", way_out=way_out,
     )  # fmt: skip
     check_cells(cells)
@@ -258,7 +236,8 @@ def check_cells(cells: Iterable[Cell]) -> None:
     """
     for cell in cells:
         try:
-            check_same_content(cell.run_dir, cell.config)
+            run = RunDir.at(cell.run_dir, "pretrain")
+            run.check_content(deepspeed_config(cell.config), partial(inputs_of, cell.config))
         except FedPipeError as error:
             raise type(error)(f"cell {cell.name}: {error}") from error
 
@@ -267,22 +246,17 @@ def _axes(grid: Grid) -> list[str]:
     return [f"{key}={','.join(values)}" for key, values in grid]
 
 
-def _write(directory: Path, grid: Grid, cells: Sequence[Cell]) -> None:
-    check_writable(directory)
+def _write(run: RunDir, grid: Grid, cells: Sequence[Cell]) -> None:
     # The first cell's values of the grid's keys stand for all: every cell has its own.
     content = {"grid": _axes(grid), "config": load.to_dict(cells[0].config)}
-    write_text(directory / SWEEP_FILE, dump(content))
+    run.make().write(dump(content))
     write_configs(cells)
 
 
 def write_configs(cells: Iterable[Cell]) -> None:
     """Write every cell's config.yaml, unless it is there already."""
     for cell in cells:
-        path, text = cell.run_dir / "config.yaml", load.to_yaml(cell.config)
-        # That of a cell at work is left alone.
-        if not (path.is_file() and path.read_text(encoding="utf-8") == text):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
+        RunDir.at(cell.run_dir, "pretrain").make().write(load.to_yaml(cell.config))
 
 
 def prepare_texts(cells: Iterable[Cell], *, progress: Progress | None = None) -> None:
@@ -320,7 +294,7 @@ def gather(sweep: Sweep) -> str:
     Raises:
         CheckpointError: The record of a cell is damaged.
     """
-    results = {cell: read_result(cell.run_dir) for cell in sweep.cells if _is_done(cell)}
+    results = {cell: read_result(cell.run_dir) for cell in sweep.cells if cell.is_done}
     groups: dict[tuple[str, ...], list[Cell]] = {}
     for cell in sweep.cells:
         groups.setdefault(_without_seed(cell), []).append(cell)
@@ -352,10 +326,6 @@ def gather(sweep: Sweep) -> str:
     page = _document(sweep, text, content, set(results))
     write_text(sweep.directory / "sweep.md", printable(page))
     return text
-
-
-def _is_done(cell: Cell) -> bool:
-    return is_done(cell.run_dir, num_rounds=cell.config.federation.num_rounds)
 
 
 def _without_seed(cell: Cell) -> tuple[str, ...]:

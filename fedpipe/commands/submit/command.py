@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedpipe.cluster.rank import RunRequest, View
+from fedpipe.cluster.rank import Located, RunRequest, View
 from fedpipe.cluster.submit import Cluster, CommandJob, RankJob, Run, submit
 from fedpipe.commands import options
 from fedpipe.commands.evaluate import gather as evaluations
@@ -23,6 +23,7 @@ from fedpipe.commands.finetune.command import (
     compare_runs,
     task_overrides,
 )
+from fedpipe.commands.finetune.grid import check_tuning
 from fedpipe.commands.finetune.report import outcome_text as outcome_of_finetuning
 from fedpipe.commands.pretrain import ranks as pretraining
 from fedpipe.commands.pretrain.setup import reserve
@@ -35,15 +36,11 @@ from fedpipe.commands.study.sweep import gather, prepare_texts, set_up_sweep
 from fedpipe.commands.throughput import ranks as measuring
 from fedpipe.commands.throughput.command import add_settings, settings_of
 from fedpipe.commands.throughput.ranks import Measuring
-from fedpipe.config.finetune import load_finetune
+from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import ConfigError
 from fedpipe.report.format import count, number
-from fedpipe.run.run_dir import (
-    check_same_content,
-    is_done,
-    resolve_config,
-)
+from fedpipe.run.run_dir import inputs_of
 from fedpipe.terminal import show as show_line
 
 _TASKS = ("pretrain", "throughput", "sweep", "evaluate", "finetune", "reproduce")
@@ -196,19 +193,18 @@ def pipeline_run(program: pretraining.PretrainingRanks, request: RunRequest) -> 
     Raises:
         FedPipeError: What the user can mend.
     """
-    config, run_dir, _ = resolve_config(
-        request.config_path, request.overrides, request.run_dir, preset=request.preset
-    )
-    check_same_content(run_dir, config)
+    found = program.locate(request)
+    run, config, run_dir = found.run, found.config, found.run.path
+    run.check_content(deepspeed_config(config), partial(inputs_of, config))
     pretrains = program is pretraining.PROGRAM
     steps = config.federation.num_local_steps  # the text, which may have fewer, is not ready
     return Run(
         run_dir=run_dir,
         name=config.name,
-        grid=program.grid_of(config),
-        is_done=lambda: pretrains and is_done(run_dir, num_rounds=config.federation.num_rounds),
+        grid=found.grid,
+        is_done=lambda: pretrains and run.is_done(num_rounds=config.federation.num_rounds),
         job=RankJob(program.name, RunRequest(run_dir=str(run_dir), options=request.options)),
-        reserve=partial(reserve, config, run_dir),
+        reserve=partial(reserve, run, config),
         view=partial(pretraining.view, config, num_local_steps=steps),
         closing=partial(program.closing, run_dir),
     )
@@ -246,9 +242,7 @@ def sweep_array(request: RunRequest, axes: Sequence[str]) -> Array:
             ArrayCell(name=cell.name, run_dir=cell.run_dir, grid=Grid.from_config(cell.config))
             for cell in sweep.cells
         ),
-        is_done=lambda name: is_done(
-            cells[name].run_dir, num_rounds=cells[name].config.federation.num_rounds
-        ),
+        is_done=lambda name: cells[name].is_done,
         prepare=lambda names: prepare_texts(cells[name] for name in names),
         gather=lambda: gather(sweep),
         outcome=lambda name: f"loss {number(read_result(cells[name].run_dir).loss, 3)}",
@@ -310,9 +304,14 @@ def finetuning(request: RunRequest, axes: Sequence[str]) -> Run | Array:
     arguments = (request.config_path, request.overrides, request.run_dir)
     study = choose_cells(*arguments, preset=request.preset, axes=axes)
     if study is None:
-        return _finetuning_run(*arguments, request.preset)
+        return _finetuning_run(tuning.PROGRAM.locate(request))
     directory, cells = study
-    runs = {c.name: _finetuning_run(None, [], str(directory / c.name), None) for c in cells}
+    runs = {
+        cell.name: _finetuning_run(
+            tuning.PROGRAM.locate(RunRequest(run_dir=str(directory / cell.name)))
+        )
+        for cell in cells
+    }
 
     def prepare(names: Sequence[str]) -> None:
         for name in names:
@@ -338,37 +337,26 @@ def finetuning(request: RunRequest, axes: Sequence[str]) -> Run | Array:
     )
 
 
-def _finetuning_run(
-    config_path: str | None, overrides: Sequence[str], run_dir: str | None, preset: str | None
-) -> Run:
-    if run_dir is None or not (Path(run_dir) / "config.yaml").is_file():
-        load_finetune(config_path, overrides, preset=preset)  # before anything is imported
-    from fedpipe.commands.finetune.setup import (
-        check_same_tuning,
-        is_finetuned,
-        resolve_finetune,
-        set_up_finetune,
-    )
-
-    config, directory, _ = resolve_finetune(config_path, overrides, run_dir, preset=preset)
-    check_same_tuning(directory, config)
+def _finetuning_run(found: Located) -> Run:
+    run, config = found.run, found.config
+    check_tuning(run, config)
     num_rounds = config.federation.num_rounds
 
     def write() -> str:
         lines: list[str] = []
-        set_up_finetune(config_path, overrides, run_dir, preset=preset, notify=lines.append)
+        tuning.PROGRAM.set_up(found, notify=lines.append)
         return "\n".join(lines)
 
     return Run(
-        run_dir=directory,
+        run_dir=run.path,
         name=config.name,
         grid=_ONE_TASK,
-        workers=Grid.of(config.stages, config.federation).world_size,
-        is_done=partial(is_finetuned, directory, num_rounds=num_rounds),
-        job=_command_job("finetune", directory),
+        workers=found.grid.world_size,
+        is_done=partial(run.is_done, num_rounds=num_rounds),
+        job=_command_job("finetune", run.path),
         reserve=write,
         view=partial(tuning.view, num_rounds=num_rounds),
-        closing=partial(tuning.PROGRAM.closing, directory),
+        closing=partial(tuning.PROGRAM.closing, run.path),
     )
 
 

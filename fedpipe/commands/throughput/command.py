@@ -31,13 +31,14 @@ from fedpipe.commands.throughput.report import (
     ThroughputSettings,
     single_replica,
 )
+from fedpipe.config import load
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.corpus import prepare
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.report.console import RunConsole
 from fedpipe.report.document import aligned
 from fedpipe.report.format import count
-from fedpipe.run.run_dir import RunSetup, describe_environment, locked, resolve_config
+from fedpipe.run.run_dir import RunDir, RunSetup, describe_environment, locked, resolve
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -83,8 +84,6 @@ def run(args: argparse.Namespace) -> int:
 
         how = Measuring(settings=settings_of(args))
         return start_rank(ranks.PROGRAM, options.request_of(args, options=how))
-    if not args.grid:
-        options.checked_config(args)
     return throughput(
         args.config,
         args.overrides,
@@ -132,7 +131,7 @@ def throughput(
                 config_path=config_path, overrides=[*overrides, *first], run_dir=run_dir,
                 preset=preset,
             )  # fmt: skip
-            setup = set_up_here(ranks.PROGRAM, request, console=console)
+            setup = set_up_here(ranks.PROGRAM, ranks.PROGRAM.locate(request), console=console)
             console.close()
             with locked(setup.run_dir):
                 if cells:
@@ -165,9 +164,12 @@ def _cells(
         return ()
     grid = parse_grid(axes)
     check_grid(grid, overrides)
+    run = RunDir.at(run_dir, "pretrain") if run_dir else None
+    own_file = run and run.saved and not (config_path or preset)
+    source = None if own_file else load.run_tree(config_path, preset=preset)
 
     def configure(own: Sequence[str]) -> RunConfig:
-        config, _, _ = resolve_config(config_path, [*overrides, *own], run_dir, preset=preset)
+        _, config = resolve("pretrain", source, [*overrides, *own], run)
         single_replica(config)
         return config
 
