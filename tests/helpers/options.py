@@ -63,7 +63,7 @@ class Options:
         *,
         record: str,
         elsewhere: tuple[str, ...],
-        alone: tuple[str, ...] = (),
+        alone: Mapping[str, Settings] | None = None,
         further: Mapping[str, list[Any]] | None = None,
     ) -> None:
         """Derive nothing yet.
@@ -73,11 +73,12 @@ class Options:
             base: Values, where they are not the defaults.
             record: File of ``GOLDEN`` that holds what ``covering`` returned last.
             elsewhere: Beginnings of keys that no rank reads.
-            alone: Options that take minutes: tried with everything else as it is.
+            alone: Options that take minutes: tried with everything else as it is, and once more
+                with these settings.
             further: Values that the type of an option does not say.
         """
         self._configure, self.base, self._record = configure, base, GOLDEN / record
-        self._elsewhere, self._alone, self._further = elsewhere, alone, further or {}
+        self._elsewhere, self._alone, self._further = elsewhere, alone or {}, further or {}
 
     def build(self, settings: Mapping[str, Any]) -> Any:
         """Return the checked configuration.
@@ -156,8 +157,15 @@ class Options:
         return found
 
     def singles(self) -> list[Settings]:
-        """Return the configurations of ``choices``, each once."""
-        return _first_of_its_kind([settings for _, settings in self.choices])
+        """Return the configurations of ``choices``, and of ``alone`` a second time, each once."""
+        found = [settings for _, settings in self.choices]
+        found += [
+            settings | again
+            for settings in found
+            for key, again in self._alone.items()
+            if key in settings
+        ]
+        return _first_of_its_kind(found)
 
     def all_pairs(self) -> list[tuple[Settings, Settings]]:
         """Return every two values of different options."""
@@ -358,7 +366,11 @@ PRETRAIN = Options(
         "pipeline.hang_timeout_s",  # read by who watches the ranks
         "model.size",  # sizes that the base has of its own
     ),
-    alone=("pipeline.compile",),  # takes a compiler minutes
+    alone={  # takes a compiler minutes, and draws dropout from a generator of its own
+        "pipeline.compile": {
+            "model.hidden_dropout_prob": 0.0, "model.attention_probs_dropout_prob": 0.0,
+        },
+    },
 )  # fmt: skip
 """Three clients on two replicas of two stages: a replica hosts a second client in a round."""
 
