@@ -17,6 +17,7 @@ from fedpipe.commands.pretrain.setup import reserve
 from fedpipe.errors import ConfigError
 from fedpipe.report.sinks import check_sinks
 from fedpipe.report.writer import MetricsWriter, read_metrics
+from fedpipe.run.run_dir import resolve
 from tests.helpers.records import make_records
 
 STEP = {"kind": "step", "stage": 0, "tokens": 10, "loss": 1.0}
@@ -50,7 +51,8 @@ def test_a_library_that_is_not_installed_is_refused_before_anything_is_written(
         f' install "fedpipe[{name}]", or leave {name} out of log.to.'
     )
     with pytest.raises(ConfigError) as caught:
-        reserve(None, [f"log.to=[tensorboard,{name}]"], str(tmp_path / "run"))
+        overrides = [f"log.to=[tensorboard,{name}]"]
+        reserve(*resolve("pretrain", None, overrides, str(tmp_path / "run")))
     assert str(caught.value) == text
     assert not (tmp_path / "run").exists()
 
