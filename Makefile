@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN_DIR ?= runs/quickstart
 
-.PHONY: help pretrain check test test-all slurm-packages slurm-up slurm-down lint format bench bench-gpu \
-	bench-gpu-published clean .venv
+.PHONY: help pretrain check test test-all slurm-packages slurm-up slurm-down lint format docs bench \
+	bench-gpu bench-gpu-published clean .venv
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test-all  the same with every case of the matrices of options, not a sample of them"
 	@echo "make lint      ruff and mypy only"
 	@echo "make format    rewrite the code as ruff formats it"
+	@echo "make docs      the documentation site, into build/site"
 	@echo "make slurm-up  a throw-away SLURM cluster on this machine; make slurm-down removes it"
 	@echo "make bench     measure every schedule on two cores; make bench-gpu on a GPU"
 	@echo "make bench-gpu-published  the same against FedBERT as its published code computes"
@@ -67,6 +68,16 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site has an environment of its own: it needs none of the packages that train.
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	@echo "build/site/index.html"
+
+.venv-docs/.ready: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -r docs/requirements.txt
+	@touch $@
+
 bench: $(READY)
 	$(BIN)/fedpipe throughput --config launch/configs/throughput_cpu.yaml --run-dir runs/bench
 
@@ -80,5 +91,5 @@ bench-gpu-published: $(READY)
 		--grid data.padded_length=0,512 "pipeline.wire=[auto],[fp32]"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-docs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find fedpipe tests launch -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,8 @@
-"""What the documents say can be done: links lead somewhere, commands run."""
+"""What the documents say can be done: links lead somewhere, commands and Python run."""
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import shlex
@@ -9,17 +10,47 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.encoders import bert
-from tests.helpers.guide import ROOT, commands_of, first_commands
+import pytest
+
+from fedpipe.data.tokenizer import SAMPLES
+from tests.helpers.guide import ROOT, blocks_of, commands
 
 FOLDERS = ("benchmarks", "docs", "examples", "fedpipe", "launch", "slurm")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(p for d in FOLDERS for p in ROOT.glob(f"{d}/**/*.md"))])
+ELSEWHERE = {ROOT / "docs/how-to/reproduce.md": "tests/e2e/test_reproduce.py"}
+"""Guides whose commands another test runs."""
+TUTORIAL = [ROOT / "docs/tutorial" / name for name in ("own-text.md", "evaluate.md")]
+"""Read one after the other."""
+GUIDES = [
+    document
+    for document in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+    if document not in (*ELSEWHERE, *TUTORIAL)
+    and any(b.language in ("sh", "python") and not b.title for b in blocks_of(document))
+]
+GIVEN = {
+    "docs/how-to/evaluate.md": [
+        "fedpipe pretrain --run-dir runs/small",
+        "fedpipe pretrain --run-dir runs/preset optimizer.lr=1e-3",
+    ],
+    "docs/reference/run-directory.md": ["fedpipe pretrain --run-dir runs/quickstart"],
+}
+"""What the reader of a guide has done before."""
+LEFT = {
+    "README.md": "runs/mine/export/config.json",
+    "evaluate.md": "runs/difference/comparison.html",
+    "export.md": "runs/quickstart/export/model.safetensors",
+    "finetune.md": "runs/lost/adapter/adapter_config.json",
+    "launchers.md": "runs/deepspeed/report.html",
+    "sweep.md": "runs/sweep/report.html",
+    "throughput.md": "runs/grid/throughput/report.html",
+}
+"""A file that must be there after a guide."""
 SHRINK = {
     "pretrain": [
         "model.num_hidden_layers=4", "model.hidden_size=32", "model.num_attention_heads=2",
         "model.intermediate_size=64", "data.sequence_length=32", "pipeline.micro_batch_size=2",
         "pipeline.num_micro_batches=2", "federation.num_rounds=1", "federation.num_local_steps=3",
-        "validation.max_blocks_per_client=2", "log.to=[]", "pipeline.cut=[2]",
+        "validation.max_blocks_per_client=2", "log.to=[]",
     ],
     "evaluate": [
         "evaluation.num_epochs=1", "evaluation.max_train_examples=32",
@@ -31,15 +62,8 @@ SHRINK = {
     ],
 }  # fmt: skip
 """Added to every command that trains: the command is tested, not the model."""
-
-
-def _commands() -> list[str]:
-    """Commands of the README's section "Use it", then those of the guide to evaluation, in order.
-
-    Later ones use earlier ones' runs.
-    """
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Use it\n")[1]
-    return first_commands(readme) + commands_of("docs/how-to/evaluate.md")
+SHRINK["sweep"] = SHRINK["pretrain"]
+SHRINK["throughput"] = ["--repetitions=2", "--steps=2", *SHRINK["pretrain"]]
 
 
 def _anchors(document: Path) -> set[str]:
@@ -64,17 +88,48 @@ def test_every_link_leads_to_a_file_and_a_heading() -> None:
     assert not dead, "\n".join(dead)
 
 
-def test_every_path_of_the_code_map_exists() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.split("\n## Map of the code\n")[1].split("\n## ")[0]
-    paths = re.findall(r"^(\S+)  ", section, re.MULTILINE)
-    assert len(paths) > 10
-    for path in paths:
-        assert (ROOT / path).exists(), path
+def test_every_path_of_the_tour_and_of_the_code_map_exists() -> None:
+    tour = (
+        (ROOT / "README.md").read_text(encoding="utf-8").split("\n## A guided tour in five files\n")
+    )
+    files = re.findall(r"^\d\. \[`(\S+)`\]", tour[1], re.MULTILINE)
+    assert len(files) == 5
+    code_map = (ROOT / "docs/explanation/code-map.md").read_text(encoding="utf-8")
+    folders = re.findall(r"^\| `(\S+)` \|", code_map, re.MULTILINE)
+    assert len(folders) > 10
+    assert not [path for path in files + folders if not (ROOT / path).exists()]
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def _shrunk(command: str) -> str:
+    """Return a command with the keys that make its run small; a resumed run gets the same."""
+    words = shlex.split(command)
+    name = next((name for name in SHRINK if name in words or f"launch/{name}.py" in words), "")
+    if not name or "--compare" in words:
+        return command
+    end = words.index("--grid") if "--grid" in words else len(words)
+    swept = {word.split("=")[0] for word in words if word.startswith(("data.", "pipeline."))}
+    words[end:end] = [word for word in SHRINK[name] if word.split("=")[0] not in swept]
+    return shlex.join(words)
+
+
+def _script(text: str) -> str:
+    """Return a shell block with its trainings made small."""
+    lines = []
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.startswith(("fedpipe ", "torchrun ", "deepspeed ")):
+            # a unit test counts the parameters of every method
+            lines += [_shrunk(c) for c in commands(line) if "--count" not in c]
+        else:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def _run(words: list[str], cwd: Path) -> None:
-    """Run a command as a user of this checkout would."""
+    """Run a program as a user of this checkout would."""
     bin_dir = Path(sys.executable).parent
     env = os.environ | {
         "PATH": f"{bin_dir}:{os.environ['PATH']}",
@@ -84,52 +139,56 @@ def _run(words: list[str], cwd: Path) -> None:
         "GLOO_SOCKET_IFNAME": "lo",
         "COLUMNS": "200",
     }
-    result = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, f"{words}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
 
 
-def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
-    (tmp_path / "launch").symlink_to(ROOT / "launch")
-    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
-    commands = _commands()
-    assert len(commands) >= 9
-    resumable: set[str] = set()
-    for command in commands:
-        words = shlex.split(command)
-        run_dir = words[words.index("--run-dir") + 1] if "--run-dir" in words else ""
-        trains = any(name in command for name in ("pretrain", "throughput", "sweep"))
-        if trains and run_dir not in resumable:
-            end = words.index("--grid") if "--grid" in words else len(words)
-            words[end:end] = SHRINK["pretrain"]
-        known = run_dir and run_dir in resumable
-        if words[1] == "evaluate" and "--compare" not in words and not known:
-            words += SHRINK["evaluate"]
-        resumable.add(run_dir)
-        _run(words, tmp_path)
-    assert (tmp_path / "runs/small/export/config.json").is_file()
-    assert (tmp_path / "runs/bench/throughput/report.json").is_file()
-    assert (tmp_path / "runs/difference/comparison.html").is_file()
+def _follow(document: Path, place: Path) -> None:
+    """Do what a document shows to every reader."""
+    for name in ("launch", "ds_configs"):
+        if not (place / name).exists():
+            (place / name).symlink_to(ROOT / name)
+    for command in GIVEN.get(str(document.relative_to(ROOT)), []):
+        _run(["bash", "-c", _shrunk(command)], place)
+    for block in blocks_of(document):
+        if block.title and block.language not in ("sh", "python", "text"):
+            (place / block.title).write_text(block.text, encoding="utf-8")
+        elif block.language == "sh" and not block.title:
+            _run(["bash", "-euo", "pipefail", "-c", _script(block.text)], place)
+        elif block.language == "python" and not block.title:
+            _run([sys.executable, "-c", block.text], place)
 
 
-def test_the_example_of_a_task_of_ones_own_runs(tmp_path: Path) -> None:
-    text = (ROOT / "docs/how-to/evaluate.md").read_text(encoding="utf-8")
-    example = re.search(r"## Your own labelled task\n.*?```sh\n(.*?)```", text, re.DOTALL)
-    assert example is not None
-    bert(tmp_path / "runs/small/export")
-    shrunk = example.group(1).rstrip() + f" {' '.join(SHRINK['finetune'])}\n"
-    _run(["bash", "-euc", shrunk.replace("max_length=16", "max_length=32")], tmp_path)
-    table = (tmp_path / "runs/triage/evaluation.md").read_text(encoding="utf-8")
-    assert "| triage | F1 | 4 | 1 |" in table and "task.yaml (own task)" in table
-    assert "triage" in (tmp_path / "runs/triage-clients/report.md").read_text(encoding="utf-8")
+def _own_text(place: Path) -> None:
+    """Lay down what the README calls the reader's own text: two owners, two formats."""
+    for part in ("train", "valid"):
+        file = SAMPLES / f"bio_pmc.{part}.jsonl.gz"
+        lines = gzip.decompress(file.read_bytes()).decode().splitlines()[:8]
+        (place / "north").mkdir(exist_ok=True)
+        (place / "north" / f"{part}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        (place / "south" / part).mkdir(parents=True)
+        (place / "south" / part / "notes.txt").write_text("\n".join(lines), encoding="utf-8")
 
 
-def test_the_commands_of_the_guide_to_fine_tuning_run(tmp_path: Path) -> None:
-    commands = commands_of("docs/how-to/finetune.md")
-    for command in (c for c in commands if "--count" not in c):  # which a unit test calls
-        words = shlex.split(command)
-        end = words.index("--grid") if "--grid" in words else len(words)
-        words[end:end] = SHRINK["finetune"]
-        _run(words, tmp_path)
-    assert (tmp_path / "runs/finetune/report.html").is_file()
-    assert (tmp_path / "runs/lost/adapter/adapter_config.json").is_file()
-    assert "| stage 0 to 1 |" in (tmp_path / "runs/split/report.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", GUIDES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_a_guide_shows_runs(document: Path, tmp_path: Path) -> None:
+    if document.name == "README.md":
+        _own_text(tmp_path)
+    _follow(document, tmp_path)
+    if name := LEFT.get(document.name):
+        assert (tmp_path / name).is_file()
+    if document.name == "finetune.md":
+        report = (tmp_path / "runs/split/report.md").read_text(encoding="utf-8")
+        assert "| stage 0 to 1 |" in report
+    if document.name == "evaluate.md":
+        table = (tmp_path / "runs/triage/evaluation.md").read_text(encoding="utf-8")
+        assert "| triage | F1 | 4 | 1 |" in table and "task.yaml (own task)" in table
+        report = (tmp_path / "runs/triage-clients/report.md").read_text(encoding="utf-8")
+        assert "triage" in report
+
+
+def test_the_tutorial_leads_from_text_to_a_scored_model(tmp_path: Path) -> None:
+    for document in TUTORIAL:
+        _follow(document, tmp_path)
+    assert (tmp_path / "runs/own/export/config.json").is_file()
+    assert (tmp_path / "runs/scores/evaluation.html").is_file()

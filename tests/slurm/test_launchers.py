@@ -143,7 +143,7 @@ def test_the_five_lines_of_the_readme_train_on_two_nodes_as_on_one_machine(
 ) -> None:
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     section = text.split("\n## SLURM in five lines\n")[1]
-    block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
+    block = re.search(r"```sh[^\n]*\n(.*?)```", section, re.DOTALL)
     assert block, "the section shows commands"
     lines = block.group(1).splitlines()
     assert len(lines) == 5
