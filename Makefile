@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN_DIR ?= runs/quickstart
+# Of pytest, for two cores: half of the time a test waits for its ranks, a signal or SLURM.
+WORKERS ?= 3
 
 .PHONY: help pretrain check test test-all slurm-packages slurm-up slurm-down lint format docs bench \
 	bench-gpu bench-gpu-published clean .venv
@@ -44,7 +46,7 @@ check: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not slow" tests/unit
 
 test: slurm-packages lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: export FEDPIPE_MATRIX = all
 test-all: test

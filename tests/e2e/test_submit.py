@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from fedpipe.cli import main
 from fedpipe.config.load import load_config
+from tests.helpers.cases import every
 from tests.helpers.cli import REPOSITORY, Command, fedpipe
 from tests.helpers.encoders import bert, easy_ner
 from tests.helpers.runs import TINY, num_rounds
@@ -89,7 +91,7 @@ def test_the_launch_script_with_cluster_submits_and_says_what_is_wrong_before_it
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
+@every(
     ("arguments", "error"),
     [
         (
@@ -118,12 +120,17 @@ def test_the_launch_script_with_cluster_submits_and_says_what_is_wrong_before_it
     ],
 )
 def test_what_cannot_be_submitted_is_one_line_and_nothing_is_written(
-    tmp_path: Path, arguments: tuple[str, ...], error: str
+    arguments: tuple[str, ...],
+    error: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    result = fedpipe("submit", *arguments, "--cluster", "local", folder=tmp_path)
-    assert result.code == 2, result.out + result.err
-    assert re.match(r"\w+Error: " + re.escape(error), result.error), result.error
-    assert not (tmp_path / "runs").exists()
+    monkeypatch.chdir(tmp_path)
+    assert main(["submit", *arguments, "--cluster", "local"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"\w+Error: " + re.escape(error), line), line
+    assert not list(tmp_path.iterdir())
 
 
 def test_cells_without_a_scheduler_are_jobs_of_this_machine_and_end_in_one_table(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.cluster.rank import Located, RunRequest, View
-from fedpipe.cluster.submit import Cluster, CommandJob, RankJob, Run, submit
+from fedpipe.cluster.submit import Cluster, CommandJob, RankJob, Run, check_folder, submit
 from fedpipe.commands import options
 from fedpipe.commands.evaluate import gather as evaluations
 from fedpipe.commands.evaluate.command import add_choice, choice_of
@@ -149,6 +149,8 @@ def submit_request(
             f"--grid: expected submit sweep or finetune, got submit {task}. Change the task."
         )
     _check_options(task, chosen)
+    if request.run_dir:
+        check_folder(Path(request.run_dir))
     what: Run | Array
     if task == "sweep":
         what = sweep_array(request, axes)
