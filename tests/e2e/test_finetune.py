@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -45,23 +46,30 @@ def test_methods_are_compared_in_a_table(tmp_path: Path, tiny: list[str]) -> Non
     assert other.code == 2 and "expected the grid that is in" in other.error
 
 
-def test_a_signal_ends_it_after_a_round_and_the_same_directory_goes_on(
+def test_a_signal_ends_it_within_a_few_local_steps_and_the_same_directory_goes_on(
     tmp_path: Path, tiny: list[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    asked = ["federation.num_rounds=12", "method.name=lora", "scoring.every_rounds=12"]
+    asked = ["federation.num_rounds=3", "method.name=lora", "federation.num_local_epochs=0",
+             "federation.num_local_steps=150"]  # fmt: skip
     command = Command("finetune", "--run-dir", str(run_dir), *tiny[:-1], *asked, folder=tmp_path)
-    command.wait_for(lambda: "round  2/12" in command.output(), "round 2")
+    command.wait_for(lambda: "round 1/3" in command.output(), "round 1")
     command.process.send_signal(signal.SIGTERM)
     stopped = command.finish()
     assert stopped.code == 75, stopped.out + stopped.err
+    assert "it saves and stops within a few local steps; a second signal" in stopped.out
+    assert re.search(r"interrupted after local step \d+ of round [23];", stopped.out), stopped.out
     assert f"resume with: fedpipe finetune --run-dir {run_dir}" in stopped.out
-    done = {path.name for path in (run_dir / "checkpoints").glob("round_*")}
+    last = max(path.name for path in (run_dir / "checkpoints").glob("round_*"))
+    assert "_step_" in last
+    moved = fedpipe("finetune", "--run-dir", str(run_dir), "federation.num_replicas=4",
+                    folder=tmp_path)  # fmt: skip
+    assert "values of federation.num_replicas (4 instead of 2)" in moved.error
     resumed = fedpipe("finetune", "--run-dir", str(run_dir), folder=tmp_path)
     assert resumed.code == 0, resumed.out + resumed.err
-    assert f"from {max(done)}" in resumed.out
+    assert f"from {last}" in resumed.out
     rounds = [r["round"] for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "round"]
-    assert rounds == list(range(12))
+    assert rounds == list(range(3))
 
 
 @pytest.mark.parametrize(
