@@ -156,7 +156,8 @@ class _Launched(Peers):
                 if self._job_id:
                     position = position_of(setup.checkpoint)
                     note_attempt(setup.run_dir, position, job_id=self._job_id)
-                return program.to_message(setup)
+                message: dict[str, Any] = setup.to_message()
+                return message
 
             from fedpipe.distributed.meeting import Meeting
 

@@ -76,6 +76,9 @@ class Setup(Protocol):
     def hang_timeout_s(self) -> float:
         """Seconds without a sign of life after which a process is taken for hung."""
 
+    def to_message(self) -> dict[str, Any]:
+        """Return what JSON can hold of it, for other ranks."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class View:
@@ -161,12 +164,8 @@ class RankProgram(ABC):
         """
 
     @abstractmethod
-    def to_message(self, setup: Any) -> dict[str, Any]:
-        """Return what JSON can hold of a setup."""
-
-    @abstractmethod
     def from_message(self, message: Mapping[str, Any], *, started_at: float) -> Any:
-        """Make a setup again on another rank, which began at ``started_at`` of its own clock."""
+        """Make a setup again from its message; the rank began at ``started_at`` of its clock."""
 
     @abstractmethod
     def folders(self, setup: Any) -> Mapping[str, Path]:

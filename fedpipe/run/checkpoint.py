@@ -77,6 +77,16 @@ class Checkpoint:
     seconds: float = 0.0
     """That the round under way has taken so far; 0 between rounds."""
 
+    def to_message(self) -> dict[str, Any]:
+        """Return what JSON can hold of it."""
+        return asdict(self) | {"path": str(self.path)}
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> Checkpoint:
+        """Make it again from ``to_message``."""
+        position = Position(**message["position"])
+        return cls(**{**message, "path": Path(message["path"]), "position": position})
+
 
 class CheckpointWriter:
     """Writes a run's checkpoints; one per process."""

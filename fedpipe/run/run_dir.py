@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
@@ -99,9 +99,7 @@ class RunSetup:
 
     def to_message(self) -> dict[str, Any]:
         """What JSON can hold of it."""
-        checkpoint = self.checkpoint and asdict(self.checkpoint) | {
-            "path": str(self.checkpoint.path)
-        }
+        checkpoint = self.checkpoint and self.checkpoint.to_message()
         return {
             "config": load.to_dict(self.config), "run_dir": str(self.run_dir),
             "data_dir": self.data_dir, "checkpoint": checkpoint,
@@ -120,12 +118,9 @@ class RunSetup:
         """
         config = load.from_dict(message["config"], source="the message of rank 0")
         saved = message["checkpoint"]
-        checkpoint = saved and Checkpoint(
-            **saved | {"path": Path(saved["path"]), "position": Position(**saved["position"])}
-        )
         return cls(
             config=config, run_dir=Path(message["run_dir"]), data_dir=str(message["data_dir"]),
-            checkpoint=checkpoint or None, started_at=started_at,
+            checkpoint=Checkpoint.from_message(saved) if saved else None, started_at=started_at,
         )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,25 +46,14 @@ class FinetuningRanks(RankProgram):
 
         return set_up_finetune(found.run, found.config, notify=notify)
 
-    def to_message(self, setup: FinetuneSetup) -> dict[str, Any]:
-        """See ``RankProgram``."""
-        saved = setup.checkpoint
-        return {
-            "run_dir": str(setup.run_dir),
-            "checkpoint": saved and asdict(saved) | {"path": str(saved.path)},
-        }
-
     def from_message(self, message: Mapping[str, Any], *, started_at: float) -> FinetuneSetup:
         """See ``RankProgram``."""
         from fedpipe.commands.finetune.setup import FinetuneSetup
 
         run_dir, saved = Path(message["run_dir"]), message["checkpoint"]
-        checkpoint = saved and Checkpoint(
-            **saved | {"path": Path(saved["path"]), "position": Position(**saved["position"])}
-        )
         return FinetuneSetup(
             config=load_finetune(RunDir.open(run_dir, "finetune").saved, []), run_dir=run_dir,
-            checkpoint=checkpoint or None, started_at=started_at,
+            checkpoint=Checkpoint.from_message(saved) if saved else None, started_at=started_at,
         )  # fmt: skip
 
     def folders(self, setup: FinetuneSetup) -> Mapping[str, Path]:

@@ -61,6 +61,11 @@ class FinetuneSetup:
         """Seconds without a sign of life after which a process is taken for hung."""
         return self.config.hang_timeout_s
 
+    def to_message(self) -> dict[str, Any]:
+        """What JSON can hold of it; the configuration lies in the run directory."""
+        checkpoint = self.checkpoint and self.checkpoint.to_message()
+        return {"run_dir": str(self.run_dir), "checkpoint": checkpoint}
+
 
 def set_up_finetune(
     run: RunDir, config: FinetuneConfig, *, notify: Callable[[str], None]

@@ -54,10 +54,6 @@ class PretrainingRanks(RankProgram):
             choose_cut=partial(choose_cut, measure=measure, notify=notify),
         )
 
-    def to_message(self, setup: RunSetup) -> dict[str, Any]:
-        """See ``RankProgram``."""
-        return setup.to_message()
-
     def from_message(self, message: Mapping[str, Any], *, started_at: float) -> RunSetup:
         """See ``RankProgram``."""
         return RunSetup.from_message(message, started_at=started_at)
