@@ -27,12 +27,13 @@ from fedpipe.commands.finetune.whole import WholeReplica
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
+from fedpipe.distributed.watch import Moment, Watch
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError
 from fedpipe.federation.cohort import Turn
 from fedpipe.models.lower import LowerLayers
 from fedpipe.models.peft import lora_updates
 from fedpipe.report.writer import read_metrics
-from fedpipe.run.checkpoint import CheckpointWriter
+from fedpipe.run.checkpoint import CheckpointWriter, Position, find_latest
 from fedpipe.run.run_dir import resolve
 from tests.helpers.distributed import run_distributed
 from tests.helpers.encoders import write_jsonl
@@ -70,9 +71,17 @@ def alone() -> ProcessEnv:
     return ProcessEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, rendezvous="")
 
 
-def run(setup: FinetuneSetup, emit: Callable[[str, Any], None] = lambda *_: None) -> Any:
-    with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):
-        return finetune(setup, env=alone(), emit=emit)
+def run(
+    setup: FinetuneSetup,
+    emit: Callable[[str, Any], None] = lambda *_: None,
+    *,
+    stop: Moment | None = None,
+) -> Position | None:
+    with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}), Watch() as watch:
+        if stop is not None:  # as the ranks agree upon when one is asked to
+            watch.stop.freeze()
+            watch.stop.settle(stop)
+        return finetune(setup, env=alone(), emit=emit, watch=watch)
 
 
 def _on_rank(env: ProcessEnv, setup: FinetuneSetup) -> None:
@@ -583,10 +592,10 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, client_id: int, *, round_id: int = 1
     train, step = WholeReplica.train, WholeReplica._step
     steps: list[int] = []
 
-    def train_and_count(replica: WholeReplica, turn: Turn, *more: Any, **keywords: Any) -> Any:
-        hit = (turn.client_id, keywords["round_id"]) == (client_id, round_id)
-        steps[:] = [1] if hit else []
-        return train(replica, turn, *more, **keywords)
+    def train_and_count(replica: WholeReplica, turn: Turn, asked: range, **keywords: Any) -> Any:
+        hit = (turn.client_id, keywords["round_id"]) == (client_id, round_id) and asked.start < 2
+        steps[:] = [1 - asked.start] if hit else []
+        return train(replica, turn, asked, **keywords)
 
     def step_or_nan(replica: WholeReplica, *arguments: Any) -> Any:
         loss, norm = step(replica, *arguments)
@@ -635,6 +644,40 @@ def test_a_client_whose_loss_is_nan_is_left_out_of_the_average_and_of_its_own_st
         assert tensor.isfinite().all()
         torch.testing.assert_close(weights(tmp_path / "run", 2)[name], tensor, atol=1e-6, rtol=0)
     assert "Updates that were left out" in write_finetune_report(tmp_path / "run").read_text()
+
+
+@pytest.mark.parametrize("after", [2, 5], ids=["in the bad turn", "in a later turn"])
+def test_a_refused_client_survives_a_stop_in_mid_round_bit_for_bit(
+    tmp_path: Path, base: list[str], monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    options = (
+        "method.lora_average=product", "federation.average.final_head=false",
+        "federation.optimizer_state=keep", "federation.num_rounds=2",
+        "federation.num_local_epochs=0", "federation.num_local_steps=4",
+    )  # fmt: skip
+    whole = set_up(tmp_path / "whole", base, *options)
+    bad = draw_round(whole.config, 1, 5)[0][0]
+    _spoil(monkeypatch, bad)
+    run(whole)
+    stopped = run(set_up(tmp_path / "stopped", base, *options), stop=(1, after))
+    assert stopped == Position(round_id=1, step=after)
+    assert run(set_up(tmp_path / "stopped", [])) is None
+    assert records(tmp_path / "stopped") == records(tmp_path / "whole")
+    (refused,) = records(tmp_path / "whole", "round")[1]["refused"]
+    assert (refused["client"], refused["step"]) == (bad, 1)
+    expected = weights(tmp_path / "whole", 2)
+    assert all(torch.equal(t, expected[n]) for n, t in weights(tmp_path / "stopped", 2).items())
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_a_line(
+    tmp_path: Path, base: list[str]
+) -> None:
+    run(set_up(tmp_path, base, "federation.num_rounds=2"), stop=(1, 0))
+    saved, _ = find_latest(tmp_path)
+    assert saved is not None
+    (saved.path / "server.pt").touch()
+    with pytest.raises(CheckpointError, match=r"damaged: its server.pt is of an earlier version"):
+        set_up(tmp_path, [])
 
 
 def _forget(monkeypatch: pytest.MonkeyPatch, client_id: int, *, round_id: int) -> None:
