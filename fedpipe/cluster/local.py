@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import random
 import shlex
@@ -22,7 +21,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any
 
 from fedpipe.cluster.rank import (
@@ -331,6 +332,25 @@ def num_threads(num_cores: int) -> int:
     return asked or num_cores
 
 
+class _Process(ForkServerProcess):
+    """A process that leaves the main module of this one alone.
+
+    It may be a user's script, which multiprocessing would run again in every process.
+    """
+
+    def start(self) -> None:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")  # without a file or a name to import
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Context(ForkServerContext):
+    Process = _Process
+
+
 def fork_server(preload: Sequence[str]) -> Any:
     """Start importing torch, DeepSpeed and transformers, once, beside the supervisor's own work.
 
@@ -347,7 +367,7 @@ def fork_server(preload: Sequence[str]) -> Any:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
+    context = _Context()
     context.set_forkserver_preload(list(preload))
     _find_room_for_sockets()
     resource_tracker.ensure_running()  # it changes the mask, so not below

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fedpipe import log
+from fedpipe.config.tree import Node
 from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv, num_gpus
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, StopSignals
@@ -42,7 +43,7 @@ Emit = Callable[[str, Any], None]
 class RunRequest:
     """What a user asks of a run."""
 
-    config_path: str | None = None
+    config_path: str | Node | None = None
     overrides: Sequence[str] = ()
     run_dir: str | None = None
     preset: str | None = None

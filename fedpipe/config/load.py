@@ -68,8 +68,7 @@ def read_config(
     Raises:
         ConfigError: A key is unknown, given twice or of the wrong type, or there is no such preset.
     """
-    node = path if isinstance(path, Node) else run_tree(path, preset=preset)
-    node = reduce(merge, map(parse_override, overrides), node)
+    node = reduce(merge, map(parse_override, overrides), run_tree(path, preset=preset))
     return cast(RunConfig, build(RunConfig, node))
 
 
@@ -106,7 +105,7 @@ def _evenly_cut(node: Node, num_stages: int) -> RunConfig:
     return with_cut(config, even)
 
 
-def run_tree(path: str | None, *, preset: str | None = None) -> Node:
+def run_tree(path: str | Node | None, *, preset: str | None = None) -> Node:
     """Read file and preset once, for ``load_config`` with overrides of several runs.
 
     Arguments are those of ``load_config``.

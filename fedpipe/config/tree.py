@@ -6,6 +6,7 @@ not. Keys given twice are refused: PyYAML keeps the last one without a word.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ def wrap(data: Any, source: str) -> Node:
         return Node({str(key): wrap(value, source) for key, value in data.items()}, source)
     if isinstance(data, (list, tuple)):
         return Node([wrap(item, source) for item in data], source)
-    return Node(data, source)
+    return Node(os.fspath(data) if isinstance(data, os.PathLike) else data, source)
 
 
 def dump(data: Mapping[str, Any]) -> str:

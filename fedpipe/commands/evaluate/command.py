@@ -32,6 +32,7 @@ from fedpipe.commands.study.pool import (
     save_when_the_parent_dies,
     saying_to,
 )
+from fedpipe.config.tree import Node
 from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv, num_gpus
 from fedpipe.distributed.signals import (
@@ -147,7 +148,7 @@ def _compare(runs: Sequence[str], run_dir: str | None) -> int:
 
 
 def evaluate(
-    config_path: str | None,
+    config_path: str | Node | None,
     overrides: Sequence[str],
     run_dir: str | None,
     *,

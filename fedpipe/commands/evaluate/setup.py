@@ -22,7 +22,7 @@ from fedpipe.commands.evaluate.model_folder import (
 from fedpipe.config import load
 from fedpipe.config.evaluation import EvaluationConfig
 from fedpipe.config.schema import RunConfig
-from fedpipe.config.tree import dump
+from fedpipe.config.tree import Node, dump
 from fedpipe.data.cache import cache_root
 from fedpipe.data.identity import digest
 from fedpipe.data.tasks.files import TaskFiles, find_files
@@ -98,7 +98,7 @@ class Evaluation:
 
 
 def read_evaluation(
-    config_path: str | None,
+    config_path: str | Node | None,
     overrides: Sequence[str],
     run_dir: str | None,
     *,

@@ -24,7 +24,7 @@ from fedpipe.commands.finetune.grid import (
 )
 from fedpipe.commands.study.axes import check_grid, parse_grid
 from fedpipe.config.finetune import FinetuneConfig, finetune_presets, load_finetune
-from fedpipe.config.tree import parse_override
+from fedpipe.config.tree import Node, parse_override
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.errors import ConfigError
 from fedpipe.report.console import RunConsole
@@ -74,7 +74,7 @@ def task_overrides(task_files: Sequence[str]) -> list[str]:
 
 
 def finetune(
-    config_path: str | None,
+    config_path: str | Node | None,
     overrides: Sequence[str],
     run_dir: str | None,
     *,
@@ -161,7 +161,7 @@ def _one(run: RunDir, config: FinetuneConfig, console: RunConsole, signals: Sign
 
 
 def choose_cells(
-    config_path: str | None,
+    config_path: str | Node | None,
     overrides: Sequence[str],
     run_dir: str | None,
     *,
@@ -210,7 +210,10 @@ def choose_cells(
 
 
 def _cells(
-    config_path: str | None, overrides: Sequence[str], preset: str | None, axes: Sequence[str]
+    config_path: str | Node | None,
+    overrides: Sequence[str],
+    preset: str | None,
+    axes: Sequence[str],
 ) -> list[Cell]:
     """Return the product of a grid."""
     grid = parse_grid(axes)

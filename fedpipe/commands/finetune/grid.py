@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from fedpipe.config.finetune import FinetuneConfig, finetune_yaml, load_finetune
+from fedpipe.config.tree import Node
 from fedpipe.errors import CheckpointError, FedPipeError
 from fedpipe.files import write_text
 from fedpipe.run.resume import continued
@@ -25,7 +26,7 @@ class Cell:
 
     name: str
     """Its directory below the grid's."""
-    config_path: str | None
+    config_path: str | Node | None
     preset: str | None
     overrides: list[str]
 
@@ -82,7 +83,7 @@ def again(
     cell: Cell,
     directory: Path,
     *,
-    config_path: str | None,
+    config_path: str | Node | None,
     overrides: Sequence[str],
     preset: str | None,
 ) -> Cell:

@@ -82,6 +82,10 @@ class Plan:
     warnings: tuple[str, ...]
     """What the user should look at."""
 
+    def __str__(self) -> str:
+        """Return what ``fedpipe plan`` shows."""
+        return render(self)
+
     @property
     def messages_per_step(self) -> int:
         """Messages per edge, local step and replica, over its data-parallel ranks."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fedpipe.cluster.local import set_up_here, supervise
 from fedpipe.commands import options
 from fedpipe.commands.pretrain import ranks
+from fedpipe.config.tree import Node
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.report.console import RunConsole
 from fedpipe.run.run_dir import RunDir, locked, resolve, way_back
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def pretrain(
-    config_path: str | None,
+    config_path: str | Node | None,
     overrides: Sequence[str],
     run_dir: str | None,
     *,

@@ -22,7 +22,7 @@ from fedpipe.commands.study.report import Row, draw_sweep, read_result, short_na
 from fedpipe.config import load
 from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.schema import RunConfig
-from fedpipe.config.tree import dump, wrap
+from fedpipe.config.tree import Node, dump, wrap
 from fedpipe.data.corpus import Progress, check_sources, prepare
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError
 from fedpipe.files import write_text
@@ -72,7 +72,7 @@ class Sweep:
 
 
 def set_up_sweep(
-    config_path: str | None,
+    config_path: str | Node | None,
     overrides: Sequence[str],
     axes: Sequence[str],
     run_dir: str | None,
