@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedpipe.commands.evaluate.labelled import task_loss
 from fedpipe.commands.finetune.hidden_states import HiddenStateCache
 from fedpipe.config.finetune import MethodConfig
+from fedpipe.data.tasks.batches import task_loss
 from fedpipe.data.tasks.encoding import Encoded
 from fedpipe.models.lower import LowerLayers
 from fedpipe.models.peft import METHODS, attach, trainable

@@ -28,11 +28,11 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from torch import Tensor, nn
 
-from fedpipe.commands.evaluate.labelled import task_loss
 from fedpipe.commands.finetune.examples import DATA, TuningData
 from fedpipe.commands.finetune.model import attach_seeded, build_tuned
 from fedpipe.commands.finetune.turns import batches, num_tuning_steps
 from fedpipe.config.finetune import FinetuneConfig, load_finetune
+from fedpipe.data.tasks.batches import task_loss
 from fedpipe.data.tasks.encoding import Encoded, collate
 from fedpipe.models.families import stable_seed
 from fedpipe.models.peft import trainable
@@ -48,8 +48,8 @@ class Worker(NamedTuple):
 
     def logits(self, split: Encoded, rows: Any) -> tuple[Tensor, Tensor]:
         """Of some sequences, with their labels."""
-        meaning = self.data.meaning
-        inputs, labels = collate(split, rows, pad_id=meaning.pad_id, kind=meaning.kind)
+        task = self.data.task
+        inputs, labels = collate(split, rows, pad_id=task.pad_id, kind=task.kind)
         output = self.model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
         return output.logits, torch.from_numpy(labels)
 
@@ -74,8 +74,8 @@ def prepared(run_dir: str) -> tuple[FinetuneConfig, TuningData]:
 def build(run_dir: str) -> Worker:
     """Build the model with its first values."""
     config, data = prepared(run_dir)
-    model = build_tuned(config, data.meaning)
-    attach_seeded(model, config, data.meaning)
+    model = build_tuned(config, data.task)
+    attach_seeded(model, config, data.task)
     return Worker(config, data, model, trainable(model))
 
 
@@ -105,7 +105,7 @@ def train(message: Message, context: Context) -> Message:
     steps = num_tuning_steps(config, len(owned))
     for rows in batches(config, client, round_id=round_id, size=len(owned), steps=steps):
         logits, labels = mine.logits(mine.data.train, owned[rows])
-        loss = task_loss(logits, labels, kind=mine.data.meaning.kind)
+        loss = task_loss(logits, labels, kind=mine.data.task.kind)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -13,6 +13,9 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 DEFAULT_TASK = "ncbi-disease"
 """What is evaluated where nobody names a task."""
+Kind = Literal["ner", "classification", "regression", "causal-lm"]
+"""What the head of a model gives: a tag per word, a class, a number, or a text's next token."""
+
 PACKAGED_TASKS = "packaged"
 """Value of ``evaluation.data``: the slice of NCBI-disease that fedpipe ships."""
 

@@ -22,10 +22,11 @@ from adapters.methods.lora import LoRALayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fedpipe.config.evaluation import Kind
 from fedpipe.config.finetune import MethodConfig
 from fedpipe.config.half_files import check_fetched, read_json_object
 from fedpipe.errors import CheckpointError, ConfigError
-from fedpipe.models.tuned import Kind, head_names, is_head_of
+from fedpipe.models.tuned import head_names, is_head_of
 
 ADAPTER = "federation"
 """Name of the adapter in the library, FATE-LLM's."""

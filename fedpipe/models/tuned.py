@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from fedpipe.config.evaluation import Kind
 from fedpipe.errors import ConfigError
-
-Kind = Literal["classification", "regression", "ner", "causal-lm"]
 
 _AUTO: dict[Kind, str] = {
     "classification": "AutoModelForSequenceClassification",

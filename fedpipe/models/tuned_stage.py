@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
+from fedpipe.config.evaluation import Kind
 from fedpipe.config.families import FAMILIES as DECLARED
 from fedpipe.errors import ConfigError
 from fedpipe.models.families import FAMILIES
 from fedpipe.models.modeling import roberta
 from fedpipe.models.split import AUX_HEADS, StageSpec
 from fedpipe.models.stage import StageModule, place
-from fedpipe.models.tuned import Kind
 
 NUM_PLANES = 3
 """Of the targets: lengths, labels, weights."""

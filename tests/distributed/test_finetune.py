@@ -723,7 +723,7 @@ def test_a_ner_task_of_ones_own_is_tuned_with_its_entity_types_and_its_owners(
     scored = records(tmp_path / "run", "eval")[-1]
     assert scored["metric"] == "entity_f1" and scored["score"] > 0.9
     assert len(scored["clients"]) == 3
-    labels = TuningData.load(tmp_path / "run" / DATA).meaning.labels
+    labels = TuningData.load(tmp_path / "run" / DATA).task.labels
     assert labels == ("O", "B-Good", "I-Good", "B-Bad", "I-Bad")
     export_finetuned(tmp_path / "run")
     exported = json.loads((tmp_path / "run/export/config.json").read_text())

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from transformers import BertTokenizerFast, PretrainedConfig, PreTrainedModel
 
-from fedpipe.models.tuned import Kind, base_config, build_model
+from fedpipe.config.evaluation import Kind
+from fedpipe.models.tuned import base_config, build_model
 
 VOCAB, LENGTH, LABELS = 60, 12, 3
 _SIZES = {

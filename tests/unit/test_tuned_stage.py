@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fedpipe.config.evaluation import Kind
 from fedpipe.config.finetune import CutConfig, FinetuneConfig, Method, MethodConfig
 from fedpipe.config.schema import PipelineConfig
 from fedpipe.errors import ConfigError
 from fedpipe.models.peft import attach, trainable
 from fedpipe.models.split import AUX_HEADS, merge, owner, part_of, stage_specs
-from fedpipe.models.tuned import Kind
 from fedpipe.models.tuned_stage import TunedStage, check_cut, local_head_numel
 from tests.helpers.tuned import LENGTH, small_batch, small_config, small_model
 

@@ -9,6 +9,7 @@ import json
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from fedpipe.commands.evaluate.setup import CELL_FILE, RESULT_FILE
-from fedpipe.commands.evaluate.training import drawn, load_model, predict, train
-from fedpipe.data.tasks.encoding import IGNORED, Encoded, load_tokenizer
+from fedpipe.commands.evaluate.training import drawn, forward_of, load_model, train
+from fedpipe.data.tasks.batches import predict
+from fedpipe.data.tasks.encoding import Encoded, load_tokenizer
 from fedpipe.data.tasks.registry import TaskSpec
-from fedpipe.data.tasks.scoring import METRICS
+from fedpipe.data.tasks.scoring import METRICS, by_example
 from fedpipe.distributed.device import device_name, own_device
 from fedpipe.files import write_atomically
 from fedpipe.report.writer import METRICS_FILE, MetricsWriter, finite
@@ -29,6 +31,8 @@ from fedpipe.run.run_dir import locked
 
 PREDICTIONS_FILE = "predictions.jsonl.gz"
 STATISTICS_FILE = "statistics.npz"
+_SCORED_AT_A_TIME = 64
+"""Sequences."""
 _ALSO = {"ner": ("entity_precision", "entity_recall")}
 """Metrics that are written down but not shown in the table."""
 
@@ -64,28 +68,28 @@ def _run(
     run_dir: Path, cell: dict[str, Any], writer: MetricsWriter, *, device: torch.device
 ) -> dict[str, Any]:
     started = time.monotonic()
-    task, settings = TaskSpec.from_dict(cell["spec"]), cell["settings"]
-    labels = task.labels
-    splits = {path.stem: Encoded.load(path) for path in Path(cell["data_dir"]).glob("*.npz")}
+    settings, seed = cell["settings"], cell["seed"]
     pad_id = int(load_tokenizer(cell["model_path"]).pad_token_id)
-    torch.manual_seed(cell["seed"])
-    model = load_model(
-        cell["model_path"], kind=task.kind, labels=labels, pad_id=pad_id, device=device
-    )
+    spec = replace(TaskSpec.from_dict(cell["spec"]), pad_id=pad_id)
+    splits = {path.stem: Encoded.load(path) for path in Path(cell["data_dir"]).glob("*.npz")}
+    torch.manual_seed(seed)
+    model = load_model(cell["model_path"], spec, device=device)
+    forward = forward_of(model, spec, precision=settings["precision"])
 
-    def judge(split: Encoded) -> tuple[list[Any], list[Any], NDArray[np.int32]]:
+    def judge(split: Encoded) -> tuple[list[Any], list[Any], list[int]]:
+        model.eval()
         sequences = drawn(split, settings["max_test_examples"])
         outputs = predict(
-            model, split, sequences=sequences, kind=task.kind, pad_id=pad_id, settings=settings
+            split, sequences, kind=spec.kind, batch_size=_SCORED_AT_A_TIME, forward=forward
         )
-        return _by_example(split, sequences, outputs, kind=task.kind, labels=labels)
+        return by_example(spec, split, sequences, outputs)
 
     def dev_score() -> float:
         gold, predicted, _ = judge(splits["dev"])
-        return METRICS[task.metrics[0]].whole(gold, predicted, task.positive)
+        return METRICS[spec.metric].whole(gold, predicted, spec.positive)
 
     trained = train(
-        model, splits["train"], settings, kind=task.kind, seed=cell["seed"], pad_id=pad_id,
+        model, splits["train"], settings, kind=spec.kind, seed=seed, forward=forward,
         dev_score=dev_score if "dev" in splits else None, note=lambda r: writer.write([r]),
     )  # fmt: skip
     scores, statistics, rows, sizes = {}, {}, [], {}
@@ -94,11 +98,11 @@ def _run(
             continue
         gold, predicted, examples = judge(splits[name])
         sizes[name] = len(gold)
-        rows += _rows(name, gold, predicted, examples, kind=task.kind, labels=labels)
-        for metric in (*task.metrics, *_ALSO.get(task.kind, ())):
+        rows += _rows(name, spec, gold, predicted, examples)
+        for metric in (*spec.metrics, *_ALSO.get(spec.kind, ())):
             key = metric if name == "test" else f"{metric}:{name}"
-            scores[key] = METRICS[metric].whole(gold, predicted, task.positive)
-            statistics[key] = METRICS[metric].statistics(gold, predicted, task.positive)
+            scores[key] = METRICS[metric].whole(gold, predicted, spec.positive)
+            statistics[key] = METRICS[metric].statistics(gold, predicted, spec.positive)
     train_examples = len(
         np.unique(splits["train"].examples[drawn(splits["train"], settings["max_train_examples"])])
     )
@@ -122,47 +126,16 @@ def gold_digest(rows: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(gold).encode()).hexdigest()
 
 
-def _by_example(
-    split: Encoded,
-    sequences: NDArray[np.int64],
-    outputs: Sequence[NDArray[Any]],
-    *,
-    kind: str,
-    labels: Sequence[str],
-) -> tuple[list[Any], list[Any], NDArray[np.int32]]:
-    """Put windows together again: gold and predicted labels of every example, and which those are.
-
-    Raises:
-        AssertionError: A word has no prediction.
-    """
-    owners = split.examples[sequences]
-    if kind != "ner":
-        gold = [float(x) if kind == "regression" else int(x) for x in split.labels[sequences]]
-        return gold, [output.item() for output in outputs], owners
-    examples = np.unique(owners)
-    there: dict[int, list[str]] = {int(example): [] for example in examples}
-    found: dict[int, list[str]] = {int(example): [] for example in examples}
-    for sequence, owner, output in zip(sequences, owners, outputs, strict=True):
-        tags = split.labels[split.starts[sequence] : split.starts[sequence + 1]]
-        tags = tags[tags != IGNORED]
-        assert len(tags) == len(output), "every labelled position has a prediction"
-        there[int(owner)] += [labels[int(tag)] for tag in tags]
-        found[int(owner)] += [labels[int(tag)] for tag in output]
-    return list(there.values()), list(found.values()), examples
-
-
 def _rows(
     split: str,
+    spec: TaskSpec,
     gold: Sequence[Any],
     predicted: Sequence[Any],
-    examples: Sequence[Any] | NDArray[np.int32],
-    *,
-    kind: str,
-    labels: Sequence[str],
+    examples: Sequence[int],
 ) -> list[dict[str, Any]]:
-    named = kind == "classification"
+    named, labels = spec.kind == "classification", spec.labels
     return [
-        {"split": split, "example": int(example), "gold": labels[a] if named else a,
+        {"split": split, "example": example, "gold": labels[a] if named else a,
          "predicted": labels[b] if named else b}
         for example, a, b in zip(examples, gold, predicted, strict=True)
     ]  # fmt: skip

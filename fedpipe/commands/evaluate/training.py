@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,21 +19,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from fedpipe.commands.evaluate.labelled import labelled_batch, task_loss
+from fedpipe.config.evaluation import Kind, Precision
 from fedpipe.config.schema import OptimizerConfig
-from fedpipe.data.tasks.encoding import IGNORED, Encoded
+from fedpipe.data.tasks.batches import Forward, labelled_batch, task_loss
+from fedpipe.data.tasks.encoding import Encoded
+from fedpipe.data.tasks.registry import TaskSpec
 from fedpipe.distributed.device import autocast
 from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.models.tuned import read_model
 from fedpipe.pipeline.optimizer import make_optimizer
 
-# N = sequences of a split, B = sequences of a batch, T = tokens of its longest one, C = classes
-
 _POOL = 50
 """Batches whose sequences are sorted together: long enough to pad little, short enough to mix."""
 _JITTER = 0.1
 """Lengths are blurred by this share, or a small task would have the same batches in every epoch."""
-_EVAL_BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,16 +52,12 @@ Note = Callable[[dict[str, Any]], None]
 """Takes a record for metrics.jsonl."""
 
 
-def load_model(
-    folder: str, *, kind: str, labels: Sequence[str], pad_id: int, device: torch.device
-) -> torch.nn.Module:
+def load_model(folder: str, spec: TaskSpec, *, device: torch.device) -> torch.nn.Module:
     """Read an encoder and put a new head on it, drawn from torch's generator.
 
     Args:
         folder: Hugging Face folder.
-        kind: Of the task.
-        labels: Names of the classes or tags; empty for a regression.
-        pad_id: Of its tokenizer, for a model that does not know one (decoders).
+        spec: What the head predicts; its pad token is that of a model that knows none (decoders).
         device: Where it is to be.
 
     Returns:
@@ -73,9 +68,9 @@ def load_model(
         ConfigError: Weights of the encoder are missing, or are not used.
     """
     auto: Any = AutoModelForSequenceClassification
-    if kind == "ner":
+    if spec.kind == "ner":
         auto = AutoModelForTokenClassification
-    names = dict(enumerate(labels)) or {0: "score"}
+    names = dict(enumerate(spec.labels)) or {0: "score"}
     try:
         model = read_model(
             auto, folder, key="--model", new_head=True, num_labels=len(names), id2label=names,
@@ -85,13 +80,26 @@ def load_model(
         raise
     except Exception as error:  # each model family raises classes of its own
         raise CheckpointError(
-            f"--model: expected an encoder that transformers reads with a head for {kind}, got "
-            f"{' '.join(str(error).split())[:200]} from {folder}. Use a BERT-like model."
+            f"--model: expected an encoder that transformers reads with a head for {spec.kind},"
+            f" got {' '.join(str(error).split())[:200]} from {folder}. Use a BERT-like model."
         ) from error
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = pad_id
+        model.config.pad_token_id = spec.pad_id
     result: torch.nn.Module = model.to(device)
     return result
+
+
+def forward_of(model: torch.nn.Module, spec: TaskSpec, *, precision: Precision) -> Forward:
+    """Return what runs a model on sequences of a task."""
+    device: torch.device = next(model.parameters()).device
+
+    def forward(split: Encoded, sequences: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        inputs, labels = labelled_batch(split, sequences, spec=spec, device=device)
+        with autocast(device, precision):
+            logits: Tensor = model(**inputs).logits
+        return logits.float(), labels
+
+    return forward
 
 
 def train(
@@ -99,9 +107,9 @@ def train(
     data: Encoded,
     settings: dict[str, Any],
     *,
-    kind: str,
+    kind: Kind,
     seed: int,
-    pad_id: int,
+    forward: Forward,
     dev_score: Callable[[], float] | None,
     note: Note,
 ) -> Trained:
@@ -113,7 +121,7 @@ def train(
         settings: ``settings_of``.
         kind: Of the task.
         seed: Of order and dropout.
-        pad_id: Fills short sequences up.
+        forward: Runs the model.
         dev_score: Scores the model; None keeps the last epoch.
         note: Takes records.
 
@@ -137,17 +145,14 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (num_steps - step) / num_steps)
     )
-    device, every = _device(model), max(1, num_steps // 50)
+    every = max(1, num_steps // 50)
     step, scores, best = 0, [], (-math.inf, 0)
     diverged_at: int | None = None
     kept: dict[str, Tensor] = {}
     for epoch in range(1, num_epochs + 1):
         model.train()
         for batch in batches(lengths, batch_size=batch_size, rng=rng):
-            inputs, labels = labelled_batch(
-                data, chosen[batch], kind=kind, pad_id=pad_id, device=device
-            )
-            loss = task_loss(_logits(model, inputs, settings), labels, kind=kind)
+            loss = task_loss(*forward(data, chosen[batch]), kind=kind)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             limit = settings["max_grad_norm"] or math.inf
@@ -175,46 +180,6 @@ def train(
         best_epoch=best[1] or num_epochs, dev_scores=tuple(scores), num_steps=num_steps,
         diverged_at=diverged_at,
     )  # fmt: skip
-
-
-def predict(
-    model: torch.nn.Module,
-    data: Encoded,
-    *,
-    sequences: NDArray[np.int64],
-    kind: str,
-    pad_id: int,
-    settings: dict[str, Any],
-) -> list[NDArray[Any]]:
-    """Predict sequences.
-
-    Args:
-        model: Trained.
-        data: A split.
-        sequences: Which of it.
-        kind: Of the task.
-        pad_id: Fills short sequences up.
-        settings: ``settings_of``.
-
-    Returns:
-        In the order of ``sequences``: the tag of every labelled position, the class, or the number.
-    """
-    model.eval()
-    order = np.argsort(data.lengths()[sequences], kind="stable")
-    found: list[NDArray[Any]] = [np.empty(0)] * len(sequences)
-    device = _device(model)
-    with torch.inference_mode():
-        for start in range(0, len(order), _EVAL_BATCH):
-            part = order[start : start + _EVAL_BATCH]
-            inputs, labels = labelled_batch(
-                data, sequences[part], kind=kind, pad_id=pad_id, device=device
-            )
-            logits = _logits(model, inputs, settings)
-            values = logits[..., 0] if kind == "regression" else logits.argmax(-1)
-            rows = zip(part, values.cpu().numpy(), labels.cpu().numpy(), strict=True)
-            for index, value, label in rows:
-                found[index] = value[label != IGNORED] if kind == "ner" else value
-    return found
 
 
 def drawn(data: Encoded, limit: int) -> NDArray[np.int64]:
@@ -249,15 +214,3 @@ def batches(
         found += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
     for index in rng.permutation(len(found)):
         yield found[index]
-
-
-def _logits(model: torch.nn.Module, inputs: dict[str, Tensor], settings: dict[str, Any]) -> Tensor:
-    """Return (B, C), or (B, T, C) of a NER task, in float32."""
-    with autocast(inputs["input_ids"].device, settings["precision"]):
-        logits: Tensor = model(**inputs).logits
-    return logits.float()
-
-
-def _device(model: torch.nn.Module) -> torch.device:
-    device: torch.device = next(model.parameters()).device
-    return device

@@ -23,17 +23,16 @@ from fedpipe.commands.finetune.clients import (
     tag_labels,
 )
 from fedpipe.commands.finetune.texts import column_values, read_texts, text_files
-from fedpipe.config.evaluation import DEFAULT_TASK
+from fedpipe.config.evaluation import DEFAULT_TASK, Kind
 from fedpipe.config.finetune import CAUSAL_LM, FinetuneConfig
 from fedpipe.data.identity import FileDigests, file_digests
 from fedpipe.data.tasks.encoding import Encoded, encode
 from fedpipe.data.tasks.files import find_files
 from fedpipe.data.tasks.reading import Example, LeftOut, hub_fingerprint, read_task
-from fedpipe.data.tasks.registry import SENTIMENT_TASKS, Task, find_task, tag_names
+from fedpipe.data.tasks.registry import SENTIMENT_TASKS, Task, TaskSpec, find_task, tag_names
 from fedpipe.data.tasks.task_file import is_known, own_tasks, read_task_file
 from fedpipe.errors import ConfigError, CorpusError
 from fedpipe.files import replace_folder
-from fedpipe.models.tuned import Kind
 
 _USED = ("train", "test")
 """Splits."""
@@ -42,31 +41,10 @@ DATA = "data"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Meaning:
-    """What a model has to know of a task."""
-
-    kind: Kind
-    labels: tuple[str, ...]
-    """Classes or tags; empty for numbers and texts."""
-    positive: tuple[int, ...]
-    """Classes that F1 counts."""
-    metric: str
-    """Name in ``fedpipe.data.tasks.scoring.METRICS``, or ``loss``."""
-    pad_id: int
-    vocab_size: int
-    """Tokens of the tokenizer."""
-
-    @property
-    def num_outputs(self) -> int:
-        """Numbers that the head gives."""
-        return len(self.labels) or 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TuningData:
     """Examples and whose they are."""
 
-    meaning: Meaning
+    task: TaskSpec
     train: Encoded
     test: Encoded
     train_sequences: list[NDArray[np.int64]]
@@ -101,7 +79,7 @@ class TuningData:
             owners[name] = np.concatenate(owned)
             owners[f"{name}_sizes"] = np.array([len(mine) for mine in owned])
         np.savez(folder / "clients.npz", allow_pickle=False, **owners)
-        text = {"meaning": asdict(self.meaning), "facts": [asdict(fact) for fact in self.facts]}
+        text = {"task": asdict(self.task), "facts": [asdict(fact) for fact in self.facts]}
         text["left_out"] = list(self.left_out)
         (folder / "data.json").write_text(json.dumps(text), encoding="utf-8")
 
@@ -109,16 +87,13 @@ class TuningData:
     def load(cls, folder: Path) -> TuningData:
         """Read what ``save`` wrote."""
         text = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-        meaning = text["meaning"]
-        for name in ("labels", "positive"):
-            meaning[name] = tuple(meaning[name])
         with np.load(folder / "clients.npz") as owners:
             owned = {
                 name: np.split(owners[name], np.cumsum(owners[f"{name}_sizes"])[:-1])
                 for name in ("train", "test")
             }
         return cls(
-            meaning=Meaning(**meaning),
+            task=TaskSpec.from_dict(text["task"]),
             train=Encoded.load(folder / "train.npz"),
             test=Encoded.load(folder / "test.npz"),
             train_sequences=owned["train"],
@@ -214,7 +189,7 @@ def prepare_examples(config: FinetuneConfig, tokenizer: Any) -> TuningData:
             f" of {config.task.column!r} are no client's: correct the files, or use task.split=iid."
         )
     return TuningData(
-        meaning=_meaning(task, tokenizer),
+        task=TaskSpec.of(task, pad_id=int(tokenizer.pad_token_id)),
         train=train,
         test=test,
         train_sequences=[_sequences(train, mine) for mine in owned_train],
@@ -294,19 +269,5 @@ def _labels(task: Task | None, splits: Sequence[Sequence[Example]]) -> tuple[Lab
     return first, second
 
 
-def _meaning(task: Task | None, tokenizer: Any) -> Meaning:
-    sizes = {"pad_id": int(tokenizer.pad_token_id), "vocab_size": len(tokenizer)}
-    if task is None:
-        return Meaning(kind="causal-lm", labels=(), positive=(), metric="loss", **sizes)
-    labels = tag_names(task, typed=False) if task.kind == "ner" else task.labels
-    positive = tuple(i for i, name in enumerate(task.labels) if name not in task.negative)
-    return Meaning(
-        kind=task.kind, labels=labels, positive=positive, metric=task.metrics[0], **sizes
-    )
-
-
 def _sequences(split: Encoded, examples: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.flatnonzero(np.isin(split.examples, examples))
-
-
-# B = sequences of a batch, T = tokens of its longest one

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fedpipe.commands.finetune.examples import DATA, Meaning, TuningData
+from fedpipe.commands.finetune.examples import DATA, TuningData
 from fedpipe.commands.finetune.model import attach_seeded, build_tuned
 from fedpipe.commands.finetune.setup import load_tuning_tokenizer
 from fedpipe.commands.finetune.whole import WEIGHTS_FILE
 from fedpipe.config.finetune import load_finetune
+from fedpipe.data.tasks.registry import TaskSpec
 from fedpipe.errors import CheckpointError
 from fedpipe.files import replace_folder
 from fedpipe.models.peft import MERGEABLE, frozen_state, plain_state, save_adapter
@@ -47,10 +48,10 @@ def export_finetuned(run_dir: Path) -> list[Path]:
         raise CheckpointError(
             f"{run_dir}: expected a checkpoint to export, got none. Resume the run first."
         )
-    meaning = TuningData.load(run_dir / DATA).meaning
-    model = build_tuned(config, meaning)
-    attach_seeded(model, config, meaning)
-    _label(model.config, meaning)
+    task = TuningData.load(run_dir / DATA).task
+    model = build_tuned(config, task)
+    attach_seeded(model, config, task)
+    _label(model.config, task)
     weights = learnt(checkpoint.path)
     check_finite(weights)
     parameters = dict(model.named_parameters())
@@ -65,12 +66,12 @@ def export_finetuned(run_dir: Path) -> list[Path]:
     if config.method.lora_average == "product":
         written.append(run_dir / BASE_DIR)
         replace_folder(
-            written[-1], lambda f: _save(config, meaning, frozen_state(model), tokenizer, f)
+            written[-1], lambda f: _save(config, task, frozen_state(model), tokenizer, f)
         )
     if config.method.name in MERGEABLE:
         written.append(run_dir / EXPORT_DIR)
         state = plain_state(model, config.method)
-        replace_folder(written[-1], lambda folder: _save(config, meaning, state, tokenizer, folder))
+        replace_folder(written[-1], lambda folder: _save(config, task, state, tokenizer, folder))
     return written
 
 
@@ -82,15 +83,15 @@ def learnt(checkpoint: Path) -> dict[str, torch.Tensor]:
     return merge(load_file(file) for file in sorted(checkpoint.glob("stage_*.safetensors")))
 
 
-def _label(model_config: Any, meaning: Meaning) -> None:
-    if meaning.labels:
-        model_config.id2label = dict(enumerate(meaning.labels))
-        model_config.label2id = {name: index for index, name in enumerate(meaning.labels)}
+def _label(model_config: Any, task: TaskSpec) -> None:
+    if task.labels:
+        model_config.id2label = dict(enumerate(task.labels))
+        model_config.label2id = {name: index for index, name in enumerate(task.labels)}
 
 
-def _save(config: Any, meaning: Meaning, state: Any, tokenizer: Any, folder: Path) -> None:
-    plain = build_tuned(config, meaning)
+def _save(config: Any, task: TaskSpec, state: Any, tokenizer: Any, folder: Path) -> None:
+    plain = build_tuned(config, task)
     plain.load_state_dict(state, strict=True)
-    _label(plain.config, meaning)
+    _label(plain.config, task)
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpipe.commands.finetune.examples import Meaning, TuningData
+from fedpipe.commands.finetune.examples import TuningData
 from fedpipe.config.deepspeed import autocast_dtype, engine_config
 from fedpipe.config.finetune import FinetuneConfig
 from fedpipe.config.schema import PipelineConfig
 from fedpipe.data.tasks.encoding import IGNORED, Encoded, collate
+from fedpipe.data.tasks.registry import TaskSpec
 from fedpipe.models.split import StageSpec
 from fedpipe.models.tuned_stage import NUM_PLANES
 from fedpipe.pipeline.messages import EdgeMessages, MicroBatchShape, messages_of
@@ -30,7 +31,7 @@ def micro_batches(
     steps: Sequence[NDArray[np.int64]],
     *,
     pipeline: PipelineConfig,
-    meaning: Meaning,
+    task: TaskSpec,
     length: int,
 ) -> MicroBatchSource:
     """Return the micro-batches of some sequences per local step, the last ones filled up.
@@ -41,7 +42,7 @@ def micro_batches(
         split: Holds the sequences.
         steps: Sequences of every step, at most its batch.
         pipeline: Sizes.
-        meaning: Of the task.
+        task: Of the task.
         length: T.
 
     Returns:
@@ -53,11 +54,9 @@ def micro_batches(
         rows = steps[step]
         mine = rows[micro_batch * size : (micro_batch + 1) * size]
         filled = np.concatenate([mine, np.repeat(rows[:1], size - len(mine))])
-        inputs, labels = collate(
-            split, filled, pad_id=meaning.pad_id, kind=meaning.kind, length=length
-        )
-        weight = num / _num_labels(split, rows, meaning)
-        targets = _targets(labels, inputs["attention_mask"].sum(1), meaning, weight=weight)
+        inputs, labels = collate(split, filled, pad_id=task.pad_id, kind=task.kind, length=length)
+        weight = num / _num_labels(split, rows, task)
+        targets = _targets(labels, inputs["attention_mask"].sum(1), task, weight=weight)
         targets[2, len(mine) :] = 0
         types = inputs.get("token_type_ids", np.zeros_like(inputs["input_ids"]))
         tokens = np.stack([inputs["input_ids"], types])
@@ -66,9 +65,9 @@ def micro_batches(
     return source
 
 
-def _num_labels(split: Encoded, rows: NDArray[np.int64], meaning: Meaning) -> int:
+def _num_labels(split: Encoded, rows: NDArray[np.int64], task: TaskSpec) -> int:
     """Count the labels of some sequences; at least 1."""
-    if meaning.kind != "ner":
+    if task.kind != "ner":
         return len(rows)
     tags = (split.labels[split.starts[row] : split.starts[row + 1]] for row in rows)
     return max(1, sum(int((known != IGNORED).sum()) for known in tags))
@@ -77,15 +76,15 @@ def _num_labels(split: Encoded, rows: NDArray[np.int64], meaning: Meaning) -> in
 def _targets(
     labels: NDArray[np.float64] | NDArray[np.int64],
     lengths: NDArray[np.int64],
-    meaning: Meaning,
+    task: TaskSpec,
     *,
     weight: float,
 ) -> NDArray[np.int32]:
     """The planes (3, B, M) of a ``TunedStage``."""
-    labels = labels if meaning.kind == "ner" else labels[:, None]
-    known = labels != IGNORED if meaning.kind == "ner" else np.ones(labels.shape, dtype=bool)
+    labels = labels if task.kind == "ner" else labels[:, None]
+    known = labels != IGNORED if task.kind == "ner" else np.ones(labels.shape, dtype=bool)
     weights = np.where(known, weight, 0).astype(np.float32)
-    if meaning.kind == "regression":
+    if task.kind == "regression":
         values = labels.astype(np.float32).view(np.int32)
     else:
         values = np.where(known, labels, 0).astype(np.int32)
@@ -97,7 +96,7 @@ def task_messages(
     config: FinetuneConfig, specs: tuple[StageSpec, ...], data: TuningData, *, hidden_size: int
 ) -> tuple[EdgeMessages, ...]:
     """Describe the messages of every edge; see ``messages_of``."""
-    is_ner = data.meaning.kind == "ner"
+    is_ner = data.task.kind == "ner"
     shape = MicroBatchShape(
         length=data.longest,
         num_targets=data.longest if is_ner else 1,

@@ -38,7 +38,7 @@ def render_plan(
         trained: Sizes of what is trained of the model, by full name.
         model_config: Of the model.
     """
-    federation, scenario, meaning = config.federation, config.scenario, data.meaning
+    federation, scenario, task = config.federation, config.scenario, data.task
     stages: list[tuple[StageSpec, dict[str, int]]] = []
     kept = 0 if federation.average.final_head else counts.head
     sent, shape = counts.trainable - kept, "one model each"
@@ -54,8 +54,8 @@ def render_plan(
         f" {counts.adapter:,} of the {_what(config)}, {counts.head:,} of the head",
         *_lower_lines(config, data, model_config),
         *(_stage_line(spec, held) for spec, held in stages),
-        f"  task     {config.task.name}: {meaning.kind}, "
-        + (f"{len(meaning.labels)} labels, " if meaning.labels else "")
+        f"  task     {config.task.name}: {task.kind}, "
+        + (f"{len(task.labels)} labels, " if task.labels else "")
         + f"{data.train.num_examples:,} training and {data.test.num_examples:,} held-out examples",
         *(f"           left out of {printable(rows)}" for rows in data.left_out),
         *_client_lines(config, data.facts),
@@ -131,7 +131,7 @@ def _stages(
         held[stage_id][part] = held[stage_id].get(part, 0) + numel
     for spec in specs:
         if spec.has_head and not spec.is_last:
-            held[spec.stage_id]["aux_head"] = local_head_numel(model_config, data.meaning.kind)
+            held[spec.stage_id]["aux_head"] = local_head_numel(model_config, data.task.kind)
     return list(zip(specs, held, strict=True))
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpipe.commands.finetune.examples import Meaning
-from fedpipe.data.tasks.encoding import IGNORED
-from fedpipe.data.tasks.scoring import METRICS
+from fedpipe.data.tasks.registry import TaskSpec
+from fedpipe.data.tasks.scoring import from_statistics
 from fedpipe.federation.cohort import RoundPlan, Turn
 from fedpipe.federation.refusal import Outcome
 
@@ -120,60 +119,27 @@ def client_traffic(
     }  # fmt: skip
 
 
-def score_record(round_id: int, scores: Scores, meaning: Meaning) -> dict[str, Any]:
+def score_record(round_id: int, scores: Scores, task: TaskSpec) -> dict[str, Any]:
     """Summarise a scoring: over all examples, by client, and the worst client.
 
     The score is that of the last stage; of the others' heads the score over all examples.
     """
     found = scores[max(scores)]
-    clients = {client: from_statistics(meaning, rows) for client, rows in sorted(found.items())}
+    clients = {client: from_statistics(task, rows) for client, rows in sorted(found.items())}
     known = {client: score for client, score in clients.items() if np.isfinite(score)}
-    choose = max if meaning.metric == "loss" else min
+    choose = max if task.metric == "loss" else min
     worst = choose(known, key=known.__getitem__) if known else None
     record = {
-        "kind": "eval", "round": round_id, "metric": meaning.metric,
-        "score": _over_all(meaning, found),
+        "kind": "eval", "round": round_id, "metric": task.metric,
+        "score": _over_all(task, found),
         "mean": float(np.mean(list(known.values()))) if known else None,
         "worst": known.get(worst) if worst is not None else None, "worst_client": worst,
         "clients": {str(client): score for client, score in clients.items()},
     }  # fmt: skip
     if len(scores) > 1:
-        record["stages"] = {str(s): _over_all(meaning, scores[s]) for s in sorted(scores)}
+        record["stages"] = {str(s): _over_all(task, scores[s]) for s in sorted(scores)}
     return record
 
 
-def _over_all(meaning: Meaning, clients: Mapping[int, NDArray[np.float64]]) -> float:
-    return from_statistics(meaning, np.concatenate(list(clients.values())))
-
-
-def statistics(
-    meaning: Meaning, split: Any, sequences: NDArray[np.int64], outputs: Mapping[int, Any]
-) -> NDArray[np.float64]:
-    """Return what the metric needs of every example, (E, K), from predictions by sequence."""
-    if meaning.kind == "causal-lm":
-        return np.array([outputs[int(row)] for row in sequences], dtype=np.float64).reshape(-1, 2)
-    metric = METRICS[meaning.metric]
-    if meaning.kind != "ner":
-        gold = [float(label) for label in split.labels[sequences]]
-        predicted = [outputs[int(row)] for row in sequences]
-        return metric.statistics(gold, predicted, meaning.positive)
-    there: dict[int, list[str]] = {}
-    found: dict[int, list[str]] = {}
-    for row in sequences:
-        tags = split.labels[split.starts[row] : split.starts[row + 1]]
-        example = int(split.examples[row])
-        there.setdefault(example, []).extend(
-            meaning.labels[int(tag)] for tag in tags[tags != IGNORED]
-        )
-        found.setdefault(example, []).extend(meaning.labels[tag] for tag in outputs[int(row)])
-    return metric.statistics(list(there.values()), list(found.values()), meaning.positive)
-
-
-def from_statistics(meaning: Meaning, rows: NDArray[np.float64]) -> float:
-    """Return the score of some examples; of texts the mean loss per token."""
-    if meaning.kind == "causal-lm":
-        return float(rows[:, 0].sum() / max(1.0, rows[:, 1].sum()))
-    metric = METRICS[meaning.metric]
-    if metric.from_sums is None:  # its statistics are gold and prediction
-        return metric.whole(rows[:, 0], rows[:, 1], meaning.positive)
-    return float(metric.from_sums(rows.sum(axis=0)[None])[0])
+def _over_all(task: TaskSpec, clients: Mapping[int, NDArray[np.float64]]) -> float:
+    return from_statistics(task, np.concatenate(list(clients.values())))

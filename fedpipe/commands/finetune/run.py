@@ -124,7 +124,7 @@ class Finetuning(FederatedRun):
 
     def validation_record(self, round_id: int, scores: Scores) -> Record:
         """See ``FederatedRun``."""
-        return score_record(round_id, scores, self.data.meaning)
+        return score_record(round_id, scores, self.data.task)
 
 
 def peak_memory_bytes() -> int:

@@ -12,7 +12,6 @@ from typing import Any
 
 from fedpipe.commands.finetune.examples import (
     DATA,
-    Meaning,
     TuningData,
     kind_of,
     prepare_examples,
@@ -26,6 +25,7 @@ from fedpipe.config.half_files import check_fetched, check_weights, read_json_ob
 from fedpipe.data.identity import file_digests, model_files, tokenizer_files
 from fedpipe.data.lines import shown
 from fedpipe.data.tasks.prepare import FORMAT
+from fedpipe.data.tasks.registry import TaskSpec
 from fedpipe.data.tokenizer import FILES, SAMPLES
 from fedpipe.data.vocabulary import check_tokenizer
 from fedpipe.errors import ConfigError, CorpusError
@@ -108,7 +108,7 @@ def set_up_finetune(
     notify(plan)
     for line in warnings:
         notify(f"warning {line}")
-    for line in new_heads(config, data.meaning):
+    for line in new_heads(config, data.task):
         notify(line)
     trained_length = longest_input(Path(config.model.path), key="model.path")
     if trained_length and data.longest > trained_length:
@@ -275,9 +275,9 @@ def check_lengths(config: FinetuneConfig, data: TuningData, model_config: Any) -
         )
 
 
-def new_heads(config: FinetuneConfig, meaning: Meaning) -> list[str]:
+def new_heads(config: FinetuneConfig, task: TaskSpec) -> list[str]:
     """Say which heads in the folders of a run are not the task's, and are not taken."""
-    if meaning.kind == "causal-lm":
+    if task.kind == "causal-lm":
         return []
     found = []
     if config.method.path:
@@ -289,7 +289,7 @@ def new_heads(config: FinetuneConfig, meaning: Meaning) -> list[str]:
     for key, path, saved in found:
         classes = [saved.get("model_class"), *(saved.get("architectures") or ())]
         has_head = any(str(name).endswith("Classification") for name in classes)
-        if has_head and not is_head_of(saved, meaning.kind, meaning.labels):
+        if has_head and not is_head_of(saved, task.kind, task.labels):
             labels = shown(", ".join(saved_labels(saved)[:4]))
             lines.append(
                 f"{key}: the head in {path} is that of other labels, {labels}: it is left there,"
@@ -310,12 +310,12 @@ def count_parameters(
         ConfigError: The family does not have the method.
         CheckpointError: ``method.path`` is no adapter of this model.
     """
-    meaning, split = data.meaning, config.is_cut
-    model = build_model(model_config, meaning.kind, num_labels=meaning.num_outputs, device="meta")
-    counts = attach(model, config.method, causal=meaning.kind == "causal-lm", split=split)
+    task, split = data.task, config.is_cut
+    model = build_model(model_config, task.kind, num_labels=task.num_outputs, device="meta")
+    counts = attach(model, config.method, causal=task.kind == "causal-lm", split=split)
     if config.method.path:
         load_adapter(
             model, Path(config.method.path), config.method,
-            kind=meaning.kind, labels=meaning.labels, split=split,
+            kind=task.kind, labels=task.labels, split=split,
         )  # fmt: skip
     return counts, {name: p.numel() for name, p in trainable(model).items()}

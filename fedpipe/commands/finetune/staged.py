@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from fedpipe.commands.finetune.examples import TuningData
 from fedpipe.commands.finetune.micro_batches import micro_batches, task_messages
 from fedpipe.commands.finetune.model import attach_seeded, build_tuned
-from fedpipe.commands.finetune.records import statistics
 from fedpipe.commands.finetune.setup import load_model_config, load_tuning_tokenizer
 from fedpipe.commands.finetune.turns import batches
 from fedpipe.config.deepspeed import engine_config
 from fedpipe.config.finetune import FinetuneConfig
 from fedpipe.data.tasks.encoding import IGNORED, Encoded
+from fedpipe.data.tasks.scoring import statistics
 from fedpipe.distributed.comm import Comm
 from fedpipe.federation.cohort import Turn
 from fedpipe.federation.stages import StageReplica
@@ -66,12 +66,12 @@ class StagedReplica(StageReplica):
         """Parameters of this process' stages that a client sends: those of the client's stages."""
 
     def _build(self, spec: StageSpec) -> StageModule:
-        config, meaning = self.config, self.data.meaning
-        model = build_tuned(config, meaning)
-        attach_seeded(model, config, meaning)
+        config, task = self.config, self.data.task
+        model = build_tuned(config, task)
+        attach_seeded(model, config, task)
         torch.manual_seed(stable_seed(config.seed, "head", spec.scores))
         return TunedStage(
-            spec, model, meaning.kind,
+            spec, model, task.kind,
             activation_checkpointing=config.pipeline.activation_checkpointing,
         )  # fmt: skip
 
@@ -93,7 +93,7 @@ class StagedReplica(StageReplica):
         self, split: Encoded, steps: Sequence[NDArray[np.int64]]
     ) -> MicroBatchSource:
         return micro_batches(
-            split, steps, pipeline=self.pipeline, meaning=self.data.meaning,
+            split, steps, pipeline=self.pipeline, task=self.data.task,
             length=self.data.longest,
         )  # fmt: skip
 
@@ -116,12 +116,12 @@ class StagedReplica(StageReplica):
     def _statistics(
         self, sequences: NDArray[np.int64], predicted: NDArray[np.float32]
     ) -> NDArray[np.float64]:
-        meaning, test = self.data.meaning, self.data.test
+        task, test = self.data.task, self.data.test
         outputs = {}
         for row, values in zip(sequences, predicted, strict=True):
-            if meaning.kind == "ner":
+            if task.kind == "ner":
                 tags = test.labels[test.starts[row] : test.starts[row + 1]]
                 outputs[int(row)] = values[: len(tags)][tags != IGNORED].astype(int).tolist()
             else:
-                outputs[int(row)] = values[0] if meaning.kind == "regression" else int(values[0])
-        return statistics(meaning, test, sequences, outputs)
+                outputs[int(row)] = values[0] if task.kind == "regression" else int(values[0])
+        return statistics(task, test, sequences, outputs)

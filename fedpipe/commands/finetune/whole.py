@@ -14,16 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
-from fedpipe.commands.evaluate.labelled import labelled_batch, task_loss
-from fedpipe.commands.finetune.examples import Meaning, TuningData
+from fedpipe.commands.finetune.examples import TuningData
 from fedpipe.commands.finetune.hidden_states import HiddenStateCache
 from fedpipe.commands.finetune.model import attach_seeded, build_tuned
-from fedpipe.commands.finetune.records import statistics
 from fedpipe.commands.finetune.turns import batches
 from fedpipe.config.finetune import FinetuneConfig
-from fedpipe.data.tasks.encoding import IGNORED, Encoded
+from fedpipe.data.tasks.batches import labelled_batch, predict, task_loss
+from fedpipe.data.tasks.encoding import Encoded
+from fedpipe.data.tasks.scoring import statistics
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.device import autocast, rng_state, set_rng_state
 from fedpipe.federation.cohort import Turn
@@ -80,9 +79,9 @@ class WholeReplica(Replica):
             run_dir: Where clients keep what is theirs.
         """
         self.config, self.data = config, data
-        self.model = build_tuned(config, data.meaning).to(comm.device)
+        self.model = build_tuned(config, data.task).to(comm.device)
         heads = head_names(self.model)
-        self.counts = attach_seeded(self.model, config, data.meaning)
+        self.counts = attach_seeded(self.model, config, data.task)
         self.parameters = trainable(self.model)
         kept = set() if config.federation.average.final_head else heads & set(self.parameters)
         self.products: ProductSynchronizer | None = None
@@ -159,7 +158,7 @@ class WholeReplica(Replica):
         """Make a local step; return its loss and the norm of its gradients."""
         optimizer = self.engine.optimizer
         logits, labels = self._forward(self.data.train, sequences)
-        loss = task_loss(logits, labels, kind=self.data.meaning.kind)
+        loss = task_loss(logits, labels, kind=self.data.task.kind)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.synchronizer.before_step()
@@ -188,11 +187,8 @@ class WholeReplica(Replica):
     def _forward(self, split: Encoded, sequences: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         self._num_batches += 1
         self._computing = True
-        meaning = self.data.meaning
         device = self.comm.device
-        inputs, labels = labelled_batch(
-            split, sequences, kind=meaning.kind, pad_id=meaning.pad_id, device=device
-        )
+        inputs, labels = labelled_batch(split, sequences, spec=self.data.task, device=device)
         with (
             autocast(device, self.config.model.precision),
             self._lower_layers(split, sequences, inputs),
@@ -211,35 +207,14 @@ class WholeReplica(Replica):
 
     # -- scoring -----------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def score(self, client_id: int) -> dict[int, NDArray[np.float64]]:
         """Return what the task's metric needs to know of a client's held-out examples."""
         self.model.eval()
         sequences = self.data.test_sequences[client_id]
-        meaning, test = self.data.meaning, self.data.test
-        order = sequences[np.argsort(test.lengths()[sequences], kind="stable")]
-        outputs: dict[int, Any] = {}
-        size = self.config.scoring.batch_size
-        for first in range(0, len(order), size):
-            rows = order[first : first + size]
-            logits, labels = self._forward(test, rows)
-            for row, value in zip(rows, _predictions(logits, labels, meaning), strict=True):
-                outputs[int(row)] = value
+        task, test = self.data.task, self.data.test
+        outputs = predict(
+            test, sequences, kind=task.kind, batch_size=self.config.scoring.batch_size,
+            forward=self._forward,
+        )  # fmt: skip
         self._computing = False
-        return {0: statistics(meaning, test, sequences, outputs)}
-
-
-def _predictions(logits: Tensor, labels: Tensor, meaning: Meaning) -> list[Any]:
-    """Per sequence: a number, a class, the tags of its words, or summed loss and tokens."""
-    if meaning.kind == "regression":
-        return list(logits[:, 0].tolist())
-    if meaning.kind == "classification":
-        return list(logits.argmax(-1).tolist())
-    if meaning.kind == "ner":
-        tags, labels = logits.argmax(-1).cpu(), labels.cpu()
-        return [row[known != IGNORED].tolist() for row, known in zip(tags, labels, strict=True)]
-    targets = labels[:, 1:]
-    losses = functional.cross_entropy(
-        logits[:, :-1].transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    )
-    return list(zip(losses.sum(1).tolist(), (targets != IGNORED).sum(1).tolist(), strict=True))
+        return {0: statistics(task, test, sequences, outputs)}

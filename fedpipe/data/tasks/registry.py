@@ -12,13 +12,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from fedpipe.config.evaluation import Kind
 from fedpipe.errors import ConfigError
-
-Kind = Literal["ner", "classification", "regression"]
-Predicts = Literal["ner", "classification", "regression", "causal-lm"]
-"""What the head of a model gives; ``causal-lm`` is the next token of a text without labels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,23 +77,39 @@ class Task:
 class TaskSpec:
     """What a model predicts, and how that is scored: what training and scoring know of a task."""
 
-    kind: Predicts
+    kind: Kind
     labels: tuple[str, ...]
     """Classes or tags; empty for numbers and texts."""
     positive: tuple[int, ...]
     """Classes that F1 counts as found."""
     metrics: tuple[str, ...]
     """As of the task; ``loss`` of texts."""
+    pad_id: int
+    """Token that fills short sequences up."""
+
+    @property
+    def metric(self) -> str:
+        """The metric that chooses between models."""
+        return self.metrics[0]
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers that the head gives per text, or per token."""
+        return len(self.labels) or 1
 
     @classmethod
-    def of(cls, task: Task, *, typed: bool = False) -> TaskSpec:
+    def of(cls, task: Task | None, *, typed: bool = False, pad_id: int = 0) -> TaskSpec:
         """Describe what is predicted in a task.
 
         Args:
-            task: Any.
+            task: Any; None for texts without labels, whose next tokens are predicted.
             typed: Keep the entity types apart that the task merges.
+            pad_id: Of the tokenizer.
         """
+        if task is None:
+            return cls(kind="causal-lm", labels=(), positive=(), metrics=("loss",), pad_id=pad_id)
         return cls(
+            pad_id=pad_id,
             kind=task.kind,
             labels=tag_names(task, typed=typed) if task.kind == "ner" else task.labels,
             positive=tuple(i for i, name in enumerate(task.labels) if name not in task.negative),
@@ -107,7 +120,7 @@ class TaskSpec:
     def from_dict(cls, content: Mapping[str, Any]) -> TaskSpec:
         """Read what ``asdict`` gave, after JSON."""
         names = ("labels", "positive", "metrics")
-        return cls(kind=content["kind"], **{name: tuple(content[name]) for name in names})
+        return cls(**{**content, **{name: tuple(content[name]) for name in names}})
 
 
 def spelling(name: str) -> str:

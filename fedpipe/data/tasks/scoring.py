@@ -11,12 +11,15 @@ Berg-Kirkpatrick et al. 2012, https://aclanthology.org/D12-1091.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedpipe.data.tasks.encoding import IGNORED, Encoded
+from fedpipe.data.tasks.registry import TaskSpec
 
 # E = examples of a test set, K = sums that a metric needs, B = resampled test sets, S = seeds
 
@@ -199,6 +202,63 @@ METRICS = {
     ),
 }  # fmt: skip
 """Every metric by its name. NER counts entities by seqeval's strict mode under IOB2."""
+
+
+def by_example(
+    spec: TaskSpec,
+    split: Encoded,
+    sequences: NDArray[np.int64],
+    outputs: Mapping[int, Any],
+) -> tuple[list[Any], list[Any], list[int]]:
+    """Join windows of sentences again: gold and predicted labels of every example.
+
+    Args:
+        spec: What is predicted, not of texts.
+        split: Holds the sequences.
+        sequences: Ascending.
+        outputs: From ``predict``.
+
+    Returns:
+        Gold and predictions (numbers, classes, or lists of tag names), and which examples they are.
+    """
+    if spec.kind != "ner":
+        read = float if spec.kind == "regression" else int
+        gold = [read(label) for label in split.labels[sequences]]
+        predicted = [outputs[int(row)] for row in sequences]
+        return gold, predicted, split.examples[sequences].tolist()
+    there: dict[int, list[str]] = {}
+    found: dict[int, list[str]] = {}
+    for row in sequences:
+        tags = split.labels[split.starts[row] : split.starts[row + 1]]
+        tags = tags[tags != IGNORED]
+        example, output = int(split.examples[row]), outputs[int(row)]
+        assert len(tags) == len(output), "every labelled position has a prediction"
+        there.setdefault(example, []).extend(spec.labels[int(tag)] for tag in tags)
+        found.setdefault(example, []).extend(spec.labels[int(tag)] for tag in output)
+    return list(there.values()), list(found.values()), list(there)
+
+
+def statistics(
+    spec: TaskSpec, split: Encoded, sequences: NDArray[np.int64], outputs: Mapping[int, Any]
+) -> Array:
+    """Return what the first metric needs of every example, (E, K).
+
+    Arguments are those of ``by_example``; of texts the summed loss and the number of tokens.
+    """
+    if spec.kind == "causal-lm":
+        return np.array([outputs[int(row)] for row in sequences], dtype=np.float64).reshape(-1, 2)
+    gold, predicted, _ = by_example(spec, split, sequences, outputs)
+    return METRICS[spec.metric].statistics(gold, predicted, spec.positive)
+
+
+def from_statistics(spec: TaskSpec, rows: Array) -> float:
+    """Return the first metric of some examples; of texts the mean loss per token."""
+    if spec.kind == "causal-lm":
+        return float(rows[:, 0].sum() / max(1.0, rows[:, 1].sum()))
+    metric = METRICS[spec.metric]
+    if metric.from_sums is None:  # its statistics are gold and prediction
+        return metric.whole(rows[:, 0], rows[:, 1], spec.positive)
+    return float(metric.from_sums(rows.sum(axis=0)[None])[0])
 
 
 def resamples(num_examples: int, *, num_draws: int) -> Iterator[Array]:

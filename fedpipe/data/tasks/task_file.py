@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NoReturn, cast
 
-from fedpipe.config.evaluation import DEFAULT_TASK
+from fedpipe.config.evaluation import DEFAULT_TASK, Kind
 from fedpipe.config.finetune import CAUSAL_LM
 from fedpipe.config.load import build
 from fedpipe.config.paths import UserPath
@@ -22,7 +22,6 @@ from fedpipe.data.tasks.registry import (
     SENTIMENT_TASKS,
     TASKS,
     Defaults,
-    Kind,
     Task,
     find_task,
     spelling,
