@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedpipe.commands.evaluate.content import CellFile, CellResult
 from fedpipe.commands.evaluate.setup import CELL_FILE, RESULT_FILE
 from fedpipe.commands.evaluate.training import drawn, forward_of, load_model, train
 from fedpipe.data.tasks.batches import predict
@@ -37,7 +38,7 @@ _ALSO = {"ner": ("entity_precision", "entity_recall")}
 """Metrics that are written down but not shown in the table."""
 
 
-def run_cell(run_dir: Path, *, local_rank: int = 0) -> dict[str, Any]:
+def run_cell(run_dir: Path, *, local_rank: int = 0) -> CellResult:
     """Fine-tune and score one model on one task with one seed.
 
     Writes metrics.jsonl as it goes, then predictions.jsonl.gz, statistics.npz and, last of all,
@@ -65,8 +66,8 @@ def run_cell(run_dir: Path, *, local_rank: int = 0) -> dict[str, Any]:
 
 
 def _run(
-    run_dir: Path, cell: dict[str, Any], writer: MetricsWriter, *, device: torch.device
-) -> dict[str, Any]:
+    run_dir: Path, cell: CellFile, writer: MetricsWriter, *, device: torch.device
+) -> CellResult:
     started = time.monotonic()
     settings, seed = cell["settings"], cell["seed"]
     pad_id = int(load_tokenizer(cell["model_path"]).pad_token_id)
@@ -92,7 +93,9 @@ def _run(
         model, splits["train"], settings, kind=spec.kind, seed=seed, forward=forward,
         dev_score=dev_score if "dev" in splits else None, note=lambda r: writer.write([r]),
     )  # fmt: skip
-    scores, statistics, rows, sizes = {}, {}, [], {}
+    scores: dict[str, float | None] = {}
+    sizes: dict[str, int] = {}
+    statistics, rows = {}, []
     for name in ("test", "mismatched"):
         if name not in splits:
             continue
@@ -106,9 +109,9 @@ def _run(
     train_examples = len(
         np.unique(splits["train"].examples[drawn(splits["train"], settings["max_train_examples"])])
     )
-    result = {
+    result: CellResult = {
         "key": cell["key"], "model": cell["model"], "task": cell["task"], "seed": cell["seed"],
-        "scores": scores, "dev_scores": list(trained.dev_scores),
+        "scores": scores, "dev_scores": [*trained.dev_scores],
         "best_epoch": trained.best_epoch, "num_steps": trained.num_steps,
         "diverged_at": trained.diverged_at,
         "num_train": train_examples, "num_test": sizes, "settings": settings,
@@ -143,7 +146,7 @@ def _rows(
 
 def _write(
     run_dir: Path,
-    result: dict[str, Any],
+    result: CellResult,
     statistics: Mapping[str, NDArray[np.float64]],
     rows: Sequence[dict[str, Any]],
 ) -> None:

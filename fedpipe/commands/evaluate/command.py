@@ -240,7 +240,7 @@ def run_cells(
         logs=plan.directory / "logs",
         start=lambda name, slot, log: _Process(cells[name], slot, log),
         gather=gather,
-        outcome=lambda name: outcome_text(cells[name].result() or {}),
+        outcome=lambda name: outcome_text(cells[name].result()),
         console=console,
         look=_Progress(pending, console).look,
     )

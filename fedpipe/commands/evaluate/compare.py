@@ -7,8 +7,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from fedpipe.commands.evaluate.content import (
+    CellFacts,
+    Comparison,
+    Content,
+    Difference,
+    DifferenceRow,
+)
 from fedpipe.commands.evaluate.gather import JSON_FILE, read_statistics
 from fedpipe.commands.evaluate.intervals import (
     METHOD,
@@ -33,7 +39,7 @@ from fedpipe.report.document import (
     to_html,
     to_markdown,
 )
-from fedpipe.report.format import count, is_number
+from fedpipe.report.format import count, is_number, number
 from fedpipe.report.sections import environment_rows
 from fedpipe.run.run_dir import RunDir, describe_environment
 
@@ -48,7 +54,7 @@ class Side:
 
     directory: Path
     models: tuple[str, ...]
-    content: dict[str, Any]
+    content: Content
     """Of its evaluation.json."""
 
     @property
@@ -56,7 +62,7 @@ class Side:
         """Its name in the table."""
         return ",".join(self.models)
 
-    def cells(self, task: str) -> list[dict[str, Any]]:
+    def cells(self, task: str) -> list[CellFacts]:
         """Return its finished cells of a task."""
         return [
             cell
@@ -66,23 +72,24 @@ class Side:
 
     def units(self, task: str, key: str, *, by_model: bool, num_draws: int) -> Units:
         """Resample its scores by model, each the mean over its seeds, or by seed of fine-tuning."""
-        found: dict[Unit, list[dict[str, Any]]] = {}
+        found: dict[Unit, list[tuple[str, float]]] = {}
         for cell in self.cells(task):
-            if is_number(cell["scores"][key]):
+            score = cell["scores"][key]
+            if is_number(score):
                 unit = cell["model"] if by_model else int(cell["seed"])
-                found.setdefault(unit, []).append(cell)
+                found.setdefault(unit, []).append((cell["name"], score))
         return {
             unit: sample(
                 METRICS[key.partition(":")[0]],
-                [cell["scores"][key] for cell in cells],
-                [read_statistics(self.directory / "cells" / c["name"], key) for c in cells],
+                [score for _, score in cells],
+                [read_statistics(self.directory / "cells" / name, key) for name, _ in cells],
                 num_draws=num_draws,
             ).per_unit(1)
             for unit, cells in sorted(found.items())
         }
 
 
-def compare(first: str, second: str) -> dict[str, Any]:
+def compare(first: str, second: str) -> Comparison:
     """Compare two models, or two methods, on all tasks that both were scored on.
 
     Args:
@@ -102,7 +109,7 @@ def compare(first: str, second: str) -> dict[str, Any]:
     by_model = any(len(side.models) > 1 for side in sides)
     num_draws = min(side.content["num_draws"] for side in sides)
     shared = {row["metric"] + row["task"] for row in sides[1].content["rows"]}
-    rows: list[dict[str, Any]] = []
+    rows: list[DifferenceRow] = []
     main: list[tuple[Units, Units]] = []
     for row in sides[0].content["rows"]:
         task, key = row["task"], row["metric"]
@@ -115,8 +122,12 @@ def compare(first: str, second: str) -> dict[str, Any]:
         )
         if all(known["task"] != task for known in rows):
             main.append((one, other))
-        facts = {"task": task, "metric": key, "title": row["title"], "num_test": row["num_test"]}
-        rows.append(facts | _difference(one, other))
+        rows.append(
+            {
+                "task": task, "metric": key, "title": row["title"], "num_test": row["num_test"],
+                **_difference(one, other),
+            }
+        )  # fmt: skip
     if not rows:
         raise ConfigError(
             f"--compare: expected a task that both have finished, got none in {first} and {second}."
@@ -126,9 +137,9 @@ def compare(first: str, second: str) -> dict[str, Any]:
     if len(main) > 1:
         both = [_averaged(units) for units in zip(*main, strict=True)]
         average = _difference(*both) if all(both) else None
-    shown = [*rows, average] if average else rows
-    for row, stands_out in zip(shown, holm([row["p_value"] for row in shown]), strict=True):
-        row["stands_out"] = stands_out
+    shown: list[Difference] = [*rows, *([average] if average else [])]
+    for difference, stands_out in zip(shown, holm([d["p_value"] for d in shown]), strict=True):
+        difference["stands_out"] = stands_out
     names = [side.title for side in sides]
     if names[0] == names[1]:
         names = [f"{side.directory}:{side.title}" for side in sides]
@@ -140,16 +151,20 @@ def compare(first: str, second: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _difference(one: Units, other: Units) -> dict[str, Any]:
+def _difference(one: Units, other: Units) -> Difference:
     """Subtract two means, in pairs where both have the same seeds of fine-tuning."""
-    nothing = dict.fromkeys(("first", "second", "value", "interval", "over", "p_value"))
     if not one or not other:
-        return nothing | {"n": [len(one), len(other)], "paired": False}
+        return {
+            "first": None, "second": None, "value": None, "interval": None, "over": None,
+            "p_value": None, "n": [len(one), len(other)], "paired": False, "stands_out": False,
+        }  # fmt: skip
     paired = list(one) == list(other)
     first, second = (joined(list(units.values())) for units in (one, other))
     found = estimate(first - second) if paired else estimate(first, second)
-    means = {"first": float(first.scores.mean()), "second": float(second.scores.mean())}
-    return means | found.to_dict() | {"paired": paired}
+    return {
+        "first": float(first.scores.mean()), "second": float(second.scores.mean()),
+        **found.to_dict(), "paired": paired, "stands_out": False,
+    }  # fmt: skip
 
 
 def _averaged(tasks: Sequence[Units]) -> Units:
@@ -158,7 +173,7 @@ def _averaged(tasks: Sequence[Units]) -> Units:
     return {unit: mean_of([units[unit] for units in tasks]) for unit in shared}
 
 
-def write_comparison(content: dict[str, Any], directory: Path) -> None:
+def write_comparison(content: Comparison, directory: Path) -> None:
     """Write comparison.json, .md and .html.
 
     Raises:
@@ -177,13 +192,13 @@ def write_comparison(content: dict[str, Any], directory: Path) -> None:
     write_text(directory / "comparison.html", to_html(title, page))
 
 
-def comparison_table(content: dict[str, Any]) -> Table:
+def comparison_table(content: Comparison) -> Table:
     """Lay the differences out; one that Holm's correction leaves stands out."""
     rows = []
     for row in content["rows"]:
         rows.append(
             (
-                row["task"], row["title"], f"{row['num_test']:,}", _units(row),
+                row["task"], row["title"], number(row["num_test"], 0), _units(row),
                 percent(row["first"]), percent(row["second"]), signed(row),
             )
         )  # fmt: skip
@@ -198,16 +213,16 @@ def comparison_table(content: dict[str, Any]) -> Table:
     return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(2, 7)))
 
 
-def _units(row: dict[str, Any]) -> str:
+def _units(row: Difference) -> str:
     return "/".join(map(str, row["n"]))
 
 
-def terminal_text(content: dict[str, Any]) -> str:
+def terminal_text(content: Comparison) -> str:
     """Return what a terminal shows."""
     return "\n".join([*aligned(comparison_table(content)), "", how_to_read(content)])
 
 
-def how_to_read(content: dict[str, Any]) -> str:
+def how_to_read(content: Comparison) -> str:
     """Say what the numbers are, and how far they reach."""
     shown = [*content["rows"], *filter(None, [content["average"]])]
     tested = sum(row["p_value"] is not None for row in shown)
@@ -259,7 +274,7 @@ def _side(name: str) -> Side:
     return Side(directory=directory, models=chosen, content=content)
 
 
-def _check_same_examples(task: str, *sides: Sequence[dict[str, Any]]) -> None:
+def _check_same_examples(task: str, *sides: Sequence[CellFacts]) -> None:
     digests = {cell["gold_digest"] for cells in sides for cell in cells}
     if len(digests) > 1:
         raise CheckpointError(

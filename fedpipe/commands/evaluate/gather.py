@@ -7,10 +7,17 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from fedpipe.commands.evaluate.content import (
+    CellFacts,
+    CellResult,
+    Content,
+    Score,
+    TableRow,
+    TaskFacts,
+)
 from fedpipe.commands.evaluate.intervals import METHOD, Estimate, Sample, estimate, mean_of, sample
 from fedpipe.commands.evaluate.report import blocks, draw_scores
 from fedpipe.commands.evaluate.setup import Cell, Evaluation
@@ -23,12 +30,11 @@ from fedpipe.report.format import is_number
 from fedpipe.run.run_dir import describe_environment
 
 STATISTICS_FILE = "statistics.npz"
+Results = dict[str, CellResult | None]
+"""By name of the cell."""
 JSON_FILE = "evaluation.json"
 _FIGURE = "evaluation.png"
 _CAPTION = f"Mean scores with 95 % intervals, {METHOD}."
-
-Content = dict[str, Any]
-"""What evaluation.json holds."""
 
 
 def gather(evaluation: Evaluation) -> Content:
@@ -66,8 +72,8 @@ def summarise(evaluation: Evaluation) -> Content:
     """
     results = {cell.name: cell.result() for cell in evaluation.cells}
     num_draws = evaluation.config.evaluation.num_draws
-    rows: list[Content] = []
-    tasks: list[Content] = []
+    rows: list[TableRow] = []
+    tasks: list[TaskFacts] = []
     main: dict[str, list[_Scored]] = {model.name: [] for model in evaluation.models}
     for place in evaluation.files:
         task = place.task
@@ -118,17 +124,17 @@ def _keys(metrics: Sequence[str], cells: Sequence[Cell]) -> list[str]:
 
 
 def _row(
-    key: str, cells: Sequence[Cell], results: dict[str, Any], *, num_draws: int
-) -> tuple[Content, dict[str, _Scored]]:
+    key: str, cells: Sequence[Cell], results: Results, *, num_draws: int
+) -> tuple[TableRow, dict[str, _Scored]]:
     """One metric of one task, for every model: mean, spread and interval; and its samples."""
     name, _, test_set = key.partition(":")
     metric = METRICS[name]
-    models: dict[str, Any] = {}
+    models: dict[str, Score | None] = {}
     found: dict[str, _Scored] = {}
     sizes = set()
     for model in dict.fromkeys(cell.model.name for cell in cells):
         own = [cell for cell in cells if cell.model.name == model]
-        done = {cell.seed: results[cell.name] for cell in own if results[cell.name]}
+        done = {cell.seed: result for cell in own if (result := results[cell.name])}
         seeds = {seed: result["scores"][key] for seed, result in done.items()}
         spread = Spread.of(list(seeds.values()))
         sizes |= {result["num_test"][test_set or "test"] for result in done.values()}
@@ -139,10 +145,10 @@ def _row(
         statistics = [read_statistics(cell.run_dir, key) for cell in known]
         drawn = sample(metric, spread.values, statistics, num_draws=num_draws)
         found[model] = _Scored(seeds=tuple(cell.seed for cell in known), sample=drawn)
-        models[model] = spread.to_dict() | {"seeds": seeds}
-        models[model] |= _interval(estimate(drawn), lowest=metric.lowest)
+        interval = _interval(estimate(drawn), lowest=metric.lowest)
+        models[model] = {**spread.to_dict(), "seeds": seeds, **interval}
     title = metric.title + (f", {test_set}" if test_set else "")
-    row = {
+    row: TableRow = {
         "task": cells[0].task.name, "metric": key, "title": title,
         "num_test": max(sizes, default=None), "cells": len(cells) // len(models),
         "models": models,
@@ -158,17 +164,17 @@ class _Scored:
     sample: Sample
 
 
-def _average(scored: Sequence[_Scored]) -> Content | None:
+def _average(scored: Sequence[_Scored]) -> Score | None:
     """Average tasks seed by seed, over the seeds that all of them have."""
     shared = [seed for seed in scored[0].seeds if all(seed in each.seeds for each in scored)]
     if not shared:
         return None
     kept = [each.sample.at([each.seeds.index(seed) for seed in shared]) for each in scored]
     found = estimate(mean_of(kept))
-    return {"mean": found.value, "n": len(shared)} | _interval(found, lowest=-1.0)
+    return {"mean": found.value, "n": len(shared), **_interval(found, lowest=-1.0)}
 
 
-def _interval(found: Estimate, *, lowest: float) -> Content:
+def _interval(found: Estimate, *, lowest: float) -> Score:
     """Say how sure a mean is; no score is outside of what its metric can be."""
     if found.interval is None:
         return {"interval": None, "over": None}
@@ -176,9 +182,9 @@ def _interval(found: Estimate, *, lowest: float) -> Content:
     return {"interval": [float(low), float(high)], "over": found.over}
 
 
-def _task(format_name: str, folder: str, cells: Sequence[Cell], results: dict[str, Any]) -> Content:
+def _task(format_name: str, folder: str, cells: Sequence[Cell], results: Results) -> TaskFacts:
     first = cells[0]
-    done = [results[cell.name] for cell in cells if results[cell.name]]
+    done = [result for cell in cells if (result := results[cell.name])]
     return {
         "name": first.task.name,
         "format": format_name,
@@ -195,14 +201,18 @@ def _task(format_name: str, folder: str, cells: Sequence[Cell], results: dict[st
     }
 
 
-def _cell(cell: Cell, result: Any) -> Content:
-    content: Content = {
+def _cell(cell: Cell, result: CellResult | None) -> CellFacts:
+    content: CellFacts = {
         "name": cell.name, "model": cell.model.name, "task": cell.task.name, "seed": cell.seed,
         "done": result is not None, "tokenised": Path(cell.prepared.directory).name,
     }  # fmt: skip
     if result is None:
         return content
-    kept = ("scores", "best_epoch", "num_steps", "seconds", "threads", "device", "host", "num_test",
-            "gold_digest")  # fmt: skip
-    diverged = {"diverged_at": result.get("diverged_at")}
-    return content | {name: result[name] for name in kept} | diverged
+    return {
+        **content,
+        "scores": result["scores"], "best_epoch": result["best_epoch"],
+        "num_steps": result["num_steps"], "seconds": result["seconds"],
+        "threads": result["threads"], "device": result["device"], "host": result["host"],
+        "num_test": result["num_test"], "gold_digest": result["gold_digest"],
+        "diverged_at": result.get("diverged_at"),
+    }  # fmt: skip

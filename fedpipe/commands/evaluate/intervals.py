@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -103,6 +103,16 @@ def mean_of(samples: Sequence[Sample]) -> Sample:
     )
 
 
+class EstimateFacts(TypedDict):
+    """An estimate in JSON."""
+
+    value: float
+    interval: tuple[float, float] | None
+    over: str | None
+    n: list[int]
+    p_value: float | None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
     """A mean over units, or the difference of two, and how sure it is."""
@@ -117,7 +127,7 @@ class Estimate:
     p_value: float | None
     """Two-sided, of a true value of 0; None where the interval is not over seeds."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> EstimateFacts:
         """Return everything for JSON."""
         return {
             "value": self.value, "interval": self.interval, "over": self.over,

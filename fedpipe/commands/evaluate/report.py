@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
+from fedpipe.commands.evaluate.content import (
+    CellFacts,
+    CellResult,
+    Content,
+    Difference,
+    Score,
+    Settings,
+    TableRow,
+    TaskFacts,
+)
 from fedpipe.data.tasks.scoring import METRICS
 from fedpipe.report.document import (
     Block,
@@ -24,9 +34,6 @@ from fedpipe.report.sections import environment_rows
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-Content = Mapping[str, Any]
-"""What evaluation.json holds."""
-
 AVERAGE = "macro average"
 _LEGEND_WIDTH, _LEGEND_MARK = 105, 7
 """Of the figure in characters, and what the mark beside a name takes of it."""
@@ -37,7 +44,7 @@ def percent(value: Any, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}" if is_number(value) else MISSING
 
 
-def signed(found: Content) -> str:
+def signed(found: Difference) -> str:
     """Write a difference of scores with its interval; one that stands out of a table is strong."""
     if not is_number(found["value"]):
         return MISSING
@@ -48,8 +55,10 @@ def signed(found: Content) -> str:
     return Strong(text) if found["stands_out"] else text
 
 
-def outcome_text(result: Content) -> str:
+def outcome_text(result: CellResult | CellFacts | None) -> str:
     """Say what a cell has reached, in a few words."""
+    if result is None:
+        return "no score"
     scores = [
         f"{METRICS[key.partition(':')[0]].title} {percent(value)}"
         for key, value in result.get("scores", {}).items()
@@ -85,7 +94,7 @@ def table(content: Content) -> Table:
     return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(2, len(columns))))
 
 
-def _cells(entries: Sequence[Content | None]) -> list[str]:
+def _cells(entries: Sequence[Score | None]) -> list[str]:
     means = [entry["mean"] if entry else None for entry in entries]
     known = [mean for mean in means if is_number(mean)]
     best = max(known) if len(set(known)) > 1 else None  # nobody wins a draw
@@ -96,15 +105,15 @@ def _cells(entries: Sequence[Content | None]) -> list[str]:
     return texts
 
 
-def _score(entry: Content | None) -> str:
+def _score(entry: Score | None) -> str:
     """Write ``82.1 sd 0.6 [80.2, 83.9]``: mean and spread over seeds, interval of the mean."""
     if entry is None or not is_number(entry["mean"]):
         return MISSING
     text = percent(entry["mean"])
     if is_number(entry.get("std")):
         text += f" sd {percent(entry['std'])}"
-    if entry.get("interval"):
-        low, high = entry["interval"]
+    if interval := entry.get("interval"):
+        low, high = interval
         text += f" [{percent(low)}, {percent(high)}]"
     return text
 
@@ -113,7 +122,7 @@ def _count(value: Any) -> str:
     return f"{value:,}" if is_number(value) else MISSING
 
 
-def _runs(row: Content) -> str:
+def _runs(row: TableRow) -> str:
     """Say how many seeds are done of those that are to be."""
     done = [entry["n"] if entry else 0 for entry in row["models"].values()]
     planned = row["cells"]
@@ -168,7 +177,7 @@ def notes(content: Content) -> list[str]:
     return found
 
 
-def _limits(task: Content) -> list[str]:
+def _limits(task: TaskFacts) -> list[str]:
     """Name what was left out of a task."""
     found = []
     settings = next(iter(task["settings"].values()))
@@ -199,8 +208,8 @@ def _limits(task: Content) -> list[str]:
     return found
 
 
-def _settings(content: Content, task: str) -> dict[str, Any]:
-    return dict(next(t["settings"] for t in content["tasks"] if t["name"] == task))
+def _settings(content: Content, task: str) -> dict[str, Settings]:
+    return next(t["settings"] for t in content["tasks"] if t["name"] == task)
 
 
 def blocks(content: Content, figures: Sequence[Figure] = ()) -> list[Block]:
@@ -324,11 +333,11 @@ def draw_scores(content: Content) -> tuple[Draw, float] | None:
     return draw, 1.1 + legend + len(rows) * max(0.34, 0.2 * len(names))
 
 
-def _point(axes: Any, entry: Content | None, y: float, color: str) -> None:
+def _point(axes: Any, entry: Score | None, y: float, color: str) -> None:
     if not entry or not is_number(entry["mean"]):
         return
-    if entry.get("interval"):
-        low, high = entry["interval"]
+    if interval := entry.get("interval"):
+        low, high = interval
         axes.plot([100 * low, 100 * high], [y, y], color=color, linewidth=1.6, alpha=0.5)
     seeds = [100 * value for value in entry.get("seeds", {}).values() if is_number(value)]
     if len(seeds) > 1:

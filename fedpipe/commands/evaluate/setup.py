@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedpipe.commands.evaluate.content import CellFile, CellResult, Settings
 from fedpipe.commands.evaluate.model_folder import (
     ModelFolder,
     check_models,
@@ -57,7 +58,7 @@ class Cell:
     seed: int
     key: str
     """Of everything that its result depends on."""
-    settings: dict[str, Any]
+    settings: Settings
     """The section ``evaluation`` as it is for this cell, every value in place."""
     prepared: PreparedTask
     """The tokenised task."""
@@ -70,7 +71,7 @@ class Cell:
         batches = -(-kept * self.prepared.sequences["train"] // self.settings["batch_size"])
         return int(batches) * int(self.settings["num_epochs"])
 
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> CellResult | None:
         """Read what it reached; None if that has not happened, or was of other content."""
         try:
             content = json.loads((self.run_dir / RESULT_FILE).read_text(encoding="utf-8"))
@@ -190,7 +191,7 @@ def set_up_evaluation(
     )
 
 
-def settings_of(evaluation: EvaluationConfig, task: Task, model: ModelFolder) -> dict[str, Any]:
+def settings_of(evaluation: EvaluationConfig, task: Task, model: ModelFolder) -> Settings:
     """Put the published values in the place of what the configuration leaves open."""
     usual = task.defaults
     return {
@@ -233,7 +234,7 @@ def _cell(
     place: TaskFiles,
     seed: int,
     content: str,
-    settings: dict[str, Any],
+    settings: Settings,
     prepared: PreparedTask,
 ) -> Cell:
     identity = [FORMAT, model.digest, content, settings, seed]
@@ -256,7 +257,7 @@ def _write(run: RunDir, config: RunConfig, cells: Sequence[Cell]) -> None:
             "task_files": [cell.task.file] if cell.task.file else [],
         }  # fmt: skip
         spec = TaskSpec.of(cell.task, typed=cell.settings["typed_entities"])
-        content = {
+        content: CellFile = {
             "key": cell.key,
             "name": cell.name,
             "model": cell.model.name,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from fedpipe.commands.evaluate.content import Settings
 from fedpipe.config.evaluation import Kind, Precision
 from fedpipe.config.schema import OptimizerConfig
 from fedpipe.data.tasks.batches import Forward, labelled_batch, task_loss
@@ -105,7 +106,7 @@ def forward_of(model: torch.nn.Module, spec: TaskSpec, *, precision: Precision) 
 def train(
     model: torch.nn.Module,
     data: Encoded,
-    settings: dict[str, Any],
+    settings: Settings,
     *,
     kind: Kind,
     seed: int,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedpipe.commands.evaluate.content import CellResult
 from fedpipe.commands.evaluate.gather import read_statistics
 from fedpipe.commands.evaluate.intervals import METHOD, Sample, estimate, holm, mean_of, sample
 from fedpipe.commands.evaluate.setup import Cell, Evaluation
@@ -128,7 +129,7 @@ class _Scores:
     def sample(self, variant: Variant, round_id: int) -> Sample:
         """Resample the scores after a round, by seed of pre-training; one not defined is 0."""
         cells = self._cells(variant, round_id)
-        scores = [(cell.result() or {})["scores"][self.key] for cell in cells]
+        scores = [finished(cell)["scores"][self.key] for cell in cells]
         found = sample(
             METRICS[self.key],
             [score if is_number(score) else 0.0 for score in scores],
@@ -137,6 +138,13 @@ class _Scores:
         )
         whole = Sample(scores=found.scores, drawn=np.nan_to_num(found.drawn))
         return whole.per_unit(len(self.plan.of(variant)))
+
+
+def finished(cell: Cell) -> CellResult:
+    """Return the result of a cell that is done."""
+    result = cell.result()
+    assert result is not None, cell.name
+    return result
 
 
 def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Content:
@@ -173,7 +181,7 @@ def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Con
             for name in dict.fromkeys(source.values())
         }
         any_cell = next(iter(cells.values()))[0]
-        result = any_cell.result() or {}
+        result = finished(any_cell)
         tasks.append(
             {
                 "name": place.task.name, "metric": metric, "title": METRICS[metric].title,

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from fedpipe.report.drawing import BLUE, GREY, INK, ORANGE, Draw
 from fedpipe.report.format import (
@@ -62,6 +62,16 @@ class RunResult:
         return asdict(self) | {"loss": self.loss, "tokens_per_s": self.tokens_per_s}
 
 
+class SpreadFacts(TypedDict):
+    """A spread in JSON."""
+
+    mean: float
+    std: float | None
+    min: float | None
+    max: float | None
+    n: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
     """Several runs' values of one number."""
@@ -85,7 +95,7 @@ class Spread:
         """Of the sample (n - 1); one run has none."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
-    def to_dict(self) -> dict[str, float | int | None]:
+    def to_dict(self) -> SpreadFacts:
         """Return mean, spread and count for JSON."""
         ends = (min(self.values), max(self.values)) if len(self.values) > 1 else (None, None)
         low, high = ends

@@ -288,7 +288,7 @@ def evaluation_array(request: RunRequest, chosen: Mapping[str, Any], *, show: Sh
         is_done=lambda name: cells[name].result() is not None,
         prepare=lambda names: None,
         gather=table,
-        outcome=lambda name: outcome_text(cells[name].result() or {}),
+        outcome=lambda name: outcome_text(cells[name].result()),
     )
 
 

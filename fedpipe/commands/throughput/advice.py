@@ -7,7 +7,7 @@ prediction.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fedpipe.commands.plan.costs.flops import layer_flops, masked_layer_flops, stage_flops
 from fedpipe.commands.plan.costs.ideal import predict, scheduled
@@ -18,27 +18,30 @@ from fedpipe.models.split import placement, stage_specs
 from fedpipe.pipeline.timeline import StageCost
 from fedpipe.report.format import count
 
+if TYPE_CHECKING:
+    from fedpipe.commands.throughput.report import Ideal, Schedule
+
 WORTH = 1.02
 """A smaller predicted gain is within what a repetition differs from the next."""
 _VISIBLE_PCT = 5.0
 """A share of the time that is worth a sentence."""
 
 
-def advise(report: dict[str, Any], config: RunConfig, *, vocab_size: int) -> list[str]:
+def advise(
+    schedules: dict[str, Schedule], ideals: dict[str, Ideal], config: RunConfig, *, vocab_size: int
+) -> list[str]:
     """Say what bounds the schedules here, and what is predicted to help.
 
     Args:
-        report: ``schedules`` and ``ideal`` of ``throughput/report.json``.
+        schedules: What was measured, by schedule.
+        ideals: What the simulator makes of it.
         config: Of the single replica that was measured.
         vocab_size: Tokens of the tokenizer.
 
     Returns:
         Sentences, the most important first.
     """
-    costs = {
-        name: [StageCost(**cost) for cost in ideal["costs"]]
-        for name, ideal in report["ideal"].items()
-    }
+    costs = {name: [StageCost(**cost) for cost in ideal["costs"]] for name, ideal in ideals.items()}
     if config.pipeline.colocate:
         first = [
             "The stages share one process (`pipeline.colocate`), so which of them waits says "
@@ -51,10 +54,10 @@ def advise(report: dict[str, Any], config: RunConfig, *, vocab_size: int) -> lis
         ]
     sentences = [
         *first,
-        _waiting(report),
+        _waiting({name: schedule["bubble_pct"] for name, schedule in schedules.items()}),
         _batches_1f1b(costs, config),
-        _optimizer(report, costs["streaming"], config),
-        _gap(report),
+        _optimizer(schedules["streaming"], costs["streaming"], config),
+        _gap(schedules["streaming"], reached_pct=ideals["streaming"]["reached_pct"]),
     ]
     return [sentence for sentence in sentences if sentence]
 
@@ -155,8 +158,7 @@ def _moves(before: Sequence[int], after: Sequence[int]) -> str:
 # ------------------------------------------------------------------------------- the other reasons
 
 
-def _waiting(report: dict[str, Any]) -> str:
-    waits = {name: schedule["bubble_pct"] for name, schedule in report["schedules"].items()}
+def _waiting(waits: dict[str, float]) -> str:
     most = {name: pct for name, pct in waits.items() if pct > 50.0}
     if most:
         named = ", ".join(f"{name} ({pct:.0f} %)" for name, pct in most.items())
@@ -180,9 +182,8 @@ def _batches_1f1b(costs: dict[str, list[StageCost]], config: RunConfig) -> str:
     )
 
 
-def _optimizer(report: dict[str, Any], stages: Sequence[StageCost], config: RunConfig) -> str:
-    times = report["schedules"]["streaming"]["stage_time_pct"]
-    share = max(stage.get("optimizer_step", 0.0) for stage in times)
+def _optimizer(streaming: Schedule, stages: Sequence[StageCost], config: RunConfig) -> str:
+    share = max(stage.get("optimizer_step", 0.0) for stage in streaming["stage_time_pct"])
     if share < _VISIBLE_PCT:
         return ""
     now, then = (predict("streaming", stages, config, more_micro_batches=k) for k in (1, 2))
@@ -193,9 +194,8 @@ def _optimizer(report: dict[str, Any], stages: Sequence[StageCost], config: RunC
     )
 
 
-def _gap(report: dict[str, Any]) -> str:
-    streaming = report["schedules"]["streaming"]
-    gap = 100.0 - report["ideal"]["streaming"]["reached_pct"]
+def _gap(streaming: Schedule, *, reached_pct: float) -> str:
+    gap = 100.0 - reached_pct
     if gap < _VISIBLE_PCT:
         return ""
     others = [shares["other"] + shares.get("load", 0.0) for shares in streaming["stage_time_pct"]]

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedpipe.commands.plan.costs.ideal import scheduled
 from fedpipe.commands.throughput.page import TITLES, blocks
-from fedpipe.commands.throughput.report import Measurement, StageWindow
+from fedpipe.commands.throughput.report import Comparison, Measurement, Report, StageWindow
 from fedpipe.config.schema import RunConfig
 from fedpipe.files import write_text
 from fedpipe.models.split import StageSpec, stage_specs
@@ -19,7 +19,7 @@ from fedpipe.report.timeline_plot import write_timeline_plot
 
 
 def write_files(
-    folder: Path, report: dict[str, Any], measurement: Measurement, *, config: RunConfig
+    folder: Path, report: Report, measurement: Measurement, *, config: RunConfig
 ) -> None:
     """Write report.json, report.html, report.md, timeline_NAME.json and timeline_NAME.png.
 
@@ -43,7 +43,7 @@ def write_files(
 
 
 def write_documents(
-    folder: Path, title: str, page: list[Block], *, content: dict[str, Any]
+    folder: Path, title: str, page: list[Block], *, content: Report | Comparison
 ) -> None:
     """Write report.html and report.md of the same blocks, and report.json.
 

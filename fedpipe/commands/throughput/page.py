@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from fedpipe.commands.throughput.report import Report
 from fedpipe.report.document import (
     Block,
     Code,
@@ -38,8 +38,6 @@ _KINDS = {
     "other": ("other",),
 }
 """Columns of the table of times: instructions by what they mean."""
-
-Report = dict[str, Any]
 
 
 def headline(report: Report) -> str:
@@ -237,9 +235,9 @@ def _flops(report: Report) -> list[Block]:
     rows = [
         (
             TITLES[name],
-            number(schedule["flops_per_s"] / 1e9, 1),
+            number((schedule["flops_per_s"] or 0.0) / 1e9, 1),
             number(schedule["mfu_pct"], 1),
-            _list(schedule["busy_mfu_pct"]),
+            _list(schedule["busy_mfu_pct"] or []),
         )
         for name, schedule in report["schedules"].items()
     ]

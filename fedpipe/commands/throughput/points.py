@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpipe.commands.study.report import short_names
-from fedpipe.commands.throughput.page import TITLES, Report
+from fedpipe.commands.throughput.page import TITLES
+from fedpipe.commands.throughput.report import Comparison, Report
 from fedpipe.report.document import Block, Code, Heading, Paragraph, Strong, Table
 from fedpipe.report.format import MISSING, bytes_text, number, tokens_per_s
 from fedpipe.report.sections import environment_rows
@@ -32,7 +33,7 @@ class Point:
     report: Report
 
 
-def content(points: Sequence[Point], environment: dict[str, Any]) -> dict[str, Any]:
+def content(points: Sequence[Point], environment: dict[str, Any]) -> Comparison:
     """Return ``throughput/report.json`` of a grid."""
     return {
         "points": [

@@ -13,9 +13,10 @@ from typing import Any
 from fedpipe.cluster.rank import Emit, Notify, View
 from fedpipe.commands.pretrain.ranks import PretrainingRanks
 from fedpipe.commands.throughput.files import write_files
-from fedpipe.commands.throughput.page import Report, terminal_text
+from fedpipe.commands.throughput.page import terminal_text
 from fedpipe.commands.throughput.report import (
     Measurement,
+    Report,
     ThroughputSettings,
     single_replica,
     summarise,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 from fedpipe.commands.plan.costs.ideal import predict
 from fedpipe.commands.throughput.advice import advise
-from fedpipe.commands.throughput.utilisation import Product, utilisation
+from fedpipe.commands.throughput.utilisation import Product, Utilisation, utilisation
 from fedpipe.config.schema import RunConfig
 from fedpipe.errors import ConfigError
 from fedpipe.pipeline.timeline import COMPUTE, StageCost
@@ -98,6 +98,83 @@ class Measurement:
     threads_per_process: int
 
 
+class Spread(TypedDict):
+    """How a number varies."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+class Pace(TypedDict):
+    """How fast a schedule is, and what its processes do meanwhile."""
+
+    tokens_per_s: float
+    step_s: Spread
+    bubble_pct: float
+    """Share of the time in which processes wait for a neighbour, their mean."""
+    stage_busy_pct: list[float]
+    stage_time_pct: list[dict[str, float]]
+    """By process, the share of its time by instruction."""
+    bytes_forward_per_token: float
+    bytes_backward_per_token: float
+
+
+class Schedule(Pace, Utilisation):
+    """What was measured of a schedule."""
+
+    peak_memory_bytes: list[int]
+    """By process."""
+
+
+class StageSeconds(TypedDict):
+    """The fields of ``StageCost``."""
+
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+
+
+class Ideal(TypedDict):
+    """What the simulator makes of the measured costs of the stages, with free messages."""
+
+    tokens_per_s: float
+    step_s: float
+    bubble_pct: float
+    stage_busy_pct: list[float]
+    costs: list[StageSeconds]
+    reached_pct: float
+    """Ideal over measured step, the median over repetitions."""
+
+
+class Report(TypedDict):
+    """The content of ``throughput/report.json``."""
+
+    schedules: dict[str, Schedule]
+    ratios: dict[str, Spread]
+    """By ``streaming_vs_NAME``, how many times streaming is faster."""
+    ideal: dict[str, Ideal]
+    environment: dict[str, Any]
+    """What was measured, on what; versions and command."""
+    advice: list[str]
+    """Sentences."""
+
+
+class MeasuredPoint(TypedDict):
+    """A point of a grid, and its report."""
+
+    name: str
+    overrides: list[str]
+    report: Report
+
+
+class Comparison(TypedDict):
+    """The content of ``throughput/report.json`` of a grid."""
+
+    points: list[MeasuredPoint]
+    environment: dict[str, Any]
+
+
 def single_replica(config: RunConfig) -> RunConfig:
     """Return the configuration of one replica, each stage on one process.
 
@@ -117,7 +194,7 @@ def single_replica(config: RunConfig) -> RunConfig:
 
 def summarise(
     measurement: Measurement, config: RunConfig, *, environment: dict[str, Any]
-) -> dict[str, Any]:
+) -> Report:
     """Make ``throughput/report.json``.
 
     Args:
@@ -129,37 +206,35 @@ def summarise(
         The report; all that its pages say is in it.
     """
     tokens = config.blocks_per_step * config.data.sequence_length
-    schedules, ideal = {}, {}
+    schedules: dict[str, Schedule] = {}
+    ideals: dict[str, Ideal] = {}
     for name, windows in measurement.windows.items():
         traces = measurement.traces[name]
-        schedules[name] = _schedule(windows, traces, config=config, tokens=tokens)
-        schedules[name]["peak_memory_bytes"] = measurement.peak_memory_bytes[name]
-        schedules[name] |= utilisation(
-            name,
-            windows,
-            traces,
-            ceiling=measurement.matmul_flops_per_s,
-            config=config,
-            vocab_size=measurement.vocab_size,
-        )
-        ideal[name] = _ideal(name, traces, config=config, tokens=tokens)
-        # Repetition by repetition: what slows the machine down slows the ideal down, too.
-        reached = [
-            predict(name, costs([t]), config).step_s / _step_s(w[-1])
-            for t, w in zip(traces, windows, strict=True)
-        ]
-        ideal[name]["reached_pct"] = 100.0 * statistics.median(reached)
-    others = [name for name in measurement.windows if name != "streaming"]
-    report = {
-        "schedules": schedules,
-        "ratios": {
-            f"streaming_vs_{name}": _spread(_paired(measurement, "streaming", name))
-            for name in others
-        },
-        "ideal": ideal,
-        "environment": environment | _circumstances(measurement, config, tokens=tokens),
+        schedules[name] = {
+            **_pace(windows, traces, config=config, tokens=tokens),
+            "peak_memory_bytes": measurement.peak_memory_bytes[name],
+            **utilisation(
+                name,
+                windows,
+                traces,
+                ceiling=measurement.matmul_flops_per_s,
+                config=config,
+                vocab_size=measurement.vocab_size,
+            ),
+        }
+        ideals[name] = _ideal(name, windows, traces, config=config, tokens=tokens)
+    ratios = {
+        f"streaming_vs_{name}": _spread(_paired(measurement, "streaming", name))
+        for name in measurement.windows
+        if name != "streaming"
     }
-    return report | {"advice": advise(report, config, vocab_size=measurement.vocab_size)}
+    return {
+        "schedules": schedules,
+        "ratios": ratios,
+        "ideal": ideals,
+        "environment": environment | _circumstances(measurement, config, tokens=tokens),
+        "advice": advise(schedules, ideals, config, vocab_size=measurement.vocab_size),
+    }
 
 
 def _circumstances(measurement: Measurement, config: RunConfig, *, tokens: int) -> dict[str, Any]:
@@ -200,13 +275,13 @@ def costs(traces: Sequence[Sequence[StageWindow]]) -> list[StageCost]:
     return result
 
 
-def _schedule(
+def _pace(
     windows: Sequence[Sequence[StageWindow]],
     traces: Sequence[Sequence[StageWindow]],
     *,
     config: RunConfig,
     tokens: int,
-) -> dict[str, Any]:
+) -> Pace:
     # The last stage completes a step; the periods between completions are the pace.
     steps = [b - a for w in windows for a, b in _periods(w[-1].ends)]
     means = [_step_s(w[-1]) for w in windows]
@@ -253,10 +328,20 @@ def _shares(windows: Sequence[StageWindow]) -> dict[str, float]:
 
 
 def _ideal(
-    name: str, traces: Sequence[Sequence[StageWindow]], *, config: RunConfig, tokens: int
-) -> dict[str, Any]:
+    name: str,
+    windows: Sequence[Sequence[StageWindow]],
+    traces: Sequence[Sequence[StageWindow]],
+    *,
+    config: RunConfig,
+    tokens: int,
+) -> Ideal:
     stages = costs(traces)
     timeline = predict(name, stages, config)
+    # Repetition by repetition: what slows the machine down slows the ideal down, too.
+    reached = [
+        predict(name, costs([trace]), config).step_s / _step_s(window[-1])
+        for trace, window in zip(traces, windows, strict=True)
+    ]
     return {
         "tokens_per_s": tokens / timeline.step_s,
         "step_s": timeline.step_s,
@@ -266,6 +351,7 @@ def _ideal(
             {"forward_s": c.forward_s, "backward_s": c.backward_s, "optimizer_s": c.optimizer_s}
             for c in stages
         ],
+        "reached_pct": 100.0 * statistics.median(reached),
     }
 
 
@@ -279,7 +365,7 @@ def _paired(measurement: Measurement, fast: str, slow: str) -> list[float]:
     return [b[-1].steady_s / a[-1].steady_s for a, b in pairs]
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def _spread(values: Sequence[float]) -> Spread:
     tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else []
     return {
         "median": statistics.median(values),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from fedpipe.commands.plan.costs.flops import stage_flops
 from fedpipe.commands.plan.costs.ideal import scheduled
@@ -25,6 +25,17 @@ if TYPE_CHECKING:
 
 Windows = Sequence[Sequence["StageWindow"]]
 """Repetitions, then stages."""
+
+
+class Utilisation(TypedDict):
+    """What a schedule computes, beside what its processes could; all None for emulated devices."""
+
+    flops_per_s: float | None
+    """Of all processes."""
+    mfu_pct: float | None
+    """Model FLOPs utilisation: of the ceiling of all processes."""
+    busy_mfu_pct: list[float] | None
+    """By process, while it computes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +79,7 @@ def utilisation(
     ceiling: Sequence[Sequence[float]],
     config: RunConfig,
     vocab_size: int,
-) -> dict[str, Any]:
+) -> Utilisation:
     """Compare what a schedule computes with what its processes could.
 
     Args:
@@ -78,10 +89,6 @@ def utilisation(
         ceiling: FLOP/s of the product by process, then repetition; empty for emulated devices.
         config: Of the single replica.
         vocab_size: Tokens of the tokenizer.
-
-    Returns:
-        ``flops_per_s`` of all processes, ``mfu_pct`` and, by stage while it computes,
-        ``busy_mfu_pct``; all None for emulated devices.
     """
     if not ceiling:
         return {"flops_per_s": None, "mfu_pct": None, "busy_mfu_pct": None}
