@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NotRequired, TypedDict
 
+from fedpipe.commands.evaluate.intervals import EstimateFacts
 from fedpipe.config.evaluation import Precision
 
 
@@ -162,6 +163,13 @@ class Content(TypedDict):
     average: dict[str, Score | None]
     cells: list[CellFacts]
     environment: dict[str, Any]
+
+
+class Tested(EstimateFacts):
+    """A difference, and whether it stands out of a table."""
+
+    stands_out: bool
+    """By Holm's correction over the table."""
 
 
 class Difference(TypedDict):

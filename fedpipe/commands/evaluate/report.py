@@ -15,6 +15,7 @@ from fedpipe.commands.evaluate.content import (
     Settings,
     TableRow,
     TaskFacts,
+    Tested,
 )
 from fedpipe.data.tasks.scoring import METRICS
 from fedpipe.report.document import (
@@ -44,7 +45,7 @@ def percent(value: Any, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}" if is_number(value) else MISSING
 
 
-def signed(found: Difference) -> str:
+def signed(found: Difference | Tested) -> str:
     """Write a difference of scores with its interval; one that stands out of a table is strong."""
     if not is_number(found["value"]):
         return MISSING

@@ -6,10 +6,12 @@ base_performance.png (github.com/wzw1105/FedBioBERT at 612ae65), read off the pi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedpipe.commands.evaluate.content import Tested
 from fedpipe.commands.evaluate.report import percent, signed
+from fedpipe.commands.reproduce.results import Content, SpeedUpFacts, VariantFacts
 from fedpipe.report.document import (
     Block,
     Code,
@@ -37,9 +39,6 @@ from fedpipe.report.sections import environment_rows
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
-
-Content = Mapping[str, Any]
-"""What reproduce.json holds."""
 
 PUBLISHED_MEAN, PUBLISHED_PEAK = 2.03, 3.44
 _PUBLISHED_ROUNDS = (
@@ -77,15 +76,15 @@ def speed_table(content: Content) -> Table:
     return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(1, len(columns))))
 
 
-def _pair(content: Content, own: Content, baseline: Content) -> Content:
+def _pair(content: Content, own: VariantFacts, baseline: VariantFacts) -> SpeedUpFacts:
     return next(
-        dict(pair)
+        pair
         for pair in content["speed_ups"]
         if (pair["variant"], pair["baseline"]) == (own["name"], baseline["name"])
     )
 
 
-def _speed(pair: Content, num_tasks: int) -> str:
+def _speed(pair: SpeedUpFacts, num_tasks: int) -> str:
     if pair["mean"] is None:
         return f"- (0 of {num_tasks})"
     mean, peak = number(pair["mean"], 2), number(pair["peak"], 2)
@@ -118,7 +117,7 @@ def variants_table(content: Content) -> Table:
     return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(1, 9)))
 
 
-def times_table(content: Content, baseline: Content) -> Table:
+def times_table(content: Content, baseline: VariantFacts) -> Table:
     """Lay out time to a baseline's best score, per task and run of fedpipe."""
     own = [v for v in content["variants"] if v["kind"] == "fedpipe"]
     pairs = [_pair(content, v, baseline) for v in own]
@@ -129,7 +128,10 @@ def times_table(content: Content, baseline: Content) -> Table:
             (
                 task["name"], f"{task['title']} {percent(races[0]['target'])}",
                 percent(task["untrained"]), duration(races[0]["baseline_s"]),
-                *(_race(race) for race in races),
+                *(
+                    _time(race["own_s"], race["ratio"]) if race["learnt"] else "not learnt"
+                    for race in races
+                ),
             )
         )  # fmt: skip
     lost = [pair["held_out"] for pair in pairs]
@@ -137,19 +139,15 @@ def times_table(content: Content, baseline: Content) -> Table:
         (
             "held-out text", f"loss {number(lost[0]['loss'], 3)}", "",
             duration(lost[0]["baseline_s"]),
-            *(_race(each | {"learnt": True}) for each in lost),
+            *(_time(each["own_s"], each["ratio"]) for each in lost),
         )
     )  # fmt: skip
     columns = ("task", "its best", "untrained", "its time", *(v["title"] for v in own))
     return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(1, len(columns))))
 
 
-def _race(race: Content) -> str:
-    if not race["learnt"]:
-        return "not learnt"
-    if race["own_s"] is None:
-        return "never"
-    return f"{duration(race['own_s'])}, {number(race['ratio'], 2)} x"
+def _time(seconds: float | None, ratio: float | None) -> str:
+    return "never" if seconds is None else f"{duration(seconds)}, {number(ratio, 2)} x"
 
 
 def differences_table(content: Content) -> Table:
@@ -238,8 +236,8 @@ def below(content: Content) -> str:
     """Say on which tasks fedpipe differs from FedBERT at equal tokens, and how sure that is."""
     titles = {v["name"]: v["title"] for v in content["variants"]}
     differences = content["differences"]
-    found = [(d, d[key]) for d in differences for key in ("last", "all")]
-    tested = sum(each["p_value"] is not None for _, each in found)
+    last, over_all = ([(d, d["last"]) for d in differences], [(d, d["all"]) for d in differences])
+    tested = sum(each["p_value"] is not None for _, each in (*last, *over_all))
     text = (
         "fedpipe minus FedBERT after the same tokens, scores times 100; in brackets its own 95 % "
         f"interval, {content['intervals']}. Units are the {count(len(content['seeds']), 'seed')} "
@@ -255,11 +253,11 @@ def below(content: Content) -> str:
             "The seeds are too few to test anything: the intervals are over test examples, of "
             "these models alone."
         )
-    for key, when in (("last", "After the last round"), ("all", "Over all rounds")):
+    for when, found in (("After the last round", last), ("Over all rounds", over_all)):
         parts = []
         for name, sign in (("above", 1), ("below", -1)):
-            sided = [d for d in differences if _leaves_out_0(d[key], sign)]
-            strong = [d for d in sided if d[key]["stands_out"]]
+            sided = [(d, each) for d, each in found if _leaves_out_0(each, sign)]
+            strong = [d for d, each in sided if each["stands_out"]]
             listed = ", ".join(f"{titles[d['variant']]} on {d['task']}" for d in strong) or "none"
             parts.append(
                 (f"{name} after correction: {listed}; " if tested else "")
@@ -269,8 +267,9 @@ def below(content: Content) -> str:
     return text
 
 
-def _leaves_out_0(found: Content, sign: int) -> bool:
-    return bool(found["interval"]) and min(sign * end for end in found["interval"]) > 0
+def _leaves_out_0(found: Tested, sign: int) -> bool:
+    interval = found["interval"]
+    return interval is not None and min(sign * end for end in interval) > 0
 
 
 def facts(content: Content) -> Facts:
@@ -432,7 +431,7 @@ def _label(axes: Axes, x: str, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=9.5)
 
 
-def _styles(content: Content) -> list[tuple[Content, dict[str, Any]]]:
+def _styles(content: Content) -> list[tuple[VariantFacts, dict[str, Any]]]:
     seen: dict[str, int] = {}
     found = []
     for variant in content["variants"]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from fedpipe.commands.evaluate.content import CellResult
+from fedpipe.commands.evaluate.content import CellResult, Settings, Tested
 from fedpipe.commands.evaluate.gather import read_statistics
 from fedpipe.commands.evaluate.intervals import METHOD, Sample, estimate, holm, mean_of, sample
 from fedpipe.commands.evaluate.setup import Cell, Evaluation
 from fedpipe.commands.reproduce.setup import Reproduction, TrainingRun
-from fedpipe.commands.reproduce.time_to_score import race, speed_up
+from fedpipe.commands.reproduce.time_to_score import Race, race, speed_up
 from fedpipe.commands.reproduce.variants import Variant
 from fedpipe.data.tasks.scoring import METRICS
 from fedpipe.errors import CheckpointError
@@ -26,8 +26,110 @@ AGREEMENT = 1e-3
 """Relative difference of losses up to which two runs have trained the same weights."""
 HELD_OUT = "held-out loss"
 
-Content = dict[str, Any]
-"""What reproduce.json holds."""
+
+class VariantFacts(TypedDict):
+    """A system, the mean over its seeds of pre-training."""
+
+    name: str
+    title: str
+    kind: str
+    num_stages: int
+    measured_rounds: int
+    scored_as: str
+    """The system whose models are scored for this one: itself, or one with identical weights."""
+    loss_difference: float | None
+    """Largest relative difference of a round's loss from that of its twin."""
+    clock: list[float]
+    """Seconds of training at the end of every round."""
+    seconds_per_round: float
+    seconds_range: list[float]
+    tokens_per_round: int
+    losses: list[float]
+    held_out: list[float]
+    steps: list[list[float]]
+    """Seconds and training loss along the first seed's run."""
+
+
+class TaskScores(TypedDict):
+    """A task, and what the systems score on it."""
+
+    name: str
+    metric: str
+    title: str
+    untrained: float
+    scores: dict[str, list[float]]
+    """By system, after every round."""
+    learnt: dict[str, bool]
+    """By system, whether its scores are above the untrained model's by more than chance."""
+    num_train: int
+    num_test: int
+    settings: Settings
+
+
+class LossRace(TypedDict):
+    """When the held-out loss of a baseline is reached."""
+
+    loss: float
+    baseline_s: float
+    own_s: float | None
+    ratio: float | None
+
+
+class RaceFacts(TypedDict):
+    """The fields of ``Race``, and its ratio."""
+
+    task: str
+    target: float
+    baseline_s: float
+    own_s: float | None
+    learnt: bool
+    ratio: float | None
+
+
+class SpeedUpFacts(TypedDict):
+    """A run of fedpipe beside a baseline."""
+
+    variant: str
+    baseline: str
+    per_round: float
+    races: list[RaceFacts]
+    held_out: LossRace
+    mean: float | None
+    peak: float | None
+    reached: int
+    """Tasks."""
+    never: tuple[str, ...]
+    unlearnt: tuple[str, ...]
+
+
+class ScoreDifference(TypedDict):
+    """Scores of fedpipe minus those of FedBERT on a task, after the same tokens."""
+
+    variant: str
+    task: str
+    last: Tested
+    """After the last round."""
+    all: Tested
+    """Mean over all rounds."""
+
+
+class Content(TypedDict):
+    """The content of ``reproduce.json``."""
+
+    experiment: str
+    scale: str
+    seeds: list[int]
+    evaluation_seeds: list[int]
+    num_rounds: int
+    text: list[str]
+    tasks_from: str
+    num_draws: int
+    intervals: str
+    variants: list[VariantFacts]
+    tasks: list[TaskScores]
+    speed_ups: list[SpeedUpFacts]
+    differences: list[ScoreDifference]
+    environment: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,8 +267,8 @@ def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Con
         _variant(v, plan, curves[v.name], scored=source[v.name], far=far.get(v.name))
         for v in plan.variants
     ]
-    tasks: list[Content] = []
-    differences: list[Content] = []
+    tasks: list[TaskScores] = []
+    differences: list[ScoreDifference] = []
     reference = next(v.name for v in plan.variants if v.kind == "fedbert")
     for place in evaluation.files:
         metric = place.task.metrics[0]
@@ -198,12 +300,11 @@ def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Con
             }
         )  # fmt: skip
         differences += [
-            {"variant": v.name, "task": place.task.name}
-            | _differences(by_round[v.name], by_round[reference])
+            _difference(v.name, place.task.name, by_round[v.name], by_round[reference])
             for v in plan.variants
             if v.kind == "fedpipe" and source[v.name] == v.name
         ]
-    found = [each[key] for each in differences for key in ("last", "all")]
+    found = [tested for each in differences for tested in (each["last"], each["all"])]
     for each, stands_out in zip(found, holm([e["p_value"] for e in found]), strict=True):
         each["stands_out"] = stands_out
     environment = describe_environment()
@@ -245,7 +346,7 @@ def _variant(
     *,
     scored: str,
     far: float | None,
-) -> Content:
+) -> VariantFacts:
     clocks = [curve.clock(plan.config.federation.num_rounds) for curve in curves]
     seconds = [second for curve in curves for second in curve.seconds]
     return {
@@ -280,9 +381,9 @@ def _steps(run: TrainingRun, clock: Sequence[float], points: int = 200) -> list[
     ]
 
 
-def _speed_ups(variants: Sequence[Content], tasks: Sequence[Content]) -> list[Content]:
+def _speed_ups(variants: Sequence[VariantFacts], tasks: Sequence[TaskScores]) -> list[SpeedUpFacts]:
     """Compare every run of fedpipe with every baseline: all tasks, then the held-out loss."""
-    found = []
+    found: list[SpeedUpFacts] = []
     for own in (v for v in variants if v["kind"] == "fedpipe"):
         for baseline in (v for v in variants if v["kind"] != "fedpipe"):
             races = [
@@ -293,23 +394,34 @@ def _speed_ups(variants: Sequence[Content], tasks: Sequence[Content]) -> list[Co
                 )
                 for task in tasks
             ]  # fmt: skip
+            gain = speed_up(races)
             found.append(
                 {
                     "variant": own["name"], "baseline": baseline["name"],
                     "per_round": baseline["seconds_per_round"] / own["seconds_per_round"],
-                    "races": [asdict(each) | {"ratio": each.ratio} for each in races],
+                    "races": [_race_facts(each) for each in races],
                     "held_out": _loss_race(own, baseline, variants),
+                    "mean": gain.mean, "peak": gain.peak, "reached": gain.reached,
+                    "never": gain.never, "unlearnt": gain.unlearnt,
                 }
-                | asdict(speed_up(races))
             )  # fmt: skip
     return found
 
 
-def _timed(variant: Content, scores: Sequence[float]) -> tuple[list[float], Sequence[float]]:
+def _race_facts(race: Race) -> RaceFacts:
+    return {
+        "task": race.task, "target": race.target, "baseline_s": race.baseline_s,
+        "own_s": race.own_s, "learnt": race.learnt, "ratio": race.ratio,
+    }  # fmt: skip
+
+
+def _timed(variant: VariantFacts, scores: Sequence[float]) -> tuple[list[float], Sequence[float]]:
     return variant["clock"][: len(scores)], scores
 
 
-def _loss_race(own: Content, baseline: Content, variants: Sequence[Content]) -> Content:
+def _loss_race(
+    own: VariantFacts, baseline: VariantFacts, variants: Sequence[VariantFacts]
+) -> LossRace:
     by_name = {v["name"]: v for v in variants}
     timed = [
         _timed(v, [-loss for loss in by_name[v["scored_as"]]["held_out"]]) for v in (baseline, own)
@@ -321,7 +433,13 @@ def _loss_race(own: Content, baseline: Content, variants: Sequence[Content]) -> 
     }  # fmt: skip
 
 
-def _differences(own: Sequence[Sample], theirs: Sequence[Sample]) -> Content:
+def _difference(
+    variant: str, task: str, own: Sequence[Sample], theirs: Sequence[Sample]
+) -> ScoreDifference:
     """Subtract FedBERT's scores from fedpipe's at equal tokens: last round, and mean of all."""
     by_round = [first - second for first, second in zip(own, theirs, strict=True)]
-    return {"last": estimate(by_round[-1]).to_dict(), "all": estimate(mean_of(by_round)).to_dict()}
+    return {
+        "variant": variant, "task": task,
+        "last": {**estimate(by_round[-1]).to_dict(), "stands_out": False},
+        "all": {**estimate(mean_of(by_round)).to_dict(), "stands_out": False},
+    }  # fmt: skip
