@@ -235,7 +235,7 @@ def test_waiting_the_optimizer_and_more_micro_batches_are_named_where_they_matte
     report["schedules"]["streaming"]["stage_time_pct"][1]["optimizer_step"] = 12.0
     for cost in report["ideal"]["streaming"]["costs"]:
         cost["optimizer_s"] = 0.03
-    advice = " ".join(advise(report, config, vocab_size=VOCAB))
+    advice = " ".join(advise(report["schedules"], report["ideal"], config, vocab_size=VOCAB))
     assert "wait for more than half of the time in sequential (61 %)" in advice
     assert "The optimizer takes up to 12 %" in advice
     more = [predict("1f1b", stage_costs(config), config, more_micro_batches=k) for k in (1, 2)]
@@ -250,18 +250,18 @@ def test_a_schedule_at_its_ideal_has_no_gap_to_explain_and_another_has() -> None
     assert not any("misses its ideal" in sentence for sentence in report["advice"])
     report["ideal"]["streaming"]["reached_pct"] = 80.0
     report["schedules"]["streaming"]["stage_time_pct"][1]["other"] = 15.0
-    advice = advise(report, config, vocab_size=VOCAB)
+    advice = advise(report["schedules"], report["ideal"], config, vocab_size=VOCAB)
     assert "stage 1 spends 15 % of its time on text and between instructions" in advice[-1]
     report["schedules"]["streaming"]["stage_time_pct"][1]["other"] = 1.0
     report["schedules"]["streaming"]["step_s"] |= {"p10": 0.2, "p90": 0.5}
-    advice = advise(report, config, vocab_size=VOCAB)
+    advice = advise(report["schedules"], report["ideal"], config, vocab_size=VOCAB)
     assert "A step took 2.50 x as long at p90 as at p10" in advice[-1]
 
 
 def test_stages_that_are_threads_get_no_advice_on_the_cut() -> None:
     config = config_of([1], colocate=True)
     report = report_of(config_of([1]))
-    advice = advise(report, config, vocab_size=VOCAB)
+    advice = advise(report["schedules"], report["ideal"], config, vocab_size=VOCAB)
     assert "The stages share one process" in advice[0]
     assert not any("pipeline.cut=" in sentence for sentence in advice)
 

@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 
-from fedpipe.commands.finetune.texts import read_texts
+from fedpipe.commands.finetune.examples import read_texts
 from fedpipe.config.finetune import CAUSAL_LM, TaskConfig
 from fedpipe.data.reading import NO_VALUE, read
 from fedpipe.data.sources import Columns, resolve

@@ -213,12 +213,12 @@ def notes(content: Content) -> list[str]:
         "untrained model's by a 95 % interval of their difference, of which none is chosen.",
     ]
     if shared:
-        who = "; ".join(f"{', '.join(names)}: {title}" for title, names in shared.items())
+        who = "; ".join(f"{', '.join(names)} as {title}" for title, names in shared.items())
         found.append(
-            f"Some train the weights of another, and share its scores ({who}): back-propagation "
-            "does not see the cut, no head sees where it is, and padding is hidden. The table "
-            "holds the largest relative difference of a round's training or held-out loss from "
-            "the other's; above 1e-3 a system would be scored by itself."
+            f"Systems with identical weights are scored once ({who}). Their weights are identical "
+            "because back-propagation does not depend on the cut, a head not on its place, and a "
+            "score not on padding. The table holds the largest relative difference between the "
+            "training or held-out losses of a round; above 1e-3 a system is scored by itself."
         )
     if short:
         names = ", ".join(v["title"] for v in short)
