@@ -76,6 +76,7 @@ docs: .venv-docs/.ready
 	@echo "build/site/index.html"
 
 .venv-docs/.ready: docs/requirements.txt
+	@echo "installing the packages of docs/requirements.txt into .venv-docs"
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/pip install --quiet -r docs/requirements.txt
 	@touch $@
