@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from fedpipe.printable import printable
+from fedpipe.report.summary import Samples
 
 
 def samples_text(run_dir: Path) -> str:
@@ -13,7 +14,7 @@ def samples_text(run_dir: Path) -> str:
     path = run_dir / "samples.json"
     if not path.is_file():
         return ""
-    samples = json.loads(path.read_text(encoding="utf-8"))
+    samples: Samples = json.loads(path.read_text(encoding="utf-8"))
     lines = ["masked words of held-out text, filled in by the model and by unigram frequency:"]
     for example in samples["examples"]:
         guesses = ", ".join(f"{word} {p:.3f}" for word, p in example["model"])

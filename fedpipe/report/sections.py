@@ -7,7 +7,7 @@ from typing import Any
 from fedpipe.report.console import why
 from fedpipe.report.document import Block, Heading, Paragraph, Strong, Table
 from fedpipe.report.format import bytes_text, count, integer, is_number, number, tokens_per_s
-from fedpipe.report.summary import RunSummary
+from fedpipe.report.summary import ClientText, Guess, RunSummary
 from fedpipe.report.writer import Record
 
 _COLLECTIVES = {
@@ -27,28 +27,20 @@ _MAX_CLIENT_ROWS = 60
 
 def samples_section(run: RunSummary) -> list[Block]:
     """Masked words of held-out text: the truth, the model's guesses and a unigram guess."""
-    examples = run.samples.get("examples") or []
-    if not examples:
+    if run.samples is None or not run.samples["examples"]:
         return []
     rows, right = [], 0
-    for example in examples:
-        model = example.get("model") or []
-        truth = str(example.get("truth", "-"))
-        hit = bool(model) and str(model[0][0]) == truth
+    for example in run.samples["examples"]:
+        truth, model = example["truth"], example["model"]
+        hit = model[0][0] == truth
         right += hit
-        rows.append(
-            (
-                str(example.get("text", "")),
-                Strong(truth) if hit else truth,
-                _guesses(model),
-                _guesses((example.get("unigram") or [])[:1]),
-            )
-        )
+        shown = Strong(truth) if hit else truth
+        rows.append((example["text"], shown, _guesses(model), _guesses(example["unigram"][:1])))
     text = (
         f"Words of held-out text that the trained model has not seen: its first guess is right for "
         f"{right} of {len(rows)} (highlighted)."
     )
-    unigram, final = run.samples.get("unigram_loss"), _final_loss(run)
+    unigram, final = run.samples["unigram_loss"], _final_loss(run)
     if is_number(unigram):
         text += f" Guessing by word frequency alone has a loss of {number(unigram, 3)} nats"
         text += f"; the model's is {number(final, 3)}." if final is not None else "."
@@ -60,7 +52,7 @@ def samples_section(run: RunSummary) -> list[Block]:
     ]
 
 
-def _guesses(pairs: list[Any]) -> str:
+def _guesses(pairs: list[Guess]) -> str:
     return ", ".join(f"{word} {number(100 * share, 0)} %" for word, share in pairs) or "-"
 
 
@@ -72,22 +64,23 @@ def _final_loss(run: RunSummary) -> float | None:
 
 def text_section(run: RunSummary) -> list[Block]:
     """What text every client trained on, what was left out, and what was held out."""
-    clients = run.text.get("clients") or []
-    if not clients:
+    facts = run.text
+    if facts is None:
         return []
-    number, same = run.text.get("held_out_documents"), run.text.get("held_out_in_training")
+    clients = facts["clients"]
+    number, same = facts["held_out_documents"], facts["held_out_in_training"]
     lines = []
-    if number and is_number(same):
+    if number:
         share = f"{same:,} of {number:,} held-out documents ({100 * same / number:.1f} %) stand"
         lines.append(
             f"{share if same else f'None of the {number:,} held-out documents stands'} in the "
             "training text too (compared without white space)."
         )
-    if number and run.text.get("held_out_ignored"):
-        lines.append(f"{run.text['held_out_ignored']:,} have an owner that is no client's.")
-    if any(row.get("left_out") or row.get("held_out_left_out") for row in clients):
+    if number and facts["held_out_ignored"]:
+        lines.append(f"{facts['held_out_ignored']:,} have an owner that is no client's.")
+    if any(row["left_out"] or row.get("held_out_left_out") for row in clients):
         lines.append(
-            f"Blocks with fewer than {integer(run.text.get('num_masked'))} ordinary tokens are "
+            f"Blocks with fewer than {facts['num_masked']:,} ordinary tokens are "
             "left out: too little of them can be masked."
         )
     shown = clients[:_MAX_CLIENT_ROWS]
@@ -95,20 +88,22 @@ def text_section(run: RunSummary) -> list[Block]:
         lines.append(f"The first {len(shown)} of {len(clients):,} clients; text.json has them all.")
     columns = ("client", "owners", "documents", "tokens", "blocks", "blocks left out",
                "held-out documents", "held-out blocks", "held-out blocks left out")  # fmt: skip
-    keys = ("documents", "tokens", "blocks", "left_out",
-            "held_out_documents", "held_out_blocks", "held_out_left_out")  # fmt: skip
     rows = tuple(
-        (integer(row.get("client")), _owners(row), *(integer(row.get(key)) for key in keys))
+        (
+            integer(row["client"]), _owners(row), integer(row["documents"]),
+            integer(row["tokens"]), integer(row["blocks"]), integer(row["left_out"]),
+            integer(row.get("held_out_documents")), integer(row.get("held_out_blocks")),
+            integer(row.get("held_out_left_out")),
+        )
         for row in shown
-    )
+    )  # fmt: skip
     table = Table(columns=columns, rows=rows, numeric=frozenset(range(len(columns))) - {1})
     paragraphs: list[Block] = [Paragraph(text=" ".join(lines))] if lines else []
     return [Heading(text="Text of the clients"), *paragraphs, table]
 
 
-def _owners(row: dict[str, Any]) -> str:
-    names = [str(name) for name in row.get("owners") or []]
-    more = (row.get("num_owners") or 0) - len(names)
+def _owners(row: ClientText) -> str:
+    names, more = row["owners"], row["num_owners"] - len(row["owners"])
     return ", ".join([*names, *([f"{more:,} more"] if more > 0 else [])]) or "-"
 
 

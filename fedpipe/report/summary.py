@@ -6,7 +6,7 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from fedpipe.errors import CheckpointError
 from fedpipe.report.format import is_number
@@ -17,6 +17,62 @@ logger = logging.getLogger(__name__)
 
 TEXT_FILE = "text.json"
 """Counts of the prepared text, per client."""
+
+
+class ClientText(TypedDict):
+    """The prepared text of a client."""
+
+    client: int
+    owners: list[str]
+    """The first values of the partition column that it owns."""
+    num_owners: int
+    documents: int
+    tokens: int
+    blocks: int
+    left_out: int
+    """Blocks with too few ordinary tokens to mask."""
+    held_out_documents: NotRequired[int]
+    """This and what follows only where text is held out."""
+    held_out_blocks: NotRequired[int]
+    held_out_left_out: NotRequired[int]
+
+
+class TextFacts(TypedDict):
+    """The content of text.json: the prepared text of a run."""
+
+    prepared: str
+    """Its folder in the cache."""
+    sequence_length: int
+    num_masked: int
+    """Masked tokens of a block."""
+    held_out_documents: int
+    held_out_ignored: int
+    """Held-out documents whose owner is no client's."""
+    held_out_in_training: int
+    """Held-out documents that stand in the training text, too."""
+    clients: list[ClientText]
+
+
+Guess = tuple[str, float]
+"""A word and its probability."""
+
+
+class Sample(TypedDict):
+    """A masked word of held-out text, and what is guessed for it."""
+
+    text: str
+    truth: str
+    truth_probability: float
+    truth_unigram: float
+    model: list[Guess]
+    unigram: list[Guess]
+
+
+class Samples(TypedDict):
+    """The content of samples.json."""
+
+    unigram_loss: float
+    examples: list[Sample]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +91,9 @@ class RunSummary:
     """env.json."""
     events: list[dict[str, Any]] = field(default_factory=list)
     """Trace events of timeline.json."""
-    samples: dict[str, Any] = field(default_factory=dict)
+    samples: Samples | None = None
     """samples.json."""
-    text: dict[str, Any] = field(default_factory=dict)
+    text: TextFacts | None = None
     """text.json."""
 
     @classmethod
@@ -64,8 +120,8 @@ class RunSummary:
             plan=plan.read_text(encoding="utf-8") if plan.is_file() else "",
             environment=_read_json(run_dir / "env.json"),
             events=_read_json(run_dir / "timeline.json").get("traceEvents") or [],
-            samples=_read_json(run_dir / "samples.json"),
-            text=_read_json(run_dir / TEXT_FILE),
+            samples=cast(Samples, _read_json(run_dir / "samples.json")) or None,
+            text=cast(TextFacts, _read_json(run_dir / TEXT_FILE)) or None,
         )
 
     def of_kind(self, kind: str) -> list[Record]:

@@ -29,6 +29,7 @@ from fedpipe.models.lengths import longest_input, num_positions
 from fedpipe.models.split import StageSpec, merge, model_stages, part_of
 from fedpipe.models.stage import Stage, build_stage, masked_lm_class
 from fedpipe.printable import printable
+from fedpipe.report.summary import Guess, Sample, Samples
 from fedpipe.report.writer import read_metrics
 from fedpipe.run.checkpoint import (
     CLIENTS,
@@ -306,7 +307,7 @@ tokenizer = AutoTokenizer.from_pretrained("{EXPORT}")
 """
 
 
-def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[dict[str, Any]]:
+def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[Sample]:
     """Let the exported model fill in masked words of held-out text, beside a unigram guess.
 
     Writes ``samples.json``. Only whole words are hidden, one per example; the unigram guess is the
@@ -324,7 +325,7 @@ def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[
     counts[list(data.special_ids)] = 0
     unigram = (counts + 1) / (counts + 1).sum()
     starts_word, is_word = word_tokens(tokenizer, data.vocab_size)
-    examples = []
+    examples: list[Sample] = []
     rng = np.random.default_rng(config.seed)
     clients = [shard.client_id for shard in data.valid if shard.num_blocks]
     for index in range(NUM_EXAMPLES):
@@ -354,7 +355,7 @@ def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[
                 "unigram": _top(unigram, tokenizer),
             }
         )
-    result = {"unigram_loss": _unigram_loss(config, data, unigram), "examples": examples}
+    result: Samples = {"unigram_loss": _unigram_loss(config, data, unigram), "examples": examples}
     write_text(run_dir / "samples.json", json.dumps(result, indent=1))
     return examples
 
@@ -377,9 +378,9 @@ def word_tokens(tokenizer: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray
     return starts, starts & np.array([token.lstrip("\u0120").isalpha() for token in tokens])
 
 
-def _top(probabilities: np.ndarray, tokenizer: Any, k: int = 3) -> list[list[Any]]:
+def _top(probabilities: np.ndarray, tokenizer: Any, k: int = 3) -> list[Guess]:
     best = np.argsort(probabilities)[::-1][:k]
-    return [[tokenizer.decode([int(i)]).strip(), float(probabilities[i])] for i in best]
+    return [(tokenizer.decode([int(i)]).strip(), float(probabilities[i])) for i in best]
 
 
 def _unigram_loss(config: RunConfig, data: PreparedData, unigram: np.ndarray) -> float:

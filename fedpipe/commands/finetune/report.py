@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from fedpipe.commands.finetune.clients import ClientFacts
 from fedpipe.files import write_text
 from fedpipe.report.document import (
     Block,
@@ -273,15 +274,15 @@ def _clients(run: RunSummary) -> list[Block]:
     path = run.run_dir / "data" / "data.json"
     if not path.is_file():
         return []
-    facts = json.loads(path.read_text(encoding="utf-8"))["facts"]
+    facts = [ClientFacts(**fact) for fact in json.loads(path.read_text(encoding="utf-8"))["facts"]]
     last = (run.of_kind("eval") or [{}])[-1]
     scores = last.get("clients") or {}
     middle = _spread(facts)
     rows = tuple(
         (
-            str(fact["client_id"]), integer(fact["num_examples"]),
-            integer(fact["num_test_examples"]), number(fact["entropy_bits"], 3),
-            _shown(last, scores.get(str(fact["client_id"]))), ", ".join(fact["missing"]) or "-",
+            str(fact.client_id), integer(fact.num_examples), integer(fact.num_test_examples),
+            number(fact.entropy_bits, 3), _shown(last, scores.get(str(fact.client_id))),
+            ", ".join(fact.missing) or "-",
         )
         for fact in facts[:_MAX_CLIENT_ROWS]
     )  # fmt: skip
@@ -296,13 +297,13 @@ def _clients(run: RunSummary) -> list[Block]:
     return blocks
 
 
-def _spread(facts: list[dict[str, Any]]) -> Table:
+def _spread(facts: list[ClientFacts]) -> Table:
     rows = []
-    for title, name, digits in (
-        ("training examples", "num_examples", 0), ("held-out examples", "num_test_examples", 0),
-        ("label entropy, bits", "entropy_bits", 3),
-    ):  # fmt: skip
-        values = [fact[name] for fact in facts]
+    for title, values, digits in (
+        ("training examples", [fact.num_examples for fact in facts], 0),
+        ("held-out examples", [fact.num_test_examples for fact in facts], 0),
+        ("label entropy, bits", [fact.entropy_bits for fact in facts], 3),
+    ):
         chosen = (min(values), median(values), max(values))
         rows.append((title, *(number(value, digits) for value in chosen)))
     columns = (f"of {count(len(facts), 'client')}", "least", "median", "most")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from fedpipe.commands.plan.plan import Row, aligned_rows
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.federation.cohort import idle_pct
 from fedpipe.report.format import count
+from fedpipe.report.summary import ClientText, TextFacts
 
 _LISTED = 5
 """Clients that a row lists; text.json and the report have them all."""
@@ -20,7 +21,7 @@ _NAMED = 3
 """Owners of a client that are listed by name."""
 
 
-def text_facts(data: PreparedData) -> dict[str, Any]:
+def text_facts(data: PreparedData) -> TextFacts:
     """Count what prepared text holds.
 
     Args:
@@ -29,9 +30,9 @@ def text_facts(data: PreparedData) -> dict[str, Any]:
     Returns:
         The content of text.json: counts over all clients, and a row per client.
     """
-    clients = []
+    clients: list[ClientText] = []
     for train, valid in zip(data.train, data.valid or [None] * len(data.train), strict=True):
-        row = {
+        row: ClientText = {
             "client": train.client_id,
             "owners": list(train.values[:_NAMED]),
             "num_owners": len(train.values),
@@ -41,11 +42,9 @@ def text_facts(data: PreparedData) -> dict[str, Any]:
             "left_out": train.num_left_out,
         }
         if valid is not None:
-            row |= {
-                "held_out_documents": valid.num_documents,
-                "held_out_blocks": valid.num_blocks,
-                "held_out_left_out": valid.num_left_out,
-            }
+            row["held_out_documents"] = valid.num_documents
+            row["held_out_blocks"] = valid.num_blocks
+            row["held_out_left_out"] = valid.num_left_out
         clients.append(row)
     return {
         "prepared": Path(data.directory).name,
@@ -58,7 +57,7 @@ def text_facts(data: PreparedData) -> dict[str, Any]:
     }
 
 
-def render_text(facts: dict[str, Any], config: RunConfig) -> str:
+def render_text(facts: TextFacts, config: RunConfig) -> str:
     """Write the counts as lines that go on where the plan ends.
 
     Args:
@@ -100,7 +99,7 @@ def _idle(config: RunConfig, blocks: Sequence[int]) -> list[Row]:
     return [("warning", f"replicas idle {idle:.0f} % of their time", why)]
 
 
-def _held_out(facts: dict[str, Any]) -> list[Row]:
+def _held_out(facts: TextFacts) -> list[Row]:
     clients, number = facts["clients"], facts["held_out_documents"]
     same = facts["held_out_in_training"]
     share = f"{100 * same / number:.1f} %" if number else "0.0 %"
@@ -116,17 +115,20 @@ def _held_out(facts: dict[str, Any]) -> list[Row]:
     return [*rows, *_left_out("held_out_left_out", facts)]
 
 
-def _left_out(key: str, facts: dict[str, Any]) -> list[Row]:
-    found = [row for row in facts["clients"] if row.get(key)]
+def _left_out(key: Literal["left_out", "held_out_left_out"], facts: TextFacts) -> list[Row]:
+    found = [(-left_out, row) for row in facts["clients"] if (left_out := row.get(key))]
     if not found:
         return []
-    found.sort(key=lambda row: (-row[key], row["client"]))
-    number = count(sum(row[key] for row in found), "block")
-    what = f"{number} left out, with fewer than {facts['num_masked']} ordinary tokens"
-    return [("", what, _list(found, key))]
+    found.sort(key=lambda each: (each[0], each[1]["client"]))
+    numbers = [-left_out for left_out, _ in found]
+    blocks = count(sum(numbers), "block")
+    what = f"{blocks} left out, with fewer than {facts['num_masked']} ordinary tokens"
+    return [("", what, _list([row for _, row in found], numbers))]
 
 
-def _list(rows: Sequence[dict[str, Any]], key: str = "") -> str:
-    shown = [f"client {r['client']}" + (f": {r[key]:,}" if key else "") for r in rows[:_LISTED]]
+def _list(rows: Sequence[ClientText], numbers: Sequence[int] = ()) -> str:
+    shown = [f"client {row['client']}" for row in rows[:_LISTED]]
+    if numbers:
+        shown = [f"{name}: {n:,}" for name, n in zip(shown, numbers, strict=False)]
     more = [f"{len(rows) - _LISTED} more"] if len(rows) > _LISTED else []
     return ", ".join([*shown, *more])
