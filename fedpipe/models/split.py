@@ -45,7 +45,7 @@ class StageSpec:
     head: Literal["", "mlm", "mlm+layer"]
     """Its own loss: "" where a gradient that comes back trains it."""
     scores: int
-    """The stage whose hidden states its head reads: itself, but for a head at home."""
+    """The stage whose hidden states its head reads: itself, unless it is a head at home."""
     next_stage: int | None = None
     """The stage that its activations go to; None after the last layer."""
     decoder: Literal["own", "shared", "lent"] = "own"

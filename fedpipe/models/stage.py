@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,27 @@ from fedpipe.models.masked import gather_masked, run_masked
 from fedpipe.models.split import AUX_HEADS, StageSpec
 
 
+class MaskedTargets(NamedTuple):
+    """What a masked-LM head predicts, by the planes of a micro-batch's targets.
+
+    Arrays of numpy where a batch is read, tensors where it is computed with.
+    """
+
+    positions: Any
+    """(B, M) int, of the masked tokens; of padded sequences all positions."""
+    labels: Any
+    """(B, M) int, the tokens there; -100 where nothing is predicted."""
+
+
 class StageModule(nn.Module, ABC):
     """The modules of one pipeline stage, under the parameter names of the whole model.
 
     ``forward`` is the stage's part of the encoder; ``loss`` is its own loss. They are apart because
     the activations leave the stage before the loss is computed.
 
-    A micro-batch's targets are (P, B, M) int32. The first plane is what every stage may know, such
-    as masked positions or lengths; the others are labels, which may have to stay with the client.
+    A micro-batch's targets travel as one tensor, (P, B, M) int32. The first plane is what every
+    stage may know, such as masked positions or lengths; the others are labels, which may have to
+    stay with the client. A NamedTuple of the subclass names the planes.
     """
 
     def __init__(self, spec: StageSpec, *, activation_checkpointing: bool) -> None:
@@ -208,16 +221,16 @@ class Stage(StageModule):
 
         Args:
             hidden_BTD: Output of ``forward``.
-            targets: (2, B, M) int: positions of the masked tokens, then their labels. Of padded
-                sequences all positions, with labels -100 where nothing is predicted.
+            targets: (2, B, M) int, the planes of ``MaskedTargets``.
             reduction: "mean" over the masked tokens, or "none".
 
         Returns:
             Scalar in nats, or (B, M) losses.
         """
         assert self._head, "this stage has no head"
-        labels_BM = targets[1].long()
-        hidden_BMD = self.masked(hidden_BTD, targets[0])
+        positions_BM, labels_BM = MaskedTargets(*targets)
+        labels_BM = labels_BM.long()
+        hidden_BMD = self.masked(hidden_BTD, positions_BM)
         loss = self._score(self._head[0], hidden_BMD, labels_BM, reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(labels_BM)
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,20 @@ from fedpipe.models.modeling import roberta
 from fedpipe.models.split import AUX_HEADS, StageSpec
 from fedpipe.models.stage import StageModule, place
 
-NUM_PLANES = 3
-"""Of the targets: lengths, labels, weights."""
+
+class TaskTargets(NamedTuple):
+    """What a task's head predicts, by the planes of a micro-batch's targets, (B, M) int32 each.
+
+    Arrays of numpy where a batch is read, tensors where it is computed with.
+    """
+
+    lengths: Any
+    """Tokens of the sequence, the same in all columns."""
+    labels: Any
+    """Class or tag; of a number the bits of a float32."""
+    weights: Any
+    """Bits of the float32 that the label counts with in the loss. 0 hides a position that has no
+    label, or a sequence that fills up a short batch."""
 
 
 def check_cut(config: PretrainedConfig, last_cut: int) -> None:
@@ -58,9 +70,7 @@ def check_cut(config: PretrainedConfig, last_cut: int) -> None:
 class TunedStage(StageModule):
     """What one stage holds of a whole model, and the head of its own loss.
 
-    The targets are three planes (B, M) int32: tokens of the sequence, its label (or its tags; of a
-    number the bits of a float32), and the label's weight in the loss (bits of a float32). A weight
-    of 0 hides a position that has no label, or a sequence that fills up a short batch.
+    The targets are the planes of ``TaskTargets``.
     """
 
     def __init__(
@@ -141,14 +151,14 @@ class TunedStage(StageModule):
     def loss(self, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
         """Weighted sum over the labels: cross-entropy in nats, or squared errors of numbers."""
         logits_BMC = self.logits(hidden_BTD).float()
-        weights_BM = targets[2].view(torch.float32)
+        _, labels_BM, weights_BM = TaskTargets(*targets)
         if self._kind == "regression":
-            errors_BM = (logits_BMC[..., 0] - targets[1].view(torch.float32)).square()
+            errors_BM = (logits_BMC[..., 0] - labels_BM.view(torch.float32)).square()
         else:
             errors_BM = functional.cross_entropy(
-                logits_BMC.transpose(1, 2), targets[1].long(), reduction="none"
+                logits_BMC.transpose(1, 2), labels_BM.long(), reduction="none"
             )
-        return (weights_BM * errors_BM).sum()
+        return (weights_BM.view(torch.float32) * errors_BM).sum()
 
     def score(self, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
         """Predictions (B, M) float32: classes or tags, or numbers."""

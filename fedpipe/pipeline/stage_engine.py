@@ -381,7 +381,7 @@ class StageEngine:
         self._announce_steps()
 
     def _report(self, *, behind: int) -> None:
-        """Hand on what the steps were, but for the latest ``behind``."""
+        """Report the steps that have ended, except the latest ``behind``."""
         assert self._on_step is not None
         while len(self._ended) > behind:
             ended = self._ended.popleft()

@@ -26,7 +26,7 @@ from fedpipe.errors import ConfigError
 from fedpipe.federation.cohort import Turn, plan_round
 from fedpipe.report.writer import read_metrics
 from fedpipe.run.checkpoint import Position, find_latest
-from fedpipe.run.run_dir import RunSetup
+from fedpipe.run.run_dir import RunSetup, resolve
 from tests.helpers.distributed import run_distributed
 from tests.helpers.options import FINETUNE, PRETRAIN, Settings, file_of, show, world_size
 from tests.helpers.reference import train_plainly
@@ -209,7 +209,8 @@ def _tune(
     run_dir: Path, overrides: Sequence[str] = (), stop: Moment | None = None
 ) -> tuple[FinetuneSetup, Position | None]:
     """Fine-tune, or go on with the run of a directory; return where it has stopped."""
-    setup = set_up_finetune(None, overrides, str(run_dir), notify=lambda line: None)
+    asked = resolve("finetune", None, overrides, str(run_dir))
+    setup = set_up_finetune(*asked, notify=lambda line: None)
     ends = run_distributed(_finetune, world_size(setup.config), setup, stop, timeout_s=300.0)
     (end,) = set(ends)
     return setup, end

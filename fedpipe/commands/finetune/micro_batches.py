@@ -19,7 +19,7 @@ from fedpipe.config.schema import PipelineConfig
 from fedpipe.data.tasks.encoding import IGNORED, Encoded, collate
 from fedpipe.data.tasks.registry import TaskSpec
 from fedpipe.models.split import StageSpec
-from fedpipe.models.tuned_stage import NUM_PLANES
+from fedpipe.models.tuned_stage import TaskTargets
 from fedpipe.pipeline.messages import EdgeMessages, MicroBatchShape, messages_of
 
 if TYPE_CHECKING:  # a run is set up without deepspeed
@@ -80,7 +80,7 @@ def _targets(
     *,
     weight: float,
 ) -> NDArray[np.int32]:
-    """The planes (3, B, M) of a ``TunedStage``."""
+    """The planes of ``TaskTargets``, (3, B, M)."""
     labels = labels if task.kind == "ner" else labels[:, None]
     known = labels != IGNORED if task.kind == "ner" else np.ones(labels.shape, dtype=bool)
     weights = np.where(known, weight, 0).astype(np.float32)
@@ -88,7 +88,11 @@ def _targets(
         values = labels.astype(np.float32).view(np.int32)
     else:
         values = np.where(known, labels, 0).astype(np.int32)
-    planes = np.broadcast_to(lengths[:, None], values.shape), values, weights.view(np.int32)
+    planes = TaskTargets(
+        lengths=np.broadcast_to(lengths[:, None], values.shape),
+        labels=values,
+        weights=weights.view(np.int32),
+    )
     return np.stack(planes).astype(np.int32)
 
 
@@ -100,7 +104,7 @@ def task_messages(
     shape = MicroBatchShape(
         length=data.longest,
         num_targets=data.longest if is_ner else 1,
-        num_planes=NUM_PLANES,
+        num_planes=len(TaskTargets._fields),
         known="lengths",
         labels="labels and weights",
         rows="" if is_ner else "first tokens' ",

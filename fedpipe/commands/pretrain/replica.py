@@ -22,7 +22,7 @@ from fedpipe.federation.cohort import Turn
 from fedpipe.federation.stages import StageReplica
 from fedpipe.models.families import hf_config
 from fedpipe.models.split import StageSpec, model_stages
-from fedpipe.models.stage import Stage, build_stage
+from fedpipe.models.stage import MaskedTargets, Stage, build_stage
 from fedpipe.pipeline.messages import edge_messages
 from fedpipe.pipeline.stage_engine import MicroBatchSource, StepResult
 
@@ -166,8 +166,8 @@ class Replica(StageReplica):
         length = self.config.data.padded_length
         if length:
             batch = pad(batch, length=length, pad_id=self.data.pad_id)
-        targets = np.stack([batch.positions, batch.labels]).astype(np.int32)
-        return torch.from_numpy(batch.input_ids), torch.from_numpy(targets)
+        targets = np.stack(MaskedTargets(positions=batch.positions, labels=batch.labels))
+        return torch.from_numpy(batch.input_ids), torch.from_numpy(targets.astype(np.int32))
 
     # -- validation --------------------------------------------------------------------------
 
