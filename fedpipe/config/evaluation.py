@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedpipe.config.paths import UserPath
-from fedpipe.config.require import require
+from fedpipe.config.require import above_zero, at_least, require
 
 Precision = Literal["auto", "fp32", "bf16"]
 """What a model computes in; its weights are always float32."""
@@ -25,7 +25,8 @@ class EvaluationConfig:
     """``fedpipe evaluate``; fields that are ``null`` take the published value of each task."""
 
     models: tuple[UserPath, ...] = ()
-    """Hugging Face folders (or run directories with an export); empty means runs/quickstart."""
+    """Hugging Face folders, or run directories with an export; an empty list means
+    runs/quickstart."""
     tasks: tuple[str, ...] = ()
     """Names of tasks; docs/how-to/evaluate.md lists them. Empty: the tasks of ``task_files``, or
     of the task files in the data folder, or else ncbi-disease."""
@@ -35,25 +36,28 @@ class EvaluationConfig:
     """Folder with the tasks' files, ``hf:NAME`` or ``hf:NAME:CONFIG`` for Hugging Face datasets, or
     ``packaged``."""
     seeds: tuple[int, ...] = (0,)
-    """Each seeds the head, the order of the examples and dropout of one fine-tuning per task."""
+    """One fine-tuning per task and seed; the seed sets the head, the order of the examples and
+    dropout."""
     learning_rate: float | None = None
-    """Peak, after the warm-up."""
+    """Peak of the learning rate, at the end of the warm-up."""
     batch_size: int | None = None
     """Sequences per optimizer step."""
     num_epochs: int | None = None
     """Passes over the training examples."""
     max_length: int | None = None
-    """Tokens per sequence; null also stops at the positions that the model has."""
+    """Tokens per sequence; null takes the published length of the task, or the number of positions
+    of the model where that is smaller."""
     weight_decay: float = 0.01
-    """Of AdamW; never applied to biases and LayerNorms."""
+    """Weight decay of AdamW, which never applies to biases and LayerNorms."""
     warmup_ratio: float = 0.1
     """Share of all steps with a linearly rising learning rate; then it falls linearly to 0."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 means never."""
     max_train_examples: int = 0
-    """Training examples, drawn once and the same for all models and seeds; 0 means all."""
+    """Number of training examples, drawn once, the same ones for all models and seeds; 0 means
+    all."""
     max_test_examples: int = 0
-    """Dev and test examples each, drawn likewise; 0 means all."""
+    """Number of dev examples and of test examples, drawn likewise; 0 means all."""
     typed_entities: bool = False
     """Keep the entity types of JNLPBA; by default they are mapped to one, as BioBERT does."""
     precision: Precision = "auto"
@@ -72,18 +76,16 @@ class EvaluationConfig:
             all(seed >= 0 for seed in self.seeds),
             "evaluation.seeds", "whole numbers, 0 or more", list(self.seeds),
         )  # fmt: skip
-        for name in ("learning_rate", "batch_size", "num_epochs"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"evaluation.{name}", "a value above 0", value)
+        above_zero(self, "evaluation.", "learning_rate", "batch_size", "num_epochs")
         require(
             self.max_length is None or self.max_length >= 8,
             "evaluation.max_length", "8 or more", self.max_length,
         )  # fmt: skip
-        for name in ("weight_decay", "max_grad_norm", "max_train_examples", "max_test_examples"):
-            value = getattr(self, name)
-            require(value >= 0, f"evaluation.{name}", "0 or more", value)
+        at_least(
+            self, "evaluation.", weight_decay=0, max_grad_norm=0, max_train_examples=0,
+            max_test_examples=0, num_draws=1000,
+        )  # fmt: skip
         require(
             0 <= self.warmup_ratio < 1,
             "evaluation.warmup_ratio", "a value in [0, 1)", self.warmup_ratio,
         )  # fmt: skip
-        require(self.num_draws >= 1000, "evaluation.num_draws", "1000 or more", self.num_draws)

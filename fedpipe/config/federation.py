@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal
 
-from fedpipe.config.require import require
+from fedpipe.config.require import above_zero, at_least, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,22 +31,18 @@ class AggregationConfig:
     """How a round's clients become one model, per stage."""
 
     rule: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
-    """mean is FedAvg. The others withstand num_byzantine arbitrary clients: coordinate-wise median
-    or trimmed mean, or multi-Krum."""
+    """mean is FedAvg. The others withstand num_byzantine arbitrary clients: the coordinate-wise
+    median or trimmed mean, and multi-Krum."""
     weighting: Literal["tokens", "examples", "uniform"] = "tokens"
-    """Weight of a client in the mean: its trained tokens or examples (the same in pre-training,
+    """Weight of a client in the mean: its trained tokens, its examples (the same in pre-training,
     whose blocks are all full), or 1. The robust rules need uniform."""
     num_byzantine: int = 0
-    """Clients of a cohort that may send anything: trimmed from each end, or Krum's f."""
+    """Clients of a cohort that may send anything: the number that is trimmed at each end, or the f
+    of Krum."""
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
-        require(
-            self.num_byzantine >= 0,
-            "federation.aggregation.num_byzantine",
-            "0 or more",
-            self.num_byzantine,
-        )
+        at_least(self, "federation.aggregation.", num_byzantine=0)
         require(
             self.rule == "mean" or self.weighting == "uniform",
             "federation.aggregation.weighting",
@@ -75,8 +71,8 @@ class ServerOptimizerConfig:
     """What turns the averaged change of a round into the next global weights, per stage."""
 
     name: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
-    """fedavg takes the average as it is. fedavgm adds momentum, fedadam and fedyogi also scale it
-    by its own second moment."""
+    """fedavg takes the average as it is. fedavgm adds momentum; fedadam and fedyogi also divide it
+    by the root of a second moment."""
     lr: float = 1.0
     """Step along the averaged change."""
     betas: tuple[float, ...] = (0.9, 0.99)
@@ -86,14 +82,13 @@ class ServerOptimizerConfig:
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
-        require(self.lr > 0, "federation.server_optimizer.lr", "a value above 0", self.lr)
+        above_zero(self, "federation.server_optimizer.", "lr", "tau")
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             "federation.server_optimizer.betas",
             "two values in [0, 1)",
             list(self.betas),
         )
-        require(self.tau > 0, "federation.server_optimizer.tau", "a value above 0", self.tau)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,17 +101,12 @@ class AttackConfig:
     num_attackers: int = 0
     """Clients 0 .. num_attackers - 1 attack whenever they are drawn."""
     scale: float = 1.0
-    """Strength."""
+    """Strength of the attack."""
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
-        require(
-            self.num_attackers >= 0,
-            "federation.attack.num_attackers",
-            "0 or more",
-            self.num_attackers,
-        )
-        require(self.scale > 0, "federation.attack.scale", "a value above 0", self.scale)
+        at_least(self, "federation.attack.", num_attackers=0)
+        above_zero(self, "federation.attack.", "scale")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,23 +114,24 @@ class FederationConfig:
     """Clients, rounds and what survives between them."""
 
     num_clients: int = 6
-    """Data owners."""
+    """Number of data owners."""
     num_replicas: int = 2
-    """Copies of the pipeline; each hosts one client at a time."""
+    """Number of copies of the pipeline. Each hosts one client at a time."""
     clients_per_round: int = 2
-    """Clients that train in a round, drawn from the seed."""
+    """Number of clients that train in a round, drawn from the seed."""
     num_rounds: int = 12
-    """Rounds in all."""
+    """Number of rounds in all."""
     num_local_steps: int = 20
-    """Optimizer steps of each client in a round. Ignored where num_local_epochs is set."""
+    """Optimizer steps of each client in a round, unless num_local_epochs is set."""
     num_local_epochs: float = 0.0
     """Passes over a client's blocks in a round; 0 means num_local_steps for everyone."""
     data_parallel_degree: int = 1
     """Ranks inside a replica's stage that share a client's batch; their gradients are averaged."""
     server: Literal["replicated", "shared", "sequential"] = "replicated"
-    """Server stages across clients. replicated: one copy per replica, averaged per round. shared:
-    one model, its gradients averaged over the replicas every step and never reset. sequential
-    (FedBERT's): one replica; every stage starts a turn as the client before it left it."""
+    """How clients share the server stages. replicated: each replica has a copy, and a round
+    averages them. shared: there is one model, and the replicas average its gradients at every step.
+    sequential (FedBERT): there is one replica, and every stage starts a turn as the client before
+    has left it."""
     average: AverageConfig = field(default_factory=AverageConfig)
     """What FedAvg averages, part by part."""
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
@@ -148,39 +139,27 @@ class FederationConfig:
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     """What is done with the averaged change."""
     fedprox_mu: float = 0.0
-    """Weight of FedProx's pull to the round's global weights, on what is averaged; 0 means none."""
+    """Weight of FedProx's pull towards the global weights of the round, on all that is averaged; 0
+    means none."""
     wire: Literal["fp32", "bf16", "int8"] = "fp32"
-    """Format in which changes of the weights travel; what bf16 and int8 round off is sent in a
+    """Format in which changes of the weights travel. What bf16 and int8 round off is sent in a
     later round (error feedback)."""
     attack: AttackConfig = field(default_factory=AttackConfig)
     """Clients that attack, in a study."""
     on_bad_update: Literal["refuse", "stop"] = "refuse"
-    """A client whose loss, gradient norm or weights become NaN or infinite. refuse leaves its whole
-    update out of the round, records it, and goes on with the others; stop ends the run."""
+    """What happens when the loss, the gradient norm or the weights of a client become NaN or
+    infinite. refuse leaves its whole update out of the round, records that, and goes on with the
+    other clients; stop ends the run."""
     optimizer_state: Literal["reset", "keep"] = "reset"
-    """Optimizer moments at the start of a client's turn: fresh, or those the client left with. A
-    shared or sequential server keeps its own."""
+    """Optimizer moments at the start of a client's turn: fresh ones (reset), or those that the
+    client had at its last end (keep). A shared or sequential server keeps its own."""
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
-        for name in (
-            "num_clients",
-            "num_replicas",
-            "clients_per_round",
-            "num_rounds",
-            "num_local_steps",
-            "data_parallel_degree",
-        ):
-            require(
-                getattr(self, name) >= 1, f"federation.{name}", "1 or more", getattr(self, name)
-            )
-        require(
-            self.num_local_epochs >= 0,
-            "federation.num_local_epochs",
-            "0 or more",
-            self.num_local_epochs,
-        )
-        require(self.fedprox_mu >= 0, "federation.fedprox_mu", "0 or more", self.fedprox_mu)
+        at_least(
+            self, "federation.", num_clients=1, num_replicas=1, clients_per_round=1, num_rounds=1,
+            num_local_steps=1, data_parallel_degree=1, num_local_epochs=0, fedprox_mu=0,
+        )  # fmt: skip
         require(
             self.clients_per_round <= self.num_clients,
             "federation.clients_per_round",

@@ -12,7 +12,7 @@ from fedpipe.config.evaluation import Precision
 from fedpipe.config.federation import FederationConfig
 from fedpipe.config.load import build, dump_config, lay_over
 from fedpipe.config.paths import UserPath
-from fedpipe.config.require import require
+from fedpipe.config.require import above_zero, at_least, require
 from fedpipe.config.schema import (
     CheckpointConfig,
     DeepSpeedConfig,
@@ -80,22 +80,16 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
-        require(self.first_layer >= 0, "method.first_layer", "0 or more", self.first_layer)
+        at_least(self, "method.", first_layer=0, rank=1, alpha=1, prefix_length=1)
+        above_zero(self, "method.", "reduction_factor")
         from_first = self.name == "full" or self.name.endswith("_inv")
         require(
             not (self.first_layer and from_first),
             "method.first_layer", f"0 with method.name={self.name}", self.first_layer,
             "It trains what is below every layer.",
         )  # fmt: skip
-        require(self.rank >= 1, "method.rank", "1 or more", self.rank)
-        require(self.alpha >= 1, "method.alpha", "1 or more", self.alpha)
         require(len(self.matrices) > 0, "method.matrices", "at least one", list(self.matrices))
         require(0 <= self.dropout < 1, "method.dropout", "a value in [0, 1)", self.dropout)
-        require(self.prefix_length >= 1, "method.prefix_length", "1 or more", self.prefix_length)
-        require(
-            self.reduction_factor is None or self.reduction_factor > 0,
-            "method.reduction_factor", "a value above 0", self.reduction_factor,
-        )  # fmt: skip
         require(
             not self.path or self.name != "full",
             "method.path", "empty with method.name=full", self.path, "Set model.path instead.",
@@ -134,15 +128,8 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
-        require(self.max_length >= 8, "task.max_length", "8 or more", self.max_length)
-        for name in ("max_train_examples", "max_test_examples"):
-            require(getattr(self, name) >= 0, f"task.{name}", "0 or more", getattr(self, name))
-        require(
-            self.dirichlet_alpha > 0,
-            "task.dirichlet_alpha",
-            "a value above 0",
-            self.dirichlet_alpha,
-        )
+        at_least(self, "task.", max_length=8, max_train_examples=0, max_test_examples=0)
+        above_zero(self, "task.", "dirichlet_alpha")
         require(
             (self.split == "column") == bool(self.column),
             "task.column",
@@ -223,8 +210,7 @@ class ScoringConfig:
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
-        for name in ("every_rounds", "batch_size"):
-            require(getattr(self, name) >= 1, f"scoring.{name}", "1 or more", getattr(self, name))
+        at_least(self, "scoring.", every_rounds=1, batch_size=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,8 +249,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         """Check the values that need several sections."""
-        require(self.batch_size >= 1, "batch_size", "1 or more", self.batch_size)
-        require(self.hang_timeout_s >= 0, "hang_timeout_s", "0 or more", self.hang_timeout_s)
+        at_least(self, "", batch_size=1, hang_timeout_s=0)
         self._check_federation()
         if self.method.lora_average == "product":
             self._check_product()

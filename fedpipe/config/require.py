@@ -1,4 +1,4 @@
-"""The one check that every section of the configuration makes of its own values."""
+"""The checks that every section of the configuration makes of its own values."""
 
 from __future__ import annotations
 
@@ -21,3 +21,32 @@ def require(condition: bool, key: str, expectation: str, value: object, way_out:
     if not condition:
         hint = f" {way_out}" if way_out else ""
         raise ConfigError(f"{key}: expected {expectation}, got {value!r}.{hint}")
+
+
+def at_least(section: object, prefix: str, **bounds: float) -> None:
+    """Refuse values below their bounds.
+
+    Args:
+        section: Part of a configuration.
+        prefix: Its dotted key, with a dot at the end.
+        **bounds: By the name of a field.
+
+    Raises:
+        ConfigError: A value is too small.
+    """
+    for name, bound in bounds.items():
+        value = getattr(section, name)
+        require(value >= bound, f"{prefix}{name}", f"{bound} or more", value)
+
+
+def above_zero(section: object, prefix: str, *names: str) -> None:
+    """Refuse values that are not above 0; ``None``, which stands for a default, is.
+
+    Arguments are those of ``at_least``, with the names of the fields.
+
+    Raises:
+        ConfigError: A value is 0 or less.
+    """
+    for name in names:
+        value = getattr(section, name)
+        require(value is None or value > 0, f"{prefix}{name}", "a value above 0", value)

@@ -14,7 +14,7 @@ from fedpipe.config.families import FamilyName
 from fedpipe.config.federation import AverageConfig as AverageConfig
 from fedpipe.config.federation import FederationConfig as FederationConfig
 from fedpipe.config.paths import UserPath
-from fedpipe.config.require import require
+from fedpipe.config.require import above_zero, at_least, require
 
 PACKAGED = "packaged"
 """Value of ``data.train``, ``data.valid`` and ``data.tokenizer``: the text that fedpipe ships."""
@@ -25,39 +25,43 @@ class ModelConfig:
     """The encoder. Fields that are ``null`` come from ``path`` where it is set, else ``size``."""
 
     family: FamilyName = "roberta"
-    """Whose embeddings, layers and masked-LM head to use; a folder in ``path`` must agree."""
+    """The model family, which sets the embeddings, the layers and the masked-LM head. A folder in
+    ``path`` must be of this family."""
     size: Literal["tiny", "small", "base", "large"] = "tiny"
-    """tiny 4 x 128, small 4 x 512, base 12 x 768, large 24 x 1024 (layers x hidden)."""
+    """Layers and hidden size of a new model: tiny is 4 x 128, small 4 x 512, base 12 x 768, large
+    24 x 1024."""
     path: UserPath = ""
-    """Hugging Face folder to continue from: its config.json, weights and sizes are used."""
+    """Hugging Face folder to continue from. Its config.json, weights and sizes are used."""
     num_hidden_layers: int | None = None
-    """Encoder layers."""
+    """Number of encoder layers."""
     hidden_size: int | None = None
     """Width of the residual stream."""
     num_attention_heads: int | None = None
-    """Heads; must divide hidden_size."""
+    """Number of attention heads; it must divide hidden_size."""
     intermediate_size: int | None = None
     """Width of the feed-forward layers."""
     vocab_size: int | None = None
-    """Rows of the embedding; null takes the tokenizer's size."""
+    """Rows of the word embedding; null takes the size of the tokenizer."""
     max_position_embeddings: int | None = None
-    """Positions; null takes those of a block (for RoBERTa they begin after the padding token's id),
-    or those of ``path``. Positions beyond these start anew; blocks train only those they reach."""
+    """Rows of the position embedding; null takes those of a block (in RoBERTa they begin after the
+    id of the padding token), or those of ``path``. Rows that ``path`` does not have start anew, and
+    blocks train only the positions that they reach."""
     hidden_act: str | None = None
     """Activation of the feed-forward layers and heads."""
     hidden_dropout_prob: float | None = None
-    """Dropout on hidden states, 0..1."""
+    """Dropout on hidden states, in [0, 1)."""
     attention_probs_dropout_prob: float | None = None
-    """Dropout on attention weights, 0..1."""
+    """Dropout on attention weights, in [0, 1)."""
     initializer_range: float | None = None
     """Standard deviation of the initial weights."""
     position_init: Literal["normal", "sinusoidal"] = "normal"
-    """First values of the position embeddings, which are learnt like any others: normal as every
-    matrix, or sinusoids of the same standard deviation, which show distances from the start."""
+    """First values of the position embeddings, which are learnt like all others: random as in every
+    matrix (normal), or sinusoids of the same standard deviation, which show distances from the
+    start."""
     layer_norm_eps: float | None = None
     """Epsilon of every LayerNorm."""
     type_vocab_size: int | None = None
-    """Token types; only type 0 occurs in pre-training."""
+    """Number of token types; only type 0 occurs in pre-training."""
     tie_word_embeddings: bool | None = None
     """The final decoder is the word embedding, as in BERT: one tensor if one process holds both
     and back-propagation reaches both (one stage, or end_to_end with pipeline.head_location client).
@@ -74,14 +78,14 @@ class DataConfig:
     """Training text: files or globs (.jsonl, .jsonl.gz, .txt, .txt.gz, .parquet), a save_to_disk
     folder, ``hf:NAME[:SPLIT]`` for a hub dataset, or ``packaged``."""
     valid: tuple[UserPath, ...] = (PACKAGED,)
-    """Held-out text, same forms; partitioned by the same rule. A client may have none of it. Empty
-    means no validation."""
+    """Held-out text in the same forms, partitioned by the same rule. A client may have none of it,
+    and an empty list means no validation."""
     text_column: str = "text"
-    """Column that holds a document; plain text files have one document per line."""
+    """Column that holds a document. Plain text files have one document per line."""
     tokenizer: UserPath = PACKAGED
     """Folder with a tokenizer.json (Hugging Face), or ``packaged``."""
     sequence_length: int = 128
-    """Tokens per block, with the two special tokens; every block is full."""
+    """Tokens of a block, with its two special tokens. Every block is full."""
     padded_length: int = 0
     """Positions that every sequence is padded to, with logits, hidden states and gradients at every
     one of them, as the published code of FedBERT and FedBioBERT computes: the baseline of speed
@@ -90,25 +94,26 @@ class DataConfig:
     mask_probability: float = 0.15
     """Share of a block's tokens that are predicted; the count per block is constant."""
     partition: Literal["column", "iid", "dirichlet", "paths"] = "column"
-    """How documents get to clients: by the value of a column, at random, Dirichlet over a column,
-    or one entry of ``data.train`` per client."""
+    """How documents get to clients: by the value of a column, at random (iid), by a Dirichlet
+    distribution over the values of a column, or by file, with one entry of ``data.train`` per
+    client (paths)."""
     partition_column: str = "journal"
-    """Column for ``column`` and ``dirichlet``. More values than clients are spread by size; 1, "1"
-    and 1.0 are one value, and rows without a value are an owner of their own."""
+    """The column for ``column`` and ``dirichlet``. If it has more values than there are clients,
+    the values are spread by size. 1, "1" and 1.0 are one value, and the rows without a value are an
+    owner of their own."""
     dirichlet_alpha: float = 0.5
-    """Concentration of ``dirichlet``; small values give each client few column values."""
+    """Concentration of ``dirichlet``; a small one gives each client few values of the column."""
     cache_dir: UserPath = ""
-    """Where tokenised blocks are kept; empty means ``$XDG_CACHE_HOME/fedpipe``, else
-    ~/.cache/fedpipe. New directories are readable for their owner only."""
+    """Where tokenised blocks are kept; empty means ``$XDG_CACHE_HOME/fedpipe``, or else
+    ~/.cache/fedpipe. Only their owner can read new directories."""
     num_workers: int = 0
-    """Tokeniser threads; 0 means one per core."""
+    """Threads of the tokenizer; 0 means one per core."""
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
         require(len(self.train) > 0, "data.train", "at least one file", list(self.train))
-        require(
-            self.sequence_length >= 8, "data.sequence_length", "8 or more", self.sequence_length
-        )
+        at_least(self, "data.", sequence_length=8, num_workers=0)
+        above_zero(self, "data.", "dirichlet_alpha")
         require(
             self.padded_length == 0 or self.padded_length >= self.sequence_length,
             "data.padded_length",
@@ -121,13 +126,6 @@ class DataConfig:
             "a value in (0, 1)",
             self.mask_probability,
         )
-        require(
-            self.dirichlet_alpha > 0,
-            "data.dirichlet_alpha",
-            "a value above 0",
-            self.dirichlet_alpha,
-        )
-        require(self.num_workers >= 0, "data.num_workers", "0 or more", self.num_workers)
 
     @property
     def num_masked(self) -> int:
@@ -168,44 +166,43 @@ class PipelineConfig:
     """How the model is cut into stages and how micro-batches move through them."""
 
     objective: Literal["local_loss", "end_to_end"] = "local_loss"
-    """local_loss: every stage has its own loss, nothing flows back. end_to_end: back-propagation
-    over the cuts, the baseline."""
+    """local_loss gives every stage its own loss, and nothing flows back. end_to_end back-propagates
+    over the cuts; it is the baseline."""
     schedule: Literal["streaming", "1f1b", "sequential"] = "streaming"
-    """streaming goes with local_loss; 1f1b (DeepSpeed's) and sequential (FedBERT's) with
-    end_to_end."""
+    """streaming goes with local_loss. 1f1b (DeepSpeed's schedule) and sequential (FedBERT's) go
+    with end_to_end."""
     cut: tuple[int, ...] = (2,)
-    """Index of the first encoder layer of every stage but the first; increasing. [] is one stage,
-    0 as the first cut leaves only the embeddings on the client. In a file also auto, or auto:N for
-    N stages: a run measures its stages where it starts, and writes down the cut that it chose."""
+    """Index of the first encoder layer of every stage but the first, increasing. [] makes one
+    stage, and 0 as the first index leaves only the embeddings on the client. auto and auto:N let a
+    run measure its layers where it starts, choose a cut into two or N stages, and write it down."""
     num_client_stages: int = 1
-    """Leading stages that belong to the data owner."""
+    """Number of leading stages that belong to the data owner."""
     head_location: Literal["server", "client"] = "server"
-    """Where the final head sits. server: the masked tokens' labels travel with the activations.
-    client (U-shape): labels stay at home, the masked positions' hidden states come to heads there
-    and their gradients go back to the server stage they came from."""
+    """Where the final head is. server: the labels of the masked tokens travel with the activations.
+    client (U-shape): labels stay at home; the hidden states of the masked positions come to a head
+    there, and their gradients go back to the server stage that they came from."""
     local_head: Literal["mlm", "mlm+layer"] = "mlm"
-    """Auxiliary head of a stage that is not the last: masked-LM head, or one encoder layer before
-    it."""
+    """Auxiliary head of a stage that is not the last one: a masked-LM head (mlm), or an encoder
+    layer and then the head (mlm+layer)."""
     micro_batch_size: int = 8
     """Sequences per micro-batch and data-parallel rank."""
     num_micro_batches: int = 4
     """Micro-batches per local step (gradient accumulation)."""
     in_flight: int = 2
-    """Messages a stage may have sent that the next stage has not yet received."""
+    """Number of messages that a stage may have sent before the next stage has received them."""
     wire: tuple[Literal["auto", "fp32", "bf16", "int8"], ...] = ("auto",)
-    """Format of hidden states and their gradients on the edges: one for all, or one per edge.
-    auto is what the stages compute in; int8 has one scale per row."""
+    """Format of hidden states and their gradients on the edges: one for all edges, or one per edge.
+    auto is the format that the stages compute in; int8 has one scale per row."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     compile: bool = False
-    """Have torch compile layers and heads at the first step: for GPUs. It takes a C++ compiler and
-    about a minute; on CPUs it did not pay."""
+    """Let torch compile layers and heads at the first step, for GPUs. It needs a C++ compiler and
+    about a minute; on CPUs it made nothing faster."""
     colocate: bool = False
-    """Run all stages of a replica as threads of one process (one GPU, debugging)."""
+    """Run all stages of a replica as threads of one process, for one GPU or for debugging."""
     hang_timeout_s: float = 120.0
-    """Seconds without a sign of life, or in one instruction, after which a process is taken for
-    hung and the run ends, naming it; 0 waits for the ten minutes of the collectives. May be changed
-    when a run is resumed."""
+    """Seconds without a sign of life, or in one instruction, after which a process counts as hung;
+    the run then ends and names the process. 0 means never. A resumed run may have another value."""
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
@@ -222,11 +219,10 @@ class PipelineConfig:
             f"1..{self.num_stages} (there are {self.num_stages} stages)",
             self.num_client_stages,
         )
-        for name in ("micro_batch_size", "num_micro_batches", "in_flight"):
-            require(getattr(self, name) >= 1, f"pipeline.{name}", "1 or more", getattr(self, name))
-        require(
-            self.hang_timeout_s >= 0, "pipeline.hang_timeout_s", "0 or more", self.hang_timeout_s
-        )
+        at_least(
+            self, "pipeline.", micro_batch_size=1, num_micro_batches=1, in_flight=1,
+            hang_timeout_s=0,
+        )  # fmt: skip
         fitting = ("streaming",) if self.objective == "local_loss" else ("1f1b", "sequential")
         require(
             self.schedule in fitting,
@@ -285,18 +281,18 @@ class OptimizerConfig:
     """Each stage has an optimizer of its own; these numbers hold for all of them."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
-    """adamw decays weights apart from the gradient; adam adds the decay to it, and so does sgd,
-    which has no momentum."""
+    """adamw decays weights apart from the gradient. adam and sgd add the decay to the gradient, and
+    sgd has no momentum."""
     lr: float = 1e-3
     """Peak learning rate."""
     betas: tuple[float, ...] = (0.9, 0.98)
-    """Decay of the first and second moment."""
+    """Decay of the first moment and of the second."""
     eps: float = 1e-6
     """Term in the denominator."""
     weight_decay: float = 0.01
-    """Decay; never applied to biases and LayerNorms."""
+    """Weight decay, which never applies to biases and LayerNorms."""
     decay: Literal["linear", "polynomial", "constant"] = "linear"
-    """Shape after the warm-up, counted across rounds."""
+    """Shape of the learning rate after the warm-up, counted across rounds."""
     power: float = 2.0
     """Exponent of ``polynomial``."""
     end_lr: float = 0.0
@@ -308,7 +304,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
-        require(self.lr > 0, "optimizer.lr", "a value above 0", self.lr)
+        above_zero(self, "optimizer.", "lr", "power")
+        at_least(self, "optimizer.", eps=0, weight_decay=0, end_lr=0, max_grad_norm=0)
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             "optimizer.betas",
@@ -321,9 +318,6 @@ class OptimizerConfig:
             "a value in [0, 1]",
             self.warmup_ratio,
         )
-        for name in ("eps", "weight_decay", "end_lr", "max_grad_norm"):
-            require(getattr(self, name) >= 0, f"optimizer.{name}", "0 or more", getattr(self, name))
-        require(self.power > 0, "optimizer.power", "a value above 0", self.power)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -331,17 +325,15 @@ class CheckpointConfig:
     """When the run is saved."""
 
     every_rounds: int = 1
-    """Rounds between checkpoints; the last round is always saved."""
+    """Rounds between checkpoints. The last round is always saved."""
     every_steps: int = 0
-    """Local steps between checkpoints inside a client's turn; 0 means none."""
+    """Local steps between checkpoints inside the turn of a client; 0 means none."""
     keep_last: int = 2
-    """Checkpoints that are kept."""
+    """Number of checkpoints that are kept."""
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
-        require(self.every_rounds >= 1, "checkpoint.every_rounds", "1 or more", self.every_rounds)
-        require(self.every_steps >= 0, "checkpoint.every_steps", "0 or more", self.every_steps)
-        require(self.keep_last >= 1, "checkpoint.keep_last", "1 or more", self.keep_last)
+        at_least(self, "checkpoint.", every_rounds=1, every_steps=0, keep_last=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -349,19 +341,13 @@ class ValidationConfig:
     """How the averaged model is scored on held-out text."""
 
     every_rounds: int = 1
-    """Rounds between validations; the last round is always scored."""
+    """Rounds between validations. The last round is always scored."""
     max_blocks_per_client: int = 64
     """Held-out blocks scored per client; 0 means all."""
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
-        require(self.every_rounds >= 1, "validation.every_rounds", "1 or more", self.every_rounds)
-        require(
-            self.max_blocks_per_client >= 0,
-            "validation.max_blocks_per_client",
-            "0 or more",
-            self.max_blocks_per_client,
-        )
+        at_least(self, "validation.", every_rounds=1, max_blocks_per_client=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -377,7 +363,7 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
-        require(self.every >= 1, "log.every", "1 or more", self.every)
+        at_least(self, "log.", every=1)
         require(len(set(self.to)) == len(self.to), "log.to", "every name once", list(self.to))
 
 
@@ -386,8 +372,8 @@ class DeepSpeedConfig:
     """The pure DeepSpeed part."""
 
     config: UserPath = ""
-    """DeepSpeed JSON (precision, ZeRO <= 1, timers, profiler); empty means plain fp32. Batch sizes
-    and optimizer are this file's and are filled in."""
+    """DeepSpeed JSON with precision, ZeRO stage 0 or 1, timers and profiler; empty means plain
+    fp32. Batch sizes and the optimizer are filled in from this configuration."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
