@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+from fedpipe.printable import printable
 from fedpipe.report.console import why
 from fedpipe.report.document import Block, Heading, Paragraph, Strong, Table
 from fedpipe.report.format import bytes_text, count, integer, is_number, number, tokens_per_s
-from fedpipe.report.summary import ClientText, Guess, RunSummary
+from fedpipe.report.summary import ClientText, Guess, RunSummary, Samples
 from fedpipe.report.writer import Record
 
 _COLLECTIVES = {
@@ -50,6 +53,25 @@ def samples_section(run: RunSummary) -> list[Block]:
         Paragraph(text=text),
         Table(columns=columns, rows=tuple(rows)),
     ]
+
+
+def samples_text(run_dir: Path) -> str:
+    """Render samples.json for a console; empty where it is absent."""
+    path = run_dir / "samples.json"
+    if not path.is_file():
+        return ""
+    samples: Samples = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["masked words of held-out text, filled in by the model and by unigram frequency:"]
+    for example in samples["examples"]:
+        guesses = ", ".join(f"{word} {p:.3f}" for word, p in example["model"])
+        common, share = example["unigram"][0]
+        lines.append(f"  {' '.join(example['text'].split())}")
+        lines.append(
+            f"    truth   {example['truth']}: model {example['truth_probability']:.4f}, "
+            f"unigram {example['truth_unigram']:.4f}"
+        )
+        lines.append(f"    guesses model {guesses}; unigram {common} {share:.3f}")
+    return printable("\n".join(lines))
 
 
 def _guesses(pairs: list[Guess]) -> str:

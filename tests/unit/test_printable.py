@@ -18,7 +18,7 @@ from fedpipe.errors import CorpusError
 from fedpipe.printable import printable
 from fedpipe.report.console import RunConsole
 from fedpipe.report.document import Code, Heading, Paragraph, Table, to_html, to_markdown
-from fedpipe.report.samples import samples_text
+from fedpipe.report.sections import samples_text
 from fedpipe.run.run_dir import check_writable
 from tests.helpers.corpora import run_maker
 

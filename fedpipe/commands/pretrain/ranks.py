@@ -18,7 +18,7 @@ from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import Watch
 from fedpipe.federation.cohort import steps_per_round
 from fedpipe.report.console import RunConsole
-from fedpipe.report.samples import samples_text
+from fedpipe.report.sections import samples_text
 from fedpipe.run.checkpoint import Position
 from fedpipe.run.run_dir import RunSetup
 
