@@ -40,7 +40,7 @@ def at_least(section: object, prefix: str, **bounds: float) -> None:
 
 
 def above_zero(section: object, prefix: str, *names: str) -> None:
-    """Refuse values that are not above 0; ``None``, which stands for a default, is.
+    """Refuse values that are not above 0. ``None`` stands for a default and passes.
 
     Arguments are those of ``at_least``, with the names of the fields.
 

@@ -65,6 +65,9 @@ def test_a_script_without_a_main_guard_trains_evaluates_and_runs_once(tmp_path: 
         "print(fedpipe.export(run))\n"
         f"scores = fedpipe.evaluate(run, overrides={SHRINK['evaluate']}, run_dir='scores')\n"
         "print(scores.metrics()['task'].tolist(), scores.report.is_file())\n"
+        "config = {'model': {'path': run.directory / 'export'}, 'method': {'name': 'lora'}}\n"
+        f"tuned = fedpipe.finetune(config, overrides={SHRINK['finetune']}, run_dir='tuned')\n"
+        "print(tuned.metrics('eval')['metric'].tolist(), type(tuned.model).__name__)\n"
         "print('OMP_NUM_THREADS' in os.environ, 'DS_ACCELERATOR' in os.environ)\n",
         "utf-8",
     )
@@ -75,6 +78,7 @@ def test_a_script_without_a_main_guard_trains_evaluates_and_runs_once(tmp_path: 
         "1 True RobertaForMaskedLM",
         "[PosixPath('run/export')]",
         "['ncbi-disease'] True",
+        "['entity_f1'] RobertaForTokenClassification",
     ):
         assert line in printed, printed
     assert printed[-1] == "True False", "the environment is as it was"
