@@ -20,7 +20,7 @@ TINY = [
     "model.num_hidden_layers=2", "model.hidden_size=32", "model.num_attention_heads=2",
     "model.intermediate_size=64", "pipeline.cut=[1]", "pipeline.micro_batch_size=2",
     "federation.num_rounds=1", "federation.num_local_steps=2", "federation.num_replicas=1",
-    "validation.max_blocks_per_client=2", "log.tensorboard=false",
+    "validation.max_blocks_per_client=2", "log.to=[]",
 ]  # fmt: skip
 
 
