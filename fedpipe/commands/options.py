@@ -11,10 +11,10 @@ from fedpipe.config.load import preset_names, read_config
 from fedpipe.config.paths import expanded
 from fedpipe.distributed.env import is_rank
 from fedpipe.errors import ConfigError
-from fedpipe.run.run_dir import Kind, RunDir
 
 if TYPE_CHECKING:
     from fedpipe.cluster.rank import RunRequest
+    from fedpipe.run.run_dir import Kind, RunDir
 
 
 def add_path(command: argparse.ArgumentParser, name: str, **keywords: Any) -> None:
@@ -104,6 +104,8 @@ def existing_run(args: argparse.Namespace, *kinds: Kind) -> RunDir:
     Raises:
         CheckpointError: There is none.
     """
+    from fedpipe.run.run_dir import RunDir  # not at the top: help and plans need no numpy
+
     if args.run_dir:
         return RunDir.open(args.run_dir, *kinds)
     config = read_config(args.config, args.overrides, preset=args.preset)

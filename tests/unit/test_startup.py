@@ -21,8 +21,9 @@ OTHERS = {"sklearn", "scipy", "seqeval", "pandas", "datasets", "adapters"}
         (pretraining.PROGRAM.preload, OTHERS),
         (tuning.PROGRAM.preload, OTHERS - {"adapters"}),
         (("fedpipe.run.export",), OTHERS | {"deepspeed"}),
+        (("fedpipe.cli",), OTHERS | {"numpy", "torch", "multiprocessing"}),
     ],
-    ids=["pretrain", "finetune", "export"],
+    ids=["pretrain", "finetune", "export", "help"],
 )
 def test_a_command_imports_no_package_that_only_other_commands_need(
     modules: tuple[str, ...], unwanted: set[str]
