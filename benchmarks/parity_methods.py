@@ -27,9 +27,8 @@ from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.data.masking import MaskedReader, Split
 from fedpipe.models.families import hf_config, initialise, stable_seed
-from fedpipe.models.masked import gather_masked, run_masked
 from fedpipe.models.split import stage_specs
-from fedpipe.models.stage import Stage, build_stage
+from fedpipe.models.stage import Stage, build_stage, gather_masked, run_masked
 from fedpipe.pipeline.optimizer import build_optimizer, clip_, learning_rate
 
 HELD_OUT_SEED = 20_261_121

@@ -26,7 +26,7 @@ from fedpipe.config.load import load_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.distributed.comm import Comm
-from fedpipe.models.masked import gather_masked
+from fedpipe.models.stage import gather_masked
 from fedpipe.pipeline.p2p import DistLink
 from fedpipe.pipeline.stage_engine import StageEngine
 

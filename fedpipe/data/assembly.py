@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from fedpipe.config.schema import RunConfig
 from fedpipe.data import partition
 from fedpipe.data.blocks import TOKEN_COUNTS, PreparedData, Shard, save_manifest
-from fedpipe.data.overlap import Overlap
 from fedpipe.data.packing import Packed, pack
-from fedpipe.data.partition import IGNORED, Documents
+from fedpipe.data.partition import UNASSIGNED, Documents
 from fedpipe.data.reading import Document, read
 from fedpipe.data.sources import Columns, Source
 from fedpipe.data.tokenizer import TokenizerInfo
@@ -30,12 +29,15 @@ Sources = dict[str, tuple[Source, ...]]
 """Sources by key, ``data.train`` and ``data.valid``."""
 
 
+# Training documents that are looked up at once; the memory that they take does not matter.
+_LOOKED_UP = 1 << 14
+
 _LISTED = 20
 """Clients that an error lists; of more it gives the number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class Preparation:
     """What the steps of one preparation share."""
 
     config: RunConfig
@@ -55,11 +57,11 @@ class Job:
         return Columns.of(self.config)
 
 
-def assemble(job: Job, directory: Path) -> None:
-    """Fill an empty directory with the prepared text of a job.
+def assemble(prep: Preparation, directory: Path) -> None:
+    """Fill an empty directory with the prepared text of a prep.
 
     Args:
-        job: What to prepare.
+        prep: What to prepare.
         directory: Where shards, token counts, tokenizer and manifest go.
 
     Raises:
@@ -67,49 +69,49 @@ def assemble(job: Job, directory: Path) -> None:
     """
     overlap = Overlap()
     # Held-out text comes first: it is the smaller one, and its digests are what is kept.
-    valid = _survey(job, "data.valid", overlap.hold_out) if job.sources["data.valid"] else None
-    train = _survey(job, "data.train", overlap.train_on)
-    train_clients, valid_clients = _assign(job.config, train, valid)
-    num_clients = job.config.federation.num_clients
-    packed = _pack(job, "data.train", train_clients, directory, num_clients)
+    valid = _survey(prep, "data.valid", overlap.hold_out) if prep.sources["data.valid"] else None
+    train = _survey(prep, "data.train", overlap.train_on)
+    train_clients, valid_clients = _assign(prep.config, train, valid)
+    num_clients = prep.config.federation.num_clients
+    packed = _pack(prep, "data.train", train_clients, directory, num_clients)
     np.save(directory / TOKEN_COUNTS, packed.token_counts)
-    train_shards = _shards(job, packed, _values(train, train_clients, num_clients))
-    _require_text(job, train_shards)
+    train_shards = _shards(prep, packed, _values(train, train_clients, num_clients))
+    _require_text(prep, train_shards)
     valid_shards: tuple[Shard, ...] = ()
     if valid is not None:
-        shared = job.config.data.partition == "paths" and len(job.config.data.valid) == 1
+        shared = prep.config.data.partition == "paths" and len(prep.config.data.valid) == 1
         files = 1 if shared else num_clients
-        held_out = _pack(job, "data.valid", valid_clients, directory, files)
+        held_out = _pack(prep, "data.valid", valid_clients, directory, files)
         values = _values(valid, valid_clients, files)
         # Every client scores the same text where there is only one.
         copies = num_clients if shared else 1
-        valid_shards = _shards(job, held_out, values, copies=copies)
-        _require_held_out_text(job, valid_shards)
+        valid_shards = _shards(prep, held_out, values, copies=copies)
+        _require_held_out_text(prep, valid_shards)
     prepared = _describe(
-        job,
+        prep,
         directory,
         train=train_shards,
         valid=valid_shards,
-        num_ignored=int((valid_clients == IGNORED).sum()),
+        num_ignored=int((valid_clients == UNASSIGNED).sum()),
         num_held_out=len(valid_clients),
         num_overlapping=overlap.count(),
     )
-    _finish(job, directory, prepared)
+    _finish(prep, directory, prepared)
 
 
-def _survey(job: Job, key: str, compare: Callable[[str], None]) -> Documents:
+def _survey(prep: Preparation, key: str, compare: Callable[[str], None]) -> Documents:
     """Read everything once: checks every line and learns what the partition must know."""
     codes = array("i")
     index: dict[str, int] = {}
     sizes: list[int] = []
-    columns = job.columns
-    by_entry = job.config.data.partition == "paths"
-    total = sum(os.path.getsize(s.path) for s in job.sources[key] if os.path.isfile(s.path))
+    columns = prep.columns
+    by_entry = prep.config.data.partition == "paths"
+    total = sum(os.path.getsize(s.path) for s in prep.sources[key] if os.path.isfile(s.path))
     before = 0
-    for source in job.sources[key]:
+    for source in prep.sources[key]:
 
         def tick(done: int, base: int = before) -> None:
-            job.progress(f"check {key}, bytes", base + done, total)
+            prep.progress(f"check {key}, bytes", base + done, total)
 
         for text, value in read(source, columns=columns, tick=tick):
             compare(text)
@@ -123,7 +125,7 @@ def _survey(job: Job, key: str, compare: Callable[[str], None]) -> Documents:
                 codes.append(source.entry if by_entry else 0)
         if os.path.isfile(source.path):
             before += os.path.getsize(source.path)
-            job.progress(f"check {key}, bytes", before, total)
+            prep.progress(f"check {key}, bytes", before, total)
     return Documents(
         codes=np.frombuffer(codes, dtype=np.int32) if codes else np.empty(0, dtype=np.int32),
         values=tuple(index),
@@ -149,18 +151,18 @@ def _assign(
 
 
 def _pack(
-    job: Job, key: str, clients: NDArray[np.int32], directory: Path, num_files: int
+    prep: Preparation, key: str, clients: NDArray[np.int32], directory: Path, num_files: int
 ) -> Packed:
     split = key.removeprefix("data.")
     return pack(
-        _documents(job, key),
+        _documents(prep, key),
         clients,
         paths=[directory / f"{split}_{client:05d}.bin" for client in range(num_files)],
-        tokenizer=job.tokenizer,
-        sequence_length=job.config.data.sequence_length,
-        num_masked=job.config.data.num_masked,
-        num_threads=job.config.data.num_workers or _num_cores(),
-        progress=lambda done: job.progress(f"tokenise {key}, documents", done, len(clients)),
+        tokenizer=prep.tokenizer,
+        sequence_length=prep.config.data.sequence_length,
+        num_masked=prep.config.data.num_masked,
+        num_threads=prep.config.data.num_workers or _num_cores(),
+        progress=lambda done: prep.progress(f"tokenise {key}, documents", done, len(clients)),
     )
 
 
@@ -171,9 +173,9 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _documents(job: Job, key: str) -> Iterator[Document]:
-    for source in job.sources[key]:
-        yield from read(source, columns=job.columns)
+def _documents(prep: Preparation, key: str) -> Iterator[Document]:
+    for source in prep.sources[key]:
+        yield from read(source, columns=prep.columns)
 
 
 def _values(
@@ -183,7 +185,7 @@ def _values(
     if not documents.values:
         return [()] * num_clients
     width = len(documents.values)
-    known = clients != IGNORED
+    known = clients != UNASSIGNED
     pairs = np.unique(clients[known].astype(np.int64) * width + documents.codes[known])
     held: list[list[str]] = [[] for _ in range(num_clients)]
     for pair in pairs.tolist():
@@ -192,7 +194,7 @@ def _values(
 
 
 def _shards(
-    job: Job, packed: Packed, values: list[tuple[str, ...]], *, copies: int = 1
+    prep: Preparation, packed: Packed, values: list[tuple[str, ...]], *, copies: int = 1
 ) -> tuple[Shard, ...]:
     return tuple(
         Shard(
@@ -202,7 +204,7 @@ def _shards(
             num_left_out=stream.num_left_out,
             num_documents=stream.num_documents,
             num_tokens=stream.num_tokens,
-            sequence_length=job.config.data.sequence_length,
+            sequence_length=prep.config.data.sequence_length,
             dtype=stream.dtype,
             values=values[client % len(packed.streams)],
         )
@@ -210,31 +212,31 @@ def _shards(
     )
 
 
-def _require_text(job: Job, shards: tuple[Shard, ...]) -> None:
+def _require_text(prep: Preparation, shards: tuple[Shard, ...]) -> None:
     """Refuse training text that leaves clients without a block, and name them all."""
     empty = [shard for shard in shards if shard.num_blocks == 0]
     if not empty:
         return
     raise CorpusError(
-        f"data.train: expected at least one block of {job.config.data.sequence_length - 2} tokens "
-        f"for each of {len(shards)} clients, got less for {len(empty)}: {_sizes(job, empty)}. "
+        f"data.train: expected at least one block of {prep.config.data.sequence_length - 2} tokens "
+        f"for each of {len(shards)} clients, got less for {len(empty)}: {_sizes(prep, empty)}. "
         f"Add text, lower federation.num_clients or data.sequence_length{_or_tokenizer(empty)}."
     )
 
 
-def _require_held_out_text(job: Job, shards: tuple[Shard, ...]) -> None:
+def _require_held_out_text(prep: Preparation, shards: tuple[Shard, ...]) -> None:
     """Refuse held-out text of which no client has a block; some clients may have none."""
     if any(shard.num_blocks for shard in shards):
         return
     empty = shards if len({shard.path for shard in shards}) > 1 else shards[:1]
     raise CorpusError(
-        f"data.valid: expected at least one block of {job.config.data.sequence_length - 2} tokens "
-        f"for at least one client, got less for all {len(shards)}: {_sizes(job, empty)}. "
+        f"data.valid: expected at least one block of {prep.config.data.sequence_length - 2} tokens "
+        f"for at least one client, got less for all {len(shards)}: {_sizes(prep, empty)}. "
         f"Add text, lower data.sequence_length{_or_tokenizer(empty)}, or set data.valid=[]."
     )
 
 
-def _sizes(job: Job, shards: Sequence[Shard]) -> str:
+def _sizes(prep: Preparation, shards: Sequence[Shard]) -> str:
     """List clients with the text that they have."""
     found = []
     for shard in shards[:_LISTED]:
@@ -242,7 +244,7 @@ def _sizes(job: Job, shards: Sequence[Shard]) -> str:
         text = f"client {shard.client_id}{name} {shard.num_tokens:,} tokens"
         if shard.num_left_out:
             text += (
-                f" with {shard.num_left_out:,} blocks of fewer than {job.config.data.num_masked} "
+                f" with {shard.num_left_out:,} blocks of fewer than {prep.config.data.num_masked} "
                 "ordinary ones"
             )
         found.append(text)
@@ -257,7 +259,7 @@ def _or_tokenizer(shards: Sequence[Shard]) -> str:
 
 
 def _describe(
-    job: Job,
+    prep: Preparation,
     directory: Path,
     *,
     train: tuple[Shard, ...],
@@ -266,7 +268,7 @@ def _describe(
     num_held_out: int,
     num_overlapping: int,
 ) -> PreparedData:
-    info = job.tokenizer
+    info = prep.tokenizer
     return PreparedData(
         directory=str(directory),
         train=train,
@@ -278,18 +280,69 @@ def _describe(
         mask_id=info.mask_id,
         pad_id=info.pad_id,
         special_ids=info.special_ids,
-        sequence_length=job.config.data.sequence_length,
-        num_masked=job.config.data.num_masked,
+        sequence_length=prep.config.data.sequence_length,
+        num_masked=prep.config.data.num_masked,
         num_ignored_documents=num_ignored,
         num_held_out=num_held_out,
         num_overlapping=num_overlapping,
     )
 
 
-def _finish(job: Job, directory: Path, prepared: PreparedData) -> None:
+def _finish(prep: Preparation, directory: Path, prepared: PreparedData) -> None:
     """Copy the tokenizer, so that nothing outside is needed any more, and write the manifest."""
     tokenizer_dir = directory / prepared.tokenizer_dir
     tokenizer_dir.mkdir()
-    for path in job.tokenizer.files():
+    for path in prep.tokenizer.files():
         shutil.copyfile(path, tokenizer_dir / path.name)
     save_manifest(prepared, directory)
+
+
+class Overlap:
+    """Counts the held-out documents that occur among the training documents.
+
+    Documents are equal if they are up to white space. Takes eight bytes per held-out document and
+    nothing per training document. The digests are Python's own hash of a text, 64 bits wide and
+    good within one process: a million held-out documents beside half a billion training documents
+    meet by chance with a probability below 1e-4.
+    """
+
+    def __init__(self) -> None:
+        """Start with no held-out document."""
+        self._held_out = array("q")
+        self._waiting = array("q")
+        self._sorted: NDArray[np.int64] | None = None
+        self._found: NDArray[np.bool_] = np.empty(0, dtype=bool)
+
+    def hold_out(self, text: str) -> None:
+        """Take a held-out document; all of them come before the first training document."""
+        self._held_out.append(_digest(text))
+
+    def train_on(self, text: str) -> None:
+        """Take a training document."""
+        if not self._held_out:
+            return
+        self._waiting.append(_digest(text))
+        if len(self._waiting) == _LOOKED_UP:
+            self._look_up()
+
+    def count(self) -> int:
+        """Count the held-out documents that have occurred, each as often as it was held out."""
+        self._look_up()
+        return int(self._found.sum())
+
+    def _look_up(self) -> None:
+        if not self._waiting:
+            return
+        if self._sorted is None:
+            self._sorted = np.sort(np.frombuffer(self._held_out, dtype=np.int64))
+            self._found = np.zeros(len(self._sorted), dtype=bool)
+        seen = np.unique(np.frombuffer(self._waiting, dtype=np.int64))
+        first = np.searchsorted(self._sorted, seen, side="left")
+        last = np.searchsorted(self._sorted, seen, side="right")
+        for low, high in zip(first[first < last], last[first < last], strict=True):
+            self._found[low:high] = True
+        self._waiting = array("q")
+
+
+def _digest(text: str) -> int:
+    return hash(" ".join(text.split()))

@@ -11,13 +11,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedpipe.config.schema import RunConfig
-from fedpipe.data.identity import (
+from fedpipe.data.digests import (
     FileDigests,
+    cached_digest,
     digest,
     file_digest,
-    recall,
-    remember,
-    remembered_digest,
+    load_memo,
+    save_memo,
 )
 from fedpipe.data.sources import Source, data_files
 from fedpipe.errors import CorpusError
@@ -62,13 +62,13 @@ def cache_path(config: RunConfig) -> Path:
     return Path(usual, "fedpipe").absolute()
 
 
-def remembered_digests(sources: tuple[Source, ...], root: Path) -> list[FileDigests] | None:
+def cached_digests(sources: tuple[Source, ...], root: Path) -> list[FileDigests] | None:
     """Return what ``content_digests`` would, without reading; None if a file is not known."""
     digests = []
     for source in sources:
         digests.append(_of_hub(source, root))
         for path in data_files(source):
-            known = remembered_digest(path, root=root)
+            known = cached_digest(path, root=root)
             if known is None:
                 return None
             digests[-1].append((Path(path).name, known))
@@ -104,9 +104,9 @@ def content_digests(
     return digests
 
 
-def remember_hub(source: Source, fingerprint: str, root: Path) -> None:
+def save_hub_digest(source: Source, fingerprint: str, root: Path) -> None:
     """Keep the fingerprint of a hub dataset, so that the next run finds its prepared text."""
-    remember(f"hub:{source.path}", {"digest": fingerprint}, root)
+    save_memo(f"hub:{source.path}", {"digest": fingerprint}, root)
 
 
 def cache_key(
@@ -242,4 +242,4 @@ def _of_hub(source: Source, root: Path) -> FileDigests:
 
 def hub_digest(source: Source, root: Path) -> str:
     """Recall the fingerprint of a hub dataset; empty where it has never been opened."""
-    return str(recall(f"hub:{source.path}", root).get("digest", ""))
+    return str(load_memo(f"hub:{source.path}", root).get("digest", ""))

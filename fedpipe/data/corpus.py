@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpipe.config.schema import RunConfig
-from fedpipe.data.assembly import Job, Progress, Sources, assemble
+from fedpipe.data.assembly import Preparation, Progress, Sources, assemble
 from fedpipe.data.blocks import (
     MANIFEST,
     BlockReader,
@@ -26,13 +26,13 @@ from fedpipe.data.cache import (
     cache_key,
     cache_path,
     cache_root,
+    cached_digests,
     content_digests,
     discard,
     hub_digest,
-    remember_hub,
-    remembered_digests,
+    save_hub_digest,
 )
-from fedpipe.data.identity import FileDigests, file_digests
+from fedpipe.data.digests import FileDigests, file_digests
 from fedpipe.data.reading import check, open_dataset
 from fedpipe.data.sources import Columns, Source, resolve
 from fedpipe.data.tokenizer import TokenizerInfo, tokenizer_info
@@ -99,18 +99,18 @@ def prepare(config: RunConfig, *, progress: Progress | None = None) -> PreparedD
     Raises:
         CorpusError: Text, tokenizer, partition or cache cannot be used.
     """
-    job = _job(config, progress)
-    key = _identify(job).key
-    if (found := prepared_under(key, root=job.root)) is not None:
+    prep = _preparation(config, progress)
+    key = _identify(prep).key
+    if (found := prepared_under(key, root=prep.root)) is not None:
         return found
-    _check(job)
+    _check(prep)
     # Opening a hub dataset may have shown another revision than the one remembered.
-    key = _identify(job).key
-    if (found := prepared_under(key, root=job.root)) is not None:
+    key = _identify(prep).key
+    if (found := prepared_under(key, root=prep.root)) is not None:
         return found
-    with building(job.root, key) as directory:
-        assemble(job, directory)
-    return load_prepared(str(job.root / "prepared" / key))
+    with building(prep.root, key) as directory:
+        assemble(prep, directory)
+    return load_prepared(str(prep.root / "prepared" / key))
 
 
 def identify(config: RunConfig, *, progress: Progress | None = None) -> Identity:
@@ -126,9 +126,9 @@ def identify(config: RunConfig, *, progress: Progress | None = None) -> Identity
     Raises:
         CorpusError: A file cannot be read.
     """
-    job = _job(config, progress)
-    _open_hub(job, [s for s in _all(job) if s.kind == "hub" and not hub_digest(s, job.root)])
-    return _identify(job)
+    prep = _preparation(config, progress)
+    _open_hub(prep, [s for s in _all(prep) if s.kind == "hub" and not hub_digest(s, prep.root)])
+    return _identify(prep)
 
 
 def prepared_under(key: str, *, root: Path) -> PreparedData | None:
@@ -152,8 +152,8 @@ def prepared_under(key: str, *, root: Path) -> PreparedData | None:
     return None
 
 
-def _job(config: RunConfig, progress: Progress | None) -> Job:
-    return Job(
+def _preparation(config: RunConfig, progress: Progress | None) -> Preparation:
+    return Preparation(
         config=config,
         sources=_resolve(config),
         tokenizer=tokenizer_info(config),
@@ -174,7 +174,7 @@ def find_prepared(config: RunConfig) -> PreparedData | None:
     try:
         sources, root = _resolve(config), cache_path(config)
         every = (*sources["data.train"], *sources["data.valid"])
-        digests = remembered_digests(every, root)
+        digests = cached_digests(every, root)
         if digests is None:
             return None
         files = _tokenizer_digests(tokenizer_info(config))
@@ -209,16 +209,16 @@ def _resolve(config: RunConfig) -> Sources:
     return sources
 
 
-def _all(job: Job) -> tuple[Source, ...]:
-    return (*job.sources["data.train"], *job.sources["data.valid"])
+def _all(prep: Preparation) -> tuple[Source, ...]:
+    return (*prep.sources["data.train"], *prep.sources["data.valid"])
 
 
-def _identify(job: Job) -> Identity:
-    sources = _all(job)
+def _identify(prep: Preparation) -> Identity:
+    sources = _all(prep)
     digests = content_digests(
         sources,
-        job.root,
-        progress=lambda done, total: job.progress("hash files, bytes", done, total),
+        prep.root,
+        progress=lambda done, total: prep.progress("hash files, bytes", done, total),
     )
     known: dict[tuple[str, ...], Source] = {}
     for source, own in zip(sources, digests, strict=True):
@@ -228,12 +228,12 @@ def _identify(job: Job) -> Identity:
             raise _same_text(source, known[content])
         if source.key == "data.train":
             known[content] = source
-    tokenizer = _tokenizer_digests(job.tokenizer)
-    files: dict[str, FileDigests] = {key: [] for key in job.sources}
+    tokenizer = _tokenizer_digests(prep.tokenizer)
+    files: dict[str, FileDigests] = {key: [] for key in prep.sources}
     for source, own in zip(sources, digests, strict=True):
         files[source.key] += own
     return Identity(
-        key=cache_key(job.config, tokenizer=tokenizer, sources=sources, digests=digests),
+        key=cache_key(prep.config, tokenizer=tokenizer, sources=sources, digests=digests),
         files=files | {"data.tokenizer": tokenizer},
     )
 
@@ -249,19 +249,19 @@ def _same_text(valid: Source, train: Source) -> CorpusError:
     )
 
 
-def _check(job: Job) -> None:
+def _check(prep: Preparation) -> None:
     """Do the quick checks, and open what only opening can check."""
-    for source in _all(job):
-        check(source, columns=job.columns)
-    _open_hub(job, [source for source in _all(job) if source.kind == "hub"])
+    for source in _all(prep):
+        check(source, columns=prep.columns)
+    _open_hub(prep, [source for source in _all(prep) if source.kind == "hub"])
 
 
-def _open_hub(job: Job, sources: Iterable[Source]) -> None:
+def _open_hub(prep: Preparation, sources: Iterable[Source]) -> None:
     for source in sources:
-        job.progress(f"fetch {source.path}", 0, 1)
+        prep.progress(f"fetch {source.path}", 0, 1)
         dataset = open_dataset(source)
-        remember_hub(source, getattr(dataset, "_fingerprint", ""), job.root)
-        job.progress(f"fetch {source.path}", 1, 1)
+        save_hub_digest(source, getattr(dataset, "_fingerprint", ""), prep.root)
+        prep.progress(f"fetch {source.path}", 1, 1)
 
 
 def _silent(phase: str, done: int, total: int) -> None:

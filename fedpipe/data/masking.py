@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import BlockReader, PreparedData
 from fedpipe.errors import CorpusError
 
@@ -179,3 +180,32 @@ def pad(batch: MaskedBatch, *, length: int, pad_id: int) -> MaskedBatch:
     np.put_along_axis(labels, batch.positions, batch.labels, axis=1)
     positions = np.broadcast_to(np.arange(length), labels.shape)
     return MaskedBatch(input_ids=input_ids, positions=positions, labels=labels)
+
+
+def validation_batch(
+    data: PreparedData, config: RunConfig, client_id: int, *, first: int, count: int
+) -> MaskedBatch:
+    """Held-out blocks of a client with their fixed masks.
+
+    Each block is masked from its own seed, so the masks depend neither on the batch size nor on the
+    round. Blocks beyond the last one repeat earlier ones; they fill the batch and are not scored.
+
+    Args:
+        data: Prepared text.
+        config: Seed and mask settings.
+        client_id: Whose.
+        first: Index of the first block.
+        count: Blocks.
+
+    Returns:
+        The masked blocks.
+    """
+    reader = MaskedReader(
+        data, client_id, split="valid", seed=config.seed, num_masked=config.data.num_masked
+    )
+    rows = [reader.batch(first + i, 1) for i in range(count)]
+    return MaskedBatch(
+        input_ids=np.concatenate([row.input_ids for row in rows]),
+        positions=np.concatenate([row.positions for row in rows]),
+        labels=np.concatenate([row.labels for row in rows]),
+    )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpipe.data.partition import IGNORED
+from fedpipe.data.partition import UNASSIGNED
 from fedpipe.data.reading import Document
 from fedpipe.data.tokenizer import TokenizerInfo
 from fedpipe.errors import CorpusError
@@ -132,7 +132,7 @@ def pack(
 
     Args:
         documents: In corpus order, which is also the order inside a client.
-        clients: (documents,) owner of each, or ``IGNORED``.
+        clients: (documents,) owner of each, or ``UNASSIGNED``.
         paths: One file per client; created here.
         tokenizer: The vocabulary.
         sequence_length: T.
@@ -209,7 +209,7 @@ def _encoded(
             done += len(texts)
             if len(owners) < len(texts):
                 break
-            kept = [pair for pair in zip(texts, owners, strict=True) if pair[1] != IGNORED]
+            kept = [pair for pair in zip(texts, owners, strict=True) if pair[1] != UNASSIGNED]
             under_way.append(pool.submit(_encode, encoders[number % num_threads], kept, done))
             if len(under_way) > num_threads:
                 yield under_way.popleft().result()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedpipe.errors import CorpusError
 
-IGNORED = -1
+UNASSIGNED = -1
 """Client id of a held-out document whose column value does not occur in the training text."""
 
 # Separates the random streams of the partition from those of other users of the same seed.
@@ -52,7 +52,7 @@ def by_column(
         column: Name of the column, for the message.
 
     Returns:
-        Client ids of the training and of the held-out documents; ``IGNORED`` where a held-out
+        Client ids of the training and of the held-out documents; ``UNASSIGNED`` where a held-out
         value is unknown.
 
     Raises:
@@ -122,7 +122,7 @@ def dirichlet(
         seed: Seeds the proportions and the draws.
 
     Returns:
-        Client ids of the training and of the held-out documents; ``IGNORED`` where a held-out
+        Client ids of the training and of the held-out documents; ``UNASSIGNED`` where a held-out
         value is unknown.
 
     Raises:
@@ -139,8 +139,8 @@ def dirichlet(
     if valid is None:
         return assigned[0], np.empty(0, dtype=np.int32)
     known = _apply_map(train.values, np.arange(len(train.values), dtype=np.int32), valid)
-    held_out = np.full(valid.num_documents, IGNORED, dtype=np.int32)
-    held_out[known != IGNORED] = _draw(known[known != IGNORED], shares, _generator(seed, 2))
+    held_out = np.full(valid.num_documents, UNASSIGNED, dtype=np.int32)
+    held_out[known != UNASSIGNED] = _draw(known[known != UNASSIGNED], shares, _generator(seed, 2))
     _give_everyone_one(held_out, num_clients)
     return assigned[0], held_out
 
@@ -163,7 +163,7 @@ def _draw(
 
 def _give_everyone_one(clients: NDArray[np.int32], num_clients: int) -> None:
     """Move documents in place until no client is empty, as far as there are documents."""
-    counts = np.bincount(clients[clients != IGNORED], minlength=num_clients)
+    counts = np.bincount(clients[clients != UNASSIGNED], minlength=num_clients)
     for client in np.flatnonzero(counts == 0):
         richest = int(counts.argmax())
         if counts[richest] < 2:
@@ -180,7 +180,7 @@ def _apply_map(
     if documents is None:
         return np.empty(0, dtype=np.int32)
     known = {value: mapped[index] for index, value in enumerate(values)}
-    table = np.array([known.get(value, IGNORED) for value in documents.values], dtype=np.int32)
+    table = np.array([known.get(value, UNASSIGNED) for value in documents.values], dtype=np.int32)
     return table[documents.codes] if len(table) else np.empty(0, dtype=np.int32)
 
 

@@ -1,14 +1,19 @@
-"""What a tokenizer folder says about its vocabulary, read without importing transformers."""
+"""A tokenizer folder: its vocabulary, its special tokens, and entries that no text can become.
+
+Reads the JSON files of the folder; imports neither transformers nor, at the top, tokenizers.
+"""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpipe.config.half_files import read_json_object
+from fedpipe.config.half_files import check_fetched, read_json_object
 from fedpipe.config.schema import PACKAGED, RunConfig
-from fedpipe.data.vocabulary import check_entries, read_entries
 from fedpipe.errors import CorpusError
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -23,6 +28,11 @@ FILES = (
     "merges.txt",
 )
 """The files of a Hugging Face tokenizer folder that an exported model takes along."""
+
+_TOO_MANY = 0.1
+"""Share of a vocabulary from which on a fault means that it is another vocabulary."""
+_SPACES = (" ", "\u2581")
+"""A space, and what SentencePiece writes for it."""
 
 # Names in use where a folder does not say which token plays a part: RoBERTa's, then BERT's.
 _USUAL_NAMES = {
@@ -141,3 +151,193 @@ def _find(part: str, names: dict[str, str], ids: dict[str, int]) -> int | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return read_json_object(path, key="data.tokenizer", error=CorpusError)
+
+
+def check_tokenizer(folder: Path, *, key: str) -> tuple[str, ...]:
+    """Check the tokenizer.json of a model's folder, if it has one, as ``check_entries`` does.
+
+    Args:
+        folder: Of Hugging Face.
+        key: That named it.
+
+    Returns:
+        A line for every fault of a few entries.
+
+    Raises:
+        CorpusError: The file cannot be read, or a large part of the vocabulary is at fault.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return ()
+    content = read_json_object(file, key=key, error=CorpusError)
+    ids = read_entries(content, file=file, key=key)
+    added = content.get("added_tokens") or []
+    special = {token["id"] for token in added if token.get("special")}
+    return check_entries(ids, content, folder=folder, special=special, key=key)
+
+
+def read_entries(content: Mapping[str, Any], *, file: Path, key: str) -> dict[str, int]:
+    """Read the id of every entry, added ones included.
+
+    Args:
+        content: Of a tokenizer.json.
+        file: Where it was read, for errors.
+        key: That named its folder.
+
+    Returns:
+        Ids by entry; every id occurs once.
+
+    Raises:
+        CorpusError: There are no entries, or their ids are no ids.
+    """
+    model, added = content.get("model") or {}, content.get("added_tokens") or []
+    again = "Save the tokenizer again with transformers or tokenizers."
+    try:
+        vocab = model.get("vocab") or {}
+        if not isinstance(vocab, dict):  # Unigram keeps a list, all others a map
+            vocab = {entry[0]: index for index, entry in enumerate(vocab)}
+        ids = {**vocab, **{token["content"]: token["id"] for token in added}}
+        unknown = model.get("unk_token")
+        needs_unknown = model.get("type") in ("WordPiece", "WordLevel") and unknown not in ids
+    except (AttributeError, IndexError, KeyError, TypeError) as problem:
+        raise CorpusError(
+            f"{key}: expected the model and the added tokens of a tokenizer in {file}, got"
+            f" others. {again}"
+        ) from problem
+    if not ids:
+        raise CorpusError(f"{key}: expected a vocabulary in {file}, got none. {again}")
+    for entry, token_id in ids.items():
+        if type(token_id) is not int or token_id < 0:
+            raise CorpusError(
+                f"{key}: expected whole numbers, 0 or more, as ids in {file}, got"
+                f" {token_id!r} for {entry!r}. {again}"
+            )
+    (token_id, times), *_ = Counter(ids.values()).most_common(1)
+    if times > 1:
+        shared = [repr(entry) for entry, other in ids.items() if other == token_id]
+        raise CorpusError(
+            f"{key}: expected an id of its own for every entry in {file}, got {token_id}"
+            f" for {' and '.join(shared[:3])}. {again}"
+        )
+    if needs_unknown:
+        raise CorpusError(
+            f"{key}: expected the entry {unknown!r}, which stands for unknown words, in"
+            f" {file}, got none. {again}"
+        )
+    return ids
+
+
+def check_entries(
+    ids: Mapping[str, int],
+    content: Mapping[str, Any],
+    *,
+    folder: Path,
+    special: Collection[int],
+    key: str,
+) -> tuple[str, ...]:
+    """Compare the entries with the normaliser, with their ids and with vocab.txt.
+
+    Args:
+        ids: From ``read_entries``.
+        content: Of the tokenizer.json.
+        folder: That holds it.
+        special: Ids that are no text.
+        key: That named the folder.
+
+    Returns:
+        A line for every fault of a few entries.
+
+    Raises:
+        CorpusError: A large part of the vocabulary is at fault.
+    """
+    text = [entry for entry, token_id in ids.items() if token_id not in special]
+    warnings = []
+
+    def judge(num: int, size: int, found: str, expected: str, way_out: str) -> None:
+        got = f"{num:,} of {size:,} {found}"
+        if num > _TOO_MANY * size:
+            raise CorpusError(
+                f"{key}: expected {expected} in {str(folder)!r}, got {got}. {way_out}"
+            )
+        if num:
+            warnings.append(f"{key}: {got}")
+
+    size = max(ids.values()) + 1
+    known = set(ids.values())
+    first = next((i for i in range(len(known)) if i not in known), None)
+    judge(
+        size - len(ids), size, f"ids without an entry, such as {first}",
+        "an entry for every id",
+        "Remove equal lines from the vocabulary, and make the tokenizer again.",
+    )  # fmt: skip
+    changed = _changed(text, content)
+    judge(
+        len(changed), len(text),
+        f"entries that can never occur, such as {next(iter(changed.items()), None)!r}",
+        "entries that the tokenizer's normaliser leaves as they are",
+        "Save the tokenizer with its own normaliser: do_lower_case=False of a cased vocabulary.",
+    )  # fmt: skip
+    others, lines = _other_lines(ids, folder / "vocab.txt", key=key)
+    judge(
+        len(others), lines, f"lines of vocab.txt with other ids, such as {others[:1]}",
+        "the vocabulary of tokenizer.json also in vocab.txt",
+        "Make the tokenizer again from a vocab.txt without equal lines, or remove vocab.txt.",
+    )  # fmt: skip
+    return tuple(warnings)
+
+
+def _changed(entries: Collection[str], content: Mapping[str, Any]) -> dict[str, str]:
+    """Entries that the normaliser turns into something else, with what it turns them into."""
+    normaliser = content.get("normalizer")
+    if not normaliser:
+        return {}
+    from tokenizers import Tokenizer
+
+    alone = {"model": {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}}
+    try:
+        tokenizer: Any = Tokenizer.from_str(json.dumps(alone | {"normalizer": normaliser}))
+        normalise: Callable[[str], str] = tokenizer.normalizer.normalize_str
+    except Exception:  # noqa: BLE001 - what it is called by, it says where text is tokenised
+        return {}
+    changed = {}
+    for entry, surface in _surfaces(entries, content):
+        if surface.isascii() and surface == surface.lower():
+            continue  # no usual normaliser changes these, and most entries are such
+        written, wanted = normalise(surface), surface
+        for space in _SPACES:
+            written, wanted = written.replace(space, ""), wanted.replace(space, "")
+        if written != wanted:
+            changed[entry] = written
+    return changed
+
+
+def _surfaces(entries: Collection[str], content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Entries, and the text that they stand for."""
+    model = content.get("model") or {}
+    mark = model.get("continuing_subword_prefix") or "" if model.get("type") == "WordPiece" else ""
+    if "ByteLevel" not in json.dumps([content.get("pre_tokenizer"), content.get("decoder")]):
+        return [(entry, entry.removeprefix(mark)) for entry in entries]
+    to_byte = {character: byte for byte, character in _byte_characters().items()}
+    return [
+        (entry, bytes(to_byte.get(c, 0) for c in entry).decode("utf-8", "ignore"))
+        for entry in entries
+    ]
+
+
+def _byte_characters() -> dict[int, str]:
+    """How byte-level BPE writes a byte: as itself where it is printable, else from U+0100 on.
+
+    Source: GPT-2's encoder, Radford et al. 2019.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(rest)}
+
+
+def _other_lines(ids: Mapping[str, int], file: Path, *, key: str) -> tuple[list[str], int]:
+    """Lines of a vocab.txt whose number is not their entry's id in tokenizer.json, of how many."""
+    if not file.is_file():
+        return [], 0
+    check_fetched(file, key=key, error=CorpusError)
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line for number, line in enumerate(lines) if ids.get(line) != number], len(lines)

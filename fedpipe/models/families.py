@@ -8,7 +8,10 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from safetensors import safe_open
@@ -18,8 +21,22 @@ from transformers import PretrainedConfig
 from fedpipe.config.half_files import read_json_object, weight_files
 from fedpipe.config.model_shape import ModelShape
 from fedpipe.errors import ConfigError
-from fedpipe.models.modeling import bert, roberta
 from fedpipe.models.split import AUX_HEADS
+
+
+def _absent() -> bool:
+    return False
+
+
+# Where scikit-learn and scipy are installed, as they are for ``fedpipe evaluate``, transformers
+# imports them with every model, for assisted generation and object detection that fedpipe does not
+# use: a fifth of the time to the first local step. So transformers is told that they are absent
+# while it imports BERT and RoBERTa; whatever needs its models imports this module first.
+with mock.patch.multiple(
+    "transformers.utils", is_sklearn_available=_absent, is_scipy_available=_absent
+):
+    bert: Any = import_module("transformers.models.bert.modeling_bert")
+    roberta: Any = import_module("transformers.models.roberta.modeling_roberta")
 
 _SHAPE_FIELDS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",

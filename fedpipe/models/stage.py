@@ -1,7 +1,7 @@
 """One stage of the model: embeddings and/or encoder layers, and the head of its own loss."""
 
 # B = sequences, T = positions per sequence, M = scored positions per sequence, D = hidden size,
-# V = vocabulary
+# V = vocabulary, H = attention heads
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from transformers import PretrainedConfig
 
 from fedpipe.distributed.device import same_draws
 from fedpipe.models.families import FAMILIES, Family, initialise, load_pretrained
-from fedpipe.models.masked import gather_masked, run_masked
 from fedpipe.models.split import AUX_HEADS, StageSpec
 
 
@@ -32,6 +31,44 @@ class MaskedTargets(NamedTuple):
     """(B, M) int, of the masked tokens; of padded sequences all positions."""
     labels: Any
     """(B, M) int, the tokens there; -100 where nothing is predicted."""
+
+
+def gather_masked(hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
+    """Hidden states (B, M, D) of the masked positions (B, M) int."""
+    index = positions_BM.long().unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
+    return hidden_BTD.gather(1, index)
+
+
+def run_masked(layer: nn.Module, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
+    """Run the layer that a head reads at the masked positions only.
+
+    Nobody sees its other outputs. Every token is still attended to, so keys and values are computed
+    everywhere; queries, attention, output projection and feed-forward where something is masked.
+    With 15 % masked and a feed-forward of 4 D that leaves 29 % of the projections' FLOPs.
+
+    Args:
+        layer: A transformers ``BertLayer`` or ``RobertaLayer``.
+        hidden_BTD: Its input.
+        positions_BM: int.
+
+    Returns:
+        (B, M, D), the rows that ``gather_masked`` would take from the whole layer's output.
+    """
+    parts: Any = layer  # transformers' submodules have no static types
+    attention = parts.attention.self
+    rows_BMD = gather_masked(hidden_BTD, positions_BM)
+
+    def heads(projection: nn.Module, hidden: Tensor) -> Tensor:
+        return projection(hidden).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+
+    context_BHMd = functional.scaled_dot_product_attention(
+        heads(attention.query, rows_BMD),
+        heads(attention.key, hidden_BTD),
+        heads(attention.value, hidden_BTD),
+        dropout_p=attention.dropout.p if layer.training else 0.0,
+    )
+    attended_BMD = parts.attention.output(context_BHMd.transpose(1, 2).flatten(2), rows_BMD)
+    return parts.output(parts.intermediate(attended_BMD), attended_BMD)
 
 
 class StageModule(nn.Module, ABC):

@@ -15,8 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fedpipe.config.evaluation import Kind
 from fedpipe.config.families import FAMILIES as DECLARED
 from fedpipe.errors import ConfigError
-from fedpipe.models.families import FAMILIES
-from fedpipe.models.modeling import roberta
+from fedpipe.models.families import FAMILIES, roberta
 from fedpipe.models.split import AUX_HEADS, StageSpec
 from fedpipe.models.stage import StageModule, place
 

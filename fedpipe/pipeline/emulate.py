@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpipe.models.masked import gather_masked
-from fedpipe.models.stage import Stage
+from fedpipe.models.stage import Stage, gather_masked
 
 BACKWARD_PER_FORWARD = 2.0
 """A backward pass multiplies twice for every multiplication of the forward pass."""

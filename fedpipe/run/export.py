@@ -21,7 +21,7 @@ from fedpipe.config.load import load_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, token_counts
-from fedpipe.data.validation import validation_batch
+from fedpipe.data.masking import validation_batch
 from fedpipe.errors import CheckpointError
 from fedpipe.files import replace_folder, write_text
 from fedpipe.models.families import FAMILIES, hf_config
@@ -41,7 +41,7 @@ from fedpipe.run.checkpoint import (
 )
 from fedpipe.run.run_dir import RunDir, prepared_text
 
-if TYPE_CHECKING:  # its module imports scipy if it is not fedpipe.models.modeling that imports it
+if TYPE_CHECKING:  # its module imports scipy if it is not fedpipe.models.families that imports it
     from transformers import PreTrainedModel
 
 EXPORT = "export"
@@ -221,7 +221,7 @@ def cut_texts(tokenizer: Any, length: int) -> None:
 
 
 def _auto_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer  # after fedpipe.models.modeling, so without scikit-learn
+    from transformers import AutoTokenizer  # after fedpipe.models.families, so without scikit-learn
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     return tokenizer

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedpipe.config.finetune import QUICKSTART, FinetuneConfig
 from fedpipe.config.load import diff, with_cut
-from fedpipe.data.identity import FileDigests
+from fedpipe.data.digests import FileDigests
 from fedpipe.errors import CheckpointError
 from fedpipe.run.checkpoint import is_in_mid_round
 

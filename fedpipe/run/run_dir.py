@@ -35,7 +35,7 @@ from fedpipe.data.corpus import (
     prepare,
     prepared_under,
 )
-from fedpipe.data.identity import file_digests, model_files
+from fedpipe.data.digests import file_digests, model_files
 from fedpipe.errors import CheckpointError
 from fedpipe.files import patiently, write_text
 from fedpipe.report.writer import METRICS_FILE

@@ -115,7 +115,7 @@ def _exported_losses(run_dir: Path, exports: dict[int, Path]) -> dict[int, tuple
 
     from fedpipe.config.load import load_config
     from fedpipe.data.corpus import prepare
-    from fedpipe.data.validation import validation_batch
+    from fedpipe.data.masking import validation_batch
 
     config = load_config(str(run_dir / "config.yaml"), [])
     data = prepare(config)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedpipe.config.schema import RunConfig
-from fedpipe.data import cache, identity
+from fedpipe.data import cache, digests
 from fedpipe.data.blocks import PreparedData
 from fedpipe.data.corpus import prepare, token_counts
 from fedpipe.errors import CorpusError
@@ -91,7 +91,7 @@ def test_a_digest_is_remembered_until_a_file_is_touched_whatever_its_size_and_ti
     path, root = tmp_path / "a.txt", tmp_path / "cache"
 
     def digest() -> str:
-        return identity.file_digest(path, key="data.train", root=root)
+        return digests.file_digest(path, key="data.train", root=root)
 
     def write(text: str, *, to: Path) -> None:
         time.sleep(0.02)  # a file system's clock is coarse
@@ -102,7 +102,7 @@ def test_a_digest_is_remembered_until_a_file_is_touched_whatever_its_size_and_ti
     one = digest()
     # A file of this very moment may change once more under the same time stamp.
     assert not root.exists()
-    monkeypatch.setattr(identity, "_SETTLED_S", -1.0)
+    monkeypatch.setattr(digests, "_SETTLED_S", -1.0)
     assert digest() == one
     (memo,) = (root / "content").iterdir()
     memo.write_text(memo.read_text().replace(one, "remembered"))

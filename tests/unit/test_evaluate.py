@@ -24,7 +24,7 @@ from fedpipe.commands.evaluate.report import draw_scores, notes, outcome_text, t
 from fedpipe.commands.evaluate.setup import Evaluation, read_evaluation, set_up_evaluation
 from fedpipe.commands.evaluate.training import batches, drawn
 from fedpipe.config.load import from_dict
-from fedpipe.data import identity
+from fedpipe.data import digests
 from fedpipe.data.tasks.encoding import Encoded
 from fedpipe.data.tasks.scoring import METRICS
 from fedpipe.errors import CheckpointError, ConfigError
@@ -201,7 +201,7 @@ def test_what_is_done_is_kept_and_what_changes_runs_again(
 def test_files_that_change_under_their_size_and_time_are_scored_again(
     home: Path, whole: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(identity, "_SETTLED_S", -1.0)  # digests are remembered at once
+    monkeypatch.setattr(digests, "_SETTLED_S", -1.0)  # digests are remembered at once
     for name in ("models", "data"):
         shutil.copytree(home / name, tmp_path / name)
     shutil.copytree(whole.directory, tmp_path / "run")

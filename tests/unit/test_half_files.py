@@ -19,7 +19,7 @@ from fedpipe.data.corpus import check_sources, tokenizer_info
 from fedpipe.data.sources import folder_files, resolve
 from fedpipe.data.tasks.files import find_files
 from fedpipe.data.tasks.registry import find_task
-from fedpipe.data.vocabulary import check_tokenizer
+from fedpipe.data.tokenizer import check_tokenizer
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError
 from fedpipe.models.peft import load_adapter
 

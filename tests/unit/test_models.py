@@ -27,9 +27,8 @@ from fedpipe.config.model_shape import ModelShape, resolve
 from fedpipe.config.schema import ModelConfig, PipelineConfig
 from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.models.families import FAMILIES, hf_config, load_pretrained, stable_seed
-from fedpipe.models.masked import gather_masked
 from fedpipe.models.split import merge, stage_specs
-from fedpipe.models.stage import Stage, build_stage
+from fedpipe.models.stage import Stage, build_stage, gather_masked
 from fedpipe.run.export import build_model
 
 LAYERS, VOCAB, LENGTH = 4, 53, 12

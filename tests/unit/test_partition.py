@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fedpipe.data.partition import IGNORED, Documents, by_column, dirichlet, iid
+from fedpipe.data.partition import UNASSIGNED, Documents, by_column, dirichlet, iid
 from fedpipe.errors import CorpusError
 
 
@@ -44,7 +44,7 @@ def test_held_out_text_follows_the_training_text_and_unknown_values_are_ignored(
     train = documents("b", "b", "a")
     clients, held_out = by_column(train, documents("a", "new", "b"), num_clients=2, column="c")
     assert clients.tolist() == [0, 0, 1]
-    assert held_out.tolist() == [1, IGNORED, 0]
+    assert held_out.tolist() == [1, UNASSIGNED, 0]
 
 
 def test_fewer_values_than_clients_is_refused_with_a_way_out():
@@ -100,7 +100,7 @@ def test_dirichlet_is_a_function_of_the_seed():
 def test_dirichlet_scores_clients_on_the_mixture_that_they_train_on():
     train, valid = many({"a": 2000, "b": 2000}), many({"b": 2000, "new": 3, "a": 2000})
     clients, held_out = dirichlet(train, valid, num_clients=3, alpha=0.5, seed=4)
-    assert (held_out[2000:2003] == IGNORED).all()
+    assert (held_out[2000:2003] == UNASSIGNED).all()
     for name in ("a", "b"):
         ours = clients[train.codes == train.values.index(name)]
         theirs = held_out[valid.codes == valid.values.index(name)]

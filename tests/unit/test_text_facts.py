@@ -75,7 +75,7 @@ def test_the_report_shows_the_text_of_every_client(data: PreparedData, tmp_path:
 def test_the_plan_knows_text_that_was_prepared_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fedpipe.data.identity._SETTLED_S", -1.0)  # the files are new
+    monkeypatch.setattr("fedpipe.data.digests._SETTLED_S", -1.0)  # the files are new
     config = run_maker(tmp_path)()
     arguments = [
         "plan", "data.partition=column", "data.partition_column=ward", "data.sequence_length=32",

@@ -6,8 +6,7 @@ import pytest
 from fedpipe.commands.plan.plan import build_plan, render
 from fedpipe.config.schema import DataConfig, RunConfig
 from fedpipe.data.corpus import prepare, tokenizer_info
-from fedpipe.data.tokenizer import SAMPLES, TokenizerInfo
-from fedpipe.data.vocabulary import check_tokenizer
+from fedpipe.data.tokenizer import SAMPLES, TokenizerInfo, check_tokenizer
 from fedpipe.errors import CorpusError
 from fedpipe.run.export import cut_texts, word_tokens
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpipe.config.half_files import check_fetched, check_weights, read_model_config
-from fedpipe.data.identity import digest, file_digests, model_files, tokenizer_files
+from fedpipe.data.digests import digest, file_digests, model_files, tokenizer_files
 from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.models.lengths import longest_input, num_positions
 

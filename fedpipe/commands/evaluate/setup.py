@@ -25,12 +25,12 @@ from fedpipe.config.evaluation import EvaluationConfig
 from fedpipe.config.schema import RunConfig
 from fedpipe.config.tree import Node, dump
 from fedpipe.data.cache import cache_root
-from fedpipe.data.identity import digest
+from fedpipe.data.digests import digest
 from fedpipe.data.tasks.files import TaskFiles, find_files
 from fedpipe.data.tasks.prepare import PreparedTask, prepare_task, task_digest
 from fedpipe.data.tasks.registry import Task, TaskSpec
 from fedpipe.data.tasks.task_file import choose_tasks
-from fedpipe.data.vocabulary import check_tokenizer
+from fedpipe.data.tokenizer import check_tokenizer
 from fedpipe.errors import CheckpointError
 from fedpipe.files import write_text
 from fedpipe.printable import printable

@@ -24,7 +24,7 @@ from fedpipe.commands.finetune.clients import (
 )
 from fedpipe.config.evaluation import DEFAULT_TASK, Kind
 from fedpipe.config.finetune import CAUSAL_LM, FinetuneConfig, TaskConfig
-from fedpipe.data.identity import FileDigests, file_digests
+from fedpipe.data.digests import FileDigests, file_digests
 from fedpipe.data.lines import shown
 from fedpipe.data.reading import NO_VALUE
 from fedpipe.data.tasks.encoding import Encoded, encode

@@ -26,7 +26,7 @@ class FinetuningRanks(RankProgram):
     command = "finetune"
     kind = "finetune"
     preload = (
-        "fedpipe.models.modeling",  # first: see there
+        "fedpipe.models.families",  # first: see there
         "fedpipe.commands.finetune.run",
         "fedpipe.commands.finetune.export",
     )

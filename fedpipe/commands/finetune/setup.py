@@ -22,12 +22,11 @@ from fedpipe.commands.finetune.plan import render_plan
 from fedpipe.config.deepspeed import engine_config
 from fedpipe.config.finetune import QUICKSTART, FinetuneConfig, finetune_yaml
 from fedpipe.config.half_files import check_fetched, check_weights, read_json_object
-from fedpipe.data.identity import file_digests, model_files, tokenizer_files
+from fedpipe.data.digests import file_digests, model_files, tokenizer_files
 from fedpipe.data.lines import shown
 from fedpipe.data.tasks.prepare import FORMAT
 from fedpipe.data.tasks.registry import TaskSpec
-from fedpipe.data.tokenizer import FILES, SAMPLES
-from fedpipe.data.vocabulary import check_tokenizer
+from fedpipe.data.tokenizer import FILES, SAMPLES, check_tokenizer
 from fedpipe.errors import ConfigError, CorpusError
 from fedpipe.files import write_text
 from fedpipe.models.lengths import OFFSET_FAMILIES, longest_input, num_positions

@@ -15,8 +15,7 @@ from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
-from fedpipe.data.masking import MaskedBatch, MaskedReader, pad
-from fedpipe.data.validation import validation_batch
+from fedpipe.data.masking import MaskedBatch, MaskedReader, pad, validation_batch
 from fedpipe.distributed.comm import Comm
 from fedpipe.federation.cohort import Turn
 from fedpipe.federation.stages import StageReplica

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.cache import building, cache_root
-from fedpipe.data.identity import digest, file_digests
+from fedpipe.data.digests import digest, file_digests
 from fedpipe.data.tasks.encoding import Encoded, encode, load_tokenizer
 from fedpipe.data.tasks.files import TaskFiles
 from fedpipe.data.tasks.reading import hub_fingerprint, read_task

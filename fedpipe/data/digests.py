@@ -49,7 +49,7 @@ def file_digest(path: str | Path, *, key: str, root: Path | None) -> str:
         with open(location, "rb") as file:
             status = os.fstat(file.fileno())
             stamp = _stamp(location, status)
-            known = recall(location, root)
+            known = load_memo(location, root)
             if known.get("stamp") == stamp:
                 return str(known["digest"])
             is_settled = time.time() - max(status.st_mtime, status.st_ctime) > _SETTLED_S
@@ -60,14 +60,14 @@ def file_digest(path: str | Path, *, key: str, root: Path | None) -> str:
             "Check its permissions."
         ) from error
     if is_settled:
-        remember(location, {"stamp": stamp, "digest": content}, root)
+        save_memo(location, {"stamp": stamp, "digest": content}, root)
     return content
 
 
-def remembered_digest(path: str | Path, *, root: Path) -> str | None:
+def cached_digest(path: str | Path, *, root: Path) -> str | None:
     """Return the digest of a file without reading it; None if it is unknown or was touched."""
     location = os.path.abspath(path)
-    known = recall(location, root)
+    known = load_memo(location, root)
     try:
         is_same = known.get("stamp") == _stamp(location, os.stat(location))
     except OSError:
@@ -108,8 +108,8 @@ def digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def recall(name: str, root: Path | None) -> dict[str, Any]:
-    """Return what ``remember`` has kept under a name; empty where that is nothing readable."""
+def load_memo(name: str, root: Path | None) -> dict[str, Any]:
+    """Return what ``save_memo`` has kept under a name; empty where that is nothing readable."""
     if root is None:
         return {}
     try:
@@ -119,7 +119,7 @@ def recall(name: str, root: Path | None) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def remember(name: str, content: dict[str, Any], root: Path | None) -> None:
+def save_memo(name: str, content: dict[str, Any], root: Path | None) -> None:
     """Keep something small under a name; where that cannot be written it is found out again."""
     if root is None:
         return
