@@ -1,4 +1,4 @@
-"""Everything a user can get wrong, as one small tree of exceptions.
+"""The exceptions of fedpipe, as one small tree.
 
 ``FedPipeError``
     ``ConfigError``       a key of the YAML, of an override or of the DeepSpeed JSON
@@ -18,16 +18,16 @@ from fedpipe.printable import printable
 
 
 class FedPipeError(Exception):
-    """What is wrong, the value that was found, and a way out, in one line.
+    """An error whose message says in one line what is wrong, what was found, and a way out.
 
-    Messages quote what users and their files hold; nothing in them can command a terminal.
+    Messages quote text of users and their files, so control characters in them are escaped.
     """
 
     def __init__(self, message: str) -> None:
-        """Take the message, and make it safe to show."""
+        """Store the message with its control characters escaped."""
         super().__init__(printable(message))
         self.told = False
-        """Another process of the run has shown it."""
+        """Whether another process of the run has shown this error already."""
 
 
 class ConfigError(FedPipeError):
@@ -47,7 +47,7 @@ class CheckpointError(FedPipeError):
 
 
 class FederationError(FedPipeError):
-    """Replicas do not hold the same tensors, or nothing was trained."""
+    """The replicas do not hold the same tensors, or none of them has trained."""
 
 
 class LaunchError(FedPipeError):
@@ -59,31 +59,34 @@ class TrainingError(LaunchError):
 
 
 class OutputError(CheckpointError, LaunchError):
-    """The system refuses a file: the disk is full, for example. The same command goes on later."""
+    """The system refuses to read or write a file, for example because the disk is full.
+
+    The same command continues the run once the cause is removed.
+    """
 
 
 def is_users(error: FedPipeError) -> bool:
-    """Whether the user can mend it: the same command again would find the same."""
+    """Whether the user must change something, because the same command would fail again."""
     return not isinstance(error, LaunchError)
 
 
 def error_in(line: str) -> FedPipeError | None:
-    """Make an error again from ``Class: message``; None if the line does not say one."""
+    """Rebuild an error from a line ``Class: message``; None if this tree has no such class."""
     kind, _, text = line.partition(": ")
     return error_named(kind, text)
 
 
 def error_named(kind: str, text: str) -> FedPipeError | None:
-    """Make an error again that another process has told by the name of its class.
+    """Rebuild an error that another process has reported.
 
     Args:
-        kind: Name of the class.
-        text: Its message.
+        kind: Name of the error's class.
+        text: The error's message.
 
     Returns:
-        The error; None if it is none of this tree.
+        The error; None if the class is not one of this tree.
     """
     classes: list[type[FedPipeError]] = [FedPipeError]
-    for known in classes:  # and theirs
+    for known in classes:  # grows while it is read: subclasses of subclasses follow
         classes += known.__subclasses__()
     return next((known(text) for known in classes if known.__name__ == kind), None)

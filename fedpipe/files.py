@@ -1,7 +1,7 @@
-"""Files and folders that are complete or absent, whenever a machine stops. No torch.
+"""Write files and folders that are complete or absent, whenever the machine stops. No torch.
 
-A rename is on the disk once the folder that it happened in has been fsynced, and may get there
-before the content of what was renamed. So content comes first, then the name, then its folder.
+A rename reaches the disk when its folder is fsynced, possibly before the content of the renamed
+file does. So the content is fsynced first, then the file is renamed, then its folder is fsynced.
 """
 
 from __future__ import annotations
@@ -22,24 +22,33 @@ from fedpipe.errors import OutputError
 T = TypeVar("T")
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_SYSTEM = {
-    *_NO_ROOM, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EMFILE,
-    errno.ENFILE, errno.ENOMEM, errno.ENAMETOOLONG, errno.ENOLCK, errno.ENODEV,
-}  # fmt: skip
-"""What the machine refuses; anything else that the system says is a bug of ours."""
+_SYSTEM = _NO_ROOM | {
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENAMETOOLONG,
+    errno.ENOLCK,
+    errno.ENODEV,
+}
+"""Errors whose cause is the machine; every other ``OSError`` is a bug of fedpipe."""
 
-_PASSING = {errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EAGAIN}
-"""What a network file system answers while a server or a path to it changes."""
+_TRANSIENT = {errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EAGAIN}
+"""Errors of a network file system that pass once its server is reachable again."""
 _WAITS_S = (0.2, 0.5, 1.0, 2.0)
 _PROBE_BYTES = 2**20
 
 
 @contextmanager
 def system_errors_named() -> Iterator[None]:
-    """Turn what the machine refuses into one line; also a decorator.
+    """Replace an ``OSError`` of the machine by a message of one line; also usable as a decorator.
 
     Raises:
-        OutputError: In the place of an ``OSError`` whose cause lies outside of this program.
+        OutputError: An ``OSError`` came up whose cause is outside of this program.
     """
     try:
         yield
@@ -54,8 +63,8 @@ def system_errors_named() -> Iterator[None]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an ``OSError`` without a file's name say this one: a full write does not know its own."""
+def with_file_name(path: Path) -> Iterator[None]:
+    """Add a file name to an ``OSError`` that has none, as when a write finds the disk full."""
     try:
         yield
     except OSError as error:
@@ -64,32 +73,32 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def patiently(look: Callable[[], T]) -> T:
-    """Return what a look at files finds; a file system that does not answer is asked again.
+def retry_reads(look: Callable[[], T]) -> T:
+    """Read files, again after a pause while a network file system does not answer.
 
     Args:
-        look: Raises ``OSError`` where it cannot see; changes nothing.
+        look: Reads, and changes nothing. Raises ``OSError`` where it cannot read.
 
     Raises:
-        OSError: It still cannot after some seconds, or for a reason that does not pass.
+        OSError: Reading still fails after some seconds, or the error is not a transient one.
     """
     for wait_s in _WAITS_S:
         try:
             return look()
         except OSError as error:
-            if error.errno not in _PASSING:
+            if error.errno not in _TRANSIENT:
                 raise
         time.sleep(wait_s)
     return look()
 
 
 def sync(path: Path) -> None:
-    """Return once a file's content, or the names in a folder, are on the disk."""
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some file systems have no fsync for folders: their names need none, or nothing helps.
+        # Some file systems do not support fsync of a folder: there is nothing to wait for.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
@@ -97,15 +106,20 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> tuple[int, str]:
-    """Write aside, fsync, rename; return size and SHA-256. Whoever needs the name syncs the folder.
+    """Write a file under a temporary name, fsync it, and rename it.
+
+    The caller fsyncs the folder, once for all files in it.
 
     Args:
-        path: Of the file.
-        write: Writes its content to the path that it is given.
+        path: The finished file.
+        write: Writes the content to the path that it is given.
+
+    Returns:
+        Bytes and SHA-256 of the file.
     """
     aside = path.with_name(f".{path.name}.part")
     try:
-        with naming(path):
+        with with_file_name(path):
             _write(aside, write)
         with open(aside, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -119,7 +133,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> tuple[int, str
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file; where a library fails for a reason of the system, raise that."""
+    """Write a file; where a library hides an error of the system, raise the system's error."""
     try:
         write(path)
     except Exception as error:
@@ -128,12 +142,12 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _raise_cause(error: Exception, path: Path) -> None:
-    """Raise what the system said to a library that has failed to write, if that was it."""
+    """Raise the ``OSError`` behind a library's failure to write, if there is one."""
     if isinstance(error, OSError):
         return
     if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
-    if path.is_file():  # torch does not pass it on
+    if path.is_file():  # torch does not report the cause, so write once more to find it
         with open(path, "ab") as file:
             file.write(bytes(_PROBE_BYTES))
             file.flush()
@@ -141,23 +155,23 @@ def _raise_cause(error: Exception, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is complete or absent, and on the disk when this returns."""
+    """Write a text file that is complete or absent, and on the disk when this returns."""
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     sync(path.parent)
 
 
 def replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Write a folder that is complete or absent, in the place of what is there.
+    """Write a folder that is complete or absent, and replace the one that is there.
 
     Args:
-        folder: Its path.
+        folder: The finished folder.
         write: Makes and fills the folder at the path that it is given.
     """
     aside, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        with naming(folder):
+        with with_file_name(folder):
             try:
                 write(aside)
             except Exception as error:

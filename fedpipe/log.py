@@ -1,6 +1,6 @@
-"""Logging of the ``fedpipe`` logger: one handler, one format, and quiet libraries.
+"""Set up the ``fedpipe`` logger: one handler, one format, and quiet libraries.
 
-Modules use ``logging.getLogger(__name__)``; only this one decides what is shown, and by which rank.
+Modules log with ``logging.getLogger(__name__)``; this one alone decides which ranks show what.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from fedpipe.printable import printable
 _NOISY = ("DeepSpeed", "transformers", "datasets")
 """Loggers of the libraries; DeepSpeed's is spelt like this."""
 _VERBOSITY_VARIABLES = ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY")
-"""Read by the libraries when they are imported, and stronger than a level set before that."""
+"""Environment variables that the libraries read at import; they override a level set before."""
 
 
 class _Prefix(logging.Formatter):
-    """Prefixes the time and the rank; a warning also says what it is."""
+    """Prefixes the time and the rank, and the level unless it is INFO."""
 
     def __init__(self, rank: int | None) -> None:
         self._rank = "" if rank is None else f"r{rank} "
@@ -35,7 +35,7 @@ class _Prefix(logging.Formatter):
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to the ``sys.stderr`` of the moment, so that a live display can stand in for it."""
+    """Writes to the current ``sys.stderr``, which a live display replaces while it is shown."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -59,11 +59,11 @@ class _OnlyErrors(logging.Filter):
 def setup(level: str = "INFO", rank: int | None = None) -> None:
     """Configure the ``fedpipe`` logger; the root logger is never touched.
 
-    Progress (INFO) is rank 0's to tell; the other ranks speak from WARNING on. With ``DEBUG`` every
-    rank says everything and the libraries are heard too. A later call replaces an earlier one.
+    At level INFO only rank 0 shows progress; other ranks show warnings and errors. At level DEBUG
+    every rank shows everything, and the libraries log too. A later call replaces an earlier one.
 
     Args:
-        level: Name of the lowest level that is shown, in any case.
+        level: Name of the lowest level that is shown, in upper or lower case.
         rank: This process's rank, shown in the prefix; ``None`` for a process outside the grid.
     """
     shown = logging.getLevelNamesMapping()[level.upper()]

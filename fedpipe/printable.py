@@ -1,27 +1,27 @@
-"""Text of others made safe to show: on a terminal, in a log, in a report."""
+"""Make text from files and users safe to show on a terminal, in a log or in a report."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 
-_DOUBTFUL = re.compile(r"[^\n\t\x20-\x7e]")
+_NOT_PLAIN = re.compile(r"[^\n\t\x20-\x7e]")
 
 
 def printable(text: str) -> str:
-    r"""Replace what a terminal or a page would obey instead of showing it.
+    r"""Escape characters that a terminal or a page would obey instead of showing them.
 
-    Control characters, among them the escape that opens a terminal's commands, marks that turn the
+    Control characters (such as the one that opens a terminal command), marks that change the
     direction of writing, halves of surrogate pairs and unassigned characters become their escape,
-    such as ``\x1b``; spaces of all widths become a space. Line ends and tabs stay.
+    such as ``\x1b``. A space of any width becomes an ordinary space. Line ends and tabs stay.
 
     Args:
-        text: From a file, a file's name, a column, a model's folder or a user.
+        text: Any text, for example a line of a file, a file name or a value that a user gave.
 
     Returns:
-        The text with nothing but printable characters, line ends and tabs.
+        The text, which holds only printable characters, line ends and tabs.
     """
-    return _DOUBTFUL.sub(_shown, text)
+    return _NOT_PLAIN.sub(_shown, text)
 
 
 def _shown(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Standard output and error that never end a run: whoever reads them, whatever they can show."""
+"""Keep a run alive when its output cannot be shown, or when its reader has gone."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fedpipe.printable import printable
 _STANDARD = {"stdin": 0, "stdout": 1, "stderr": 2}
 OUTPUT = (1, 2)
 """Descriptors of the standard output and error."""
-_NOBODY = (errno.EPIPE, errno.EIO)
-"""What writing gives where the reader of a pipe, or the terminal, has gone."""
+_READER_GONE = (errno.EPIPE, errno.EIO)
+"""Errors of a write to a pipe without a reader, or to a terminal that was closed."""
 
 
 def prepare_output() -> None:
-    r"""Make writing to the process' standard output and error safe from now on.
+    r"""Make writing to the standard output and error of this process safe from now on.
 
-    What a terminal cannot show is written as its escape (``\xe9``). What nobody reads, as after
-    ``| head`` or with ``>&-``, is dropped. Called once where a process starts; streams that are not
-    the process' own, such as those of a test that captures them, are left alone.
+    A character that the terminal cannot show is written as its escape (``\xe9``). Text without a
+    reader, as after ``| head`` or with ``>&-``, is dropped. Called once when a process starts; a
+    stream that was replaced before, for example by a test that captures it, is left alone.
     """
     _open_closed()
     for name in ("stdout", "stderr"):
@@ -34,7 +34,7 @@ def prepare_output() -> None:
 
 
 def show(line: str) -> None:
-    """Write a line to the standard output at once."""
+    """Write a line to the standard output and flush it."""
     sys.stdout.write(printable(line) + "\n")
     sys.stdout.flush()
 
@@ -42,7 +42,7 @@ def show(line: str) -> None:
 def _open_closed() -> None:
     """Open the standard descriptors that the process was started without.
 
-    The next file or pipe would take the number, and what is meant for people would go there.
+    Otherwise the next file or pipe would get their number, and messages for people would go there.
     """
     for name, number in _STANDARD.items():
         try:
@@ -68,19 +68,19 @@ def _safe(stream: io.TextIOWrapper) -> io.TextIOWrapper:
 
 
 class _Descriptor(io.FileIO):
-    """A file descriptor that swallows what nobody reads."""
+    """A file descriptor that drops what is written after its reader has gone."""
 
     def write(self, data: Any) -> int:
         """Write as ``FileIO`` does."""
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in _NOBODY:
+            if error.errno not in _READER_GONE:
                 raise
             return memoryview(data).nbytes
 
 
-def nobody_reads() -> bool:
+def reader_has_gone() -> bool:
     """Whether the reader of the standard output, or of the standard error, has gone."""
     poll = select.poll()
     for descriptor in OUTPUT:

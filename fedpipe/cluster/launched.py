@@ -44,7 +44,7 @@ from fedpipe.report.console import RunConsole
 from fedpipe.report.writer import METRICS_FILE, finite
 from fedpipe.run.checkpoint import Checkpoint, Position
 from fedpipe.run.run_dir import check_writable, locked
-from fedpipe.terminal import nobody_reads
+from fedpipe.terminal import reader_has_gone
 
 if TYPE_CHECKING:
     from fedpipe.distributed.meeting import Meeting
@@ -281,7 +281,7 @@ def stopped_with_launcher() -> Iterator[None]:
 
     def look() -> None:
         while not closed.wait(_LOOK_S):
-            if os.getppid() != parent or nobody_reads():
+            if os.getppid() != parent or reader_has_gone():
                 sys.stderr.write("what started this rank has gone: it saves and stops\n")
                 os.kill(os.getpid(), signal.SIGTERM)
                 return

@@ -1,4 +1,4 @@
-"""One preparation: survey the text, assign documents to clients, pack them, write the manifest."""
+"""Prepare text: read it once, assign documents to clients, pack them, write the manifest."""
 
 from __future__ import annotations
 
@@ -23,52 +23,47 @@ from fedpipe.data.tokenizer import TokenizerInfo
 from fedpipe.errors import CorpusError
 
 Progress = Callable[[str, int, int], None]
-"""Called with a phase, the work done and the work in all; only their ratio means something."""
+"""Called with a phase, the work done and the total work, in units of the phase."""
 
 Sources = dict[str, tuple[Source, ...]]
 """Sources by key, ``data.train`` and ``data.valid``."""
 
-
-# Training documents that are looked up at once; the memory that they take does not matter.
-_LOOKED_UP = 1 << 14
+# Training documents that are compared at once.
+_COMPARED = 1 << 14
 
 _LISTED = 20
-"""Clients that an error lists; of more it gives the number."""
+"""Clients that an error lists by name; the others are counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preparation:
-    """What the steps of one preparation share."""
+    """Inputs of one preparation, shared by its steps."""
 
     config: RunConfig
-    """The run."""
     sources: Sources
-    """Its text."""
     tokenizer: TokenizerInfo
-    """Its vocabulary."""
     root: Path
     """The cache directory."""
     progress: Progress
-    """Told about the work done."""
 
     @property
     def columns(self) -> Columns:
-        """The columns that the run reads."""
+        """Columns of the text and of the owner."""
         return Columns.of(self.config)
 
 
 def assemble(prep: Preparation, directory: Path) -> None:
-    """Fill an empty directory with the prepared text of a prep.
+    """Fill an empty directory with prepared text.
 
     Args:
-        prep: What to prepare.
-        directory: Where shards, token counts, tokenizer and manifest go.
+        prep: Configuration and sources.
+        directory: Gets shards, token counts, tokenizer and manifest.
 
     Raises:
         CorpusError: Text or partition cannot be used.
     """
     overlap = Overlap()
-    # Held-out text comes first: it is the smaller one, and its digests are what is kept.
+    # Held-out text comes first, because it is smaller and its digests stay in memory.
     valid = _survey(prep, "data.valid", overlap.hold_out) if prep.sources["data.valid"] else None
     train = _survey(prep, "data.train", overlap.train_on)
     train_clients, valid_clients = _assign(prep.config, train, valid)
@@ -83,7 +78,7 @@ def assemble(prep: Preparation, directory: Path) -> None:
         files = 1 if shared else num_clients
         held_out = _pack(prep, "data.valid", valid_clients, directory, files)
         values = _values(valid, valid_clients, files)
-        # Every client scores the same text where there is only one.
+        # With a single entry every client scores the same text.
         copies = num_clients if shared else 1
         valid_shards = _shards(prep, held_out, values, copies=copies)
         _require_held_out_text(prep, valid_shards)
@@ -100,7 +95,7 @@ def assemble(prep: Preparation, directory: Path) -> None:
 
 
 def _survey(prep: Preparation, key: str, compare: Callable[[str], None]) -> Documents:
-    """Read everything once: checks every line and learns what the partition must know."""
+    """Read and check every line once, and collect what the partition depends on."""
     codes = array("i")
     index: dict[str, int] = {}
     sizes: list[int] = []
@@ -167,7 +162,7 @@ def _pack(
 
 
 def _num_cores() -> int:
-    """Count the cores that this process may use; only Linux knows of a restriction."""
+    """Count the cores that this process may use; only Linux can restrict them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -181,7 +176,7 @@ def _documents(prep: Preparation, key: str) -> Iterator[Document]:
 def _values(
     documents: Documents, clients: NDArray[np.int32], num_clients: int
 ) -> list[tuple[str, ...]]:
-    """List the column values that each client holds, in order of the corpus."""
+    """List the column values that each client holds, in corpus order."""
     if not documents.values:
         return [()] * num_clients
     width = len(documents.values)
@@ -213,7 +208,7 @@ def _shards(
 
 
 def _require_text(prep: Preparation, shards: tuple[Shard, ...]) -> None:
-    """Refuse training text that leaves clients without a block, and name them all."""
+    """Refuse training text that leaves clients without a block, and name these clients."""
     empty = [shard for shard in shards if shard.num_blocks == 0]
     if not empty:
         return
@@ -225,7 +220,7 @@ def _require_text(prep: Preparation, shards: tuple[Shard, ...]) -> None:
 
 
 def _require_held_out_text(prep: Preparation, shards: tuple[Shard, ...]) -> None:
-    """Refuse held-out text of which no client has a block; some clients may have none."""
+    """Refuse held-out text that gives no client a block; some clients may have none."""
     if any(shard.num_blocks for shard in shards):
         return
     empty = shards if len({shard.path for shard in shards}) > 1 else shards[:1]
@@ -237,7 +232,7 @@ def _require_held_out_text(prep: Preparation, shards: tuple[Shard, ...]) -> None
 
 
 def _sizes(prep: Preparation, shards: Sequence[Shard]) -> str:
-    """List clients with the text that they have."""
+    """List clients and the amount of text that each of them has."""
     found = []
     for shard in shards[:_LISTED]:
         name = f" ({', '.join(shard.values[:3])})" if shard.values else ""
@@ -289,7 +284,7 @@ def _describe(
 
 
 def _finish(prep: Preparation, directory: Path, prepared: PreparedData) -> None:
-    """Copy the tokenizer, so that nothing outside is needed any more, and write the manifest."""
+    """Copy the tokenizer, which makes the directory self-contained, and write the manifest."""
     tokenizer_dir = directory / prepared.tokenizer_dir
     tokenizer_dir.mkdir()
     for path in prep.tokenizer.files():
@@ -300,33 +295,33 @@ def _finish(prep: Preparation, directory: Path, prepared: PreparedData) -> None:
 class Overlap:
     """Counts the held-out documents that occur among the training documents.
 
-    Documents are equal if they are up to white space. Takes eight bytes per held-out document and
-    nothing per training document. The digests are Python's own hash of a text, 64 bits wide and
-    good within one process: a million held-out documents beside half a billion training documents
-    meet by chance with a probability below 1e-4.
+    Documents count as equal if they differ only in white space. The memory is eight bytes per
+    held-out document. Digests are Python's own 64-bit hash of a text, valid within one process:
+    among a million held-out and half a billion training documents two different texts have the
+    same hash with a probability below 1e-4.
     """
 
     def __init__(self) -> None:
-        """Start with no held-out document."""
+        """Start without any document."""
         self._held_out = array("q")
         self._waiting = array("q")
         self._sorted: NDArray[np.int64] | None = None
         self._found: NDArray[np.bool_] = np.empty(0, dtype=bool)
 
     def hold_out(self, text: str) -> None:
-        """Take a held-out document; all of them come before the first training document."""
+        """Add a held-out document; all of them are added before the first training document."""
         self._held_out.append(_digest(text))
 
     def train_on(self, text: str) -> None:
-        """Take a training document."""
+        """Add a training document."""
         if not self._held_out:
             return
         self._waiting.append(_digest(text))
-        if len(self._waiting) == _LOOKED_UP:
+        if len(self._waiting) == _COMPARED:
             self._look_up()
 
     def count(self) -> int:
-        """Count the held-out documents that have occurred, each as often as it was held out."""
+        """Count the held-out documents that were found in training text, duplicates included."""
         self._look_up()
         return int(self._found.sum())
 

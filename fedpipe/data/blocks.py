@@ -1,4 +1,4 @@
-"""Prepared text as workers see it: a manifest, one file of packed blocks per client, a reader."""
+"""Prepared text on disk: the manifest, one file of packed blocks per client, and their reader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedpipe.errors import CorpusError
 MANIFEST = "manifest.json"
 TOKEN_COUNTS = "token_counts.npy"
 
-# Separates the random streams of the block order from those of other users of the same seed.
+# Makes the random streams of the block order differ from other streams of the same seed.
 _STREAM = 0x626C6B73
 
 
@@ -25,23 +25,23 @@ class Shard:
     """The packed blocks of one client, a raw little-endian file of shape (num_blocks, T)."""
 
     client_id: int
-    """Owner."""
+    """The client that owns the blocks."""
     path: str
-    """The file; relative to the manifest on disk, absolute once loaded."""
+    """The file; relative in the manifest, absolute once loaded."""
     num_blocks: int
     """Blocks in the file; 0 only for a client without held-out text."""
     num_left_out: int
-    """Whole blocks that are not in the file: they have fewer ordinary tokens than are masked."""
+    """Blocks that were left out because they have fewer ordinary tokens than are masked."""
     num_documents: int
-    """Documents that were packed; empty ones do not count."""
+    """Packed documents, empty ones not counted."""
     num_tokens: int
-    """Tokens of text and separators, the dropped last partial block included."""
+    """Tokens of text and separators, including the last partial block, which is dropped."""
     sequence_length: int
-    """T, with the two special tokens."""
+    """T, including the two special tokens."""
     dtype: str
     """``<u2`` or ``<u4``."""
     values: tuple[str, ...]
-    """Column values the client holds; empty without a column."""
+    """Values of the partition column that the client holds; empty without such a column."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,43 +49,43 @@ class PreparedData:
     """Tokenised, partitioned and packed text, complete in one directory."""
 
     directory: str
-    """Where the files are; its name is the cache key."""
+    """Directory of all files; its name is the cache key."""
     train: tuple[Shard, ...]
-    """One shard per client, in order of ``client_id``."""
+    """Training text: one shard per client, in order of ``client_id``."""
     valid: tuple[Shard, ...]
-    """The same for held-out text; empty without validation. Shards may share one file."""
+    """Held-out text, likewise; empty without validation. Several shards may share one file."""
     vocab_size: int
-    """Rows that an embedding needs."""
+    """Rows that the word embedding needs."""
     cls_id: int
     """Opens a block."""
     sep_id: int
     """Closes a block and separates documents."""
     mask_id: int
-    """Stands for a hidden token."""
+    """Replaces a masked token."""
     pad_id: int
-    """Never occurs in blocks; models need it."""
+    """Required by the models; never occurs in blocks."""
     special_ids: tuple[int, ...]
-    """All ids that are no text, ascending."""
+    """Ids of all special tokens, ascending."""
     tokenizer_dir: str
-    """A copy of the tokenizer's Hugging Face folder, inside ``directory``."""
+    """A copy of the tokenizer folder, inside ``directory``."""
     sequence_length: int
     """T."""
     num_ignored_documents: int
     """Held-out documents whose column value does not occur in the training text."""
     num_masked: int
-    """Tokens that are hidden in a block; every block has at least as many ordinary ones."""
+    """Masked tokens of a block; every block has at least as many ordinary tokens."""
     num_held_out: int
-    """Held-out documents, the ignored ones included."""
+    """Held-out documents, including the ignored ones."""
     num_overlapping: int
-    """Held-out documents that stand in the training text too."""
+    """Held-out documents that also occur in the training text."""
 
 
 def save_manifest(prepared: PreparedData, directory: Path) -> None:
-    """Write the manifest of a directory, with paths relative to it.
+    """Write the manifest into a directory of prepared text.
 
     Args:
-        prepared: What the directory holds; its paths are names inside the directory.
-        directory: Where the manifest goes.
+        prepared: The prepared text; its paths are relative to the directory.
+        directory: The directory.
     """
     content = dataclasses.asdict(prepared)
     del content["directory"]
@@ -93,16 +93,16 @@ def save_manifest(prepared: PreparedData, directory: Path) -> None:
 
 
 def load_prepared(directory: str) -> PreparedData:
-    """Read the manifest of prepared text, and nothing else.
+    """Read the manifest of prepared text, but no other file.
 
     Args:
-        directory: ``PreparedData.directory`` of an earlier ``prepare``.
+        directory: The directory that ``prepare`` has filled.
 
     Returns:
         The prepared text with absolute paths.
 
     Raises:
-        CorpusError: There is no complete prepared text.
+        CorpusError: The directory has no readable manifest.
     """
     folder = Path(directory).absolute()
     try:
@@ -120,7 +120,7 @@ def load_prepared(directory: str) -> PreparedData:
 
 
 def is_complete(prepared: PreparedData) -> bool:
-    """Tell whether every file that the manifest names is there in its full size."""
+    """Tell whether every file that the manifest names exists and has its full size."""
     for shard in (*prepared.train, *prepared.valid):
         size = shard.num_blocks * shard.sequence_length * np.dtype(shard.dtype).itemsize
         path = Path(shard.path)
@@ -131,13 +131,13 @@ def is_complete(prepared: PreparedData) -> bool:
 
 
 def token_counts(prepared: PreparedData) -> NDArray[np.int64]:
-    """Count every token of all clients' training text, special tokens excepted.
+    """Return the number of occurrences of every token in all clients' training text.
 
     Args:
         prepared: The prepared text.
 
     Returns:
-        (V,) counts: the unigram model that a trained model has to beat.
+        (V,) counts, 0 for special tokens: the unigram model that a trained model has to beat.
     """
     counts: NDArray[np.int64] = np.load(Path(prepared.directory, TOKEN_COUNTS), allow_pickle=False)
     return counts
@@ -146,13 +146,13 @@ def token_counts(prepared: PreparedData) -> NDArray[np.int64]:
 class BlockReader:
     """An endless stream of one client's blocks, in a new seeded order each epoch.
 
-    What stands at a position is a function of the seed, the client and the position alone, so a
-    resumed run continues by position and data-parallel ranks read disjoint positions. The file is
-    memory-mapped at the first read; of the order, one epoch is kept (4 bytes per block).
+    The block at a position depends on the seed, the client and the position alone, so a resumed run
+    continues by position, and data-parallel ranks read disjoint positions. The file is
+    memory-mapped at the first read. The order of one epoch is kept in memory, 4 bytes per block.
     """
 
     def __init__(self, shard: Shard, *, seed: int) -> None:
-        """Prepare to read; opens nothing yet.
+        """Create the reader without opening the file.
 
         Args:
             shard: The client's blocks.
@@ -169,7 +169,7 @@ class BlockReader:
 
         Args:
             start: Position of the first block, 0 or more.
-            count: Blocks to read; may reach over epochs.
+            count: Number of blocks; they may belong to several epochs.
 
         Returns:
             (count, T) token ids.
@@ -185,7 +185,7 @@ class BlockReader:
         return result
 
     def close(self) -> None:
-        """Let go of the file; a later ``batch`` opens it again."""
+        """Close the file; a later ``batch`` opens it again."""
         self._blocks = None
 
     def _open(self) -> NDArray[Any]:

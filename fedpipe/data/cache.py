@@ -1,4 +1,4 @@
-"""Where prepared text is kept, under which key, and how it appears there all at once."""
+"""The cache of prepared text: its directory, its keys, and entries that are complete or absent."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ from fedpipe.errors import CorpusError
 from fedpipe.files import sync
 
 FORMAT = 2
-"""Raised with every change of what prepared files look like or how text becomes blocks."""
+"""Version of prepared files; increase it when their format or the packing into blocks changes."""
 
 _KEY_LENGTH = 24
 
 
 def cache_root(config: RunConfig) -> Path:
-    """Find the cache directory and make it; only its owner can read what it holds.
+    """Create the cache directory if it is missing, readable for its owner only.
 
     Args:
-        config: ``data.cache_dir``; empty means ``$XDG_CACHE_HOME/fedpipe``, else ~/.cache/fedpipe.
+        config: The run; an empty ``data.cache_dir`` means ``$XDG_CACHE_HOME/fedpipe``, or
+            ~/.cache/fedpipe.
 
     Returns:
         An existing, writable directory.
 
     Raises:
-        CorpusError: It cannot be made or written.
+        CorpusError: The directory cannot be created or written.
     """
     root = cache_path(config)
     with _writing(root):
@@ -49,7 +50,7 @@ def cache_root(config: RunConfig) -> Path:
 
 
 def cache_path(config: RunConfig) -> Path:
-    """Tell where the cache directory is, whether it exists or not; see ``cache_root``."""
+    """Return the path of the cache directory, which need not exist; see ``cache_root``."""
     if config.data.cache_dir:
         return Path(config.data.cache_dir).absolute()
     try:
@@ -63,10 +64,10 @@ def cache_path(config: RunConfig) -> Path:
 
 
 def cached_digests(sources: tuple[Source, ...], root: Path) -> list[FileDigests] | None:
-    """Return what ``content_digests`` would, without reading; None if a file is not known."""
+    """Return the result of ``content_digests`` from the cache alone; None if a file has none."""
     digests = []
     for source in sources:
-        digests.append(_of_hub(source, root))
+        digests.append(_hub_digests(source, root))
         for path in data_files(source):
             known = cached_digest(path, root=root)
             if known is None:
@@ -78,14 +79,14 @@ def cached_digests(sources: tuple[Source, ...], root: Path) -> list[FileDigests]
 def content_digests(
     sources: tuple[Source, ...], root: Path, *, progress: Callable[[int, int], None]
 ) -> list[FileDigests]:
-    """Digest the files of every source; a file is read once per change.
+    """Compute the digests of every source's files; an unchanged file is read once only.
 
-    A hub dataset has the fingerprint under which it was last opened, or none.
+    A hub dataset has the fingerprint under which it was last opened, or an empty one.
 
     Args:
-        sources: What to digest.
-        root: The cache directory, which remembers the digests of files.
-        progress: Called with the bytes done and in all.
+        sources: The sources.
+        root: The cache directory, which keeps the digests of files.
+        progress: Called with the bytes read and the bytes of all files.
 
     Returns:
         Names and digests of each source's files, in reading order.
@@ -95,7 +96,7 @@ def content_digests(
     done = 0
     digests = []
     for source, paths in files.items():
-        digests.append(_of_hub(source, root))
+        digests.append(_hub_digests(source, root))
         for path in paths:
             content = file_digest(path, key=source.key, root=root)
             digests[-1].append((Path(path).name, content))
@@ -105,7 +106,7 @@ def content_digests(
 
 
 def save_hub_digest(source: Source, fingerprint: str, root: Path) -> None:
-    """Keep the fingerprint of a hub dataset, so that the next run finds its prepared text."""
+    """Store the fingerprint of a hub dataset, so that the next run finds its prepared text."""
     save_memo(f"hub:{source.path}", {"digest": fingerprint}, root)
 
 
@@ -116,13 +117,13 @@ def cache_key(
     sources: tuple[Source, ...],
     digests: list[FileDigests],
 ) -> str:
-    """Digest everything that prepared text depends on: content and settings, not paths.
+    """Compute the key of prepared text from all that it depends on: content and settings, no paths.
 
     Args:
         config: The run.
-        tokenizer: Files of its folder.
+        tokenizer: Digests of the tokenizer's files.
         sources: Training and held-out sources.
-        digests: Their files.
+        digests: Digests of each source's files.
 
     Returns:
         The name of the directory for this prepared text.
@@ -151,13 +152,11 @@ def cache_key(
 
 @contextmanager
 def building(root: Path, key: str) -> Iterator[Path]:
-    """Give a directory to fill that becomes ``root/prepared/key`` when the block ends well.
+    """Yield a directory to fill, which becomes ``root/prepared/key`` if no error comes up.
 
-    It is readable for its owner only, whatever the umask says: tokens are text.
-
-    Whatever kills the process before the rename leaves only a directory under a temporary name,
-    which the next build removes. Of two processes that build the same key the first one's result
-    stays.
+    Only its owner can read it, whatever the umask says, because tokens are text. A process that is
+    killed before the rename leaves a directory under a temporary name, which the next build
+    removes. If two processes build the same key, the result of the first one is kept.
 
     Args:
         root: The cache directory.
@@ -184,7 +183,7 @@ def building(root: Path, key: str) -> Iterator[Path]:
 
 
 def discard(directory: Path) -> None:
-    """Take a damaged directory out of the cache, under its name at once."""
+    """Remove a damaged directory from the cache: rename it first, then delete its files."""
     with _writing(directory):
         doomed = _temporary(directory.parent)
         with suppress(FileNotFoundError):
@@ -207,7 +206,7 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _remove_abandoned(home: Path) -> None:
-    """Delete what killed builds of this host left; other hosts' processes cannot be asked."""
+    """Delete what killed builds of this host have left; other hosts clean up after themselves."""
     host = socket.gethostname()
     for path in home.glob(f".building.{host}.*"):
         pid = path.name.removeprefix(f".building.{host}.").split(".")[0]
@@ -217,7 +216,7 @@ def _remove_abandoned(home: Path) -> None:
 
 def _is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)  # signal 0 only asks
+        os.kill(pid, 0)  # signal 0 only checks whether the process exists
     except ProcessLookupError:
         return False
     except PermissionError:
@@ -236,10 +235,10 @@ def _writing(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _of_hub(source: Source, root: Path) -> FileDigests:
+def _hub_digests(source: Source, root: Path) -> FileDigests:
     return [(f"hf:{source.path}", hub_digest(source, root))] if source.kind == "hub" else []
 
 
 def hub_digest(source: Source, root: Path) -> str:
-    """Recall the fingerprint of a hub dataset; empty where it has never been opened."""
+    """Return the stored fingerprint of a hub dataset; empty if it has never been opened."""
     return str(load_memo(f"hub:{source.path}", root).get("digest", ""))

@@ -1,6 +1,6 @@
-"""From the configuration to prepared text: check, hash, partition, tokenise, pack, cache.
+"""Prepare the text of a configuration: check, hash, partition, tokenise, pack and cache it.
 
-The names that the rest of fedpipe uses are all here.
+The rest of fedpipe imports the names of this module.
 """
 
 from __future__ import annotations
@@ -58,19 +58,20 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """What the text and the tokenizer of a run are, wherever they lie."""
+    """The content of a run's text and tokenizer, independent of paths."""
 
     key: str
-    """Of the prepared text: equal ones mean equal blocks."""
+    """Cache key of the prepared text; equal keys mean equal blocks."""
     files: dict[str, FileDigests]
-    """By ``data.train``, ``data.valid`` and ``data.tokenizer``, in reading order."""
+    """Digests for ``data.train``, ``data.valid`` and ``data.tokenizer``, in reading order."""
 
 
 def check_sources(config: RunConfig) -> None:
-    """Check ``data.train`` and ``data.valid`` as far as that is quick.
+    """Check ``data.train`` and ``data.valid`` without reading them whole.
 
-    Files exist, have a known suffix and are not empty; their first megabyte is UTF-8 text; their
-    first row has the columns. Hub datasets are not looked up. ``prepare`` checks every line.
+    Every file must exist, have a known suffix and not be empty; its first megabyte must be UTF-8
+    text, and its first row must have the columns. Hub datasets are not downloaded. ``prepare``
+    checks every line.
 
     Args:
         config: The run.
@@ -84,10 +85,10 @@ def check_sources(config: RunConfig) -> None:
 
 
 def prepare(config: RunConfig, *, progress: Progress | None = None) -> PreparedData:
-    """Bring the text of a run into blocks on disk, or find it there.
+    """Pack the text of a run into blocks on disk, or find it in the cache.
 
-    The result depends on the content of the files and on the settings only, and is complete or
-    absent: a second call returns at once, a killed one leaves nothing that a later one would take.
+    The result depends only on the content of the files and on the settings, and is complete or
+    absent: a second call returns at once, and a killed call leaves nothing that a later one uses.
 
     Args:
         config: The run.
@@ -104,7 +105,7 @@ def prepare(config: RunConfig, *, progress: Progress | None = None) -> PreparedD
     if (found := prepared_under(key, root=prep.root)) is not None:
         return found
     _check(prep)
-    # Opening a hub dataset may have shown another revision than the one remembered.
+    # Opening a hub dataset may have found another revision than the stored fingerprint's.
     key = _identify(prep).key
     if (found := prepared_under(key, root=prep.root)) is not None:
         return found
@@ -114,14 +115,14 @@ def prepare(config: RunConfig, *, progress: Progress | None = None) -> PreparedD
 
 
 def identify(config: RunConfig, *, progress: Progress | None = None) -> Identity:
-    """Find out what the text and the tokenizer of a run are now; nothing is prepared.
+    """Compute the digests of a run's text and tokenizer; nothing is prepared.
 
     Args:
         config: The run.
         progress: Called while files are hashed.
 
     Returns:
-        Their identity.
+        The key of the prepared text, and the digests of all files.
 
     Raises:
         CorpusError: A file cannot be read.
@@ -132,14 +133,14 @@ def identify(config: RunConfig, *, progress: Progress | None = None) -> Identity
 
 
 def prepared_under(key: str, *, root: Path) -> PreparedData | None:
-    """Find prepared text in the cache; what is damaged there is removed.
+    """Find prepared text in the cache; a damaged directory is removed.
 
     Args:
         key: ``Identity.key``.
         root: The cache directory.
 
     Returns:
-        The prepared text, None where there is none.
+        The prepared text; None if there is none.
     """
     directory = root / "prepared" / key
     if not directory.exists():
@@ -163,13 +164,13 @@ def _preparation(config: RunConfig, progress: Progress | None) -> Preparation:
 
 
 def find_prepared(config: RunConfig) -> PreparedData | None:
-    """Find the text of a run where an earlier ``prepare`` left it; reads no text, writes nothing.
+    """Find text that an earlier ``prepare`` has left in the cache; reads no text, writes nothing.
 
     Args:
         config: The run.
 
     Returns:
-        The prepared text; None if there is none, or if a file is missing or has been touched since.
+        The prepared text; None if there is none, or if a file is missing or has changed since.
     """
     try:
         sources, root = _resolve(config), cache_path(config)
@@ -250,7 +251,7 @@ def _same_text(valid: Source, train: Source) -> CorpusError:
 
 
 def _check(prep: Preparation) -> None:
-    """Do the quick checks, and open what only opening can check."""
+    """Do the quick checks, and open the hub datasets, which cannot be checked otherwise."""
     for source in _all(prep):
         check(source, columns=prep.columns)
     _open_hub(prep, [source for source in _all(prep) if source.kind == "hub"])

@@ -1,6 +1,6 @@
-"""What a file is: a digest of its bytes, remembered for as long as the file is not touched.
+"""Digests of files, kept in the cache until a file changes.
 
-Everything that asks whether text, a tokenizer, a task or a model is still the same asks here.
+They tell whether text, a tokenizer, a task or a model is still the same.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ FileDigests = list[tuple[str, str]]
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
 
-# A file changed twice within the resolution of its time stamp would keep its old digest.
+# A file that changes twice within the resolution of its time stamp looks unchanged, so no digest is
+# kept of a file that has just changed.
 _SETTLED_S = 2.0
 _NAME_LENGTH = 24
 
 
 def file_digest(path: str | Path, *, key: str, root: Path | None) -> str:
-    """Digest the bytes of a file; they are read again once anything has touched the file.
+    """Compute the digest of a file; the file is read again only if its status has changed.
 
-    Size and modification time can be put back (``cp -p``, ``touch -d``, ``rsync -t``), so the
-    inode and the time of its last change, which only the file system sets, count as well.
+    Size and modification time can be set back (``cp -p``, ``touch -d``, ``rsync -t``), so the
+    inode and the change time, which only the file system sets, are compared as well.
 
     Args:
         path: The file.
-        key: What it was given as, for errors.
-        root: The cache directory, which remembers; None remembers nothing.
+        key: The configuration key that names the file, for errors.
+        root: The cache directory that keeps digests; None to keep none.
 
     Returns:
         SHA-256, hexadecimal.
@@ -65,7 +66,7 @@ def file_digest(path: str | Path, *, key: str, root: Path | None) -> str:
 
 
 def cached_digest(path: str | Path, *, root: Path) -> str | None:
-    """Return the digest of a file without reading it; None if it is unknown or was touched."""
+    """Return the kept digest of a file; None if there is none or the file has changed."""
     location = os.path.abspath(path)
     known = load_memo(location, root)
     try:
@@ -76,15 +77,15 @@ def cached_digest(path: str | Path, *, root: Path) -> str | None:
 
 
 def file_digests(paths: Iterable[str | Path], *, key: str, root: Path | None) -> FileDigests:
-    """Digest files that belong together.
+    """Compute the digests of several files.
 
     Args:
-        paths: In any order.
-        key: What they were given as, for errors.
-        root: The cache directory, which remembers; None remembers nothing.
+        paths: The files, in any order.
+        key: The configuration key that names them, for errors.
+        root: The cache directory that keeps digests; None to keep none.
 
     Returns:
-        Name and digest of each, in the order of the paths' names.
+        Name and digest of each file, in the order of their paths.
 
     Raises:
         CorpusError: A file cannot be read.
@@ -94,7 +95,7 @@ def file_digests(paths: Iterable[str | Path], *, key: str, root: Path | None) ->
 
 
 def model_files(folder: Path) -> list[Path]:
-    """List the files of a Hugging Face folder that a model is read from, the tokenizer's not."""
+    """List the configuration and weight files of a Hugging Face folder."""
     return _listed(folder, ("config.json", *_WEIGHTS))
 
 
@@ -104,12 +105,12 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def digest(content: object) -> str:
-    """Digest what JSON can hold: SHA-256, hexadecimal."""
+    """Compute the digest of a value that JSON can hold: SHA-256, hexadecimal."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load_memo(name: str, root: Path | None) -> dict[str, Any]:
-    """Return what ``save_memo`` has kept under a name; empty where that is nothing readable."""
+    """Return what ``save_memo`` has stored under a name; empty if nothing readable is there."""
     if root is None:
         return {}
     try:
@@ -120,7 +121,7 @@ def load_memo(name: str, root: Path | None) -> dict[str, Any]:
 
 
 def save_memo(name: str, content: dict[str, Any], root: Path | None) -> None:
-    """Keep something small under a name; where that cannot be written it is found out again."""
+    """Store a small value under a name; if that fails, the value is computed again next time."""
     if root is None:
         return
     path = _memo(name, root)

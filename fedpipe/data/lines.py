@@ -1,4 +1,4 @@
-"""Text files line by line and row by row, every fault named with its file and line. No torch."""
+"""Read text files line by line; every error names the file and the line. No torch."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _SHOWN = 60
 def json_rows(
     path: str, *, key: str, tick: Callable[[int], None] | None = None
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Read JSON lines; empty ones are left out.
+    """Read the rows of a JSON Lines file; empty lines are skipped.
 
     Args:
-        path: A file, packed if its name ends with .gz.
-        key: Of the configuration, for errors.
-        tick: Called now and then with the bytes read so far.
+        path: The file; gzipped if its name ends with .gz.
+        key: The configuration key that names the file, for errors.
+        tick: Called every 1024 lines with the bytes read so far.
 
     Yields:
-        Where the row stands, its line, and the row.
+        The place of the row (``file:line``), its line, and the parsed row.
 
     Raises:
-        CorpusError: A line is no JSON object, or the file cannot be read.
+        CorpusError: A line is not a JSON object, or the file cannot be read.
     """
     for number, line in text_lines(path, key=key, tick=tick):
         if not line or line.isspace():
@@ -42,15 +42,15 @@ def json_rows(
 
 
 def json_row(line: str, where: str, *, key: str) -> dict[str, Any]:
-    """Read a JSON line.
+    """Parse a line of a JSON Lines file.
 
     Args:
         line: A line that is not empty.
-        where: It stands.
-        key: Of the configuration, for errors.
+        where: The place of the line, for errors.
+        key: The configuration key that names the file, for errors.
 
     Raises:
-        CorpusError: It is no JSON object.
+        CorpusError: The line is not a JSON object.
     """
     try:
         row = json.loads(line)
@@ -67,9 +67,9 @@ def json_row(line: str, where: str, *, key: str) -> dict[str, Any]:
 def text_lines(
     path: str, *, key: str, tick: Callable[[int], None] | None = None
 ) -> Iterator[tuple[int, str]]:
-    """Read numbered lines without their end; a byte order mark is dropped.
+    """Read lines with their numbers, without line ends and without a byte order mark.
 
-    Arguments are those of ``json_rows``.
+    The arguments are those of ``json_rows``.
 
     Raises:
         CorpusError: The file cannot be read, is binary or is not UTF-8.
@@ -83,9 +83,9 @@ def text_lines(
 def lines_or_faults(
     path: str, *, key: str, tick: Callable[[int], None] | None = None
 ) -> Iterator[tuple[int, str | CorpusError]]:
-    """Read numbered lines as ``text_lines`` does; of one that is no text, yield what is wrong.
+    """Read lines as ``text_lines`` does, but yield the error of a line that is not text.
 
-    Arguments are those of ``json_rows``.
+    The arguments are those of ``json_rows``.
 
     Raises:
         CorpusError: The file cannot be read.
@@ -109,10 +109,10 @@ def _decoded(line: bytes, path: str, key: str, number: int) -> str | CorpusError
 
 
 def check_head(path: str, *, key: str) -> None:
-    """Decode the first megabyte, before any line is parsed.
+    """Check that the first megabyte of a file is text, before any line is parsed.
 
     Raises:
-        CorpusError: As of ``text_lines``, or it is empty.
+        CorpusError: The file is empty or cannot be read, or its head is binary or not UTF-8.
     """
     with _opened(path, key) as (stream, _):
         head = stream.read(_HEAD_BYTES)
@@ -125,7 +125,7 @@ def check_head(path: str, *, key: str) -> None:
     if zero >= 0:
         raise _binary(path, key, head.count(b"\n", 0, zero) + 1)
     try:
-        # Not final: the cut at a megabyte may fall inside a character.
+        # Incremental, because the first megabyte may end inside a character.
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError as error:
         number = head.count(b"\n", 0, error.start) + 1
@@ -134,7 +134,7 @@ def check_head(path: str, *, key: str) -> None:
 
 @contextmanager
 def _opened(path: str, key: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Open a text file; gives the unpacked stream and the file itself."""
+    """Open a text file; yield the unpacked stream and the file itself."""
     try:
         with open(path, "rb") as raw:
             if not path.endswith(".gz"):
@@ -164,11 +164,11 @@ def _not_utf8(path: str, key: str, line: int, byte: int) -> CorpusError:
 
 
 def shown(text: str) -> str:
-    """Shorten a text for an error."""
+    """Shorten a text for an error message."""
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
 def one_line(error: BaseException) -> str:
-    """Shorten an exception of a library to its first line, without the full stop."""
+    """Shorten an exception of a library to its class and first line, without the full stop."""
     text = next(itertools.chain(str(error).splitlines(), [""]))
     return f"{type(error).__name__}: {text}".rstrip(". ")

@@ -1,4 +1,4 @@
-"""Choose the tokens of a block that the model must predict."""
+"""Choose the tokens of a block that the model must predict, and mask them."""
 
 # B = blocks, T = tokens per block, M = masked tokens per block, V = vocabulary
 
@@ -16,35 +16,35 @@ from fedpipe.data.blocks import BlockReader, PreparedData
 from fedpipe.errors import CorpusError
 
 MASKED_SHARE = 0.8
-"""Chosen tokens that become the mask token (Devlin et al. 2019, section 3.1)."""
+"""Share of the chosen tokens that become the mask token (Devlin et al. 2019, section 3.1)."""
 RANDOM_SHARE = 0.1
-"""Chosen tokens that become a random token; the rest stays as it is (Devlin et al. 2019)."""
+"""Share of the chosen tokens that become a random token; the rest stays (Devlin et al. 2019)."""
 
 IGNORED = -100
-"""Label of a position where nothing is predicted, torch's default."""
+"""Label of a position without a prediction, the default ``ignore_index`` of torch."""
 
-# Separates the random streams of masks from those of other users of the same seed.
+# Makes the random streams of masks differ from other streams of the same seed.
 _STREAM = 0x6D61736B
 _SPLITS = {"train": 0, "valid": 1}
 
 Split = Literal["train", "valid"]
-"""Text that is trained on, and text that is held out."""
+"""Training text or held-out text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskedBatch:
-    """Blocks with some tokens hidden, and what they were."""
+    """Blocks with masked tokens, and the original tokens."""
 
     input_ids: NDArray[np.int64]
-    """(B, T), what the model reads."""
+    """(B, T), the input of the model."""
     positions: NDArray[np.int64]
-    """(B, M), ascending, where it must predict."""
+    """(B, M), positions to predict, ascending."""
     labels: NDArray[np.int64]
-    """(B, M), the tokens that were there."""
+    """(B, M), original tokens at these positions."""
 
 
 class MaskedReader:
-    """A client's endless stream of blocks, masked as it is read."""
+    """The endless stream of one client's blocks, masked when they are read."""
 
     def __init__(
         self,
@@ -59,9 +59,9 @@ class MaskedReader:
 
         Args:
             data: Prepared text.
-            client_id: Whose.
+            client_id: The client whose blocks are read.
             split: Training or held-out text.
-            seed: The run's; of the order of the blocks and of the masks.
+            seed: The run's seed, which gives the order of the blocks and the masks.
             num_masked: M.
         """
         shard = {"train": data.train, "valid": data.valid}[split][client_id]
@@ -70,7 +70,7 @@ class MaskedReader:
         self._rng = partial(mask_rng, seed, client_id=client_id, split=split)
 
     def batch(self, position: int, count: int) -> MaskedBatch:
-        """Return ``count`` blocks from a position of the stream on; the same whenever asked.
+        """Return ``count`` blocks from a position of the stream on; every call gives the same.
 
         Raises:
             CorpusError: See ``mask_blocks``.
@@ -89,13 +89,13 @@ class MaskedReader:
 def mask_rng(seed: int, *, client_id: int, position: int, split: Split) -> np.random.Generator:
     """Make the generator for the batch that starts at a position of a client's stream.
 
-    Nothing is carried from batch to batch, so a resumed run draws the masks it would have drawn.
+    The generator has no state from earlier batches, so a resumed run draws the same masks.
 
     Args:
         seed: The run's seed.
         client_id: Owner of the blocks.
         position: Number of the batch's first block in the client's endless stream.
-        split: Training and held-out text have separate streams.
+        split: Training or held-out text; the two have separate streams.
 
     Returns:
         A generator that depends on the arguments only.
@@ -113,24 +113,23 @@ def mask_blocks(
     special_ids: tuple[int, ...],
     vocab_size: int,
 ) -> MaskedBatch:
-    """Hide exactly M tokens of every block, chosen uniformly among those that are not special.
+    """Choose exactly M tokens of every block, uniformly among those that are not special.
 
     Of the chosen tokens 80 % become the mask token, 10 % a random token that is not special, and
-    10 % stay. Source: BERT, Devlin et al. 2019, section 3.1, https://arxiv.org/abs/1810.04805;
-    unlike there, the count per block is fixed and only whole blocks exist.
-
-    Prepared text holds only blocks with at least M tokens that are not special.
+    10 % stay. Source: BERT, Devlin et al. 2019, section 3.1, https://arxiv.org/abs/1810.04805.
+    Unlike there, M is the same for every block. Prepared text holds only blocks with at least M
+    tokens that are not special.
 
     Args:
         blocks_BT: (B, T) token ids below ``vocab_size``; not changed.
-        rng: Source of all randomness, from ``mask_rng``.
+        rng: A generator from ``mask_rng``.
         num_masked: M.
         mask_id: Id of the mask token.
-        special_ids: Ids that are neither chosen nor drawn as replacement.
+        special_ids: Ids that are neither chosen nor used as a replacement.
         vocab_size: V.
 
     Returns:
-        The inputs, the chosen positions and the tokens that were there.
+        The inputs, the chosen positions and the original tokens.
 
     Raises:
         CorpusError: A block has fewer than M tokens that are not special.
@@ -163,7 +162,7 @@ def mask_blocks(
 
 
 def pad(batch: MaskedBatch, *, length: int, pad_id: int) -> MaskedBatch:
-    """Lengthen sequences, and have every position predict: most of them nothing.
+    """Pad sequences, and make every position a target; most labels are then ``IGNORED``.
 
     Args:
         batch: (B, T) tokens and (B, M) labels.
@@ -171,7 +170,7 @@ def pad(batch: MaskedBatch, *, length: int, pad_id: int) -> MaskedBatch:
         pad_id: Id of the padding token.
 
     Returns:
-        (B, T') tokens, positions 0..T'-1, and labels that are ``IGNORED`` where none was.
+        (B, T') tokens, positions 0..T'-1, and labels, ``IGNORED`` at positions without one.
     """
     num_blocks, num_tokens = batch.input_ids.shape
     input_ids = np.full((num_blocks, length), pad_id)
@@ -185,17 +184,17 @@ def pad(batch: MaskedBatch, *, length: int, pad_id: int) -> MaskedBatch:
 def validation_batch(
     data: PreparedData, config: RunConfig, client_id: int, *, first: int, count: int
 ) -> MaskedBatch:
-    """Held-out blocks of a client with their fixed masks.
+    """Return held-out blocks of a client with masks that are the same in every round.
 
     Each block is masked from its own seed, so the masks depend neither on the batch size nor on the
     round. Blocks beyond the last one repeat earlier ones; they fill the batch and are not scored.
 
     Args:
         data: Prepared text.
-        config: Seed and mask settings.
-        client_id: Whose.
+        config: The run, for its seed and the number of masked tokens.
+        client_id: The client whose blocks are read.
         first: Index of the first block.
-        count: Blocks.
+        count: Number of blocks.
 
     Returns:
         The masked blocks.

@@ -1,4 +1,4 @@
-"""Documents to token blocks on disk: tokenised in parallel, packed per client."""
+"""Tokenise documents on several threads, and pack them into blocks on disk, per client."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _BATCH_DOCUMENTS = 4096
 
 
 class ClientStream:
-    """One client's tokens on their way into blocks (RoBERTa's FULL-SENTENCES).
+    """Packs the tokens of one client into blocks (RoBERTa's FULL-SENTENCES).
 
     Documents follow each other with one separator between them and are cut every T - 2 tokens:
     ``[cls] + (T - 2 tokens) + [sep]``. Source: RoBERTa, Liu et al. 2019, section 4.2,
-    https://arxiv.org/abs/1907.11692. A block in which too little can be masked, for example one of
-    words that the vocabulary does not know, is left out.
+    https://arxiv.org/abs/1907.11692. A block with fewer ordinary tokens than are masked, for
+    example one of unknown words, is left out.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class ClientStream:
         """Start an empty stream.
 
         Args:
-            path: File that blocks are appended to; made here.
+            path: File that blocks are appended to; created here.
             tokenizer: Special tokens and size of the vocabulary.
             sequence_length: T.
-            num_masked: Tokens that are not special which a block must have.
+            num_masked: Ordinary tokens (not special) that a block must have at least.
         """
         self.path = path
         path.touch()
@@ -65,10 +65,10 @@ class ClientStream:
         self._pending: list[NDArray[Any]] = []
 
     def add(self, ids: NDArray[Any]) -> None:
-        """Append a document's tokens, without special ones; an empty document leaves no trace.
+        """Append the tokens of a document, without special ones; an empty document is skipped.
 
         Args:
-            ids: Of this stream's type; kept until the next flush.
+            ids: Token ids of this stream's ``dtype``; referenced until the next flush.
         """
         if len(ids) == 0:
             return
@@ -80,7 +80,7 @@ class ClientStream:
         self.num_documents += 1
 
     def flush(self) -> None:
-        """Append all whole blocks to the file; keep what is left over in memory."""
+        """Append all whole blocks to the file; the remaining tokens stay in memory."""
         if not self._pending:
             return
         tokens = np.concatenate(self._pending)
@@ -95,7 +95,7 @@ class ClientStream:
         blocks[:, -1] = self._sep_id
         special = np.isin(blocks, self._special_ids, kind="table").sum(axis=1)
         kept = blocks[self._length - special >= self._num_masked]
-        # Opened per flush: there may be more clients than a process may have open files.
+        # Opened for each flush, because a process may open fewer files than there are clients.
         with open(self.path, "ab") as file:
             file.write(kept.tobytes())
         self.num_blocks += len(kept)
@@ -104,16 +104,16 @@ class ClientStream:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packed:
-    """What packing a split gave."""
+    """The packed blocks of a split."""
 
     streams: tuple[ClientStream, ...]
-    """One per client, flushed."""
+    """One stream per client, flushed."""
     token_counts: NDArray[np.int64]
-    """(V,) occurrences of every token; special tokens count as 0."""
+    """(V,) occurrences of every token; 0 for special tokens."""
 
 
 def block_dtype(vocab_size: int) -> str:
-    """Choose the narrowest type that holds every id."""
+    """Choose the narrowest dtype that holds every id."""
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
@@ -128,11 +128,11 @@ def pack(
     num_threads: int,
     progress: Callable[[int], None],
 ) -> Packed:
-    """Tokenise documents and append each to its client's file.
+    """Tokenise documents and append each to the file of its client.
 
     Args:
-        documents: In corpus order, which is also the order inside a client.
-        clients: (documents,) owner of each, or ``UNASSIGNED``.
+        documents: Documents in corpus order, which is also the order inside a client.
+        clients: (documents,) client id of each document, or ``UNASSIGNED``.
         paths: One file per client; created here.
         tokenizer: The vocabulary.
         sequence_length: T.
@@ -144,7 +144,7 @@ def pack(
         The streams and the token counts.
 
     Raises:
-        CorpusError: There are more or fewer documents than owners: the text changed meanwhile.
+        CorpusError: There are more or fewer documents than ``clients``: the text has changed.
     """
     streams = tuple(
         ClientStream(
@@ -156,7 +156,7 @@ def pack(
     dtype = block_dtype(tokenizer.vocab_size)
     done = 0
     for batch in _encoded(documents, clients, tokenizer=tokenizer, num_threads=num_threads):
-        # Work of the vocabulary's size is done per batch, never per document.
+        # Once per batch, because bincount works on an array of the vocabulary's size.
         counts += np.bincount(batch.ids, minlength=len(counts))
         ids, ends = batch.ids.astype(dtype), batch.lengths.cumsum().tolist()
         for owner, start, end in zip(batch.owners, [0, *ends], ends, strict=False):
@@ -176,16 +176,16 @@ def pack(
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Some documents, encoded."""
+    """Encoded documents."""
 
     ids: NDArray[np.uint32]
-    """Tokens of all of them."""
+    """Tokens of all documents."""
     lengths: NDArray[np.int64]
-    """Tokens of each."""
+    """Number of tokens of each document."""
     owners: list[int]
-    """Owner of each."""
+    """Client id of each document."""
     done: int
-    """Documents read so far, ignored ones included."""
+    """Documents read so far, unassigned ones included."""
 
 
 def _encoded(
@@ -195,12 +195,14 @@ def _encoded(
     tokenizer: TokenizerInfo,
     num_threads: int,
 ) -> Iterator[_Batch]:
-    """Encode batches of documents on several threads, and give them back in order.
+    """Encode batches of documents on several threads, and yield them in order.
 
-    The tokenizer lets go of Python's interpreter while it works, so reading and packing go on
-    beside it. Ends early where there are more documents than owners.
+    The tokenizer releases Python's global lock while it works, so reading and packing go on at the
+    same time. Ends early if there are more documents than ``clients``.
     """
-    encoders = [_load_encoder(tokenizer) for _ in range(num_threads)]  # each with a cache of words
+    encoders = [
+        _load_encoder(tokenizer) for _ in range(num_threads)
+    ]  # each has its own cache of words
     under_way: deque[Future[_Batch]] = deque()
     done = 0
     with _serial_tokenizers(), ThreadPoolExecutor(num_threads) as pool:
@@ -246,10 +248,10 @@ def _load_encoder(info: TokenizerInfo) -> Tokenizer:
             f"data.tokenizer: expected a tokenizer in {path}, got {first!r}. "
             "Save it again with the installed version of tokenizers."
         ) from error
-    # Folders of fine-tuned models carry these settings; blocks need every token and no padding.
+    # Folders of fine-tuned models set both; blocks need every token and no padding.
     encoder.no_truncation()
     encoder.no_padding()
-    # Text that spells "</s>" is text.
+    # Text that spells a special token, such as "</s>", is ordinary text.
     encoder.encode_special_tokens = True
     return encoder
 
@@ -269,7 +271,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
 
 @contextmanager
 def _serial_tokenizers() -> Iterator[None]:
-    """Have the tokenizers start no threads of their own, and put the environment back."""
+    """Keep the tokenizers from starting threads of their own; restore the environment."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"

@@ -1,7 +1,7 @@
-"""Which document belongs to which client: pure functions of column values, sizes and a seed.
+"""Assign documents to clients: pure functions of column values, sizes and a seed.
 
-A ``Partition`` is learnt from the training text and applied to the held-out text, so that a client
-is scored on the kind of text that it trains on.
+The rule is derived from the training text and applied to the held-out text too, so that a client is
+scored on the kind of text that it trains on.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from fedpipe.errors import CorpusError
 UNASSIGNED = -1
 """Client id of a held-out document whose column value does not occur in the training text."""
 
-# Separates the random streams of the partition from those of other users of the same seed.
+# Makes the random streams of the partition differ from other streams of the same seed.
 _STREAM = 0x70617274
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Documents:
-    """What a partition must know about the documents of a split, in corpus order."""
+    """What a partition depends on: the documents of a split, in corpus order."""
 
     codes: NDArray[np.int32]
-    """(documents,) index into ``values``; for ``paths`` the entry's index, for ``iid`` zeros."""
+    """(documents,) index into ``values``; index of the entry for ``paths``, 0 for ``iid``."""
     values: tuple[str, ...]
-    """Distinct values of the column; empty without one."""
+    """Distinct values of the partition column; empty without such a column."""
     sizes: tuple[int, ...]
-    """Characters of text per value."""
+    """Characters of text for each value."""
 
     @property
     def num_documents(self) -> int:
@@ -42,21 +42,21 @@ def by_column(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Give every column value, with all its documents, to one client.
 
-    As many values as clients: one each, the largest to client 0. More values: largest first, each
-    onto the client that holds the least text so far.
+    The values are taken in order of their text, the largest first, and each goes to the client with
+    the least text so far. With as many values as clients, every client gets one.
 
     Args:
         train: Training documents.
-        valid: Held-out documents, assigned by the training text's map.
-        num_clients: Data owners.
-        column: Name of the column, for the message.
+        valid: Held-out documents, assigned by the values of the training text.
+        num_clients: Number of clients.
+        column: Name of the column, for the error.
 
     Returns:
-        Client ids of the training and of the held-out documents; ``UNASSIGNED`` where a held-out
-        value is unknown.
+        Client ids of the training and of the held-out documents; ``UNASSIGNED`` for a held-out
+        document whose value does not occur in the training text.
 
     Raises:
-        CorpusError: Fewer values than clients.
+        CorpusError: There are fewer values than clients.
     """
     if len(train.values) < num_clients:
         raise CorpusError(
@@ -69,7 +69,7 @@ def by_column(
     filled = np.zeros(num_clients, dtype=np.int64)
     for index in order:
         client_of[index] = client = int(filled.argmin())
-        # An empty value still counts, or it would leave its client free to the next one.
+        # A value without text counts as one character, or its client would get the next one too.
         filled[client] += max(1, train.sizes[index])
     return client_of[train.codes], _apply_map(train.values, client_of, valid)
 
@@ -77,20 +77,20 @@ def by_column(
 def iid(
     train: Documents, valid: Documents | None, *, num_clients: int, seed: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Deal shuffled documents out in turn: counts differ by one at most.
+    """Assign shuffled documents to the clients in turn; their numbers differ by one at most.
 
     Args:
         train: Training documents.
-        valid: Held-out documents, dealt the same way from a stream of their own; fewer than
-            clients leave some without.
-        num_clients: Data owners.
-        seed: Seeds the shuffle.
+        valid: Held-out documents, assigned likewise from a random stream of their own. If there are
+            fewer than clients, some clients get none.
+        num_clients: Number of clients.
+        seed: Seed of the shuffle.
 
     Returns:
         Client ids of the training and of the held-out documents.
 
     Raises:
-        CorpusError: Fewer training documents than clients.
+        CorpusError: There are fewer training documents than clients.
     """
     assigned = []
     for index, documents in enumerate((train, valid)):
@@ -108,7 +108,7 @@ def iid(
 def dirichlet(
     train: Documents, valid: Documents | None, *, num_clients: int, alpha: float, seed: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Share out each value's documents by proportions ``p ~ Dir(alpha)`` over the clients.
+    """Divide the documents of each value by proportions ``p ~ Dir(alpha)`` over the clients.
 
     Source: Hsu et al. 2019, https://arxiv.org/abs/1909.06335, with the roles as in Li et al. 2022
     (NIID-Bench): one draw per value. A client that a small ``alpha`` leaves without a document
@@ -117,16 +117,16 @@ def dirichlet(
     Args:
         train: Training documents.
         valid: Held-out documents.
-        num_clients: Data owners.
-        alpha: Concentration; small values give each client few column values.
-        seed: Seeds the proportions and the draws.
+        num_clients: Number of clients.
+        alpha: Concentration; with a small one each client has few column values.
+        seed: Seed of the proportions and of the draws.
 
     Returns:
-        Client ids of the training and of the held-out documents; ``UNASSIGNED`` where a held-out
-        value is unknown.
+        Client ids of the training and of the held-out documents; ``UNASSIGNED`` for a held-out
+        document whose value does not occur in the training text.
 
     Raises:
-        CorpusError: Fewer documents than clients.
+        CorpusError: There are fewer training documents than clients.
     """
     rng = _generator(seed, 0)
     by_name = sorted(range(len(train.values)), key=train.values.__getitem__)
@@ -148,7 +148,7 @@ def dirichlet(
 def _draw(
     codes: NDArray[np.int32], shares: NDArray[np.float64], rng: np.random.Generator
 ) -> NDArray[np.int32]:
-    """Draw a client for every document from the proportions of its value."""
+    """Draw a client for every document, by the proportions of the document's value."""
     limits = shares.cumsum(axis=1)
     draws = rng.random(len(codes))
     clients = np.empty(len(codes), dtype=np.int32)
@@ -162,7 +162,7 @@ def _draw(
 
 
 def _give_everyone_one(clients: NDArray[np.int32], num_clients: int) -> None:
-    """Move documents in place until no client is empty, as far as there are documents."""
+    """Move documents, in place, to clients without any, as long as there are enough documents."""
     counts = np.bincount(clients[clients != UNASSIGNED], minlength=num_clients)
     for client in np.flatnonzero(counts == 0):
         richest = int(counts.argmax())
@@ -176,7 +176,7 @@ def _give_everyone_one(clients: NDArray[np.int32], num_clients: int) -> None:
 def _apply_map(
     values: tuple[str, ...], mapped: NDArray[np.int32], documents: Documents | None
 ) -> NDArray[np.int32]:
-    """Translate the codes of other documents by a map over the values of the training text."""
+    """Map the codes of other documents by the values that they share with the training text."""
     if documents is None:
         return np.empty(0, dtype=np.int32)
     known = {value: mapped[index] for index, value in enumerate(values)}

@@ -1,4 +1,4 @@
-"""Documents out of sources, one at a time, every fault named with its file and line."""
+"""Read documents from sources, one at a time; every error names the file and line or row."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 Document = tuple[str, str]
-"""A document's text, and its value of the partition column ("" without one)."""
+"""Text of a document, and its value in the partition column ("" without such a column)."""
 
 NO_VALUE = "(none)"
-"""Value of a document whose partition column holds nothing."""
+"""Value of a document whose cell in the partition column is missing."""
 
 _ROWS = 256
 
 
 def check(source: Source, *, columns: Columns) -> None:
-    """Check what can be checked without reading everything: the first megabyte, the first row.
+    """Check what needs no full reading: the first megabyte, the first row and the columns.
 
     Args:
-        source: Not of the hub: that would be a download.
-        columns: Must exist.
+        source: The source; nothing of a hub dataset is checked, because it would be downloaded.
+        columns: The columns that must exist.
 
     Raises:
-        CorpusError: The head is binary, not UTF-8, empty or not in its format; a column is missing.
+        CorpusError: The head is empty, binary or not UTF-8, or a column is missing.
     """
     if source.kind == "parquet":
         columns.require(_parquet_columns(source), where=source.path)
@@ -51,15 +51,15 @@ def check(source: Source, *, columns: Columns) -> None:
 def read(
     source: Source, *, columns: Columns, tick: Callable[[int], None] | None = None
 ) -> Iterator[Document]:
-    """Read the documents of a source in order; rows without text are left out.
+    """Read the documents of a source in order; rows without text are skipped.
 
     Args:
-        source: What to read.
-        columns: Which columns hold text and owner.
-        tick: Called now and then with the bytes read so far; text files only.
+        source: The source to read.
+        columns: The columns that hold text and owner.
+        tick: Called every 1024 lines of a text file with the bytes read so far.
 
     Yields:
-        Text and partition value.
+        Text and partition value of each document.
 
     Raises:
         CorpusError: A line or row cannot be used.
@@ -79,17 +79,17 @@ def open_dataset(source: Source) -> Dataset | IterableDataset:
     """Open a Parquet file (streamed), a folder or a hub dataset (both memory-mapped).
 
     Args:
-        source: Not a text file.
+        source: Any source that is not a text file.
 
     Returns:
-        The dataset of Hugging Face ``datasets``.
+        A dataset of Hugging Face ``datasets``.
 
     Raises:
-        CorpusError: It cannot be opened or fetched.
+        CorpusError: The dataset cannot be opened or downloaded.
     """
     import datasets
 
-    # The caller shows progress; a second bar would tear its display.
+    # The caller shows progress; the bars of datasets would break its display.
     datasets.disable_progress_bars()
     try:
         if source.kind == "parquet":
@@ -110,7 +110,7 @@ def _read_rows(source: Source, columns: Columns) -> Iterator[Document]:
     if dataset.column_names is not None:
         columns.require(dataset.column_names, where=source.path)
     wanted = [name for name in dict.fromkeys((columns.text, columns.partition)) if name]
-    # Parquet and Arrow keep the number of a class, and its name beside it.
+    # A column of classes holds their numbers; the features hold their names.
     owners = (dataset.features or {}).get(columns.partition)
     names = getattr(owners, "names", None)
     first_row = 1

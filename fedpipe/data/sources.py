@@ -1,8 +1,8 @@
-"""Where documents come from: files, folders and hub datasets, found and checked before any work.
+"""Find the files, folders and hub datasets that hold the documents, and check them before any work.
 
-Text files are read line by line here, because only then can an error name the line; Parquet files,
-``save_to_disk`` folders and hub datasets go through Hugging Face ``datasets``, memory-mapped or
-streamed. Nothing ever holds more than a batch of documents.
+Text files are read line by line by fedpipe itself, so that an error can name the line. Parquet
+files, ``save_to_disk`` folders and hub datasets are read through Hugging Face ``datasets``,
+memory-mapped or streamed. At most a batch of documents is in memory at any time.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Source:
     """One file, folder or hub dataset of ``data.train`` or ``data.valid``."""
 
     key: str
-    """``data.train`` or ``data.valid``, for messages."""
+    """``data.train`` or ``data.valid``."""
     entry: int
-    """Index of the list entry that it came from."""
+    """Index of the entry of ``key`` that names this source."""
     kind: Kind
-    """How it is read."""
+    """File format, folder or hub dataset."""
     path: str
-    """File, folder, or ``NAME:SPLIT`` of the hub."""
+    """File, folder, or ``NAME:SPLIT`` of a hub dataset."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,13 +55,13 @@ class Columns:
     """The columns that a run reads."""
 
     text: str
-    """Holds the documents."""
+    """Column of the documents."""
     partition: str
-    """Decides about the owner; empty where the partition needs none."""
+    """Column that names the owner; empty if the partition does not use one."""
 
     @classmethod
     def of(cls, config: RunConfig) -> Columns:
-        """Read them from the configuration."""
+        """Return the columns that a configuration names."""
         needed = config.data.partition in ("column", "dirichlet")
         return cls(
             text=config.data.text_column,
@@ -72,11 +72,11 @@ class Columns:
         """Check that the columns exist.
 
         Args:
-            existing: The columns that there are.
-            where: File, and line if it has lines.
+            existing: The columns of the source.
+            where: The file, and the line if it has lines, for errors.
 
         Raises:
-            CorpusError: One of them is missing.
+            CorpusError: One of the columns is missing.
         """
         names = list(existing)
         for key, column in (("text_column", self.text), ("partition_column", self.partition)):
@@ -89,7 +89,7 @@ class Columns:
 
 
 def resolve(key: str, entries: tuple[str, ...]) -> tuple[Source, ...]:
-    """Find the files and folders that a list of entries means; a glob's files come in name order.
+    """Find the sources that a list of entries names; files of a pattern come in order of name.
 
     Args:
         key: ``data.train`` or ``data.valid``.
@@ -99,7 +99,7 @@ def resolve(key: str, entries: tuple[str, ...]) -> tuple[Source, ...]:
         The sources in order.
 
     Raises:
-        CorpusError: An entry names nothing, nothing readable, or something empty.
+        CorpusError: An entry names something that does not exist, is empty or cannot be read.
     """
     _require_paths(key, entries)
     sources: list[Source] = []
@@ -115,7 +115,7 @@ def resolve(key: str, entries: tuple[str, ...]) -> tuple[Source, ...]:
 
 
 def data_files(source: Source) -> tuple[str, ...]:
-    """List the files whose bytes are a source's content, in reading order; none for the hub."""
+    """List the files of a source, in reading order; empty for a hub dataset."""
     if source.kind == "hub":
         return ()
     if source.kind == "folder":
@@ -167,7 +167,7 @@ def _hub_name(key: str, entry: str) -> str:
 
 
 def _require_paths(key: str, entries: tuple[str, ...]) -> None:
-    """Refuse entries that name nothing, all of them at once."""
+    """Refuse entries that name nothing, and list all of them in one error."""
     missing = [
         repr(entry)
         for entry in entries

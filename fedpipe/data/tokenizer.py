@@ -17,7 +17,7 @@ from fedpipe.config.schema import PACKAGED, RunConfig
 from fedpipe.errors import CorpusError
 
 SAMPLES = Path(__file__).parent / "samples"
-"""The packaged text and vocabulary."""
+"""Folder of the packaged text and tokenizer."""
 
 FILES = (
     "tokenizer.json",
@@ -30,11 +30,11 @@ FILES = (
 """The files of a Hugging Face tokenizer folder that an exported model takes along."""
 
 _TOO_MANY = 0.1
-"""Share of a vocabulary from which on a fault means that it is another vocabulary."""
+"""Share of faulty entries above which the vocabulary is refused, not only warned about."""
 _SPACES = (" ", "\u2581")
-"""A space, and what SentencePiece writes for it."""
+"""A space, and the character that SentencePiece writes for it."""
 
-# Names in use where a folder does not say which token plays a part: RoBERTa's, then BERT's.
+# Usual names of special tokens, for a folder that does not name its own: RoBERTa's, then BERT's.
 _USUAL_NAMES = {
     "cls_token": ("<s>", "[CLS]"),
     "sep_token": ("</s>", "[SEP]"),
@@ -51,19 +51,19 @@ class TokenizerInfo:
     directory: str
     """Folder that holds tokenizer.json."""
     vocab_size: int
-    """Rows that an embedding needs: the largest id + 1."""
+    """Rows that the word embedding needs: the largest id + 1."""
     cls_id: int
     """Opens a block."""
     sep_id: int
     """Closes a block and separates documents."""
     mask_id: int
-    """Stands for a hidden token."""
+    """Replaces a masked token."""
     pad_id: int
-    """Never occurs in packed blocks; models need it."""
+    """Required by the models; never occurs in packed blocks."""
     special_ids: tuple[int, ...]
-    """All ids that are no text, ascending."""
+    """Ids of all special tokens, ascending."""
     warnings: tuple[str, ...] = ()
-    """What is wrong with a small part of the vocabulary."""
+    """Faults of a small part of the vocabulary."""
 
     def files(self) -> list[Path]:
         """List the files of the folder that an exported model takes along."""
@@ -78,11 +78,11 @@ def tokenizer_info(config: RunConfig) -> TokenizerInfo:
         config: The run.
 
     Returns:
-        Its size and special tokens.
+        The size of the vocabulary and its special tokens.
 
     Raises:
-        CorpusError: No readable tokenizer.json, no cls, sep, mask or pad token in it, or a
-            vocabulary that does not fit its own rules.
+        CorpusError: There is no readable tokenizer.json, it has no cls, sep, mask or pad token, or
+            the tokenizer's own normaliser contradicts its vocabulary.
     """
     named = config.data.tokenizer
     folder = SAMPLES / "tokenizer" if named == PACKAGED else Path(named)
@@ -126,7 +126,7 @@ def tokenizer_info(config: RunConfig) -> TokenizerInfo:
 
 
 def _special_names(folder: Path) -> dict[str, str]:
-    """Read which token plays which part, from the folder's own files."""
+    """Read the names of the special tokens from the folder's own files."""
     names: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / file).is_file():
@@ -154,14 +154,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def check_tokenizer(folder: Path, *, key: str) -> tuple[str, ...]:
-    """Check the tokenizer.json of a model's folder, if it has one, as ``check_entries`` does.
+    """Check the tokenizer.json of a model folder with ``check_entries``, if there is one.
 
     Args:
-        folder: Of Hugging Face.
-        key: That named it.
+        folder: A Hugging Face folder.
+        key: The configuration key that names the folder, for errors.
 
     Returns:
-        A line for every fault of a few entries.
+        A warning for every fault that few entries have.
 
     Raises:
         CorpusError: The file cannot be read, or a large part of the vocabulary is at fault.
@@ -177,18 +177,19 @@ def check_tokenizer(folder: Path, *, key: str) -> tuple[str, ...]:
 
 
 def read_entries(content: Mapping[str, Any], *, file: Path, key: str) -> dict[str, int]:
-    """Read the id of every entry, added ones included.
+    """Read the id of every entry of a vocabulary, added tokens included.
 
     Args:
-        content: Of a tokenizer.json.
-        file: Where it was read, for errors.
-        key: That named its folder.
+        content: The content of tokenizer.json.
+        file: Its path, for errors.
+        key: The configuration key that names the folder, for errors.
 
     Returns:
         Ids by entry; every id occurs once.
 
     Raises:
-        CorpusError: There are no entries, or their ids are no ids.
+        CorpusError: There are no entries, an id is not a whole number or occurs twice, or the entry
+            for unknown words is missing.
     """
     model, added = content.get("model") or {}, content.get("added_tokens") or []
     again = "Save the tokenizer again with transformers or tokenizers."
@@ -235,17 +236,17 @@ def check_entries(
     special: Collection[int],
     key: str,
 ) -> tuple[str, ...]:
-    """Compare the entries with the normaliser, with their ids and with vocab.txt.
+    """Check that every id has an entry, that text can become each entry, and that vocab.txt agrees.
 
     Args:
-        ids: From ``read_entries``.
-        content: Of the tokenizer.json.
-        folder: That holds it.
-        special: Ids that are no text.
-        key: That named the folder.
+        ids: The result of ``read_entries``.
+        content: The content of tokenizer.json.
+        folder: The folder of tokenizer.json.
+        special: Ids of the special tokens.
+        key: The configuration key that names the folder, for errors.
 
     Returns:
-        A line for every fault of a few entries.
+        A warning for every fault that few entries have.
 
     Raises:
         CorpusError: A large part of the vocabulary is at fault.
@@ -287,7 +288,7 @@ def check_entries(
 
 
 def _changed(entries: Collection[str], content: Mapping[str, Any]) -> dict[str, str]:
-    """Entries that the normaliser turns into something else, with what it turns them into."""
+    """Return the entries that the normaliser changes, and what it turns each of them into."""
     normaliser = content.get("normalizer")
     if not normaliser:
         return {}
@@ -297,12 +298,12 @@ def _changed(entries: Collection[str], content: Mapping[str, Any]) -> dict[str, 
     try:
         tokenizer: Any = Tokenizer.from_str(json.dumps(alone | {"normalizer": normaliser}))
         normalise: Callable[[str], str] = tokenizer.normalizer.normalize_str
-    except Exception:  # noqa: BLE001 - what it is called by, it says where text is tokenised
+    except Exception:  # noqa: BLE001 - loading the tokenizer to encode text reports the error
         return {}
     changed = {}
     for entry, surface in _surfaces(entries, content):
         if surface.isascii() and surface == surface.lower():
-            continue  # no usual normaliser changes these, and most entries are such
+            continue  # no common normaliser changes lower-case ASCII, which most entries are
         written, wanted = normalise(surface), surface
         for space in _SPACES:
             written, wanted = written.replace(space, ""), wanted.replace(space, "")
@@ -312,7 +313,7 @@ def _changed(entries: Collection[str], content: Mapping[str, Any]) -> dict[str, 
 
 
 def _surfaces(entries: Collection[str], content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Entries, and the text that they stand for."""
+    """Return every entry and the text that it stands for."""
     model = content.get("model") or {}
     mark = model.get("continuing_subword_prefix") or "" if model.get("type") == "WordPiece" else ""
     if "ByteLevel" not in json.dumps([content.get("pre_tokenizer"), content.get("decoder")]):
@@ -325,7 +326,9 @@ def _surfaces(entries: Collection[str], content: Mapping[str, Any]) -> list[tupl
 
 
 def _byte_characters() -> dict[int, str]:
-    """How byte-level BPE writes a byte: as itself where it is printable, else from U+0100 on.
+    """Return the character that byte-level BPE writes for each byte.
+
+    A printable byte is written as itself, any other as a character from U+0100 on.
 
     Source: GPT-2's encoder, Radford et al. 2019.
     """
@@ -335,7 +338,7 @@ def _byte_characters() -> dict[int, str]:
 
 
 def _other_lines(ids: Mapping[str, int], file: Path, *, key: str) -> tuple[list[str], int]:
-    """Lines of a vocab.txt whose number is not their entry's id in tokenizer.json, of how many."""
+    """Return the lines of vocab.txt whose line number is not their id, and the number of lines."""
     if not file.is_file():
         return [], 0
     check_fetched(file, key=key, error=CorpusError)

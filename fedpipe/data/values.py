@@ -1,8 +1,8 @@
-"""One reading of the values that files hold, for text, owners, labels and tags alike. No torch.
+"""Read the cells of tables: text, names of owners, labels and tags. No torch.
 
-Files of one table spell the same thing in several ways: a missing value is null in JSON, NaN after
-pandas, blank in TSV and "None" after ``str``; a number becomes 1.0 as soon as one row of its column
-is missing. What is missing and what is equal is decided here and nowhere else.
+The same value is spelt in several ways: a missing one is null in JSON, NaN after pandas, blank in
+TSV and "None" after ``str``; a whole number becomes 1.0 as soon as one row of its column is
+missing. This module alone decides which cells are missing and which are equal.
 """
 
 from __future__ import annotations
@@ -13,23 +13,21 @@ import unicodedata
 from decimal import Decimal
 
 # What pandas, R, SQL, JSON and Python write for a missing value, in the cases that they write.
-_SPELLINGS = frozenset({
-    "nan", "NaN", "NAN", "<NA>", "#N/A", "null", "Null", "NULL", "none", "None", "NONE", "NaT",
-})  # fmt: skip
+_SPELLINGS = frozenset("nan NaN NAN <NA> #N/A null Null NULL none None NONE NaT".split())
 
 # A whole number that was written with decimals; "007" and "1.10" are codes, not numbers.
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
 
 
 def is_missing(value: object) -> bool:
-    """Tell whether a cell of a table holds nothing.
+    """Tell whether a cell of a table is missing.
 
-    Missing are null, NaN, a blank text, and a text that spells null as tables do: ``nan``,
-    ``null``, ``none``, ``<NA>``. A word inside a text or a list is no cell; where a task defines a
-    label of such a name, ask for the label first.
+    Null, NaN, blank text and text that spells null as tables do (``nan``, ``null``, ``none``,
+    ``<NA>``) are missing. Only whole cells are meant, not words of a text or items of a list. Where
+    a task has a label of such a name, look for the label first.
 
     Args:
-        value: As a JSON line, a Parquet file, a dataset or a line of text gave it.
+        value: The cell as the JSON line, Parquet file, dataset or text line holds it.
     """
     if value is None:
         return True
@@ -43,14 +41,14 @@ def text_of(value: object) -> str | None:
     """Read a cell that must hold text.
 
     Args:
-        value: As the file gave it.
+        value: The cell as the file holds it.
 
     Returns:
-        The text as it is; ``None`` where it is missing. Half a surrogate pair, which JSON can spell
-        and no tokenizer can encode, becomes a question mark.
+        The unchanged text; ``None`` if the cell is missing. Half a surrogate pair, which JSON can
+        spell and no tokenizer can encode, becomes a question mark.
 
     Raises:
-        TypeError: It is neither text nor missing.
+        TypeError: The cell is neither text nor missing.
     """
     if is_missing(value):
         return None
@@ -60,19 +58,19 @@ def text_of(value: object) -> str | None:
 
 
 def name_of(value: object) -> str | None:
-    """Read a cell that names something, such as the owner of a row: equal values, equal names.
+    """Read a cell that names something, such as the owner of a row; equal values get equal names.
 
-    1, 1.0, "1", "1.0" and " 1 " are one name; so are two Unicode spellings of one word. "01" is
-    another, because leading zeros belong to a code.
+    1, 1.0, "1", "1.0" and " 1 " are the same name, and so are two Unicode spellings of one word.
+    "01" is another name, because leading zeros belong to a code.
 
     Args:
-        value: As the file gave it.
+        value: The cell as the file holds it.
 
     Returns:
-        The name on one line; ``None`` where it is missing.
+        The name on one line; ``None`` if the cell is missing.
 
     Raises:
-        TypeError: It is no text, number or truth value, or an infinite number.
+        TypeError: The cell is not text, a finite number or a truth value.
     """
     if is_missing(value):
         return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.errors import CheckpointError
-from fedpipe.files import naming
+from fedpipe.files import with_file_name
 from fedpipe.report.sinks import Sinks
 
 METRICS_FILE = "metrics.jsonl"
@@ -55,7 +55,7 @@ class MetricsWriter:
             self._sinks = Sinks(self._names, self._path.parent, read_metrics(self._path))
         lines = (json.dumps(r, allow_nan=False, separators=(",", ":")) for r in cleaned)
         pending = "".join(line + "\n" for line in lines).encode("ascii")
-        with naming(self._path):
+        with with_file_name(self._path):
             while pending:  # a second turn only where the file system takes part of a write
                 pending = pending[os.write(self._fd, pending) :]
         if self._sinks is not None:
@@ -63,7 +63,7 @@ class MetricsWriter:
 
     def flush(self) -> None:
         """Return once everything written is on the disk."""
-        with naming(self._path):
+        with with_file_name(self._path):
             os.fsync(self._fd)
 
     def truncate(self, offset: int) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedpipe.errors import CheckpointError, OutputError
-from fedpipe.files import patiently, sync, write_atomically, write_text
+from fedpipe.files import retry_reads, sync, write_atomically, write_text
 from fedpipe.report.writer import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ def _listed(folder: Path) -> dict[str, Any]:
     Raises:
         OSError: It cannot be read.
     """
-    text = patiently(lambda: _text(folder / STATE))
+    text = retry_reads(lambda: _text(folder / STATE))
     try:
         return dict(json.loads(text or "")["files"])
     except (ValueError, KeyError, TypeError):
@@ -398,10 +398,10 @@ def _look_again(run_dir: Path, look: Callable[[], T], *, wrong: Callable[[T], bo
         CheckpointError: The file system does not answer.
     """
     try:
-        found = patiently(look)
+        found = retry_reads(look)
         if wrong(found):
             time.sleep(_AGAIN_S)
-            found = patiently(look)
+            found = retry_reads(look)
         return found
     except OSError as error:
         raise CheckpointError(

@@ -16,7 +16,7 @@ import pytest
 from fedpipe.config.load import load_config
 from fedpipe.data.cache import cache_path
 from fedpipe.errors import CheckpointError, CorpusError, LaunchError, OutputError
-from fedpipe.files import naming, replace_folder, system_errors_named, write_text
+from fedpipe.files import replace_folder, system_errors_named, with_file_name, write_text
 from fedpipe.run.run_dir import locked
 from tests.helpers.cli import REPOSITORY
 
@@ -33,7 +33,7 @@ def test_what_the_system_refuses_is_named_and_a_failure_not_the_users_error() ->
         _raise(errno.ENOSPC, "/x")
     assert isinstance(found.value, LaunchError)
     with pytest.raises(OutputError, match=r"got Read-only file system\. Mend that"):
-        with system_errors_named(), naming(Path("/x")):
+        with system_errors_named(), with_file_name(Path("/x")):
             _raise(errno.EROFS)
     with pytest.raises(FileNotFoundError), system_errors_named():  # a bug keeps its traceback
         _raise(errno.ENOENT, "/x")

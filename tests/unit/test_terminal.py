@@ -12,14 +12,14 @@ from tests.helpers.cli import REPOSITORY
 
 PROGRAM = """
 import sys
-from fedpipe.terminal import nobody_reads, prepare_output
+from fedpipe.terminal import reader_has_gone, prepare_output
 prepare_output()
 prepare_output()
 sys.stdin.readline()
 for stream in (sys.stdout, sys.stderr):
     stream.write("d\\xe9j\\xe0 \\u2581vu\\n")
     stream.flush()
-sys.exit(3 + nobody_reads())
+sys.exit(3 + reader_has_gone())
 """
 
 
