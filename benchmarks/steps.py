@@ -69,7 +69,7 @@ def last_layer_at_every_position(engine: StageEngine) -> None:
     stage = engine.stage
 
     def masked(hidden: Tensor, positions: Tensor) -> Tensor:
-        hidden = stage.through(stage._head_layer, hidden, None)
+        hidden = stage.run_layers(stage._head_layer, hidden, None)
         return gather_masked(hidden, positions)
 
     stage.masked = masked
@@ -80,7 +80,7 @@ def head_at_every_position(engine: StageEngine) -> None:
     stage = engine.stage
 
     def loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        hidden = stage.through(stage._head_layer, hidden, None)
+        hidden = stage.run_layers(stage._head_layer, hidden, None)
         logits = gather_masked(stage._head[0](hidden), targets[0])
         return functional.cross_entropy(logits.flatten(0, 1), targets[1].long().flatten())
 

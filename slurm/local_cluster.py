@@ -281,9 +281,11 @@ def up(cluster: Cluster, sizes: Sizes) -> None:
             run("ip", "link", "set", cluster.name, "up")
         start_accounting(cluster)
         start(
-            cluster, "slurmctld", ["slurmctld", "-D", "-f", cluster.conf],
+            cluster,
+            "slurmctld",
+            ["slurmctld", "-D", "-f", cluster.conf],
             is_ready=lambda: " UP" in cluster.ask("scontrol", "ping").stdout,
-        )  # fmt: skip
+        )
         start_nodes(cluster, nodes, isolation)
         (cluster.folder / "run" / "complete").touch()
     except BaseException:
@@ -375,33 +377,48 @@ def start_accounting(cluster: Cluster) -> None:
     munge |= {"seed-file": "munge.seed", "log-file": "munged.log"}
     options = [f"--{option}={folder}/run/{file}" for option, file in munge.items()]
     start(
-        cluster, "munged", ["munged", "--foreground", "--force", *options],
+        cluster,
+        "munged",
+        ["munged", "--foreground", "--force", *options],
         is_ready=lambda: cluster.ask("munge", "-n", "-S", f"{folder}/run/munge").returncode == 0,
-    )  # fmt: skip
+    )
     database = [
-        "mariadbd", "--no-defaults", f"--datadir={folder}/db", f"--tmpdir={folder}/db",
-        f"--socket={folder}/run/db", f"--pid-file={folder}/run/mariadbd.pid", "--skip-networking",
-        "--innodb-flush-log-at-trx-commit=0", "--innodb-log-file-size=16M",
+        "mariadbd",
+        "--no-defaults",
+        f"--datadir={folder}/db",
+        f"--tmpdir={folder}/db",
+        f"--socket={folder}/run/db",
+        f"--pid-file={folder}/run/mariadbd.pid",
+        "--skip-networking",
+        "--innodb-flush-log-at-trx-commit=0",
+        "--innodb-log-file-size=16M",
         *(["--user=root"] if os.geteuid() == 0 else []),
-    ]  # fmt: skip
+    ]
     # What mariadb-install-db does; it fails with Debian's core package alone.
     sql = [Path(f"/usr/share/mysql/mysql_system_tables{part}.sql") for part in ("", "_data")]
     tables = b"create database mysql;\nuse mysql;\n" + b"".join(file.read_bytes() for file in sql)
     with cluster.log("mariadbd").open("wb") as log:
         bootstrap = subprocess.run(
-            [*database, "--bootstrap"], input=tables, stdout=log, stderr=log,
+            [*database, "--bootstrap"],
+            input=tables,
+            stdout=log,
+            stderr=log,
             env=cluster.environment,
-        )  # fmt: skip
+        )
     if bootstrap.returncode:
         raise ClusterError(failure(cluster, "mariadbd", f"ended with {bootstrap.returncode}"))
     start(
-        cluster, "mariadbd", [*database, "--skip-grant-tables"],
+        cluster,
+        "mariadbd",
+        [*database, "--skip-grant-tables"],
         is_ready=lambda: answers(f"{folder}/run/db"),
-    )  # fmt: skip
+    )
     start(
-        cluster, "slurmdbd", ["slurmdbd", "-D"],
+        cluster,
+        "slurmdbd",
+        ["slurmdbd", "-D"],
         is_ready=lambda: cluster.ask("sacctmgr", "-n", "show", "cluster").returncode == 0,
-    )  # fmt: skip
+    )
     cluster.ask("sacctmgr", "-i", "add", "cluster", cluster.name)
 
 
@@ -447,9 +464,14 @@ def spawn(cluster: Cluster, name: str, command: list[str]) -> subprocess.Popen[b
     """Start a daemon that outlives this command; its log is its standard error."""
     with cluster.log(name).open("wb") as log:
         process = subprocess.Popen(
-            command, cwd=cluster.folder, env=cluster.environment, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-        )  # fmt: skip
+            command,
+            cwd=cluster.folder,
+            env=cluster.environment,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
     (cluster.folder / "run" / f"{name}.daemon").write_text(str(process.pid))
     return process
 

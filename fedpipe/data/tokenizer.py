@@ -267,23 +267,28 @@ def check_entries(
     known = set(ids.values())
     first = next((i for i in range(len(known)) if i not in known), None)
     judge(
-        size - len(ids), size, f"ids without an entry, such as {first}",
+        size - len(ids),
+        size,
+        f"ids without an entry, such as {first}",
         "an entry for every id",
         "Remove equal lines from the vocabulary, and make the tokenizer again.",
-    )  # fmt: skip
+    )
     changed = _changed(text, content)
     judge(
-        len(changed), len(text),
+        len(changed),
+        len(text),
         f"entries that can never occur, such as {next(iter(changed.items()), None)!r}",
         "entries that the tokenizer's normaliser leaves as they are",
         "Save the tokenizer with its own normaliser: do_lower_case=False of a cased vocabulary.",
-    )  # fmt: skip
+    )
     others, lines = _other_lines(ids, folder / "vocab.txt", key=key)
     judge(
-        len(others), lines, f"lines of vocab.txt with other ids, such as {others[:1]}",
+        len(others),
+        lines,
+        f"lines of vocab.txt with other ids, such as {others[:1]}",
         "the vocabulary of tokenizer.json also in vocab.txt",
         "Make the tokenizer again from a vocab.txt without equal lines, or remove vocab.txt.",
-    )  # fmt: skip
+    )
     return tuple(warnings)
 
 

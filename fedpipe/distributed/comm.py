@@ -51,9 +51,13 @@ def host_store(listener: socket.socket) -> dist.Store:
     address, port = listener.getsockname()[:2]
     host = "127.0.0.1" if address in ("::", "0.0.0.0") else address
     return dist.TCPStore(
-        host, port, is_master=True, timeout=NO_LIMIT, wait_for_workers=False,
+        host,
+        port,
+        is_master=True,
+        timeout=NO_LIMIT,
+        wait_for_workers=False,
         master_listen_fd=listener.detach(),
-    )  # fmt: skip
+    )
 
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

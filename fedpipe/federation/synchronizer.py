@@ -50,7 +50,7 @@ class Synchronizer:
         seed: int,
         comm: Comm,
         kept: Collection[str] = (),
-        lent: Collection[str] = (),
+        copied: Collection[str] = (),
         stage_id: int = 0,
         role: StageRole = StageRole.CLIENT,
     ) -> None:
@@ -63,7 +63,7 @@ class Synchronizer:
             seed: Of attackers.
             comm: Its replica group holds the parameters once per replica.
             kept: Names of those that stay with their client.
-            lent: Names of those that neither travel nor stay.
+            copied: Names of those that neither travel nor stay.
             stage_id: The stage whose parameters they are.
             role: Of the stage.
         """
@@ -76,7 +76,7 @@ class Synchronizer:
         self.optimizer_goes_on = handed_on and is_server
         """The optimizer state is the stage's, not the client's: no turn resets or exchanges it."""
 
-        own = {n: p for n, p in parameters.items() if n not in lent}
+        own = {n: p for n, p in parameters.items() if n not in copied}
         self._averaged = {n: p for n, p in own.items() if n not in kept}
         self._kept = {n: p for n, p in own.items() if n in kept}
         self._start_N = _flat(self._averaged.values())
@@ -110,7 +110,7 @@ class Synchronizer:
             seed=seed,
             comm=comm,
             kept={n for n in parameters if not getattr(federation.average, part_of(n, spec))},
-            lent=stage.lent.keys(),
+            copied=stage.copied.keys(),
             stage_id=spec.stage_id,
             role=spec.role,
         )

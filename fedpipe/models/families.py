@@ -1,6 +1,6 @@
-"""BERT and RoBERTa: which transformers modules a stage is made of, and their first weights.
+"""BERT and RoBERTa: the transformers modules that stages consist of, and their first weights.
 
-Works with transformers 4.57 and 5.x, whose layers return a tuple and a tensor respectively.
+Works with transformers 4.57, whose layers return a tuple, and 5.x, whose layers return a tensor.
 """
 
 from __future__ import annotations
@@ -39,15 +39,25 @@ with mock.patch.multiple(
     roberta: Any = import_module("transformers.models.roberta.modeling_roberta")
 
 _SHAPE_FIELDS = (
-    "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
-    "max_position_embeddings", "type_vocab_size", "hidden_act", "hidden_dropout_prob",
-    "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps", "classifier_dropout",
-)  # fmt: skip
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "initializer_range",
+    "layer_norm_eps",
+    "classifier_dropout",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Where a model family keeps its modules."""
+    """The modules of a model family, and their parameter names."""
 
     prefix: str
     head_path: str
@@ -67,8 +77,8 @@ class Family:
         return f"{self.head_path}.decoder.weight"
 
 
-# The configurations are those that the modeling modules have imported: asked of transformers
-# itself, 5.x would import scikit-learn with them.
+# The configuration classes are taken from the modeling modules: transformers 5.x imports
+# scikit-learn when it is asked for one of them.
 FAMILIES = {
     "roberta": Family(
         "roberta", "lm_head", roberta.RobertaConfig,
@@ -85,19 +95,22 @@ def hf_config(shape: ModelShape, *, pad_id: int, cls_id: int, sep_id: int) -> Pr
     """Build the transformers configuration of the whole, unsplit model.
 
     Args:
-        shape: Sizes.
+        shape: Sizes of the model.
         pad_id: Padding token; RoBERTa counts positions from ``pad_id + 1``.
         cls_id: First token of a block.
         sep_id: Last token of a block.
 
     Returns:
-        A configuration of a decoder of its own: stages are built one by one, and what is one
-        tensor is tied by whoever puts them together.
+        A configuration with an untied decoder: stages are built one by one, and the caller ties
+        the decoder of a stage to the word embedding where that is wanted.
     """
     config = FAMILIES[shape.family].config_class(
         **{name: getattr(shape, name) for name in _SHAPE_FIELDS},
-        pad_token_id=pad_id, bos_token_id=cls_id, eos_token_id=sep_id, tie_word_embeddings=False,
-    )  # fmt: skip
+        pad_token_id=pad_id,
+        bos_token_id=cls_id,
+        eos_token_id=sep_id,
+        tie_word_embeddings=False,
+    )
     config._attn_implementation = "sdpa"  # modules are built without a PreTrainedModel to set it
     return config
 
@@ -107,13 +120,13 @@ def initialise(
 ) -> None:
     """Give every parameter its first value, a function of the seed and of its full name only.
 
-    The same parameter starts with the same value whatever the cut, the number of stages and the
-    process it lives in. Matrices are N(0, std), biases 0, LayerNorm weights 1 (Devlin et al. 2019);
-    every decoder starts as a copy of the word embedding, as a tied one would. Every head starts as
-    a copy of the final one: what earlier stages learn for theirs can then be read by later ones,
-    which otherwise spend the start on turning it into a frame of their own. Position embeddings
-    may start as sinusoids, Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762,
-    scaled to the same standard deviation.
+    So a parameter starts with the same value for every cut, number of stages and process. Matrices
+    are N(0, std), biases 0, LayerNorm weights 1 (Devlin et al. 2019). Every decoder starts as a
+    copy of the word embedding, as a tied one would. Every auxiliary head starts as a copy of the
+    final head, so that all stages begin with the same mapping from hidden states to words; later
+    stages then learn from earlier ones at once. Position embeddings may start as sinusoids, Vaswani
+    et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762, scaled to the same standard
+    deviation.
     """
     for name, parameter in module.named_parameters():
         with torch.no_grad():
@@ -139,7 +152,7 @@ def _sinusoids(num_positions: int, size: int) -> torch.Tensor:
 
 
 def stable_seed(*parts: object) -> int:
-    """Derive a 63-bit seed from values that print the same everywhere."""
+    """Derive a 63-bit seed from values whose text is the same on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -147,21 +160,22 @@ def stable_seed(*parts: object) -> int:
 def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str]:
     """Fill a stage from a Hugging Face folder, reading only the tensors that the stage holds.
 
-    Every head gets the folder's. A folder without a masked-LM head (a plain encoder) leaves the
-    heads' first values; a tied decoder is read from the word embedding. Old folders'
-    ``LayerNorm.gamma`` and ``.beta`` (the original BERT's among them) are read as weight and bias.
+    Every head of the stages is filled from the folder's head. If the folder has no masked-LM head,
+    the heads keep their first values. A tied decoder is read from the word embedding.
+    ``LayerNorm.gamma`` and ``.beta`` of old folders, such as the original BERT's, are read as
+    weight and bias.
 
     Args:
         module: A stage; changed in place.
-        family: Its family.
+        family: The stage's family.
         path: Folder with model.safetensors or pytorch_model.bin, whole or in shards.
 
     Returns:
-        Names of the parameters that the folder does not hold: heads', and new positions.
+        Names of the parameters that the folder does not hold: those of heads, and new positions.
 
     Raises:
-        ConfigError: A file cannot be read, a tensor has another shape, or a part of the encoder is
-            not there.
+        ConfigError: A file cannot be read, a tensor has another shape, or a parameter of the
+            encoder is missing.
     """
     wanted = dict(module.named_parameters())
     candidates = {name: _candidates(name, family=family) for name in wanted}
@@ -192,18 +206,18 @@ def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str
 
 
 def _num_positions(path: str) -> int:
-    """Rows of the position table that config.json speaks of; -1 where it does not."""
+    """Return the rows of the position table as config.json gives them; -1 if it does not."""
     config = read_json_object(Path(path) / "config.json", key="model.path")
     return int(config.get("max_position_embeddings", -1))
 
 
 def _in_final_head(name: str, *, family: Family) -> str:
-    """Return what a parameter of any stage's head is called in the final one."""
+    """Return the name that a parameter of an auxiliary head has in the final head."""
     return re.sub(rf"^{AUX_HEADS}\.\d+\.head\.", f"{family.head_path}.", name)
 
 
 def _candidates(name: str, *, family: Family) -> list[str]:
-    """Names under which a folder may hold a parameter, best first."""
+    """Return the names under which a folder may hold a parameter, best first."""
     name = _in_final_head(name, family=family)
     if name.endswith("decoder.weight"):
         options = [name, family.word_embeddings]
@@ -212,7 +226,7 @@ def _candidates(name: str, *, family: Family) -> list[str]:
     else:
         options = [name]
     if name == f"{family.head_path}.bias":
-        # One tensor under two names, or, from transformers 5.x, two of which this one is used.
+        # transformers 4.x saves one bias under two names; 5.x has two, and uses this one.
         options.insert(0, f"{family.head_path}.decoder.bias")
     options += [
         o.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
@@ -234,7 +248,7 @@ def _read_tensors(path: str, wanted: set[str]) -> dict[str, torch.Tensor]:
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True)
                 found |= {name: state[name] for name in wanted & set(state)}
-        except Exception as error:  # a damaged pickle raises whatever it stumbles over
+        except Exception as error:  # a damaged pickle can raise any exception
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 f"model.path: expected readable weights in {file}, got {reason}. "

@@ -1,4 +1,4 @@
-"""How long a sequence a model can read, and how long ones it has been trained on."""
+"""The longest sequence that a model can read, and the longest that it was trained on. No torch."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from fedpipe.config.half_files import read_json_object
 from fedpipe.errors import CheckpointError
 
 OFFSET_FAMILIES = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer")
-"""Their positions begin after that of the padding."""
+"""Families that count positions from ``pad_token_id + 1``."""
 
 _NO_LIMIT = 1_000_000
-"""transformers writes 1e30 where there is none."""
+"""Values from here on mean no limit; transformers writes 1e30."""
 
 
 def num_positions(model_config: dict[str, Any]) -> int:
-    """Return the tokens of the longest sequence that a model has positions for.
+    """Return the length in tokens of the longest sequence that a model has positions for.
 
     Args:
-        model_config: Content of its config.json.
+        model_config: Content of config.json.
 
     Returns:
-        0 where it says nothing, as of a model with relative positions alone.
+        The length; 0 if config.json has none, as for a model with relative positions only.
     """
     positions = int(
         model_config.get("max_position_embeddings") or model_config.get("n_positions") or 0
@@ -33,13 +33,13 @@ def num_positions(model_config: dict[str, Any]) -> int:
 
 
 def longest_input(folder: Path, *, key: str) -> int | None:
-    """Return the tokens to which a folder's tokenizer cuts texts; None where it cuts nothing.
+    """Return the length in tokens to which a folder's tokenizer cuts texts; None for no limit.
 
-    This is ``model_max_length``, by which a model says up to where its positions have been trained.
+    This is ``model_max_length``: positions beyond it have not been trained.
 
     Args:
-        folder: Of Hugging Face, with model and tokenizer.
-        key: That named it, for the error.
+        folder: A Hugging Face folder with model and tokenizer.
+        key: The configuration key that names the folder, for errors.
 
     Raises:
         CheckpointError: tokenizer_config.json cannot be read.

@@ -1,4 +1,4 @@
-"""The frozen layers below the first adapter: run once per example, then left out."""
+"""The frozen layers below the first adapter: run once per example, then skipped."""
 
 # B = sequences, T = tokens per sequence, D = hidden size
 
@@ -14,24 +14,24 @@ from torch import Tensor
 
 from fedpipe.errors import ConfigError
 
-WITHOUT = {
+NO_LAYER_STACK = {
     "albert": "all of its layers are one",
     "bart": "it has an encoder's layers and a decoder's",
 }
-"""Families whose layers are no stack that begins at the tokens, by reason."""
+"""Families without a stack of layers on the embeddings, and the reason."""
 
 
 def check_first_layer(model_config: Any, first_layer: int) -> None:
-    """Refuse a first layer that the model has not.
+    """Check that the model has the layer in which the adapters begin.
 
     Raises:
-        ConfigError: The family has no lower layers, or the model too few layers.
+        ConfigError: The layers of the family form no stack, or the model has too few layers.
     """
     family, layers = model_config.model_type, model_config.num_hidden_layers
-    if first_layer and family in WITHOUT:
+    if first_layer and family in NO_LAYER_STACK:
         raise ConfigError(
-            f"method.first_layer: expected 0 with {family}, got {first_layer}: {WITHOUT[family]}."
-            " Leave it out."
+            f"method.first_layer: expected 0 with {family}, got {first_layer}:"
+            f" {NO_LAYER_STACK[family]}. Leave it out."
         )
     if first_layer >= layers:
         raise ConfigError(
@@ -41,34 +41,34 @@ def check_first_layer(model_config: Any, first_layer: int) -> None:
 
 
 class LowerLayers:
-    """Embeddings and the layers below the first that is trained, of a model with an adapter.
+    """The embeddings and frozen layers of a model below its first layer with an adapter.
 
-    Nothing of them changes, so what they give for an example does not either.
+    Their weights do not change, so their output for an example stays the same and can be kept.
     """
 
     def __init__(self, model: Any, first_layer: int) -> None:
-        """Take hold of a model's forward pass.
+        """Wrap a model.
 
         Args:
-            model: Of transformers, on which the adapters library has put an adapter.
-            first_layer: Number of lower layers, 1 or more.
+            model: A transformers model with an adapter of the adapters library.
+            first_layer: Number of frozen lower layers, 1 or more.
         """
         self._model = model
         self._layers = [layer for index, layer in model.iter_layers() if index < first_layer]
         self._plain = [layer.forward for layer in self._layers]
         self._num_outputs = 0
-        """Of a layer; 0 where it returns a tensor instead of a tuple."""
+        """Length of the tuple that a layer returns; 0 if it returns a tensor."""
         self.hidden_size: int = model.config.hidden_size
 
     @torch.no_grad()
     def run(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Run them alone, without dropout.
+        """Run the lower layers alone, without dropout.
 
         Args:
-            inputs: Of the model, (B, T) each.
+            inputs: Inputs of the model, (B, T) each.
 
         Returns:
-            Hidden states (B, T, D) that the first trained layer reads.
+            Hidden states (B, T, D), the input of the first trained layer.
         """
         was_training = self._model.training
         self._model.eval()
@@ -83,7 +83,7 @@ class LowerLayers:
 
     @contextlib.contextmanager
     def given(self, hidden_BTD: Tensor) -> Iterator[None]:
-        """Let the model's forward pass begin with what ``run`` returned."""
+        """Use hidden states from ``run`` in place of the lower layers inside the context."""
         with self._forwards([partial(self._give, hidden_BTD)] * len(self._layers)):
             yield
 
@@ -100,7 +100,7 @@ class LowerLayers:
 
     @contextlib.contextmanager
     def _forwards(self, forwards: list[Callable[..., Any]]) -> Iterator[None]:
-        """Give every lower layer another forward for a while."""
+        """Replace the ``forward`` of every lower layer inside the context."""
         try:
             for layer, forward in zip(self._layers, forwards, strict=True):
                 layer.forward = forward
@@ -110,8 +110,8 @@ class LowerLayers:
                 layer.forward = forward
 
 
-class _Reached(Exception):  # noqa: N818 - no error, the way out of a forward pass
-    """The last lower layer has its output."""
+class _Reached(Exception):  # noqa: N818 - not an error, it ends a forward pass early
+    """Carries the output of the last lower layer out of the forward pass."""
 
     def __init__(self, hidden_BTD: Tensor) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Adapters of the ``adapters`` library on a transformers model: attach, count, save, merge.
+"""Attach adapters of the ``adapters`` library to a transformers model, count, save and merge them.
 
 Names and defaults are those of FATE-LLM 1.0, which took them from the same library: Houlsby and
-Pfeiffer have a bottleneck of 1/16 of the hidden size, Parallel 1/2, LoRA rank 8 on query and value,
-IA3 scales key, value and the feed-forward.
+Pfeiffer have a bottleneck of 1/16 of the hidden size and Parallel one of 1/2, LoRA has rank 8 on
+query and value, and IA3 scales key, value and the feed-forward.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.models.tuned import head_names, is_head_of
 
 ADAPTER = "federation"
-"""Name of the adapter in the library, FATE-LLM's."""
+"""Name of the adapter in the library, as in FATE-LLM."""
 
 _CONFIGS: dict[str, type] = {
     "houlsby": adapters.DoubleSeqBnConfig,
@@ -43,28 +44,28 @@ _CONFIGS: dict[str, type] = {
 METHODS = ("full", *_CONFIGS, "lora", "prefix_tuning")
 """Values of ``method.name``."""
 MERGEABLE = ("full", "lora", "ia3")
-"""Methods that become part of the model's own weights."""
+"""Methods whose result can be merged into the model's own weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """Parameters of a model and what of them is trained."""
+    """Number of parameters of a model, and of its trained parts."""
 
     model: int
-    """Of the model without adapter and without the task's head."""
+    """Parameters without adapter and without the task's head."""
     adapter: int
-    """Of the adapter; with ``full`` of the model."""
+    """Parameters of the adapter; with ``full`` all of the model."""
     head: int
-    """Trained ones of the task's head."""
+    """Trained parameters of the task's head."""
 
     @property
     def trainable(self) -> int:
-        """All that is trained, and sent."""
+        """All trained parameters, which are also what a client sends."""
         return self.adapter + self.head
 
     @property
     def percent(self) -> float:
-        """Adapter over model, in per cent."""
+        """Adapter parameters in per cent of the model's."""
         return 100 * self.adapter / self.model
 
 
@@ -72,15 +73,19 @@ def adapter_config(method: MethodConfig, *, split: bool = False) -> Any:
     """Return the library's configuration of a method other than full.
 
     Args:
-        method: Which one.
-        split: Nothing is shared between layers: each of Compacter's has a rule of its own.
+        method: The method and its sizes.
+        split: The model is cut into stages, so no parameter may be shared between layers; each
+            layer of Compacter then has a PHM rule of its own.
     """
     values: dict[str, Any] = {"leave_out": list(range(method.first_layer))}
     if method.name == "lora":
         return adapters.LoRAConfig(
-            r=method.rank, alpha=method.alpha, dropout=method.dropout,
-            attn_matrices=list(method.matrices), **values,
-        )  # fmt: skip
+            r=method.rank,
+            alpha=method.alpha,
+            dropout=method.dropout,
+            attn_matrices=list(method.matrices),
+            **values,
+        )
     if method.name == "prefix_tuning":
         return adapters.PrefixTuningConfig(
             prefix_length=method.prefix_length, dropout=method.dropout, **values
@@ -95,18 +100,19 @@ def adapter_config(method: MethodConfig, *, split: bool = False) -> Any:
 def attach(
     model: PreTrainedModel, method: MethodConfig, *, causal: bool = False, split: bool = False
 ) -> Counts:
-    """Add an adapter to a model and leave nothing else but the task's head to be trained.
+    """Add an adapter to a model, and freeze everything but the adapter and the task's head.
 
-    The adapter's first values come from torch's generator: seed it for equal ones everywhere.
+    The adapter's first values are drawn from torch's generator; seed it to get the same values in
+    every process.
 
     Args:
         model: A plain transformers model with its head; changed in place.
-        method: Which adapter.
-        causal: A language model, whose pre-trained head is frozen with an adapter.
+        method: The kind of adapter and its sizes.
+        causal: The model is a causal language model; an adapter then freezes its head, too.
         split: See ``adapter_config``.
 
     Returns:
-        Parameters in all and trained.
+        The number of parameters, and of trained ones.
 
     Raises:
         ConfigError: The family does not have the method, or the sizes do not fit it.
@@ -118,12 +124,12 @@ def attach(
         head = sum(p.numel() for name, p in model.named_parameters() if name in heads)
         return Counts(model=size, adapter=size, head=head)
     try:
-        # On the model's own device: the library fills what it makes, and throws much of it away.
+        # On the model's own device, because the library fills large tensors and discards many.
         with _quiet(), next(model.parameters()).device:
             _init(model)
             model.add_adapter(ADAPTER, config=adapter_config(method, split=split))
             model.train_adapter(ADAPTER)
-    except Exception as error:  # the library asserts, and raises what it stumbles over
+    except Exception as error:  # the library asserts, and can raise any exception
         raise ConfigError(
             f"method.name: expected a method that {model.config.model_type} has, got"
             f" {method.name!r} ({' '.join(str(error).split())[:160]}). Choose another method, or"
@@ -140,9 +146,9 @@ def attach(
 
 
 def _init(model: PreTrainedModel) -> None:
-    """Let the library put its layers in; where a layer had no bias, it has none afterwards.
+    """Replace layers by the library's own; a layer without a bias has none afterwards.
 
-    The library gives DeBERTa's joint projection a bias of uninitialised memory, and adds it.
+    The library gives DeBERTa's joint projection a bias of uninitialised memory and uses it.
     """
     without = {n for n, m in model.named_modules() if getattr(m, "bias", 0) is None}
     adapters.init(model)
@@ -153,7 +159,7 @@ def _init(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the library from warning that an adapter is not active before it can be."""
+    """Suppress the library's warnings about an adapter that is not active yet."""
     logger = logging.getLogger("adapters")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -164,26 +170,26 @@ def _quiet() -> Iterator[None]:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what is trained and travels, by full name, in the order of the model."""
+    """Return the trained parameters by full name, in the order of the model."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 class LoraUpdate:
-    """One LoRA update and the frozen weight that it adds to."""
+    """A LoRA update and the frozen weight to which it is added."""
 
     def __init__(self, name: str, layer: Any) -> None:
         """Wrap a layer of the library.
 
         Args:
-            name: Full name of its frozen weight.
-            layer: Holds the weight, and A and B of the adapter.
+            name: Full name of the frozen weight.
+            layer: The layer with the weight and with A and B of the adapter.
         """
         self.name, self._layer = name, layer
         self.weight: nn.Parameter = layer.weight
-        """Frozen; (out, in), of GPT-2 (in, out)."""
+        """Frozen weight (out, in); for GPT-2 (in, out)."""
         lora = layer.loras[ADAPTER]
         self.factors: tuple[nn.Parameter, nn.Parameter] = (lora.lora_A, lora.lora_B)
-        """A and B; of several projections in one matrix, theirs below each other."""
+        """A and B. If one matrix holds several projections, their factors are concatenated."""
 
     @torch.no_grad()
     def product(self) -> Tensor:
@@ -209,17 +215,17 @@ def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _update(layer: Any) -> Tensor:
-    """Compute ``B A``, (rows, in): one row for every output that is adapted."""
+    """Compute ``B A``, (rows, in), with a row for every adapted output."""
     lora = layer.loras[ADAPTER]
     if not hasattr(lora, "lora_ind"):
         return torch.as_tensor(lora.lora_B @ lora.lora_A)
-    groups = sum(lora.enable_lora)  # query, key and value in one matrix have factors of their own
+    groups = sum(lora.enable_lora)  # of a matrix for query, key and value
     parts = zip(lora.lora_A.chunk(groups), lora.lora_B.chunk(groups), strict=True)
     return torch.cat([b @ a for a, b in parts])
 
 
 def _laid_out(layer: Any, rows: Tensor) -> Tensor:
-    """Put rows of adapted outputs where the weight has them; other rows are zero."""
+    """Move the rows of adapted outputs to their places in the weight; other rows are zero."""
     lora = layer.loras[ADAPTER]
     if hasattr(lora, "lora_ind"):
         full = rows.new_zeros(layer.out_features, rows.shape[1])
@@ -230,10 +236,10 @@ def _laid_out(layer: Any, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _merge(layer: Any) -> None:
-    """Make an update part of the weight.
+    """Merge an update into the weight.
 
-    The library's ``merge_adapter`` leaves IA3's factor out of biases, and scales the columns of
-    DeBERTa's joint projection instead of its rows.
+    The library's own ``merge_adapter`` does not scale biases by IA3's factor, and scales the
+    columns of DeBERTa's joint projection instead of its rows.
     """
     lora = layer.loras[ADAPTER]
     if lora.composition_mode == "add":
@@ -251,7 +257,7 @@ def _merge(layer: Any) -> None:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write the adapter and the task's head as the library does; ``load_adapter`` reads them."""
+    """Write adapter and task head in the library's format, which ``load_adapter`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_adapter(str(folder), ADAPTER)
 
@@ -267,18 +273,18 @@ def load_adapter(
 ) -> None:
     """Fill an attached adapter from a folder that ``save_adapter`` wrote.
 
-    The head keeps its first values unless the folder's is that of the same labels.
+    The task's head is filled too if the folder's head belongs to the same labels.
 
     Args:
-        model: With the adapter attached; changed in place.
-        folder: Of the adapter.
-        method: Of the run.
-        kind: Of the task.
-        labels: Of the task.
+        model: A model with the adapter attached; changed in place.
+        folder: Folder of the adapter.
+        method: Method of the run.
+        kind: Kind of the task.
+        labels: Labels of the task.
         split: See ``adapter_config``.
 
     Raises:
-        CheckpointError: The folder is of another method, of a model of other sizes, or damaged.
+        CheckpointError: The folder is damaged, or holds another method or other sizes.
     """
     for file in sorted(folder.glob("*")):
         if file.is_file():
@@ -308,7 +314,7 @@ def _same(found: dict[str, Any], wanted: Any) -> bool:
 
 
 def adapter_head(folder: Path) -> dict[str, Any]:
-    """Read what the head beside an adapter was trained for; empty where there is none."""
+    """Read head_config.json of an adapter folder; empty if there is none."""
     file = folder / "head_config.json"
     if not file.is_file():
         return {}
@@ -339,7 +345,7 @@ def plain_state(model: PreTrainedModel, method: MethodConfig) -> dict[str, Tenso
     """Return the weights of the plain model with the adapter merged in.
 
     Args:
-        model: With its adapter; its weights are changed where it is merged.
+        model: A model with its adapter; the merged weights are changed in place.
         method: One of ``MERGEABLE``.
     """
     assert method.name in MERGEABLE, method.name
@@ -350,9 +356,8 @@ def plain_state(model: PreTrainedModel, method: MethodConfig) -> dict[str, Tenso
 
 
 def frozen_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the weights without the adapter's, under the plain model's names."""
-    own = (
-        ".loras.", ".shared_parameters.", ".adapters.", "prefix_tuning", "prompt_tuning",
-        "invertible_adapters",
-    )  # fmt: skip
-    return {n: t for n, t in model.state_dict().items() if not any(part in n for part in own)}
+    """Return the weights other than the adapter's, under the plain model's names."""
+    of_adapter = re.compile(
+        r"\.loras\.|\.shared_parameters\.|\.adapters\.|prefix_tuning|prompt_tuning|invertible_adapters"
+    )
+    return {n: t for n, t in model.state_dict().items() if not of_adapter.search(n)}

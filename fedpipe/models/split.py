@@ -1,7 +1,11 @@
-"""Which parameter belongs to which stage: a split is a filter, a merge is a union.
+"""Describe the stages of a model, and tell which stage holds which parameter. No torch.
 
-Parameters keep their full Hugging Face names on every stage (``roberta.encoder.layer.7...`` is
-called so wherever layer 7 lives), so nothing is ever renumbered. Pure: no torch.
+Parameters keep their full Hugging Face names on every stage (``roberta.encoder.layer.7...``), so a
+split is a filter, a merge is a union, and nothing is renumbered.
+
+With a head at the client (U-shape) labels do not leave the client: a server stage sends the masked
+positions' hidden states to its head, which is a virtual stage on the client's first process, and
+gets their gradients back. Identifiers call such a head a home head.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ _LAYER = re.compile(r"\.encoder\.layer\.(\d+)\.")
 
 
 class StageRole(Enum):
-    """Who owns a stage."""
+    """The owner of a stage: a client or the server."""
 
     CLIENT = "client"
     SERVER = "server"
@@ -33,73 +37,72 @@ class StageRole(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSpec:
-    """What one stage holds."""
+    """Description of one stage: its layers, its head, and its messages."""
 
     stage_id: int
     num_stages: int
     role: StageRole
     first_layer: int
-    """Index of its first encoder layer."""
+    """Index of the first encoder layer."""
     end_layer: int
-    """One past its last encoder layer."""
+    """Index after the last encoder layer."""
     head: Literal["", "mlm", "mlm+layer"]
-    """Its own loss: "" where a gradient that comes back trains it."""
+    """Head of the local loss; "" if the stage is trained by a gradient that it receives."""
     scores: int
-    """The stage whose hidden states its head reads: itself, unless it is a head at home."""
+    """The stage whose hidden states the head reads: this one, except for a head at the client."""
     next_stage: int | None = None
-    """The stage that its activations go to; None after the last layer."""
-    decoder: Literal["own", "shared", "lent"] = "own"
-    """What its head reads words with. shared: the word embedding, one tensor, for both are on the
-    first process. lent: a copy of the word embedding at the start of every turn, which is trained
-    and, at the end of it, dropped."""
+    """The stage that receives the activations; None after the last layer."""
+    decoder: Literal["own", "shared", "copied"] = "own"
+    """The matrix that the head multiplies hidden states with to score the vocabulary. own: a
+    parameter of the head. shared: the word embedding itself, which is on the same process. copied:
+    starts every turn as a copy of the word embedding, is trained, and is dropped after the turn."""
     home_head: int | None = None
-    """The head at the client's that gets the masked positions' hidden states and returns their
-    gradients (U-shape)."""
+    """The head at the client that gets the masked positions' hidden states (U-shape)."""
     sends_labels: bool = True
-    """Its messages to the next stage carry the masked tokens' labels beside their positions."""
+    """Messages to the next stage hold labels beside the positions of masked tokens."""
     sends_grad: bool = False
-    """It hands the gradient of what it received back to where it came from."""
+    """The stage sends the gradient of its inputs back to the stage that they came from."""
     receives_grad: bool = False
-    """The next stage hands the gradient of what it sent back."""
+    """The stage gets the gradient of its activations from the next stage."""
 
     @property
     def is_first(self) -> bool:
-        """It holds the embeddings and reads text."""
+        """The stage holds the embeddings and reads text."""
         return self.stage_id == 0
 
     @property
     def is_last(self) -> bool:
-        """It holds the final head."""
+        """The stage holds the final head."""
         return self.stage_id == self.num_stages - 1
 
     @property
     def ends_encoder(self) -> bool:
-        """It holds the model's last layer, which is computed at masked positions only."""
+        """The stage holds the model's last layer, which is computed at masked positions only."""
         return self.next_stage is None and self.num_layers > 0
 
     @property
     def is_home_head(self) -> bool:
-        """It is the head of a server stage, alone on the client's first process (U-shape)."""
+        """The stage is the head of a server stage, placed on the client's first process."""
         return self.scores != self.stage_id
 
     @property
     def previous_stage(self) -> int:
-        """The stage that its inputs come from; meaningless for the first."""
+        """The stage that sends the inputs; meaningless for the first stage."""
         return self.scores if self.is_home_head else self.stage_id - 1
 
     @property
     def num_layers(self) -> int:
-        """Encoder layers, the auxiliary one not counted."""
+        """Number of encoder layers, without an auxiliary one."""
         return self.end_layer - self.first_layer
 
     @property
     def has_head(self) -> bool:
-        """It computes a loss."""
+        """The stage computes a loss."""
         return bool(self.head)
 
     @property
     def contents(self) -> tuple[str, ...]:
-        """What it holds, in words."""
+        """Contents of the stage in words, for people."""
         layers = {0: (), 1: (f"layer {self.first_layer}",)}.get(
             self.num_layers, (f"layers {self.first_layer}-{self.end_layer - 1}",)
         )
@@ -113,15 +116,15 @@ def stage_specs(
 ) -> tuple[StageSpec, ...]:
     """Describe every stage of a pipeline.
 
-    With ``head_location: client`` the server's stages know no labels: their heads are virtual
-    stages of their own after the encoder's, on the process of stage 0. Under ``local_loss`` every
-    server stage has one, the last of them being the final head; under ``end_to_end`` only the last
-    server stage has.
+    With ``head_location: client`` the server stages get no labels. Their heads are virtual stages,
+    numbered after the encoder's stages, on the process of stage 0. Under ``local_loss`` every
+    server stage has such a head, and that of the last one is the final head; under ``end_to_end``
+    only the last server stage has one.
 
     Args:
-        pipeline: Cut, objective and heads.
+        pipeline: Cut, objective and place of the heads.
         num_hidden_layers: Encoder layers of the whole model.
-        tied: The final decoder is the word embedding wherever it can be; see ``model_stages``.
+        tied: Tie the final decoder to the word embedding where possible; see ``model_stages``.
 
     Returns:
         One description per virtual stage, in order.
@@ -136,13 +139,13 @@ def stage_specs(
         last = stage_id == num_encoders - 1
         at_home = num_stages > num_encoders and stage_id >= first_at_home
         head: Literal["", "mlm", "mlm+layer"] = pipeline.local_head
-        decoder: Literal["own", "shared", "lent"] = "own"
+        decoder: Literal["own", "shared", "copied"] = "own"
         if at_home or (end_to_end and not last):
             head = ""
         elif last:
             head = "mlm"
             if tied and (stage_id == 0 or not end_to_end):
-                decoder = "lent" if stage_id else "shared"
+                decoder = "copied" if stage_id else "shared"
         elif stage_id == 0:
             decoder = "shared"
         return StageSpec(
@@ -173,7 +176,7 @@ def stage_specs(
             end_layer=num_hidden_layers,
             head="mlm",
             scores=stage_id - num_encoders + first_at_home,
-            decoder=("shared" if end_to_end else "lent") if tied and final else "own",
+            decoder=("shared" if end_to_end else "copied") if tied and final else "own",
             sends_grad=True,
         )
 
@@ -183,8 +186,9 @@ def stage_specs(
 def model_stages(config: RunConfig, shape: ModelShape) -> tuple[StageSpec, ...]:
     """Describe every stage of a pre-training; see ``stage_specs``.
 
-    With ``model.tie_word_embeddings`` the final decoder is the word embedding, or learns from there
-    in every turn, but where the one is the server's to know and the other stays with its client.
+    With ``model.tie_word_embeddings`` the final decoder is the word embedding or starts every turn
+    as a copy of it. It is untied if the server holds the decoder and word embeddings stay with
+    their clients.
     """
     layers, tied = shape.num_hidden_layers, shape.tie_word_embeddings
     specs = stage_specs(config.pipeline, num_hidden_layers=layers, tied=tied)
@@ -194,16 +198,16 @@ def model_stages(config: RunConfig, shape: ModelShape) -> tuple[StageSpec, ...]:
 
 
 class Edge(NamedTuple):
-    """Where messages pass from one stage to another."""
+    """A pair of stages that exchange messages."""
 
     source: int
     target: int
     backward: bool
-    """Gradients come back."""
+    """Whether gradients go back from target to source."""
 
 
 def edges(specs: Iterable[StageSpec]) -> tuple[Edge, ...]:
-    """List the edges of a pipeline: from stage to stage, then those to the heads at home."""
+    """List the edges of a pipeline: from stage to stage, then those to heads at the client."""
     specs = tuple(specs)
     onwards = [
         Edge(s.stage_id, s.next_stage, s.receives_grad) for s in specs if s.next_stage is not None
@@ -215,20 +219,22 @@ def edges(specs: Iterable[StageSpec]) -> tuple[Edge, ...]:
 
 
 def pipeline_edges(pipeline: PipelineConfig) -> tuple[Edge, ...]:
-    """List the edges of a pipeline whose model is not known."""
-    layers = pipeline.cut[-1] + 1 if pipeline.cut else 1  # how many does not matter
+    """List the edges of a pipeline without knowing its model."""
+    layers = (
+        pipeline.cut[-1] + 1 if pipeline.cut else 1
+    )  # any number beyond the last cut gives the same edges
     return edges(stage_specs(pipeline, num_hidden_layers=layers))
 
 
 def placement(specs: Sequence[StageSpec]) -> tuple[tuple[StageSpec, ...], ...]:
-    """Group the stages by process: one each, and the heads that are at home with the first."""
+    """Group the stages by process: one stage each, and the heads at the client with the first."""
     first, *others = (spec for spec in specs if not spec.is_home_head)
     heads = (spec for spec in specs if spec.is_home_head)
     return ((first, *heads), *((spec,) for spec in others))
 
 
 def owner(name: str, specs: Iterable[StageSpec]) -> int:
-    """Stage that holds the parameter ``name`` (full Hugging Face name, or an auxiliary head's)."""
+    """Return the stage that holds a parameter, given its full name."""
     specs = tuple(specs)
     if name.startswith(f"{AUX_HEADS}."):
         scored = int(name.split(".")[1])
@@ -241,7 +247,7 @@ def owner(name: str, specs: Iterable[StageSpec]) -> int:
 
 
 def split(state: Mapping[str, T], specs: Iterable[StageSpec]) -> tuple[dict[str, T], ...]:
-    """Filter a model's tensors into one dictionary per stage; the tensors are not copied."""
+    """Filter a model's tensors into one dictionary per stage, without copying them."""
     specs = tuple(specs)
     parts: tuple[dict[str, T], ...] = tuple({} for _ in specs)
     for name, value in state.items():
@@ -250,7 +256,7 @@ def split(state: Mapping[str, T], specs: Iterable[StageSpec]) -> tuple[dict[str,
 
 
 def merge(parts: Iterable[Mapping[str, T]]) -> dict[str, T]:
-    """Unite the stages' tensors into a model's, without the auxiliary heads.
+    """Unite the tensors of all stages into those of a model, without the auxiliary heads.
 
     Raises:
         FederationError: Two stages hold the same parameter.
@@ -267,7 +273,7 @@ def merge(parts: Iterable[Mapping[str, T]]) -> dict[str, T]:
 
 
 def part_of(name: str, spec: StageSpec) -> Part:
-    """Which switch of ``federation.average`` a parameter of a stage obeys."""
+    """Return the key of ``federation.average`` that applies to a parameter of a stage."""
     if name.startswith(f"{AUX_HEADS}."):
         return "aux_head"
     if _LAYER.search(name):

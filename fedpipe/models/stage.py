@@ -1,4 +1,4 @@
-"""One stage of the model: embeddings and/or encoder layers, and the head of its own loss."""
+"""One stage of the model: embeddings or encoder layers or both, and the head of its local loss."""
 
 # B = sequences, T = positions per sequence, M = scored positions per sequence, D = hidden size,
 # V = vocabulary, H = attention heads
@@ -22,37 +22,37 @@ from fedpipe.models.split import AUX_HEADS, StageSpec
 
 
 class MaskedTargets(NamedTuple):
-    """What a masked-LM head predicts, by the planes of a micro-batch's targets.
+    """Planes of the targets of a masked-LM head.
 
-    Arrays of numpy where a batch is read, tensors where it is computed with.
+    They are numpy arrays when a batch is read, and tensors in the computation.
     """
 
     positions: Any
-    """(B, M) int, of the masked tokens; of padded sequences all positions."""
+    """(B, M) int, positions of the masked tokens; with padding all positions."""
     labels: Any
-    """(B, M) int, the tokens there; -100 where nothing is predicted."""
+    """(B, M) int, original tokens at these positions; -100 where nothing is predicted."""
 
 
 def gather_masked(hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
-    """Hidden states (B, M, D) of the masked positions (B, M) int."""
+    """Return the hidden states (B, M, D) at the masked positions (B, M) int."""
     index = positions_BM.long().unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
     return hidden_BTD.gather(1, index)
 
 
 def run_masked(layer: nn.Module, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
-    """Run the layer that a head reads at the masked positions only.
+    """Run an encoder layer for the masked positions only, because its head reads no others.
 
-    Nobody sees its other outputs. Every token is still attended to, so keys and values are computed
-    everywhere; queries, attention, output projection and feed-forward where something is masked.
-    With 15 % masked and a feed-forward of 4 D that leaves 29 % of the projections' FLOPs.
+    Masked tokens attend to every token, so keys and values are computed at all positions; queries,
+    attention, output projection and feed-forward are computed at masked positions only. With 15 %
+    masked tokens and a feed-forward of 4 D this needs 29 % of the projections' FLOPs.
 
     Args:
         layer: A transformers ``BertLayer`` or ``RobertaLayer``.
-        hidden_BTD: Its input.
-        positions_BM: int.
+        hidden_BTD: Input of the layer.
+        positions_BM: Masked positions, int.
 
     Returns:
-        (B, M, D), the rows that ``gather_masked`` would take from the whole layer's output.
+        (B, M, D), the rows that ``gather_masked`` would take from the output of the whole layer.
     """
     parts: Any = layer  # transformers' submodules have no static types
     attention = parts.attention.self
@@ -74,28 +74,30 @@ def run_masked(layer: nn.Module, hidden_BTD: Tensor, positions_BM: Tensor) -> Te
 class StageModule(nn.Module, ABC):
     """The modules of one pipeline stage, under the parameter names of the whole model.
 
-    ``forward`` is the stage's part of the encoder; ``loss`` is its own loss. They are apart because
-    the activations leave the stage before the loss is computed.
+    ``forward`` is the stage's part of the encoder, ``loss`` its local loss. They are two methods
+    because the activations are sent before the loss is computed.
 
-    A micro-batch's targets travel as one tensor, (P, B, M) int32. The first plane is what every
-    stage may know, such as masked positions or lengths; the others are labels, which may have to
-    stay with the client. A NamedTuple of the subclass names the planes.
+    The targets of a micro-batch are one int32 tensor (P, B, M), which travels as it is. Its first
+    plane holds masked positions (pre-training) or sequence lengths (fine-tuning), which every stage
+    gets. The other planes hold labels, which may have to stay with the client. A NamedTuple of the
+    subclass names the planes.
     """
 
     def __init__(self, spec: StageSpec, *, activation_checkpointing: bool) -> None:
-        """Hold nothing yet."""
+        """Create a stage without modules."""
         super().__init__()
         self.spec, self.activation_checkpointing = spec, activation_checkpointing
 
-    def through(
+    def run_layers(
         self, layers: Iterable[nn.Module], hidden_BTD: Tensor, visible: Tensor | None
     ) -> Tensor:
         """Run transformers layers one after the other.
 
         Args:
-            layers: Of the stage.
-            hidden_BTD: Input of the first.
-            visible: Which positions are attended to, broadcast to (B, heads, T, T); None is all.
+            layers: Layers of the stage.
+            hidden_BTD: Input of the first layer.
+            visible: Mask of the positions that are attended to, broadcast to (B, heads, T, T); None
+                for all.
         """
         for layer in layers:
             hidden_BTD = self._checkpointed(partial(_run, layer), hidden_BTD, visible)
@@ -107,7 +109,7 @@ class StageModule(nn.Module, ABC):
                 run,
                 *inputs,
                 use_reentrant=False,
-                preserve_rng_state=False,  # which a thread beside this one could change meanwhile
+                preserve_rng_state=False,  # other threads draw from the generator, too
                 context_fn=partial(same_draws, next(self.parameters()).device),
             )
         return run(*inputs)
@@ -117,26 +119,31 @@ class StageModule(nn.Module, ABC):
         """Run the stage's part of the encoder.
 
         Args:
-            inputs: Tokens on the first stage, else what the stage before it returned.
+            inputs: Tokens on the first stage, otherwise the output of the previous stage.
             known_BM: First plane of the targets.
         """
 
     @abstractmethod
-    def masked(self, hidden_BTD: Tensor, known_BM: Tensor) -> Tensor:
-        """Hidden states (B, M, D) that a head reads, of those that ``forward`` returned."""
+    def head_inputs(self, hidden_BTD: Tensor, known_BM: Tensor) -> Tensor:
+        """Return the hidden states (B, M, D) that the head reads, given the output of ``forward``.
+
+        Args:
+            hidden_BTD: Output of ``forward``.
+            known_BM: First plane of the targets.
+        """
 
     @property
-    def lent(self) -> dict[str, nn.Parameter]:
-        """Parameters, by full name, that begin every turn as the word embedding."""
+    def copied(self) -> dict[str, nn.Parameter]:
+        """Parameters, by full name, that start every turn as a copy of the word embedding."""
         return {}
 
     @abstractmethod
     def loss(self, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of the stage's head, a scalar, from what ``forward`` returned."""
+        """Return the loss of the stage's head, a scalar, from the output of ``forward``."""
 
     @abstractmethod
     def score(self, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
-        """Return what a scoring keeps of every target, (B, M) float32."""
+        """Return one number per target for an evaluation, (B, M) float32."""
 
 
 class Stage(StageModule):
@@ -175,21 +182,21 @@ class Stage(StageModule):
         self._run_masked, self._score = run_masked, _score
 
     @property
-    def lent(self) -> dict[str, nn.Parameter]:
-        """The final decoder (V, D), where it begins every turn as the word embedding."""
+    def copied(self) -> dict[str, nn.Parameter]:
+        """The final decoder (V, D), if it starts every turn as a copy of the word embedding."""
         name = self.family.decoder
-        return {name: self.get_parameter(name)} if self.spec.decoder == "lent" else {}
+        return {name: self.get_parameter(name)} if self.spec.decoder == "copied" else {}
 
     @property
     def word_embedding(self) -> nn.Parameter:
-        """(V, D); of the first stage."""
+        """The word embedding (V, D); first stage only."""
         return self.get_parameter(self.family.word_embeddings)
 
     def compile_parts(self) -> None:
-        """Have torch compile layers and head at their first call.
+        """Compile layers and head with ``torch.compile`` at their first call.
 
-        Part by part: layers of one shape share a graph, so a deep stage is compiled as fast as a
-        shallow one, and what they compute stays what it was up to rounding.
+        They are compiled one by one: layers of one shape share a graph, so compiling a deep stage
+        takes no longer than a shallow one. Results differ by rounding only.
         """
         for layer in (*self._layers, *self._head_layer):
             layer.compile()
@@ -202,7 +209,7 @@ class Stage(StageModule):
         path = family.head_path if spec.is_last else f"{AUX_HEADS}.{spec.scores}.head"
         head = place(self, path, family.head_class(config))
         decoder = head.get_submodule("decoder")
-        decoder.bias = head.get_parameter("bias")  # transformers 4.x does so, 5.x leaves it to us
+        decoder.bias = head.get_parameter("bias")  # transformers 4.x ties the two, 5.x does not
         self._head.append(head)
         if spec.decoder == "shared" and spec.is_first:
             decoder.weight = self.word_embedding
@@ -214,47 +221,49 @@ class Stage(StageModule):
             self._head_layer.append(place(self, path, family.layer_class(config)))
 
     def forward(self, inputs: Tensor, known_BM: Tensor | None = None) -> Tensor:
-        """Run the stage's part of the encoder, up to where the next stage or ``masked`` goes on.
+        """Run the stage's part of the encoder.
 
         Args:
-            inputs: Token ids (B, T) int64 on the first stage, else hidden states (B, T, D). A head
-                at home gets those of the masked positions, (B, M, D), and hands them through.
-            known_BM: Not used: every block is full.
+            inputs: Token ids (B, T) int64 on the first stage, otherwise hidden states (B, T, D). A
+                head at the client gets those of the masked positions, (B, M, D), and returns them
+                unchanged.
+            known_BM: Not used, because every block is full.
 
         Returns:
-            Hidden states (B, T, D); before the model's last layer, which is ``masked``'s.
+            Hidden states (B, T, D). The model's last layer is not run here but in ``head_inputs``.
         """
         hidden_BTD = inputs
         if self.spec.is_first:
             hidden_BTD = self.get_submodule(f"{self.family.prefix}.embeddings")(input_ids=inputs)
-        return self._through(self._layers, hidden_BTD)
+        return self._run_layers(self._layers, hidden_BTD)
 
-    def _through(self, layers: Iterable[nn.Module], hidden_BTD: Tensor) -> Tensor:
+    def _run_layers(self, layers: Iterable[nn.Module], hidden_BTD: Tensor) -> Tensor:
         visible = None
         if self.padded_after:
             visible = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
             visible = visible.view(1, 1, 1, -1) < self.padded_after
-        return self.through(layers, hidden_BTD, visible)
+        return self.run_layers(layers, hidden_BTD, visible)
 
-    def masked(self, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
-        """Hidden states (B, M, D) that a head reads: after its own layer, if it has one.
+    def head_inputs(self, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
+        """Return the hidden states (B, M, D) that the head reads.
 
-        That is the model's last layer, or the auxiliary one of ``local_head: mlm+layer``.
+        If there is a layer in front of the head, it is run here: the model's last layer, or the
+        auxiliary layer of ``local_head: mlm+layer``.
 
         Args:
             hidden_BTD: Output of ``forward``.
-            positions_BM: int.
+            positions_BM: Masked positions, int.
         """
         if self.spec.is_home_head:  # the server has gathered them
             return hidden_BTD
         if self.padded_after:  # every position is scored
-            return self._through(self._head_layer, hidden_BTD)
+            return self._run_layers(self._head_layer, hidden_BTD)
         for layer in self._head_layer:
             return self._checkpointed(partial(self._run_masked, layer), hidden_BTD, positions_BM)
         return gather_masked(hidden_BTD, positions_BM)
 
     def loss(self, hidden_BTD: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
-        """Masked-LM loss of the stage's head. Masked positions are gathered before the head.
+        """Return the masked-LM loss of the stage's head.
 
         Args:
             hidden_BTD: Output of ``forward``.
@@ -266,27 +275,26 @@ class Stage(StageModule):
         """
         assert self._head, "this stage has no head"
         positions_BM, labels_BM = MaskedTargets(*targets)
-        labels_BM = labels_BM.long()
-        hidden_BMD = self.masked(hidden_BTD, positions_BM)
-        loss = self._score(self._head[0], hidden_BMD, labels_BM, reduction=reduction)
+        hidden_BMD = self.head_inputs(hidden_BTD, positions_BM)
+        loss = self._score(self._head[0], hidden_BMD, labels_BM.long(), reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(labels_BM)
 
     def score(self, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
-        """Losses (B, M) of the masked tokens in nats."""
+        """Return the losses (B, M) of the masked tokens in nats."""
         return self.loss(hidden_BTD, targets, reduction="none")
 
     def logits(self, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
-        """Scores (B, M, V) of the stage's head at the given positions."""
+        """Return the logits (B, M, V) of the stage's head at the given positions."""
         assert self._head, "this stage has no head"
-        return self._head[0](self.masked(hidden_BTD, positions_BM))
+        return self._head[0](self.head_inputs(hidden_BTD, positions_BM))
 
 
 class _SharedDecoder(nn.Module):
-    """The decoder of a head whose matrix is another stage's: that stage trains and saves it."""
+    """The decoder of a head whose matrix belongs to the first stage, which trains and saves it."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter) -> None:
         super().__init__()
-        self._weight = [weight]  # a list: as an attribute it would be registered here, too
+        self._weight = [weight]  # in a list, so that it is not registered here as a parameter
         self.bias = bias
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -315,16 +323,17 @@ def build_stage(
     """Build a stage with its first weights.
 
     Args:
-        spec: What it holds.
+        spec: Description of the stage.
         config: Configuration of the whole model.
-        seed: Of the weights.
+        seed: Seed of the first weights.
         path: Hugging Face folder to continue from, or "".
         activation_checkpointing: Recompute layers in the backward pass.
-        sinusoidal_positions: What the position embeddings start as (see ``initialise``).
-        compiled: See ``Stage.compile_parts``.
-        padded_after: Tokens of a sequence that padding follows: it is hidden from attention, and
-            every position reaches the head. 0: no padding, only masked positions do.
-        word_embedding: The first stage's, (V, D), for a head at home that is tied to it.
+        sinusoidal_positions: Start position embeddings as sinusoids (see ``initialise``).
+        compiled: Compile layers and head (see ``Stage.compile_parts``).
+        padded_after: Number of tokens in front of the padding, which attention ignores; the head
+            then gets every position. 0 means no padding; the head gets masked positions only.
+        word_embedding: Word embedding (V, D) of the first stage, for a head at the client that is
+            tied to it.
 
     Returns:
         The stage, and the names of its parameters that ``path`` does not hold.
@@ -355,7 +364,7 @@ def _run(layer: nn.Module, hidden_BTD: Tensor, visible: Tensor | None) -> Tensor
 
 
 def place(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """Register a module below another under a dotted path; return it."""
+    """Register a module under a dotted path below another module; return it."""
     *parents, leaf = path.split(".")
     for name in parents:
         if not hasattr(root, name):
@@ -366,12 +375,12 @@ def place(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
 
 
 def masked_lm_class(config: PretrainedConfig) -> Any:
-    """The transformers class that the exported folder is read with."""
+    """Return the transformers class that reads the exported folder."""
     from transformers import BertForMaskedLM, RobertaForMaskedLM
 
     return {"bert": BertForMaskedLM, "roberta": RobertaForMaskedLM}[config.model_type]
 
 
 def trainable(module: nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters by full name, each once (a tied one under its first name)."""
+    """Return trainable parameters by full name, a tied one only under its first name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""Models that can be fine-tuned: families, the heads of their tasks, published base sizes."""
+"""Models for fine-tuning: their families, the heads of tasks, and published base sizes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _AUTO: dict[Kind, str] = {
     "causal-lm": "AutoModelForCausalLM",
 }
 _DECODERS = ("gpt2", "llama")
-_NUMBER = ("LABEL_0",)
-"""What transformers calls the output of a regression."""
+_REGRESSION_LABELS = ("LABEL_0",)
+"""Label names that transformers gives to the single output of a regression."""
 _INIT_STD = 0.02
-"""Where a family's configuration says nothing."""
+"""Standard deviation of first weights if a family's configuration gives none."""
 _IN_A_LAYER = re.compile(r"\.(layers?|h|transformer)\.\d+\.")
-_WITHOUT: dict[tuple[str, Kind], str] = {
+_UNSUPPORTED: dict[tuple[str, Kind], str] = {
     ("bart", "ner"): "transformers has no BART for token classification",
     ("bart", "causal-lm"): "the adapters library fails on BART's decoder alone",
 }
@@ -34,19 +34,22 @@ _WITHOUT: dict[tuple[str, Kind], str] = {
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A published checkpoint's sizes."""
+    """Sizes of a published checkpoint."""
 
     name: str
-    """As on the model hub."""
+    """Name on the model hub."""
     values: Mapping[str, Any]
-    """What differs from the defaults of its family's configuration class."""
+    """Fields that differ from the defaults of the family's configuration class."""
 
 
 _BERT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 _DISENTANGLED = {
-    "relative_attention": True, "max_relative_positions": -1, "pos_att_type": ["c2p", "p2c"],
-    "position_biased_input": False, "type_vocab_size": 0,
-}  # fmt: skip
+    "relative_attention": True,
+    "max_relative_positions": -1,
+    "pos_att_type": ["c2p", "p2c"],
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
 
 FAMILIES: dict[str, Published] = {
     "bert": Published("bert-base-uncased", {}),
@@ -85,31 +88,31 @@ FAMILIES: dict[str, Published] = {
         },
     ),
 }  # fmt: skip
-"""By ``model_type``, the base model whose parameters are counted."""
+"""Published base model of every ``model_type`` that can be fine-tuned."""
 
 
 def base_config(family: str, **changes: Any) -> PretrainedConfig:
     """Return the configuration of a family's published base model.
 
     Args:
-        family: Key of ``FAMILIES``.
-        **changes: Fields to set otherwise.
+        family: A key of ``FAMILIES``.
+        **changes: Fields with other values.
     """
     return AutoConfig.for_model(family, **dict(FAMILIES[family].values) | changes)
 
 
 def check_family(model_type: str, kind: Kind, *, key: str = "model.path") -> None:
-    """Refuse a model that cannot be fine-tuned on a kind of task.
+    """Check that a model family can be fine-tuned on a kind of task.
 
     Raises:
-        ConfigError: The family is unknown, or has no head for the task.
+        ConfigError: The family is unknown, or has no head for the kind of task.
     """
     if model_type not in FAMILIES:
         raise ConfigError(
             f"{key}: expected a model of {', '.join(FAMILIES)}, got {model_type!r}. Choose another"
             " folder."
         )
-    reason = _WITHOUT.get((model_type, kind), "")
+    reason = _UNSUPPORTED.get((model_type, kind), "")
     if kind == "causal-lm" and model_type not in _DECODERS:
         reason = reason or "it reads text in both directions"
     if reason:
@@ -131,19 +134,19 @@ def build_model(
 ) -> PreTrainedModel:
     """Build a model with the head of a task.
 
-    The head's first values come from torch's generator: seed it for equal ones in every process.
-    A folder's own head is taken only where it is one of the same labels.
+    The head's first values are drawn from torch's generator; seed it to get the same values in
+    every process. The head in the folder is used only if it belongs to the same labels.
 
     Args:
-        config: Of the family; its labels are replaced.
-        kind: Of the task.
-        num_labels: Classes or tags; 1 for regression.
-        labels: Their names; empty for regression.
-        path: Folder to read the encoder's weights from; "" leaves all at first values.
-        device: "meta" allocates nothing.
+        config: Configuration of the model; its labels are replaced.
+        kind: Kind of the task.
+        num_labels: Number of classes or tags; 1 for regression.
+        labels: Names of the labels; empty for regression.
+        path: Folder to read the encoder's weights from; "" for random weights.
+        device: Device of a model without ``path``; "meta" allocates nothing.
 
     Raises:
-        ConfigError: The weights cannot be read, or are those of another architecture.
+        ConfigError: The weights cannot be read, or belong to another architecture.
     """
     auto = getattr(transformers, _AUTO[kind])
     new_head = kind != "causal-lm" and not is_head_of(config.to_dict(), kind, labels)
@@ -154,65 +157,69 @@ def build_model(
         config.pad_token_id = config.eos_token_id
     if not path:
         with torch.device(device):
-            return _plain(auto.from_config(config))
+            return _checked(auto.from_config(config))
     try:
         model = read_model(auto, path, key="model.path", new_head=new_head, config=config)
     except ConfigError:
         raise
-    except Exception as error:  # a damaged file raises whatever it stumbles over
+    except Exception as error:  # a damaged file can raise any exception
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(
             f"model.path: expected a model folder that transformers reads, got {path!r}: {reason}."
             " Save it again with save_pretrained."
         ) from error
-    return _plain(model)
+    return _checked(model)
 
 
 def is_head_of(saved: Mapping[str, Any], kind: Kind, labels: Sequence[str]) -> bool:
-    """Whether a saved head is that of a task: of its kind, for its labels in their order.
+    """Whether a saved head fits a task: it has the same kind and the same labels in this order.
 
     Args:
-        saved: A model's config.json, or the head_config.json of an adapter.
-        kind: Of the task.
-        labels: Its classes or tags; empty for regression.
+        saved: Content of a model's config.json, or of an adapter's head_config.json.
+        kind: Kind of the task.
+        labels: Classes or tags of the task; empty for regression.
     """
     suffix = _AUTO[kind].removeprefix("AutoModel")
     classes = [saved.get("model_class"), *(saved.get("architectures") or ())]
     of_kind = any(str(name).endswith(suffix) for name in classes)
-    return of_kind and saved_labels(saved) == list(labels or _NUMBER)
+    return of_kind and saved_labels(saved) == list(labels or _REGRESSION_LABELS)
 
 
 def saved_labels(saved: Mapping[str, Any]) -> list[str]:
-    """Return the labels that a config.json or head_config.json names, in their order."""
+    """Return the labels of a config.json or head_config.json, in the order of their ids."""
     ids = saved.get("label2id")
     return sorted(ids, key=lambda name: int(ids[name])) if isinstance(ids, dict) else []
 
 
 def read_model(auto: Any, path: str, *, key: str, new_head: bool, **options: Any) -> Any:
-    """Read a whole model; only what is not the encoder's may be missing, or left over.
+    """Read a whole model; weights of the encoder must be complete, those of the head may differ.
 
     Args:
-        auto: transformers' class with the head.
-        path: Its folder.
-        key: That named it.
-        new_head: Draw the head from torch's generator, whatever head is in the folder.
-        **options: For ``from_pretrained``.
+        auto: The transformers class with the head.
+        path: Folder of the model.
+        key: The configuration key that names the folder, for errors.
+        new_head: Draw the head from torch's generator, even if the folder has one.
+        **options: Arguments for ``from_pretrained``.
 
     Returns:
         The model in float32.
 
     Raises:
-        ConfigError: Weights of the encoder are not there, or belong to another encoder.
+        ConfigError: Weights of the encoder are missing, or belong to another encoder.
     """
     from transformers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of every head that starts anew
+    logging.set_verbosity_error()  # it warns about every head that is not in the folder
     try:
         model, info = auto.from_pretrained(
-            path, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
-            dtype=torch.float32, **options,
-        )  # fmt: skip
+            path,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+            **options,
+        )
     finally:
         logging.set_verbosity(before)
     prefix, family = f"{model.base_model_prefix}.", model.config.model_type
@@ -227,9 +234,10 @@ def read_model(auto: Any, path: str, *, key: str, new_head: bool, **options: Any
             f" {len(lost) - 1} more. Use the folder of a whole {family} model."
         )
     unused = sorted(
-        name for name in info["unexpected_keys"]
+        name
+        for name in info["unexpected_keys"]
         if name.startswith(prefix) and _IN_A_LAYER.search(name)
-    )  # fmt: skip
+    )
     if unused:
         raise ConfigError(
             f"{key}: expected the weights of a {family} model in {path}, got {unused[0]} and"
@@ -243,7 +251,10 @@ def read_model(auto: Any, path: str, *, key: str, new_head: bool, **options: Any
 
 @torch.no_grad()
 def _draw_head(model: Any, drawn: set[str]) -> None:
-    """Draw what a folder's head has given, as Devlin et al. 2019 do; ``drawn`` is new already."""
+    """Draw the head again where the folder has filled it, that is, all but ``drawn``.
+
+    Source: Devlin et al. 2019.
+    """
     prefix = f"{model.base_model_prefix}."
     std = getattr(model.config, "initializer_range", None) or getattr(
         model.config, "init_std", _INIT_STD
@@ -257,12 +268,12 @@ def _draw_head(model: Any, drawn: set[str]) -> None:
             module.bias.zero_()
 
 
-def _plain(model: Any) -> PreTrainedModel:
+def _checked(model: Any) -> PreTrainedModel:
     assert isinstance(model, PreTrainedModel)
     return model
 
 
 def head_names(model: PreTrainedModel) -> set[str]:
-    """Return the full names of the parameters that are the task's head, not the encoder's."""
+    """Return the full names of the parameters of the task's head, which are not the encoder's."""
     prefix = f"{model.base_model_prefix}."
     return {name for name, _ in model.named_parameters() if not name.startswith(prefix)}

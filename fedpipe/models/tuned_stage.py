@@ -1,4 +1,4 @@
-"""One stage of a model that is fine-tuned: layers with their adapters, and a task's head."""
+"""One stage of a model in fine-tuning: layers with their adapters, and the head of a task."""
 
 # B = sequences, T = tokens per sequence, M = targets per sequence (T of tags, else 1), C = outputs,
 # D = hidden size
@@ -21,26 +21,26 @@ from fedpipe.models.stage import StageModule, place
 
 
 class TaskTargets(NamedTuple):
-    """What a task's head predicts, by the planes of a micro-batch's targets, (B, M) int32 each.
+    """Planes of the targets of a task's head, (B, M) int32 each.
 
-    Arrays of numpy where a batch is read, tensors where it is computed with.
+    They are numpy arrays when a batch is read, and tensors in the computation.
     """
 
     lengths: Any
-    """Tokens of the sequence, the same in all columns."""
+    """Length of the sequence in tokens, the same in all columns."""
     labels: Any
-    """Class or tag; of a number the bits of a float32."""
+    """Class or tag, or the float32 bits of a number."""
     weights: Any
-    """Bits of the float32 that the label counts with in the loss. 0 hides a position that has no
-    label, or a sequence that fills up a short batch."""
+    """Float32 bits of the label's weight in the loss. The weight is 0 at a position without a
+    label, and in a sequence that only fills up a short batch."""
 
 
 def check_cut(config: PretrainedConfig, last_cut: int) -> None:
-    """Refuse a model that cannot be cut.
+    """Check that a model can be cut into stages.
 
     Args:
-        config: Of the model.
-        last_cut: First layer of the last stage.
+        config: Configuration of the model.
+        last_cut: Index of the first layer of the last stage.
 
     Raises:
         ConfigError: The family cannot be cut, or the model has too few layers.
@@ -56,7 +56,7 @@ def check_cut(config: PretrainedConfig, last_cut: int) -> None:
             " it: the last stage needs a layer."
         )
     fixed = {name: value for name, (value, _) in DECLARED[config.model_type].fixed.items()}
-    fixed["_attn_implementation"] = "sdpa"  # the mask of a stage is that of this kernel
+    fixed["_attn_implementation"] = "sdpa"  # stages make the attention mask of this kernel
     for name, value in fixed.items():
         found = getattr(config, name, None)
         if found not in (None, value):
@@ -67,7 +67,7 @@ def check_cut(config: PretrainedConfig, last_cut: int) -> None:
 
 
 class TunedStage(StageModule):
-    """What one stage holds of a whole model, and the head of its own loss.
+    """One stage of a model, and the head of its local loss.
 
     The targets are the planes of ``TaskTargets``.
     """
@@ -80,20 +80,20 @@ class TunedStage(StageModule):
         *,
         activation_checkpointing: bool = False,
     ) -> None:
-        """Take the stage's modules out of a model, which is of no use afterwards.
+        """Move the stage's modules out of a model, which cannot be used afterwards.
 
-        Where it is not the model's own, the stage's head starts from torch's generator.
+        The head of an earlier stage than the last is drawn from torch's generator.
 
         Args:
-            spec: What it holds.
-            model: BERT or RoBERTa with the task's head, and adapters attached, if any.
-            kind: Of the task.
+            spec: Description of the stage.
+            model: BERT or RoBERTa with the task's head, and with adapters, if any.
+            kind: Kind of the task.
             activation_checkpointing: Recompute layers in the backward pass.
         """
         super().__init__(spec, activation_checkpointing=activation_checkpointing)
         self._kind = kind
         prefix, base = model.base_model_prefix, model.base_model
-        self._embeddings: list[nn.Module] = []  # lists, or they would be registered a second time
+        self._embeddings: list[nn.Module] = []  # lists, so that nothing is registered a second time
         if spec.is_first:
             for name in ("embeddings", "invertible_adapters"):
                 if hasattr(base, name):
@@ -119,12 +119,12 @@ class TunedStage(StageModule):
         """Run the stage's part of the encoder.
 
         Args:
-            inputs: Token ids and their types (2, B, T) int64 on the first stage, else hidden states
-                (B, T, D); on a head at home those that it reads, (B, M, D).
-            known_BM: Tokens of every sequence, the same in all columns.
+            inputs: Token ids and token types (2, B, T) int64 on the first stage, otherwise hidden
+                states (B, T, D). A head at the client gets its own inputs, (B, M, D).
+            known_BM: Length of every sequence in tokens, the same in all columns.
 
         Returns:
-            Hidden states (B, T, D); a head at home hands its inputs through.
+            Hidden states (B, T, D); a head at the client returns its inputs unchanged.
         """
         hidden_BTD = inputs
         for embed in self._embeddings:
@@ -134,21 +134,21 @@ class TunedStage(StageModule):
         assert known_BM is not None
         steps_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
         attended = (steps_T < known_BM[:, :1])[:, None, None, :]
-        return self.through(self._layers, hidden_BTD, attended)
+        return self.run_layers(self._layers, hidden_BTD, attended)
 
-    def masked(self, hidden_BTD: Tensor, known_BM: Tensor) -> Tensor:
-        """Hidden states (B, M, D) that a head reads: all of a sequence's, or its first."""
+    def head_inputs(self, hidden_BTD: Tensor, known_BM: Tensor) -> Tensor:
+        """Return the hidden states (B, M, D) that the head reads: of all tokens or of the first."""
         return hidden_BTD if self._kind == "ner" else hidden_BTD[:, :1]
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Outputs (B, M, C) of the stage's head."""
-        outputs = self.masked(hidden_BTD, hidden_BTD)
+        """Return the outputs (B, M, C) of the stage's head."""
+        outputs = self.head_inputs(hidden_BTD, hidden_BTD)
         for module in self._head:
             outputs = module(outputs)
         return outputs if self._kind == "ner" else outputs[:, None]
 
     def loss(self, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
-        """Weighted sum over the labels: cross-entropy in nats, or squared errors of numbers."""
+        """Return the weighted sum over the labels of cross-entropies in nats or squared errors."""
         logits_BMC = self.logits(hidden_BTD).float()
         _, labels_BM, weights_BM = TaskTargets(*targets)
         if self._kind == "regression":
@@ -160,13 +160,13 @@ class TunedStage(StageModule):
         return (weights_BM.view(torch.float32) * errors_BM).sum()
 
     def score(self, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
-        """Predictions (B, M) float32: classes or tags, or numbers."""
+        """Return the predictions (B, M) float32: ids of classes or tags, or numbers."""
         logits_BMC = self.logits(hidden_BTD).float()
         return logits_BMC[..., 0] if self._kind == "regression" else logits_BMC.argmax(-1).float()
 
 
 def _local_head(config: Any, kind: Kind) -> nn.Module:
-    """Head of a stage that is not the last: RoBERTa's, of whatever family the stage is."""
+    """Build the head of a stage that is not the last: RoBERTa's, for every family."""
     if kind != "ner":
         head: nn.Module = roberta.RobertaClassificationHead(config)
         linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
@@ -180,6 +180,6 @@ def _local_head(config: Any, kind: Kind) -> nn.Module:
 
 
 def local_head_numel(config: Any, kind: Kind) -> int:
-    """Parameters of the head of a stage that is not the last."""
+    """Count the parameters of the head of a stage that is not the last."""
     with torch.device("meta"):
         return sum(p.numel() for p in _local_head(config, kind).parameters())

@@ -43,7 +43,7 @@ def emulate_(
     there is something to differentiate and to optimize.
 
     Args:
-        stage: Its ``forward``, ``masked`` and ``loss`` are replaced.
+        stage: Its ``forward``, ``head_inputs`` and ``loss`` are replaced.
         layer_forward_s: Forward pass of one encoder layer for one micro-batch; the backward pass
             takes twice that.
         masked_layer_forward_s: The same of the model's last layer.
@@ -60,13 +60,13 @@ def emulate_(
             inputs = torch.zeros(*inputs.shape, hidden, device=inputs.device)
         return _Sleep.apply(inputs + anchor, layers_s, BACKWARD_PER_FORWARD * layers_s)
 
-    def masked(hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
+    def head_inputs(hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
         slept = _Sleep.apply(hidden_BTD, masked_s, BACKWARD_PER_FORWARD * masked_s)
         return slept if spec.is_home_head else gather_masked(slept, positions_BM)
 
     def loss(hidden_BTD: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
-        mean = masked(hidden_BTD, targets[0]).square().mean()
+        mean = head_inputs(hidden_BTD, targets[0]).square().mean()
         return _Sleep.apply(mean, head_forward_s, BACKWARD_PER_FORWARD * head_forward_s)
 
-    for name, method in (("forward", forward), ("masked", masked), ("loss", loss)):
+    for name, method in (("forward", forward), ("head_inputs", head_inputs), ("loss", loss)):
         setattr(stage, name, method)

@@ -46,9 +46,13 @@ class Links:
     def all(self) -> list[Link]:
         """Those that exist."""
         ends = (
-            self.activations_in, self.activations_out, self.gradients_in, self.gradients_out,
-            self.home_out, self.home_grads_in,
-        )  # fmt: skip
+            self.activations_in,
+            self.activations_out,
+            self.gradients_in,
+            self.gradients_out,
+            self.home_out,
+            self.home_grads_in,
+        )
         return [link for link in ends if link is not None]
 
 
@@ -60,9 +64,9 @@ class MicroBatch:
     targets: Tensor | None = None
     outputs: Tensor | None = None
     output_grad: Tensor | None = None
-    masked: Tensor | None = None
+    head_inputs: Tensor | None = None
     """Rows of the outputs that went to a head at home."""
-    masked_grad: Tensor | None = None
+    head_inputs_grad: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -306,7 +310,7 @@ class StageEngine:
             if self.links.home_out is not None:
                 assert batch.outputs is not None
                 with autocast(self.device, self._precision):
-                    batch.masked = self.stage.masked(batch.outputs, batch.targets[0])
+                    batch.head_inputs = self.stage.head_inputs(batch.outputs, batch.targets[0])
 
     def _send_activation(self, cmd: ops.SendActivation) -> None:
         batch = self._batches[cmd.micro_batch]
@@ -317,8 +321,8 @@ class StageEngine:
 
     def _send_home(self, cmd: ops.SendHome) -> None:
         batch = self._batches[cmd.micro_batch]
-        assert batch.masked is not None and self.links.home_out is not None
-        self.links.home_out.send(batch.masked.detach())
+        assert batch.head_inputs is not None and self.links.home_out is not None
+        self.links.home_out.send(batch.head_inputs.detach())
 
     def _local_backward_pass(self, cmd: ops.LocalBackwardPass) -> None:
         batch = self._batches.pop(cmd.micro_batch)
@@ -333,7 +337,7 @@ class StageEngine:
 
     def _recv_home_grad(self, cmd: ops.RecvHomeGrad) -> None:
         assert self.links.home_grads_in is not None
-        (self._batches[cmd.micro_batch].masked_grad,) = self.links.home_grads_in.recv()
+        (self._batches[cmd.micro_batch].head_inputs_grad,) = self.links.home_grads_in.recv()
 
     def _backward_pass(self, cmd: ops.BackwardPass) -> None:
         batch = self._batches[cmd.micro_batch]
@@ -346,13 +350,13 @@ class StageEngine:
             # d/dh sum(h * g) = g: DeepSpeed's backward wants a scalar. The gradient was divided by
             # the number of micro-batches where the loss was.
             hidden, grad = (
-                (batch.masked, batch.masked_grad)
+                (batch.head_inputs, batch.head_inputs_grad)
                 if self.spec.home_head is not None
                 else (batch.outputs, batch.output_grad)
             )
             assert hidden is not None and grad is not None
             self.engine.backward((hidden * grad).sum(), scale_wrt_gas=False)
-        batch.outputs = batch.output_grad = batch.masked = batch.masked_grad = None
+        batch.outputs = batch.output_grad = batch.head_inputs = batch.head_inputs_grad = None
         if not self.spec.sends_grad:
             del self._batches[cmd.micro_batch]
 

@@ -142,7 +142,7 @@ def _synchronize(env: ProcessEnv, config: RunConfig, data: PreparedData, weights
         result |= {
             n: (p.detach().numpy().copy(), first[n].numpy(), n in kept)
             for n, p in engine.stage.named_parameters()
-            if n not in engine.stage.lent
+            if n not in engine.stage.copied
         }
     comm.close()
     return result
@@ -346,12 +346,12 @@ def test_the_ledger_counts_gradients_inside_a_client(tmp_path: Path) -> None:
     (traffic,) = (r for r in records if r["kind"] == "traffic")
     weights = load_files(tmp_path / "run")
     numel = sum(tensor.size for tensor in weights.values())
-    lent = weights["roberta.embeddings.word_embeddings.weight"].size
+    copied = weights["roberta.embeddings.word_embeddings.weight"].size
     assert "lm_head.decoder.weight" not in weights, "it is the word embedding"
     # 3 steps, 2 ranks, each sends 2 (d - 1) / d = 1 times the float32 gradients.
-    gradients = 3 * 2 * (numel + lent) * 4
+    gradients = 3 * 2 * (numel + copied) * 4
     assert traffic["collectives"] == {
-        "fedavg": 0, "shared_gradients": 0, "gradients": gradients, "embedding": 2 * lent * 4,
+        "fedavg": 0, "shared_gradients": 0, "gradients": gradients, "embedding": 2 * copied * 4,
     }  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def _by_hand(env: ProcessEnv, config: RunConfig, data: PreparedData) -> dict[str
         n: p.detach().numpy()
         for stage in weights
         for n, p in stage.named_parameters()
-        if n not in stage.lent
+        if n not in stage.copied
     }
 
 
@@ -79,7 +79,7 @@ def _lend(workers: list[Any]) -> None:
     """Let every final decoder begin as the word embedding."""
     with torch.no_grad():
         for first, last in workers:
-            for decoder in last.lent.values():
+            for decoder in last.copied.values():
                 decoder.copy_(first.word_embedding)
 
 
@@ -109,7 +109,7 @@ def _local_step(
     for stage, optimizer, start in stepped.values():
         origins = dict(start.named_parameters())
         for name, parameter in stage.named_parameters():
-            if name not in stage.lent:
+            if name not in stage.copied:
                 away = parameter.detach() - origins[name].detach()
                 parameter.grad += federation.fedprox_mu * away
         torch.nn.utils.clip_grad_norm_(stage.parameters(), config.optimizer.max_grad_norm)

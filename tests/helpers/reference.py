@@ -119,12 +119,12 @@ class _Reference:
 
     def _is_kept(self, stage: int, name: str) -> bool:
         average = self.config.federation.average
-        lent = name in self.stages[stage].lent
-        return not lent and not getattr(average, part_of(name, self.specs[stage]))
+        copied = name in self.stages[stage].copied
+        return not copied and not getattr(average, part_of(name, self.specs[stage]))
 
     def _averaged(self, stage: int) -> list[str]:
-        lent = self.stages[stage].lent
-        return [n for n in self.weights[stage] if n not in lent and not self._is_kept(stage, n)]
+        copied = self.stages[stage].copied
+        return [n for n in self.weights[stage] if n not in copied and not self._is_kept(stage, n)]
 
     def _is_server(self, stage: int) -> bool:
         return self.specs[stage].role is StageRole.SERVER
@@ -172,7 +172,7 @@ class _Reference:
                 for name, parameter in trainable(stage).items():
                     own = kept[i] if kept and self._is_kept(i, name) else self.weights[i]
                     parameter.copy_(own[name])
-            for decoder in stages[-1].lent.values():
+            for decoder in stages[-1].copied.values():
                 decoder.copy_(stages[0].word_embedding)
         for i, stage in enumerate(stages):
             optimizer = make_optimizer(trainable(stage).values(), self.config.optimizer)
@@ -283,7 +283,9 @@ class _Reference:
             torch.set_rng_state(worker.rng[rank, place])
             with autocast(CPU, self.precision):
                 output = stage(hidden, targets[0])
-                masked = stage.masked(output, targets[0]) if spec.home_head is not None else None
+                masked = None
+                if spec.home_head is not None:
+                    masked = stage.head_inputs(output, targets[0])
                 loss = stage.loss(output, targets) if spec.has_head else None
             worker.rng[rank, place] = torch.get_rng_state()
             if masked is not None:

@@ -106,7 +106,7 @@ def _logits(stages: list[Stage], ids: torch.Tensor) -> torch.Tensor:
         for stage in stages:
             hidden = stage(hidden)
             if stage.spec.home_head is not None:
-                hidden = stage.masked(hidden, everywhere)
+                hidden = stage.head_inputs(hidden, everywhere)
         return stages[-1].logits(hidden, everywhere)
 
 
@@ -139,7 +139,7 @@ def test_the_last_layer_runs_at_masked_positions_only_and_changes_nothing(
     before_last = stage(hidden).detach()
     # The fused kernel is not counted.
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
-        outputs = stage.masked(before_last, positions)
+        outputs = stage.head_inputs(before_last, positions)
     whole = last(before_last)
     whole = whole[0] if isinstance(whole, tuple) else whole
     expected = gather_masked(whole, positions)

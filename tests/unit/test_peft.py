@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from fedpipe.commands.finetune.count import count_rows, count_table
 from fedpipe.config.finetune import MethodConfig
 from fedpipe.errors import CheckpointError, ConfigError
-from fedpipe.models.lower import WITHOUT, LowerLayers, check_first_layer
+from fedpipe.models.lower import NO_LAYER_STACK, LowerLayers, check_first_layer
 from fedpipe.models.peft import (
     ADAPTER,
     MERGEABLE,
@@ -122,7 +122,7 @@ def test_the_adapter_is_read_by_the_library_alone(family: str, name: str, tmp_pa
     torch.testing.assert_close(logits(again, batch), logits(model, batch), atol=1e-6, rtol=0)
 
 
-STACKS = [family for family in FAMILIES if family not in WITHOUT]
+STACKS = [family for family in FAMILIES if family not in NO_LAYER_STACK]
 IN_LAYERS = [name for name in METHODS if name != "full" and not name.endswith("_inv")]
 
 

@@ -73,7 +73,7 @@ def test_parameters_are_those_of_the_real_stages(overrides: list[str]) -> None:
         averaged = [
             n
             for name, n in sizes.items()
-            if part_of(name, stage.spec) != "aux_head" and name not in stage.lent
+            if part_of(name, stage.spec) != "aux_head" and name not in stage.copied
         ]
         assert planned.averaged_parameters == sum(averaged)
 

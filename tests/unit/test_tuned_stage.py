@@ -101,7 +101,7 @@ def test_a_head_at_home_scores_what_the_head_on_the_server_does(kind: Kind) -> N
     server = stages(LOCAL, "bert", kind, "pfeiffer")
     client, middle, home = stages(HOME, "bert", kind, "pfeiffer")
     expected = server[-1].score(run(server, batch, targets), targets)
-    rows = middle.masked(run([client, middle], batch, targets), targets[0])
+    rows = middle.head_inputs(run([client, middle], batch, targets), targets[0])
     assert rows.shape == (6, LENGTH if kind == "ner" else 1, 32)
     torch.testing.assert_close(home.score(home(rows, targets[0]), targets), expected)
     assert not [name for name in trainable(middle) if not name.startswith("bert.encoder")]

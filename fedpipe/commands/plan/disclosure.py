@@ -70,7 +70,7 @@ def client_transfers(
     for spec, held in zip(specs, parts, strict=True):
         if spec.role is StageRole.CLIENT:
             transfers += _weights(config, held)
-    if specs[-1].decoder == "lent" and specs[-1].role is StageRole.SERVER:
+    if specs[-1].decoder == "copied" and specs[-1].role is StageRole.SERVER:
         transfers += _embedding(config, shape, specs)
     often = get_args(When).index
     return tuple(sorted(transfers, key=lambda t: (t.direction != "leaves", often(t.when))))
@@ -121,12 +121,16 @@ def _over_edge(
     )
     opening = [
         Transfer(
-            direction=direction, what="a zero that opens the edge", peer=peer, form="(1,) uint8",
-            nbytes=1, when="start",
+            direction=direction,
+            what="a zero that opens the edge",
+            peer=peer,
+            form="(1,) uint8",
+            nbytes=1,
+            when="start",
         )
         for direction, tensors, _ in ways
         if tensors
-    ]  # fmt: skip
+    ]
     training = opening + [
         Transfer(
             direction=direction,
@@ -225,11 +229,15 @@ def _verdict(specs: Sequence[StageSpec]) -> list[Transfer]:
         return []
     return [
         Transfer(
-            direction=direction, what="the turn's first number that is not finite, if any",
-            peer="the replica's server stages", form="(1,) int64", nbytes=8, when="round",
+            direction=direction,
+            what="the turn's first number that is not finite, if any",
+            peer="the replica's server stages",
+            form="(1,) int64",
+            nbytes=8,
+            when="round",
         )
         for direction in ("leaves", "enters")
-    ]  # fmt: skip
+    ]
 
 
 def _record(what: str, when: When, *, direction: Direction = "leaves") -> Transfer:

@@ -39,7 +39,7 @@ class StagePlan:
     num_parameters: int
     """A tied decoder counted once."""
     averaged_parameters: int
-    """Those that FedAvg averages; the rest stays with its client, or is lent for a turn."""
+    """Those that FedAvg averages; the rest stays with its client, or lasts for a turn only."""
     cost_share_pct: float
     """Its part of all stages' FLOPs."""
     state_bytes: int
@@ -143,8 +143,8 @@ def _stages(
     plans = []
     for spec, own_flops in zip(specs, flops, strict=True):
         parts = _parts(spec, shape)
-        lent = shape.decoder_parameters() if spec.decoder == "lent" else 0
-        parameters = sum(parts.values()) + lent
+        copied = shape.decoder_parameters() if spec.decoder == "copied" else 0
+        parameters = sum(parts.values()) + copied
         averaged = sum(n for part, n in parts.items() if _is_averaged(part, config))
         moments = ceil(2 * parameters / data) if sharded else 2 * parameters
         shared = config.federation.server == "shared" and spec.role is StageRole.SERVER
@@ -154,7 +154,7 @@ def _stages(
         averaging = averaging_floats(travelling, federation=config.federation)
         # A turn that is refused gives its moments back, where they are handed on.
         before = moments if handed_on and spec.role is StageRole.SERVER else 0
-        state = _FLOAT32 * (3 * parameters - lent + moments + before + averaging)
+        state = _FLOAT32 * (3 * parameters - copied + moments + before + averaging)
         plans.append(
             StagePlan(
                 spec=spec,

@@ -123,7 +123,7 @@ class Replica(StageReplica):
         Collective: every process of the replica, with the stream drained.
         """
         final = self.specs[-1]
-        if final.decoder != "lent":
+        if final.decoder != "copied":
             return
         engines = {engine.spec.stage_id: engine for engine in self.stages}
         if 0 in engines:
@@ -134,7 +134,7 @@ class Replica(StageReplica):
         if not final.is_home_head:
             self.comm.hand_down(embedding_VD, label=EMBEDDING_LEDGER)
         if final.stage_id in engines:
-            for decoder_VD in engines[final.stage_id].stage.lent.values():
+            for decoder_VD in engines[final.stage_id].stage.copied.values():
                 decoder_VD.copy_(embedding_VD)
             engines[final.stage_id].weights_changed()
 

@@ -82,10 +82,11 @@ class SplitPeer:
 
         return {
             e.spec.stage_id: (
-                sent(e.links.activations_out, e.links.home_out), sent(e.links.gradients_out)
+                sent(e.links.activations_out, e.links.home_out),
+                sent(e.links.gradients_out),
             )
             for e in self.engines
-        }  # fmt: skip
+        }
 
 
 class StockPeer:

@@ -132,7 +132,7 @@ class _TimedStage:
             if spec.has_head:
                 result = self._stage.loss(outputs, self._targets)
             elif spec.home_head is not None:
-                result = self._stage.masked(outputs, self._targets[0]).float().sum()
+                result = self._stage.head_inputs(outputs, self._targets[0]).float().sum()
             else:
                 result = outputs.float().sum()
         result.backward()
