@@ -1,10 +1,10 @@
-"""Which cores of its host a process uses. No torch.
+"""Bind a process to cores of its host. No torch.
 
-Worth deciding on hosts with several NUMA nodes only: there a process that wanders, or whose threads
-are spread, reads its weights from another socket's memory. On one NUMA node the kernel's scheduler
-does as well, and lets a stage that has work use the cores of one that waits. SLURM owns the cores
-of its jobs (``--cpus-per-task``, ``--cpu-bind``), and so does a launcher that binds (``deepspeed
---bind_cores_to_rank``, ``torchrun --numa-binding``, ``numactl``).
+Binding helps only on hosts with several NUMA nodes: there a process that changes sockets, or whose
+threads are on both, reads its weights from the memory of another socket. On one NUMA node the
+kernel's scheduler does as well, and lets a busy stage use the cores of one that waits. Nothing is
+bound in a SLURM job, whose cores SLURM assigns (``--cpus-per-task``, ``--cpu-bind``), nor under a
+launcher that binds (``deepspeed --bind_cores_to_rank``, ``torchrun --numa-binding``, ``numactl``).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ NUMA_NODES = Path("/sys/devices/system/node")
 
 
 def bind(env: ProcessEnv, *, numa_nodes: Path = NUMA_NODES) -> None:
-    """Give this process its share of the host's cores, unless somebody else did, and its threads.
+    """Bind this process to its share of the host's cores, and set its number of threads.
 
-    Call it before numpy or torch start threads: only the calling thread and those that it starts
-    afterwards are bound, and OMP_NUM_THREADS (kept where it is set) is read once.
+    Call this before numpy or torch start threads: only the calling thread and those that it starts
+    afterwards are bound, and OMP_NUM_THREADS, which is kept if it is set, is read once.
 
     Args:
-        env: This process' place on its host.
-        numa_nodes: Where Linux describes them.
+        env: Rank of this process on its host.
+        numa_nodes: Folder in which Linux describes the NUMA nodes.
     """
     cores = os.sched_getaffinity(0)
     if "SLURM_JOB_ID" not in os.environ and cores == launcher_cores():
@@ -45,18 +45,18 @@ def cores_of(
     cores: AbstractSet[int],
     nodes: Sequence[AbstractSet[int]],
 ) -> set[int]:
-    """Return the cores of one process: its run of them, NUMA node after NUMA node.
+    """Return the cores of one process: an equal share, in the order of the NUMA nodes.
 
     Local ranks fill the nodes in order, as GPUs do (0-3 on the first socket, 4-7 on the second).
 
     Args:
         local_rank: Index of the process on its host.
         local_world_size: Processes of the run on this host.
-        cores: What they may use together.
+        cores: Cores that all of them may use.
         nodes: Cores of each NUMA node.
 
     Returns:
-        All cores where one node has them all, or where there are fewer cores than processes.
+        The share; all cores if they belong to one node, or if there are fewer than processes.
     """
     used = [sorted(node & cores) for node in nodes if node & cores]
     ordered = [core for node in used for core in node]
@@ -67,7 +67,7 @@ def cores_of(
 
 
 def read_nodes(folder: Path) -> list[set[int]]:
-    """Cores of each NUMA node, in the order of their numbers; none where Linux does not tell."""
+    """Return the cores of each NUMA node in order; empty if Linux does not list them."""
     try:
         files = sorted(folder.glob("node[0-9]*/cpulist"), key=lambda f: int(f.parent.name[4:]))
         return [_parse(file.read_text(encoding="ascii")) for file in files]
@@ -76,7 +76,7 @@ def read_nodes(folder: Path) -> list[set[int]]:
 
 
 def _parse(cores: str) -> set[int]:
-    """``0-2,8`` as numbers; a node of memory alone has an empty list."""
+    """Parse a list of cores such as ``0-2,8``; a node without cores has an empty list."""
     result: set[int] = set()
     for part in filter(None, cores.strip().split(",")):
         first, _, last = part.partition("-")

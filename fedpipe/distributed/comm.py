@@ -1,8 +1,9 @@
-"""Every collective and every message of fedpipe: the only caller of torch.distributed.
+"""All collectives and messages of fedpipe; no other module calls torch.distributed.
 
-Process groups are made here, before DeepSpeed attaches to them: one for control, one per pipeline
-edge and direction, one per replica, one per stage over the replicas (FedAvg), one per stage over a
-client's own ranks. Groups of a single rank are not created: what they would do is nothing.
+Process groups are created here before DeepSpeed attaches to them: one for control, one per pipeline
+edge and direction, one per replica, one per stage over the replicas (FedAvg), and one per stage
+over a client's data-parallel ranks. Groups of a single rank are not created, since they would do
+nothing.
 """
 
 from __future__ import annotations
@@ -22,31 +23,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fedpipe.distributed.board import Board
-from fedpipe.distributed.device import identity, own_device
+from fedpipe.distributed.device import gpu_uuid, select_device
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid, check_devices
 
 NO_LIMIT = timedelta(days=365)
-"""Time-out of every group and store. How long a rank may take is for the watch to judge, which
-knows what each rank does; torch's own time-outs would also end a wait for a healthy rank."""
+"""Time-out of every group and store. The watch, which knows what each rank is doing, decides when a
+rank hangs; a time-out of torch would also end the wait for a healthy rank."""
 
 
 def _new_group(ranks: list[int], **how: Any) -> Any:
-    """As torch's, whose own time-out for a group is half an hour."""
+    """Create a group without torch's default time-out of half an hour."""
     return dist.new_group(ranks, timeout=NO_LIMIT, **how)
 
 
 def tcp_store(env: ProcessEnv) -> dist.Store:
-    """Connect to the store of a ``tcp`` rendezvous; returns only when its host has answered."""
+    """Connect to the store of a ``tcp`` rendezvous; waits until its host answers."""
     host, port = env.address
     return dist.TCPStore(host, port, is_master=False, timeout=NO_LIMIT)
 
 
 def host_store(listener: socket.socket) -> dist.Store:
-    """Host the store of a ``tcp`` rendezvous as long as the result lives.
+    """Host the store of a ``tcp`` rendezvous for as long as the returned object lives.
 
     Args:
-        listener: Bound and listening; the store takes it over.
+        listener: A bound, listening socket, which the store takes over.
     """
     address, port = listener.getsockname()[:2]
     host = "127.0.0.1" if address in ("::", "0.0.0.0") else address
@@ -61,14 +62,14 @@ def host_store(listener: socket.socket) -> dist.Store:
 
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""The first is the second's name since torch 2.13."""
+"""``all_gather_single`` is the new name since torch 2.13."""
 
 
 def _packed(value: Any) -> tuple[Tensor, list[int]]:
-    """Pickle a value, padded with zeros to the longest of all ranks; with the size on every rank.
+    """Pickle a value, padded with zeros to the longest of all ranks; return it and all sizes.
 
-    torch's own collectives of objects pad with memory that nobody has written to, and so send what
-    lay there before, which has been token ids.
+    torch's own collectives of objects pad with uninitialised memory, and so send its old content,
+    which has been token ids.
 
     Collective: every rank.
     """
@@ -88,7 +89,7 @@ def _unpacked(rows: list[Tensor], sizes: list[int]) -> list[Any]:
 
 
 def _from_all(value: Any) -> list[Any]:
-    """Hand a picklable value of every rank to every rank. Collective: every rank."""
+    """Send a picklable value of every rank to every rank. Collective: every rank."""
     payload, sizes = _packed(value)
     rows = [torch.empty_like(payload) for _ in sizes]
     dist.all_gather(rows, payload)
@@ -99,27 +100,33 @@ class Channel:
     """Point-to-point messages between two ranks, in one direction, in order."""
 
     def __init__(self, group: Any, *, source: int, target: int) -> None:
-        """Wrap the edge's own two-rank group."""
+        """Wrap the two-rank group of an edge."""
         self._group, self._source, self._target = group, source, target
 
     def isend(self, tensor: Tensor) -> Any:
-        """Start sending; the tensor must live and stay as it is until ``wait()`` of the result."""
+        """Start sending; the tensor must stay alive and unchanged until ``wait()`` returns."""
         return dist.isend(tensor, dst=self._target, group=self._group)
 
     def irecv(self, tensor: Tensor) -> Any:
-        """Start receiving into ``tensor``, contiguous; complete after ``wait()`` of the result."""
+        """Start receiving into a contiguous tensor; it is filled once ``wait()`` returns."""
         return dist.irecv(tensor, src=self._source, group=self._group)
 
 
 class Pending:
-    """A collective under way."""
+    """A collective that has started."""
 
     def __init__(self, result: Tensor, work: Any = None, *, source: Tensor | None = None) -> None:
-        """Wrap what it fills and torch's handle, None where nothing travels; keep what it reads."""
+        """Wrap a collective.
+
+        Args:
+            result: The tensor that it fills.
+            work: Torch's handle; None if there is nothing to wait for.
+            source: The tensor that it reads, which must live until then.
+        """
         self._result, self._work, self._source = result, work, source
 
     def wait(self) -> Tensor:
-        """Return the result once it is there."""
+        """Wait for the collective, and return its result."""
         if self._work is not None:
             self._work.wait()
         return self._result
@@ -140,9 +147,9 @@ class Comm:
 
         Args:
             grid: The process grid.
-            env: This process' place in it.
-            edges: Source stage, target stage, and whether gradients come back.
-            board: Where the ranks have met already; None makes one over the rendezvous.
+            env: Rank and rendezvous of this process.
+            edges: Source stage, target stage, and whether gradients go back.
+            board: The board of ranks that have met already; None creates one over the rendezvous.
 
         Raises:
             TopologyError: The processes do not fill the grid.
@@ -153,7 +160,7 @@ class Comm:
         self.grid, self.env = grid, env
         self.rank = env.rank
         self.stages, self.replica, self.data = grid.coordinates(env.rank)
-        self.device = own_device(env.local_rank)
+        self.device = select_device(env.local_rank)
         self.sent_bytes: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._init_process_group(board)
@@ -166,7 +173,7 @@ class Comm:
         self._connect()
 
     def _check_devices(self) -> None:
-        check_devices(_from_all(identity(self.device)))
+        check_devices(_from_all(gpu_uuid(self.device)))
 
     def _init_process_group(self, board: Board | None) -> None:
         scheme, _, path = self.env.rendezvous.partition("://")
@@ -178,12 +185,12 @@ class Comm:
         else:
             store = tcp_store(self.env)
             if board is None:
-                # A connection of its own: one that waits for a peer is closed to other threads.
+                # A second connection, because other threads cannot use one that waits for a peer.
                 board = Board(tcp_store(self.env), attempt=self.env.attempt)
         self.board = board or Board(store, attempt=self.env.attempt)
-        """Where the ranks leave short texts for each other."""
+        """Short texts that the ranks leave for each other."""
         dist.init_process_group(
-            # control, checkpoint votes and records stay on gloo whatever carries the tensors
+            # Control messages, checkpoint votes and records always use gloo.
             backend="cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"fedpipe/{self.env.attempt}", store),
             rank=self.rank,
@@ -201,17 +208,17 @@ class Comm:
             ("LOCAL_RANK", self.env.local_rank),
         ):  # DeepSpeed looks for a launcher's variables when an engine is built
             os.environ[name] = str(value)
-        # Its shared-memory all-reduce is compiled at first use (a minute, and it needs a compiler);
-        # fedpipe does not use it. Looked up in the module itself, so that DeepSpeed does not find
-        # out first what else it could compile: that calls compilers for a second, on every rank.
+        # DeepSpeed would compile its shared-memory all-reduce, which fedpipe does not use, at first
+        # use: that takes a minute and needs a compiler. The dictionary is taken from vars(),
+        # because an ordinary access makes DeepSpeed call compilers for a second on every rank.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
     def _make_groups(self, edges: Iterable[tuple[int, int, bool]]) -> None:
-        """Create every group of the grid, on every rank in the same order, as torch asks.
+        """Create every group of the grid, on every rank in the same order, as torch requires.
 
-        torch's ``use_local_synchronization`` would let only the members take part, but it names a
-        group after the number of groups that the rank has, which differs between an edge's ends.
+        With ``use_local_synchronization`` only members would take part. But torch then names a
+        group by the number of groups that a rank has, and that differs between the ends of an edge.
         """
         grid = self.grid
         self._self_group = _new_group([self.rank], use_local_synchronization=True)
@@ -239,17 +246,16 @@ class Comm:
                 self._keep(self._data_groups, stage, grid.data_group(stage, replica))
 
     def _keep(self, groups: dict[int, Any], stage: int, ranks: list[int]) -> None:
-        """Create a group; remember it where this rank belongs to it."""
+        """Create a group, and keep it if this rank is a member."""
         group = _new_group(ranks) if len(ranks) > 1 else None
         if self.rank in ranks:
             groups[stage] = group
 
     def _connect(self) -> None:
-        """Open every edge with a first message, on all ranks in one order.
+        """Open every edge with a first message, on all ranks in the same order.
 
-        NCCL connects two ranks when both have asked for it, and each waits until then. Ranks that
-        first receive, as each other's neighbours do where something comes back, would do so for
-        ever.
+        NCCL connects two ranks when both ask for it, and each waits for the other. Two neighbours
+        that both receive first, as on an edge with gradients, would wait for ever.
         """
         for (source, _), channel in self._channels.items():
             message = torch.zeros(1, dtype=torch.uint8, device=self.device)
@@ -257,7 +263,7 @@ class Comm:
             (channel.isend(message) if sends else channel.irecv(message)).wait()
 
     def channel(self, source: int, target: int) -> Channel:
-        """Messages from a stage to another."""
+        """Return the channel from one stage to another."""
         return self._channels[source, target]
 
     def is_master(self) -> bool:
@@ -288,12 +294,12 @@ class Comm:
         return sent
 
     def all_to_all(self, stage: int, tensor: Tensor, *, label: str) -> Pending:
-        """Start to hand slice r of a tensor to replica r of a stage, on all replicas.
+        """Start to send slice r of a tensor to replica r of a stage, on all replicas.
 
         Args:
             stage: A stage of this process.
             tensor: (R, ...), contiguous, same shape and dtype on every replica; must not change
-                before the result is there.
+                before the collective has ended.
             label: Entry of the traffic ledger; this rank sends ``(R - 1) / R`` of the tensor.
 
         Returns:
@@ -310,17 +316,17 @@ class Comm:
         return Pending(result, work, source=tensor)
 
     def all_gather(self, stage: int, tensor: Tensor, *, label: str) -> Pending:
-        """Start to hand a tensor to all replicas of a stage.
+        """Start to send a tensor to all replicas of a stage.
 
         Args:
             stage: A stage of this process.
             tensor: Contiguous, same shape and dtype on every replica; must not change before the
-                result is there.
-            label: Entry of the traffic ledger; this rank sends the tensor R - 1 times over, its own
-                or another's: a ring.
+                collective has ended.
+            label: Entry of the traffic ledger; in a ring this rank sends R - 1 tensors of this
+                size, its own and those that it passes on.
 
         Returns:
-            (R, ...): slice r is replica r's.
+            (R, ...): slice r comes from replica r.
 
         Collective: the same stage and data index of every replica.
         """
@@ -334,13 +340,14 @@ class Comm:
         return Pending(result, work, source=tensor)
 
     def hand_down(self, tensor: Tensor, *, label: str) -> None:
-        """Hand a tensor of the first stage's process down the pipe, over the edges of activations.
+        """Send a tensor from the first stage to all later ones, over the edges of activations.
 
         Args:
-            tensor: Contiguous, same shape and dtype on every process; overwritten on all others.
-            label: Entry of the traffic ledger; each process but the last sends the tensor once.
+            tensor: Contiguous, same shape and dtype on every process; overwritten on later stages.
+            label: Entry of the traffic ledger; each process except the last sends the tensor once.
 
-        Collective: every process of a replica with the same data index, with the stream drained.
+        Collective: every process of a replica with the same data index, while no message of a
+        micro-batch is in flight.
         """
         if self.grid.colocate:
             return
@@ -371,21 +378,21 @@ class Comm:
         return None if rows is None else _unpacked(rows, sizes)
 
     def broadcast(self, value: Any) -> Any:
-        """Hand rank 0's picklable value to every rank. Collective: every rank."""
+        """Send rank 0's picklable value to every rank. Collective: every rank."""
         values = [value]
         if self.env.world_size > 1:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def agree(self, ok: bool, *, message: str = "") -> list[str]:
-        """Tell every rank what went wrong on any of them, so that none waits for a failed one.
+        """Send every rank the errors of all ranks, so that none waits for a rank that has failed.
 
         Args:
-            ok: Whether this rank may go on.
-            message: What is wrong here.
+            ok: Whether this rank can go on.
+            message: The error of this rank.
 
         Returns:
-            The messages of all failed ranks; empty if all may go on.
+            The messages of all failed ranks; empty if all ranks can go on.
 
         Collective: every rank.
         """
@@ -394,7 +401,7 @@ class Comm:
         return [m for m in _from_all(None if ok else message) if m is not None]
 
     def least_in_replica(self, value: int) -> int:
-        """Return the least of a whole number over the stages and data ranks of this replica.
+        """Return the minimum of a whole number over the processes of this replica.
 
         Collective: every process of the replica.
         """
@@ -410,7 +417,7 @@ class Comm:
             self.agree(True)
 
     def stage_mpu(self, stage: int) -> StageMPU:
-        """What DeepSpeed asks its ``mpu`` for, answered for one stage."""
+        """Return the ``mpu`` object that DeepSpeed asks for the groups of one stage."""
         return StageMPU(
             data_group=self._data_groups[stage],
             self_group=self._self_group,
@@ -419,16 +426,16 @@ class Comm:
         )
 
     def close(self) -> None:
-        """Leave the run."""
+        """Destroy all process groups."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 class StageMPU:
-    """DeepSpeed's model-parallel unit for one stage.
+    """DeepSpeed's model-parallel unit (mpu) for one stage.
 
-    The stage alone is model-parallel, so norms and overflow checks never reach another stage;
-    data-parallel are the ranks that share this client's batch, never other clients.
+    The model-parallel group is this rank alone, so norms and overflow checks never involve another
+    stage. The data-parallel group is the ranks that share this client's batch, never other clients.
     """
 
     _self_groups: dict[int, Any] = {}

@@ -1,6 +1,6 @@
-"""Who this process is: the same answer under fedpipe's own launcher, torchrun, deepspeed and srun.
+"""Rank, rendezvous, cores and GPUs of this process, under every launcher.
 
-Pure: reads environment variables, imports no torch.
+Reads environment variables and the system's files; imports no torch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class ProcessEnv:
     rendezvous: str
     """``file:///PATH`` (one host) or ``tcp://HOST:PORT``."""
     hosts_store: bool = False
-    """A ``tcp`` rendezvous is at this process, and no launcher answers there already."""
+    """This process hosts the store of a ``tcp`` rendezvous; no launcher does."""
     attempt: int = 0
-    """Restart count: keys of an earlier attempt's store are never read."""
+    """Number of restarts; keys that an earlier attempt left in the store are never read."""
 
     @property
     def address(self) -> tuple[str, int]:
@@ -43,14 +43,14 @@ def detect(environ: Mapping[str, str] = os.environ) -> ProcessEnv:
 
     Understands RANK/WORLD_SIZE/MASTER_ADDR/MASTER_PORT (torchrun, deepspeed, submitit's
     ``TorchDistributedEnvironment``) and SLURM_PROCID/SLURM_NTASKS (srun, with MASTER_ADDR and
-    MASTER_PORT set by the job script). A launcher that does not say how many processes a host has
-    is taken to use one host.
+    MASTER_PORT set by the job script). If the launcher does not give the number of processes on the
+    host, all processes are assumed to be on one host.
 
     Args:
         environ: The environment.
 
     Returns:
-        This process' place in the run.
+        Rank and rendezvous of this process.
 
     Raises:
         TopologyError: A variable is missing or not a number.
@@ -120,7 +120,7 @@ def _number(environ: Mapping[str, str], name: str, *, default: int | None = None
 
 
 def _tasks_on_node(environ: Mapping[str, str], *, default: int) -> int:
-    """Tasks of SLURM on this node, from a list such as ``2(x3),1``: 2 on three nodes, 1 on one."""
+    """Return the SLURM tasks on this node; a list ``2(x3),1`` means 2 on three nodes, then 1."""
     text = environ.get("SLURM_TASKS_PER_NODE")
     if text is None:
         return default
@@ -139,12 +139,12 @@ def _tasks_on_node(environ: Mapping[str, str], *, default: int) -> int:
 
 
 def threads_per_process(local_world_size: int, *, cores: int | None = None) -> int:
-    """Intra-op threads for one process, so that a host's processes do not fight for its cores.
+    """Return the intra-op threads for one process, so that all processes together fit the cores.
 
     Args:
         local_world_size: Processes of the run on this host.
-        cores: What they share; None takes what SLURM gave the job here, outside of SLURM what the
-            launcher may use, and then no more threads than this process may use cores.
+        cores: Cores that they share. None takes SLURM's cores of the job on this node, or outside
+            of SLURM the launcher's cores, and limits the threads to the cores of this process.
 
     Returns:
         At least 1.
@@ -159,10 +159,10 @@ def threads_per_process(local_world_size: int, *, cores: int | None = None) -> i
 
 
 def num_gpus(environ: Mapping[str, str] = os.environ) -> int:
-    """Count the GPUs that processes of this host may use, without asking torch.
+    """Count the GPUs that processes of this host may use, without importing torch.
 
     Returns:
-        0 where ``DS_ACCELERATOR`` says cpu, or where torch is the build for CPUs.
+        The number; 0 if ``DS_ACCELERATOR`` is "cpu" or torch is the build for CPUs.
     """
     if environ.get("DS_ACCELERATOR") == "cpu" or version("torch").endswith("+cpu"):
         return 0
@@ -170,7 +170,7 @@ def num_gpus(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def gpus_of_driver(root: Path = Path("/")) -> list[str]:
-    """Return the UUIDs of the GPUs of this host, "" for an unknown one, in the driver's order."""
+    """Return the UUIDs of this host's GPUs in the driver's order, "" for an unknown one."""
     paths = [path for path in root.glob("dev/nvidia[0-9]*") if path.name[6:].isdigit()]
     uuids = {}
     for file in root.glob("proc/driver/nvidia/gpus/*/information"):
@@ -181,16 +181,16 @@ def gpus_of_driver(root: Path = Path("/")) -> list[str]:
 
 
 def count_visible(names: str | None, gpus: Sequence[str]) -> int:
-    """Count the GPUs that ``CUDA_VISIBLE_DEVICES`` leaves, as CUDA does.
+    """Count the GPUs that ``CUDA_VISIBLE_DEVICES`` makes visible, as CUDA counts them.
 
     Args:
-        names: Indices, UUIDs or beginnings of them, MIG devices, separated by commas; None where
-            the variable is not set.
-        gpus: From ``gpus_of_driver``.
+        names: Indices, UUIDs or their beginnings, and MIG devices, separated by commas; None if the
+            variable is not set.
+        gpus: UUIDs from ``gpus_of_driver``.
 
     Returns:
-        Those before the first name that is of no GPU, or that is there twice. A MIG device is taken
-        to exist where there is a GPU, because the driver's files do not name it.
+        The number of names before the first one that is unknown or repeated. A MIG device counts if
+        there is any GPU, because the driver's files do not list MIG devices.
     """
     if names is None:
         return len(gpus)
@@ -210,9 +210,9 @@ def count_visible(names: str | None, gpus: Sequence[str]) -> int:
 
 
 def cores_from_slurm(environ: Mapping[str, str] = os.environ) -> int:
-    """Cores of a SLURM job on this node, 0 outside of one.
+    """Return the cores of a SLURM job on this node; 0 outside of SLURM.
 
-    SLURM counts them per task of its own. torchrun is one task that starts several processes.
+    SLURM counts cores per task, and torchrun is one task that starts several processes.
     """
     if "SLURM_CPUS_PER_TASK" in environ:
         return _number(environ, "SLURM_CPUS_PER_TASK") * _tasks_on_node(environ, default=1)
@@ -220,8 +220,8 @@ def cores_from_slurm(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def launcher_cores() -> set[int]:
-    """Cores that the process which started this one may use: more, where it has bound this one."""
+    """Return the cores of the parent process: more than this one's if it has bound this process."""
     try:
         return os.sched_getaffinity(os.getppid())
-    except OSError:  # it has ended
+    except OSError:  # the parent has ended
         return os.sched_getaffinity(0)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, heard whatever the main thread does. No torch."""
+"""Signals that ask a run to stop, handled even while the main thread waits in C code. No torch."""
 
 from __future__ import annotations
 
@@ -12,31 +12,34 @@ from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
-"""Ask a run to stop: a scheduler, Ctrl-C, a cluster's warning ahead of time, a closed terminal."""
+"""Signals of a scheduler, of Ctrl-C, of a cluster before the time limit, and of a closed
+terminal."""
 EXIT_INTERRUPTED = 75
-"""EX_TEMPFAIL of sysexits.h: the same command goes on where this one ended."""
+"""EX_TEMPFAIL of sysexits.h: the same command continues where this one has ended."""
 _REPEATED_S = 3.0
-"""A launcher may pass on the signal that the terminal has sent already; later ones are meant."""
+"""A second signal within this time counts as the same request, because a launcher may repeat the
+signal that the terminal has sent."""
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Return those of ``STOP_SIGNALS`` that count here: nohup has a process ignore SIGHUP."""
+    """Return ``STOP_SIGNALS``, without SIGHUP if the process ignores it, as under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP)]
 
 
 class SignalThread:
-    """A thread that is told of every signal with a handler in Python, as soon as it comes.
+    """A thread that gets the number of every handled signal as soon as it arrives.
 
-    Python runs handlers between two steps of its main thread; one that waits inside torch makes
-    none. The C part of its handling writes the number to a descriptor at once.
+    Python runs signal handlers in its main thread only, and not while that waits inside torch. But
+    the C part of Python's handling writes the number to a descriptor at once, which the thread
+    reads.
     """
 
     def __init__(self, take: Callable[[int], None]) -> None:
         """Start to listen. Main thread only.
 
         Args:
-            take: Called in the thread with the number of the signal.
+            take: Called in the thread with the number of each signal.
         """
         self._take = take
         self._reader, self._writer = os.pipe()
@@ -45,7 +48,7 @@ class SignalThread:
         threading.Thread(target=self._run, name="signals", daemon=True).start()
 
     def close(self) -> None:
-        """Give the signals back to whoever listened before. Main thread only."""
+        """Stop to listen, and restore the descriptor that was set before. Main thread only."""
         signal.set_wakeup_fd(self._before, warn_on_full_buffer=False)
         os.close(self._writer)
 
@@ -57,39 +60,39 @@ class SignalThread:
 
 
 def no_action(number: int, frame: FrameType | None) -> None:
-    """Handle a signal in the main thread: a ``SignalThread`` has taken it already."""
+    """Do nothing in the main thread, because a ``SignalThread`` handles the signal."""
 
 
 class Interrupted(BaseException):
-    """The user or the system asked the run to stop; the text says where it is saved.
+    """The user or the system has asked the run to stop; the message says where it is saved.
 
-    Like ``KeyboardInterrupt`` it may rise anywhere, so a library's ``except Exception`` must not
-    swallow it.
+    Like ``KeyboardInterrupt`` it can be raised anywhere, and must pass a library's ``except
+    Exception``.
     """
 
 
 class Signals:
-    """What the signals mean to the supervisor: stop at once, or first of all ask the ranks to."""
+    """Signals of the supervisor: they stop it at once, or first make it ask the ranks to stop."""
 
     def __init__(self, *, at_once_s: float | None = None) -> None:
-        """Nobody has asked yet.
+        """Start without a request.
 
         Args:
-            at_once_s: After this a process ends that is to stop at once and does not, because its
-                main thread waits inside torch; None leaves that to it.
+            at_once_s: Seconds after which the process is ended if it has to stop at once but its
+                main thread waits inside torch; None never ends it.
         """
         self._at_once_s = at_once_s
         self.patient = False
-        """The ranks train: they can be asked to save and stop."""
+        """Whether the ranks are training, so that they can be asked to save and stop."""
         self.asked = False
-        """They are to be, or have been, asked."""
+        """Whether the ranks have been or must be asked to stop."""
         self.number = 0
-        """The first signal that has come; 0 while there is none."""
+        """Number of the first signal; 0 before there is one."""
         self._ended = threading.Event()
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Turn the signals into ``Interrupted``, the first one while patient into ``asked``."""
+        """Raise ``Interrupted`` on a signal; the first one while ``patient`` sets ``asked``."""
         thread = SignalThread(self._insist)
         before = {number: signal.signal(number, self._take) for number in stop_signals()}
         try:
@@ -107,7 +110,7 @@ class Signals:
         self.asked = True
 
     def _insist(self, number: int) -> None:
-        """End the process if its main thread does not. Called in a thread of its own."""
+        """End the process if its main thread does not; called in the signal thread."""
         if self._at_once_s is None or self.patient or number not in stop_signals():
             return
         if not self._ended.wait(self._at_once_s):
@@ -115,25 +118,25 @@ class Signals:
 
 
 class StopSignals:
-    """Remembers that this process was asked to stop; a second request ends it at once."""
+    """Records a request to stop this process; a second request ends it at once."""
 
     def __init__(self) -> None:
-        """Catch nothing yet."""
+        """Create the object without catching signals."""
         self._asked_at: float | None = None
         self._before: dict[int, Any] = {}
         self._thread: SignalThread | None = None
         self.number = 0
-        """The first signal that has come; 0 while there is none."""
+        """Number of the first signal; 0 before there is one."""
 
     def catch(self) -> None:
-        """Catch the signals from now on, also those that were blocked. Main thread only."""
+        """Catch the signals from now on, including those that were blocked. Main thread only."""
         self._thread = SignalThread(self._take)
         for number in stop_signals():
             self._before[number] = signal.signal(number, no_action)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def release(self) -> None:
-        """Give the signals back to whoever caught them before. Main thread only."""
+        """Restore the handlers that were set before. Main thread only."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
@@ -143,12 +146,12 @@ class StopSignals:
 
     @property
     def catches(self) -> bool:
-        """They are caught now."""
+        """Whether the signals are caught now."""
         return bool(self._before)
 
     @property
     def asked(self) -> bool:
-        """One has come."""
+        """Whether a signal has arrived."""
         return self._asked_at is not None
 
     def _take(self, number: int) -> None:
@@ -166,5 +169,5 @@ def _forget() -> None:
         signal.set_wakeup_fd(-1)
 
 
-# A signal to a forked child, such as the end of a pool, is none to this process.
+# A signal to a forked child, such as at the end of a pool, must not reach this process' thread.
 os.register_at_fork(after_in_child=_forget)

@@ -1,15 +1,16 @@
-"""The process grid: which rank holds which stage of which replica. Pure arithmetic.
+"""The process grid: which rank holds which stage of which replica. No torch.
 
 Axes are ``client``, ``data``, ``pipe`` in this order, row-major: ranks are numbered exactly as by
 ``deepspeed.runtime.pipe.topology.ProcessTopology(["client", "data", "pipe"], [...])``. The
 ``client`` coordinate is a replica: a physical pipeline that hosts one client at a time. ``data``
-counts the ranks *inside* a replica's stage that share one client's batch. Clients never lie on
-``data``: DeepSpeed averages gradients there.
+counts the ranks *inside* a replica's stage that share one client's batch. Different clients are
+never on the ``data`` axis, because DeepSpeed averages gradients there.
 
-``pipe`` is fastest because launchers number ranks node by node (srun does, unless it is told
-``--distribution=cyclic``), and activations travel with every micro-batch, gradients of ``data``
-once per local step, averages over ``client`` once per round. So the stages of a pipeline are
-neighbours, and share a node wherever its number of ranks is a multiple of the number of stages.
+``pipe`` is the fastest axis because it has the most traffic: activations are sent for every
+micro-batch, gradients over ``data`` once per local step, weights over ``client`` once per round.
+Launchers number ranks node by node (srun does so without ``--distribution=cyclic``). So the stages
+of a pipeline have neighbouring ranks, and share a node if its number of ranks is a multiple of the
+number of stages.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Grid:
     """Processes of a run, ``num_stages x num_replicas x data_parallel_degree``.
 
     With ``colocate`` all stages of a replica are threads of one process: the ``pipe`` axis has one
-    coordinate, and every stage of a replica has the same rank. Heads at
-    home are further stages, from ``num_stages`` on, on the ranks of stage 0.
+    coordinate, and every stage of a replica has the same rank. Heads at the client (U-shape) are
+    virtual stages, numbered from ``num_stages`` on, on the ranks of stage 0.
     """
 
     num_stages: int
@@ -48,12 +49,12 @@ class Grid:
 
     @classmethod
     def from_config(cls, config: RunConfig) -> Grid:
-        """Return the grid that a configuration asks for."""
+        """Return the grid of a configuration."""
         return cls.of(config.pipeline, config.federation)
 
     @classmethod
     def of(cls, pipeline: PipelineConfig, federation: FederationConfig) -> Grid:
-        """Return the grid of a pipeline's replicas."""
+        """Return the grid of a pipeline and its replicas."""
         return cls(
             num_stages=pipeline.num_stages,
             num_replicas=federation.num_replicas,
@@ -64,7 +65,7 @@ class Grid:
 
     @property
     def num_virtual_stages(self) -> int:
-        """Stages, heads at home counted."""
+        """Stages including heads at the client."""
         return self.num_stages + self.num_home_heads
 
     @property
@@ -102,8 +103,8 @@ class Grid:
             rank: Global rank.
 
         Returns:
-            The stages it holds (one; the first with the heads at home; all of them with
-            ``colocate``), its replica and data index.
+            The stages that the rank holds, its replica and its data index. A rank holds one stage,
+            that of stage 0 also the heads at the client, and with ``colocate`` all stages.
         """
         assert 0 <= rank < self.world_size, rank
         rest, pipe = divmod(rank, self.dims[-1])
@@ -127,13 +128,13 @@ class Grid:
         return [self.rank(stage, replica, data) for data in range(self.data_parallel_degree)]
 
     def edges_between_nodes(self, ranks_per_node: int) -> list[tuple[int, int, int]]:
-        """Return the pipeline edges that leave a node, where each holds the next ranks in order.
+        """Return the pipeline edges between two nodes, if nodes hold consecutive ranks.
 
         Args:
-            ranks_per_node: Processes on every node; the last one may have fewer.
+            ranks_per_node: Processes on every node; the last node may have fewer.
 
         Returns:
-            ``(stage, replica, data)`` whose activations go to a stage on another node.
+            ``(stage, replica, data)`` of every process that sends activations to another node.
         """
         return [
             (stage, replica, data)
@@ -145,13 +146,13 @@ class Grid:
         ]
 
     def check_world_size(self, world_size: int) -> None:
-        """Refuse a number of processes that does not fill the grid.
+        """Check that the number of processes fills the grid.
 
         Args:
             world_size: Processes that were started.
 
         Raises:
-            TopologyError: It is not the grid's own world size.
+            TopologyError: The number differs from the grid's.
         """
         if world_size == self.world_size:
             return
@@ -173,14 +174,14 @@ _ONE_GPU_EACH = (
 
 
 def check_gpus(num_processes: int, num_gpus: int) -> None:
-    """Refuse more processes on a host than it has GPUs, before any of them starts.
+    """Check that a host has a GPU for each of its processes, before any of them starts.
 
     Args:
-        num_processes: Of the run on this host.
-        num_gpus: That they may use; 0 leaves them the CPU.
+        num_processes: Processes of the run on this host.
+        num_gpus: GPUs that they may use; 0 means that they use the CPU.
 
     Raises:
-        TopologyError: There are too many.
+        TopologyError: There are more processes than GPUs.
     """
     if 0 < num_gpus < num_processes:
         raise TopologyError(
@@ -190,16 +191,16 @@ def check_gpus(num_processes: int, num_gpus: int) -> None:
 
 
 def check_devices(devices: Sequence[str]) -> None:
-    """Refuse a GPU that several processes share: NCCL does.
+    """Check that no two processes share a GPU, which NCCL does not support.
 
-    What a process sees of its host's GPUs depends on the launcher (all of them, or one that each
-    process calls its first), so the devices' own ids are compared.
+    UUIDs are compared, because it depends on the launcher whether a process sees all GPUs of its
+    host or only one, which it then numbers 0.
 
     Args:
-        devices: Unique id of every rank's device.
+        devices: UUID of every rank's GPU.
 
     Raises:
-        TopologyError: Two ranks have the same one.
+        TopologyError: Two ranks have the same GPU.
     """
     for rank, device in enumerate(devices):
         first = devices.index(device)

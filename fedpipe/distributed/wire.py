@@ -1,7 +1,7 @@
-"""Wire formats: how a tensor of a message looks on its way, and how it comes back.
+"""Wire formats: encode the tensors of a message before sending, decode them after receiving.
 
-Both ends of an edge hold the same ``TensorSpec``s, so a message carries no header. A link between
-threads makes the same round trip as one between processes, so both compute the same numbers.
+Both ends of an edge hold the same ``TensorSpec``s, so a message has no header. A link between
+threads encodes and decodes as a link between processes does, so both give the same numbers.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor
 _CASTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _INT8_MAX = 127
 _CACHED_ELEMENTS = 256 * 1024
-"""What a CPU converts at a time, 1 MiB of float32, so that its passes stay in the cache."""
+"""Elements that a CPU converts at a time: 1 MiB of float32, so that the data stays in the cache."""
 _SMALLEST_ROW = 1e-30
-"""A row below this is sent as zeros: its scale, and the scale's inverse, stay normal floats."""
+"""A row whose largest value is below this is sent as zeros, so that its scale and the inverse of
+the scale are normal floats."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a message: what its receiver gets, and how it travels.
+    """One tensor of a message: the shape and dtype that the receiver gets, and the wire format.
 
-    ``wire`` is "" (as ``dtype``), "fp32", "bf16" or "int8". int8 sends every row (the last
+    ``wire`` is "" (sent as ``dtype``), "fp32", "bf16" or "int8". int8 sends every row (the last
     dimension) as ``q = round(x / s)`` with its own float32 scale ``s = max|x| / 127``, all in one
-    buffer, scales first; the receiver gets ``q s``, at most ``s / 2`` away from x. A row of zeros
-    arrives as zeros; a row with an inf or a nan arrives as nan, never as a number.
-    Source: symmetric per-vector quantisation, Dettmers et al. 2022, equation 1,
-    https://arxiv.org/abs/2208.07339.
+    buffer, scales first. The receiver gets ``q s``, which differs from x by ``s / 2`` at most. A
+    row of zeros arrives as zeros. A row with an inf or a nan arrives as nan. Source: symmetric
+    per-vector quantisation, Dettmers et al. 2022, equation 1, https://arxiv.org/abs/2208.07339.
     """
 
     shape: tuple[int, ...]
@@ -49,17 +49,17 @@ class TensorSpec:
         return _CASTS.get(self.wire, self.dtype)
 
     def empty(self, device: torch.device) -> Tensor:
-        """Return a buffer that what ``encode`` returns can be received into."""
+        """Return a buffer to receive an encoded tensor."""
         if self.wire == "int8":
             return torch.empty(self.nbytes, dtype=torch.uint8, device=device)
         return torch.empty(self.shape, dtype=self._wire_dtype, device=device)
 
     @torch.no_grad()
     def encode(self, tensor: Tensor) -> Tensor:
-        """Return what travels, contiguous; ``tensor`` itself where nothing has to change.
+        """Return the encoded tensor, contiguous; ``tensor`` itself if the format changes nothing.
 
         Args:
-            tensor: Of ``shape``, any float for "fp32", "bf16" and "int8".
+            tensor: A tensor of ``shape``; any float for "fp32", "bf16" and "int8".
         """
         if self.wire != "int8":
             return tensor.to(self._wire_dtype).contiguous()
@@ -70,7 +70,7 @@ class TensorSpec:
 
     @torch.no_grad()
     def decode(self, buffer: Tensor) -> Tensor:
-        """Return the tensor, in ``dtype``, that ``encode`` made ``buffer`` from."""
+        """Return the tensor of an encoded one, in ``dtype``."""
         if self.wire != "int8":
             return buffer.to(self.dtype)
         tensor = torch.empty(self.shape, dtype=self.dtype, device=buffer.device)
@@ -79,7 +79,7 @@ class TensorSpec:
         return tensor
 
     def _parts(self, tensor: Tensor, buffer: Tensor) -> Iterable[tuple[Tensor, ...]]:
-        """Rows of the tensor with their scales (R, 1) and int8 values (R, D) in the buffer."""
+        """Pair rows of the tensor with their scales (R, 1) and int8 values (R, D) in the buffer."""
         columns = self.shape[-1]
         rows = tensor.reshape(-1, columns)
         num_scale_bytes = len(rows) * torch.float32.itemsize
@@ -91,7 +91,7 @@ class TensorSpec:
 
 
 def _quantise(rows: Tensor, scales: Tensor, quantised: Tensor) -> None:
-    """Fill ``scales`` and ``quantised`` from some rows."""
+    """Fill ``scales`` and ``quantised`` with the encoding of some rows."""
     values = rows.float()
     scratch = values.abs()
     largest = scratch.amax(-1, keepdim=True)

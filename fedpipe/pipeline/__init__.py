@@ -1,1 +1,1 @@
-"""The pipeline: schedules, their simulator, stages, links and the engine."""
+"""The pipeline: schedules and their simulator, stage engines, and links between stages."""

@@ -1,8 +1,8 @@
-"""Emulated devices: stages that take their time without using a core.
+"""Emulated devices: stages that sleep instead of computing.
 
-More processes than cores contend, so wall time on a small machine says nothing about a schedule.
-Here every stage sleeps the time that its device would compute; messages, autograd, engines and
-optimizers are real. Numbers made this way are labelled "emulated devices".
+More processes than cores slow each other down, so on a small machine wall time says nothing about a
+schedule. Here every stage sleeps as long as its device would compute; messages, autograd, engines
+and optimizers are real. Such measurements are labelled "emulated devices".
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from fedpipe.models.stage import Stage, gather_masked
 
 BACKWARD_PER_FORWARD = 2.0
-"""A backward pass multiplies twice for every multiplication of the forward pass."""
+"""Time of a backward pass over that of its forward pass, which has half as many multiplications."""
 
 
 class _Sleep(torch.autograd.Function):
-    """The identity, after a while; so is its gradient."""
+    """The identity with a delay, in the forward and in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, forward_s: float, backward_s: float) -> Tensor:
@@ -37,17 +37,17 @@ class _Sleep(torch.autograd.Function):
 def emulate_(
     stage: Stage, *, layer_forward_s: float, masked_layer_forward_s: float, head_forward_s: float
 ) -> None:
-    """Replace what a stage computes by the time that a device would take, in place.
+    """Replace the computation of a stage by the time that a device would take, in place.
 
-    Activations and gradients keep their shapes. One vector of the stage stays in the graph, so that
-    there is something to differentiate and to optimize.
+    Activations and gradients keep their shapes. One parameter vector of the stage stays in the
+    graph, so that there is a gradient to compute and to apply.
 
     Args:
         stage: Its ``forward``, ``head_inputs`` and ``loss`` are replaced.
         layer_forward_s: Forward pass of one encoder layer for one micro-batch; the backward pass
             takes twice that.
-        masked_layer_forward_s: The same of the model's last layer.
-        head_forward_s: The same of a head.
+        masked_layer_forward_s: The same for the model's last layer.
+        head_forward_s: The same for a head.
     """
     hidden = stage.hidden_size
     anchor = next(p for p in stage.parameters() if p.shape == (hidden,))

@@ -1,6 +1,6 @@
-"""The pipeline of one replica, as far as it lives in this process: streams, driven by a schedule.
+"""Run the stages of one replica that are in this process, as a schedule prescribes.
 
-One stage, the first stage and the head that is at home with it, or all stages as threads.
+These are one stage, or the first stage with the heads at the client, or all stages as threads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpipe.config.schema import PipelineConfig
-from fedpipe.distributed.device import Draws, OwnStream
+from fedpipe.distributed.device import Draws, ThreadStream
 from fedpipe.models.split import placement
 from fedpipe.pipeline import schedule as ops
 from fedpipe.pipeline.p2p import QueueLink
@@ -22,21 +22,22 @@ from fedpipe.pipeline.stage_engine import MicroBatchSource, StageEngine, StepRes
 
 
 class SplitPipelineEngine:
-    """The stages of one replica that live in this process."""
+    """The stages of one replica that are in this process."""
 
     def __init__(self, stages: list[StageEngine], pipeline: PipelineConfig) -> None:
-        """Take the stages of one process of the pipe axis, or all of a replica as threads.
+        """Wrap stages; those that the ``pipe`` axis puts on different processes become threads.
 
         Args:
-            stages: In order of their ids.
-            pipeline: Micro-batches and window.
+            stages: The stages, in order of their ids.
+            pipeline: Number of micro-batches, and window of the links.
         """
         self.stages, self._pipeline = stages, pipeline
         by_id = {stage.spec.stage_id: stage for stage in stages}
         held = placement([stage.spec for stage in stages])
         self._threads = [[by_id[spec.stage_id] for spec in specs] for specs in held]
-        self._streams = [OwnStream(threads[0].device) for threads in self._threads]
-        # Threads that draw take turns in their forward passes; without dropout nobody draws.
+        self._streams = [ThreadStream(threads[0].device) for threads in self._threads]
+        # Threads that draw random numbers take turns in their forward passes; without dropout none
+        # draws.
         several = len(self._threads) > 1 and any(map(_drops_out, stages))
         for together in self._threads if several else ():
             draws = Draws(together[0].device, shared=True)
@@ -44,17 +45,17 @@ class SplitPipelineEngine:
                 stage.draws = draws
 
     def seed_draws(self, seed: Callable[[tuple[int, ...]], int]) -> None:
-        """Seed what the stages draw, as if every thread were a process.
+        """Seed the random numbers of the stages, as if every thread were a process.
 
         Args:
-            seed: Of the ids of the stages that are computed together.
+            seed: Returns the seed for the ids of the stages of one thread.
         """
         for held in self._threads:
             held[0].draws.seed(seed(tuple(stage.spec.stage_id for stage in held)))
 
     @property
     def draws(self) -> dict[str, Any]:
-        """Where the stages go on drawing, for ``torch.save``."""
+        """State of the stages' random numbers, for ``torch.save``."""
         states = [held[0].draws.state for held in self._threads]
         return {"threads": states} if len(states) > 1 else states[0]
 
@@ -77,12 +78,12 @@ class SplitPipelineEngine:
 
         Args:
             steps: Indices of the steps inside the client's turn.
-            source: Micro-batches for the first stage; None where it is not in this process.
+            source: Micro-batches for the first stage; None if that is in another process.
             lr: Learning rate of a step.
             on_step: Called with the stage and the result after each step of each stage.
-            until: Asked by every stage before a step: up to which one the steps are certain to be
-                run. This step itself ends the run, the same one on all stages of the replica; the
-                others reach at least ``lookahead`` steps further.
+            until: Called by every stage before a step; returns the end of the steps that are
+                certain to be run. If that is the step itself, the stage stops there, and so do all
+                stages of the replica. Otherwise it is at least ``lookahead`` steps further.
 
         Collective: every process of the replica, with the same ``steps``.
         """
@@ -109,7 +110,7 @@ class SplitPipelineEngine:
 
     @property
     def lookahead(self) -> int:
-        """Steps, this one included, for whose messages a stage may have posted receives."""
+        """Steps, including the present one, for which a stage may have posted receives."""
         return 2 + (self._pipeline.in_flight - 1) // self._pipeline.num_micro_batches
 
     def evaluate(
@@ -118,12 +119,12 @@ class SplitPipelineEngine:
         """Score micro-batches without training.
 
         Args:
-            num_micro_batches: How many.
+            num_micro_batches: Number of micro-batches.
             source: As in ``train``.
 
         Returns:
-            By stage, for those with a head: (num_micro_batches, B, M) float32, what its ``score``
-            says, on the CPU.
+            For every stage with a head the results of its ``score``, (num_micro_batches, B, M)
+            float32, on the CPU.
 
         Collective: every process of the replica, with the same number.
         """
@@ -133,7 +134,7 @@ class SplitPipelineEngine:
             for stage in stages:
                 first = stage.spec.is_first
                 stage.begin_evaluation(num_micro_batches, source=source if first else None)
-            with torch.no_grad():  # is per thread
+            with torch.no_grad():  # the setting is per thread
                 self._execute(
                     stages,
                     ops.evaluation,
@@ -175,7 +176,7 @@ class SplitPipelineEngine:
             return
         failures: list[BaseException] = []
 
-        def guarded(stages: list[StageEngine], stream: OwnStream) -> None:
+        def guarded(stages: list[StageEngine], stream: ThreadStream) -> None:
             try:
                 with stream.current():
                     action(stages)
@@ -198,5 +199,5 @@ class SplitPipelineEngine:
 
 
 def _drops_out(stage: StageEngine) -> bool:
-    """Whether a stage's forward pass draws from torch's generator."""
+    """Whether a stage has dropout, which draws from torch's generator."""
     return any(isinstance(m, nn.Dropout) and m.p > 0 for m in stage.stage.modules())

@@ -1,6 +1,6 @@
-"""What crosses every edge of the pipeline, as plain data: the plan, the links and the ledger agree.
+"""Describe the messages of every pipeline edge, for the plan, the links and the traffic ledger.
 
-Pure: no torch.
+No torch.
 """
 
 # B = sequences, T = positions per sequence, M = targets per sequence, P = planes of the targets,
@@ -23,12 +23,12 @@ class WireTensor:
     """One tensor of a message."""
 
     name: str
-    """What it is, in words."""
+    """Description for people."""
     shape: tuple[int, ...]
     dtype: str
-    """What its receiver gets, a torch dtype's name."""
+    """Name of the torch dtype that the receiver gets."""
     wire: str = ""
-    """How it travels: "" as ``dtype``, "fp32", "bf16", or "int8" with a float32 scale per row."""
+    """Wire format: "" for ``dtype``, "fp32", "bf16", or "int8" with a float32 scale per row."""
 
     @property
     def nbytes(self) -> int:
@@ -40,12 +40,12 @@ class WireTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EdgeMessages:
-    """What one micro-batch of one data-parallel rank sends over an edge, both ways."""
+    """Messages of one micro-batch and one data-parallel rank over an edge, in both directions."""
 
     edge: Edge
     forward: tuple[WireTensor, ...]
     backward: tuple[WireTensor, ...]
-    """Empty where nothing goes back."""
+    """Empty if nothing is sent back."""
 
     @property
     def bytes_forward(self) -> int:
@@ -60,19 +60,20 @@ class EdgeMessages:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatchShape:
-    """What travels with a micro-batch's hidden states, by size and by name."""
+    """Sizes of a micro-batch's tensors, and names for their contents."""
 
     length: int
     """T."""
     num_targets: int
-    """M: rows that a head at home gets of every sequence."""
+    """M, also the rows per sequence that a head at the client gets."""
     known: str
-    """The first plane of the targets, which every stage gets."""
+    """Name of the first plane of the targets, which every stage gets."""
     labels: str
-    """Its other planes."""
+    """Name of the other planes."""
     num_planes: int = 2
+    """P."""
     rows: str = ""
-    """What a head at home gets, as the beginning of a name."""
+    """Name of the rows that a head at the client gets, as a prefix."""
 
 
 def edge_messages(
@@ -86,8 +87,8 @@ def edge_messages(
         hidden_size: D.
 
     Returns:
-        As ``messages_of``: the targets are the masked tokens' positions and labels. With
-        ``data.padded_length`` M = T: all positions take the masked ones' place.
+        The result of ``messages_of``, for targets that are positions and labels of masked tokens.
+        With ``data.padded_length`` all positions are targets, so M = T.
     """
     which = "all" if config.data.padded_length else "masked"
     return messages_of(
@@ -118,25 +119,26 @@ def messages_of(
     Args:
         pipeline: Batch and wire formats.
         specs: All stages.
-        shape: What a micro-batch holds.
+        shape: Sizes and names of a micro-batch's tensors.
         hidden_size: D.
-        dtype: What the stages compute in.
+        dtype: Name of the dtype in which the stages compute.
 
     Returns:
-        In the order of ``fedpipe.models.split.edges``. Forwards the activations (B, T, D) and,
-        int32, the targets (P, B, M), or without labels (1, B, M); to a head at home the activations
-        that it reads, (B, M, D), alone. Backwards the gradient of the activations, or nothing.
+        Messages in the order of ``fedpipe.models.split.edges``. A forward message holds the
+        activations (B, T, D) and the int32 targets (P, B, M), or (1, B, M) without labels. To a
+        head at the client it holds the hidden states at the targets, (B, M, D), alone. A backward
+        message holds the gradient of the activations.
     """
     batch = pipeline.micro_batch_size
     result = []
     for index, edge in enumerate(edges(specs)):
         spec = specs[edge.source]
         wire = pipeline.wire_of(index).replace("auto", "")
-        homewards = edge.target == spec.home_head
-        rows, prefix = (shape.num_targets, shape.rows) if homewards else (shape.length, "")
+        to_home_head = edge.target == spec.home_head
+        rows, prefix = (shape.num_targets, shape.rows) if to_home_head else (shape.length, "")
         size = (batch, rows, hidden_size)
         forward = [WireTensor(name=f"{prefix}activations", shape=size, dtype=dtype, wire=wire)]
-        if not homewards:
+        if not to_home_head:
             name = f"{shape.known} and {shape.labels}" if spec.sends_labels else shape.known
             planes = shape.num_planes if spec.sends_labels else 1
             targets = (planes, batch, shape.num_targets)

@@ -1,4 +1,4 @@
-"""The optimizer of one stage: parameter groups, learning rate across rounds, clipping."""
+"""The optimizer of one stage: parameter groups, learning rate over all rounds, clipping."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def build_optimizer(stage: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 def make_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """Adam, AdamW or SGD, fused; no decay on biases and norms (Devlin et al. 2019).
+    """Build a fused Adam, AdamW or SGD without weight decay on biases and norms.
 
-    torch's own: DeepSpeed's Adam is compiled at first use, which takes minutes and a compiler.
+    These are torch's own optimizers: DeepSpeed's Adam is compiled at first use, which takes minutes
+    and needs a compiler. Source of the parameter groups: Devlin et al. 2019.
 
     Args:
-        parameters: What is trained. Vectors are biases or of a norm, in every family.
-        config: Which one.
+        parameters: Trained parameters. Vectors are biases or weights of norms, in every family.
+        config: Kind and settings of the optimizer.
     """
     trained = list(parameters)
     groups = [
@@ -43,7 +44,7 @@ def make_optimizer(
 
 
 def learning_rate(config: OptimizerConfig, step: int, *, total_steps: int) -> float:
-    """Learning rate of a step counted across rounds, in [0, total_steps).
+    """Return the learning rate of a step, counted over all rounds, in [0, total_steps).
 
     Linear warm-up over ``warmup_ratio`` of the steps, then
     ``end_lr + (lr - end_lr) * (1 - progress) ** power`` with power 1 for ``linear``.
@@ -59,11 +60,11 @@ def learning_rate(config: OptimizerConfig, step: int, *, total_steps: int) -> fl
 
 
 def clip_(stage: nn.Module, *, max_norm: float) -> Tensor:
-    """Scale a stage's gradients down to a norm, in place; other stages are not looked at.
+    """Clip the gradients of a stage by its own norm, in place.
 
     Args:
-        stage: Its gradients are already averaged over the client's own ranks.
-        max_norm: 0 leaves the gradients as they are.
+        stage: A stage whose gradients are already averaged over the client's data-parallel ranks.
+        max_norm: The largest norm; 0 means no clipping.
 
     Returns:
         The L2 norm before clipping, a scalar on the stage's device.

@@ -1,7 +1,7 @@
 """Links: one direction of one pipeline edge, with a bounded window of messages in flight.
 
-``DistLink`` carries messages between processes (gloo, NCCL); ``QueueLink`` between stages that are
-threads of one process. A message is a tuple of tensors whose specs are agreed once.
+``DistLink`` carries messages between processes (gloo, NCCL), ``QueueLink`` between stages that are
+threads of one process. A message is a tuple of tensors whose specs both ends know in advance.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from fedpipe.distributed.comm import Channel
-from fedpipe.distributed.device import Handover
+from fedpipe.distributed.device import StreamMessage
 from fedpipe.distributed.wire import TensorSpec
 
 _POLL_S = 0.5
-"""How soon a waiting thread notices that its neighbour has failed."""
+"""Seconds after which a waiting thread checks whether its neighbour has failed."""
 
 
 class Link(Protocol):
-    """One direction of an edge; each end calls its own half."""
+    """One direction of an edge; the sending and the receiving end call different methods."""
 
     sent_bytes: int
     """Bytes this end has sent."""
@@ -32,24 +32,24 @@ class Link(Protocol):
     """Messages this end has sent."""
 
     def begin(self, num_messages: int) -> None:
-        """Announce that so many more messages come (receiving end)."""
+        """Announce the number of messages that will follow (receiving end)."""
 
     def send(self, *tensors: Tensor) -> None:
-        """Send one message; waits only while the window is full."""
+        """Send one message; wait only while the window is full (sending end)."""
 
     def recv(self) -> tuple[Tensor, ...]:
-        """Wait for the next message."""
+        """Wait for the next message (receiving end)."""
 
     def drain(self) -> None:
-        """Wait until everything sent has been received (sending end)."""
+        """Wait until all sent messages have been received (sending end)."""
 
 
 class DistLink:
     """Messages between two processes.
 
-    A gloo send is a rendezvous: it completes when its receive has been posted. So receives are
-    posted ``window`` messages ahead, before the stage computes, and the sender keeps up to
-    ``window`` sends pending, holding their tensors.
+    A gloo send completes only once its receive has been posted. So receives are posted ``window``
+    messages ahead, before the stage computes, and the sender keeps up to ``window`` sends pending
+    and their tensors referenced.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class DistLink:
         """Wrap a channel.
 
         Args:
-            channel: The edge's direction.
+            channel: Channel of the edge and direction.
             specs: Tensors of every message.
             window: Messages in flight.
-            device: Where received tensors live.
+            device: Device of received tensors.
         """
         self._channel, self._specs, self._window, self._device = channel, specs, window, device
         self._sending: deque[list[tuple[Any, Tensor]]] = deque()
@@ -83,7 +83,7 @@ class DistLink:
         self._receiving.append([(self._channel.irecv(b), b) for b in buffers])
 
     def send(self, *tensors: Tensor) -> None:
-        """Send one message, in the formats of the specs."""
+        """Send one message, encoded as the specs say."""
         while len(self._sending) >= self._window:
             self._wait_oldest_send()
         message = []
@@ -99,7 +99,7 @@ class DistLink:
             work.wait()
 
     def recv(self) -> tuple[Tensor, ...]:
-        """Wait for the next message, then post the receive of a later one."""
+        """Wait for the next message, and post one more receive."""
         message = self._receiving.popleft()
         for work, _ in message:
             work.wait()
@@ -108,34 +108,36 @@ class DistLink:
         return tuple(spec.decode(buffer) for (_, buffer), spec in pairs)
 
     def drain(self) -> None:
-        """Wait until everything sent has been received."""
+        """Wait until all sent messages have been received."""
         while self._sending:
             self._wait_oldest_send()
 
 
 class QueueLink:
-    """Messages between two threads of one process; a format that changes nothing copies nothing."""
+    """Messages between two threads of one process, copied only if the wire format changes them."""
 
     def __init__(self, specs: tuple[TensorSpec, ...], *, window: int) -> None:
-        """Make an empty link; both ends share this object."""
+        """Create an empty link; both ends use this object."""
         self._specs = specs
-        self._queue: queue.Queue[Handover] = queue.Queue(maxsize=window)
+        self._queue: queue.Queue[StreamMessage] = queue.Queue(maxsize=window)
         self._closed = threading.Event()
         self.sent_bytes = self.sent_messages = 0
 
     def begin(self, num_messages: int) -> None:
-        """Nothing to post."""
+        """Do nothing: there are no receives to post."""
 
     def send(self, *tensors: Tensor) -> None:
-        """Hand one message over, in the formats of the specs."""
-        message = Handover(tuple(s.encode(t) for t, s in zip(tensors, self._specs, strict=True)))
+        """Put one message into the queue, encoded as the specs say."""
+        message = StreamMessage(
+            tuple(s.encode(t) for t, s in zip(tensors, self._specs, strict=True))
+        )
         self._until_closed(lambda: self._queue.put(message, timeout=_POLL_S))
         self.sent_bytes += sum(s.nbytes for s in self._specs)
         self.sent_messages += 1
 
     def recv(self) -> tuple[Tensor, ...]:
         """Wait for the next message."""
-        message = self._until_closed(lambda: self._queue.get(timeout=_POLL_S)).take()
+        message = self._until_closed(lambda: self._queue.get(timeout=_POLL_S)).receive()
         return tuple(s.decode(b) for b, s in zip(message, self._specs, strict=True))
 
     def _until_closed(self, action: Callable[[], Any]) -> Any:
@@ -147,8 +149,8 @@ class QueueLink:
         raise BrokenPipeError("the neighbouring stage has failed")
 
     def drain(self) -> None:
-        """Nothing to wait for: the receiver holds what was sent."""
+        """Do nothing: the queue holds what was sent."""
 
     def close(self) -> None:
-        """Make both ends raise BrokenPipeError instead of waiting for a stage that has failed."""
+        """Make both ends raise BrokenPipeError; called when a stage has failed."""
         self._closed.set()

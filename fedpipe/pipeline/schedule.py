@@ -1,17 +1,18 @@
 """Pipeline schedules as pure generators of instructions, in DeepSpeed's vocabulary.
 
-A schedule yields, slot by slot, what one stage does in **one local step**; ``rank_stream`` joins
-the stages of one process over a client's turn. The engine maps every instruction type to a method
-and ``fedpipe.pipeline.timeline`` simulates the very same streams. Instructions carry DeepSpeed's
-names (``deepspeed.runtime.pipe.schedule``) and a micro-batch index instead of a buffer index.
-Ours are ``LocalBackwardPass``, ``EvaluateLoss``, ``SendHome`` and ``RecvHomeGrad``.
+A schedule yields, slot by slot, the instructions of one stage for **one local step**;
+``rank_stream`` interleaves the stages of one process over a client's turn. The engine maps every
+instruction type to a method, and ``fedpipe.pipeline.timeline`` simulates the same streams.
+Instructions have DeepSpeed's names (``deepspeed.runtime.pipe.schedule``), and a micro-batch index
+instead of a buffer index. ``LocalBackwardPass``, ``EvaluateLoss``, ``SendHome`` and
+``RecvHomeGrad`` are additions of fedpipe.
 
-With heads at the client's (U-shape) the first process holds several virtual stages, the first and
-the heads, as ZBV (Qi et al. 2024, https://arxiv.org/abs/2405.15362) places its two: a V.
+With heads at the client (U-shape) the first process holds several virtual stages: the first stage
+and the heads, similar to the V of ZBV (Qi et al. 2024, https://arxiv.org/abs/2405.15362).
 
-Sends do not block while fewer than ``pipeline.in_flight`` messages of an edge are pending; receives
-block until their message is there. Messages of an edge and direction arrive in the order of the
-micro-batches, so every send is paired with the receive of the same index in the neighbour's stream.
+A send does not block while fewer than ``pipeline.in_flight`` messages of its edge are pending; a
+receive blocks until its message has arrived. Messages of an edge and direction arrive in the order
+of the micro-batches, so a send is paired with the receive of the same index at the neighbour.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from fedpipe.models.split import StageSpec
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One thing a stage does."""
+    """One operation of a stage."""
 
     trace_name: ClassVar[str] = ""
     """Name of the event in ``timeline.json``."""
 
     @property
     def waits(self) -> bool:
-        """Whether it may take long because another stage does."""
+        """Whether the instruction may wait for another stage."""
         return self.trace_name.startswith(("send", "recv"))
 
 
@@ -47,7 +48,7 @@ class MicroBatchInstruction(Instruction):
 
 @dataclass(frozen=True, slots=True)
 class LoadMicroBatch(MicroBatchInstruction):
-    """Take the next blocks of the client and mask them; first stage only."""
+    """Read and mask the next blocks of the client; first stage only."""
 
     trace_name: ClassVar[str] = "load"
 
@@ -72,9 +73,9 @@ class ForwardPass(MicroBatchInstruction):
 
 @dataclass(frozen=True, slots=True)
 class SendActivation(MicroBatchInstruction):
-    """Hand the detached activations to the next stage.
+    """Send the detached activations to the next stage.
 
-    Waits only while ``in_flight`` earlier ones are pending. Roughly:
+    Waits only while ``in_flight`` earlier sends are pending. Roughly:
     ``link_out.send(outputs[m].detach(), targets[m])``.
     """
 
@@ -83,7 +84,7 @@ class SendActivation(MicroBatchInstruction):
 
 @dataclass(frozen=True, slots=True)
 class SendHome(MicroBatchInstruction):
-    """Hand the masked positions' hidden states, detached, to the stage's head at the client's.
+    """Send the detached hidden states of the masked positions to the stage's head at the client.
 
     Waits as ``SendActivation`` does. Roughly:
     ``masked[m] = gather(outputs[m], positions[m]); link_home.send(masked[m].detach())``.
@@ -94,14 +95,14 @@ class SendHome(MicroBatchInstruction):
 
 @dataclass(frozen=True, slots=True)
 class RecvHomeGrad(MicroBatchInstruction):
-    """Wait for the gradient of what was sent home; blocking."""
+    """Wait for the gradient of the hidden states that ``SendHome`` has sent; blocking."""
 
     trace_name: ClassVar[str] = "recv_home_grad"
 
 
 @dataclass(frozen=True, slots=True)
 class LocalBackwardPass(MicroBatchInstruction):
-    """Head, loss and backward inside the stage; no gradient leaves it.
+    """Compute the loss of the stage's head and back-propagate inside the stage.
 
     Roughly: ``(loss(head(outputs[m]), targets[m]) / num_micro_batches).backward()``.
     """
@@ -111,14 +112,14 @@ class LocalBackwardPass(MicroBatchInstruction):
 
 @dataclass(frozen=True, slots=True)
 class RecvGrad(MicroBatchInstruction):
-    """Wait for the gradient of the activations that the next stage got; blocking."""
+    """Wait for the gradient of the activations from the next stage; blocking."""
 
     trace_name: ClassVar[str] = "recv_grad"
 
 
 @dataclass(frozen=True, slots=True)
 class BackwardPass(MicroBatchInstruction):
-    """Back-propagate over the cut: from the next stage's gradient, or from the head's loss.
+    """Back-propagate from the next stage's gradient or from the head's loss, for the stage before.
 
     Roughly: ``outputs[m].backward(grads[m])``; a stage with a head computes its loss first.
     """
@@ -128,27 +129,27 @@ class BackwardPass(MicroBatchInstruction):
 
 @dataclass(frozen=True, slots=True)
 class SendGrad(MicroBatchInstruction):
-    """Hand the gradient of the received activations back to the previous stage."""
+    """Send the gradient of the received activations back to the previous stage."""
 
     trace_name: ClassVar[str] = "send_grad"
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluateLoss(MicroBatchInstruction):
-    """Head and loss without gradients. Roughly: ``total += loss(head(outputs[m]), targets[m])``."""
+    """Compute the loss without gradients: ``total += loss(head(outputs[m]), targets[m])``."""
 
     trace_name: ClassVar[str] = "evaluate_loss"
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerStep(Instruction):
-    """Average gradients over the client's own ranks, clip per stage, step, advance the schedule."""
+    """Average gradients over the client's data-parallel ranks, clip them per stage, and step."""
 
     trace_name: ClassVar[str] = "optimizer_step"
 
 
 class Schedule(Protocol):
-    """What ``SCHEDULES`` holds."""
+    """Signature of a schedule."""
 
     def __call__(
         self, spec: StageSpec, *, num_micro_batches: int, in_flight: int
@@ -160,19 +161,20 @@ class Schedule(Protocol):
 def streaming(
     spec: StageSpec, *, num_micro_batches: int, in_flight: int
 ) -> Iterator[list[Instruction]]:
-    """Yield the local-loss stream: activations leave at once and no client stage waits.
+    """Yield the local-loss schedule: activations are sent at once, and no client stage waits.
 
-    A stage with a loss of its own goes backward at once. One whose head is at the client's runs
-    ``in_flight`` forwards ahead, so that the way home and back hides behind its compute.
+    A stage with its own head runs the backward pass of a micro-batch at once. A stage whose head is
+    at the client runs ``in_flight`` forward passes ahead, so that it computes while hidden states
+    travel to the head and gradients back.
 
     Args:
-        spec: Stage whose instructions are wanted.
+        spec: The stage.
         num_micro_batches: Micro-batches of the local step.
-        in_flight: Forwards that hide the way to the head and back.
+        in_flight: Forward passes ahead of the backward pass, with a head at the client.
 
     Yields:
-        A slot per micro-batch: load or receive, forward, send, backward of this or an earlier
-        micro-batch; the last slot ends with the optimizer step.
+        A slot per micro-batch: load or receive, forward, send, and the backward of this or an
+        earlier micro-batch. The last slot ends with the optimizer step.
     """
     ahead = min(in_flight, num_micro_batches) if spec.home_head is not None else 0
     for slot in range(num_micro_batches + ahead):
@@ -189,21 +191,21 @@ def streaming(
 def one_f_one_b(
     spec: StageSpec, *, num_micro_batches: int, in_flight: int
 ) -> Iterator[list[Instruction]]:
-    """Yield 1F1B exactly as DeepSpeed's ``TrainSchedule`` orders it, flush included.
+    """Yield 1F1B exactly as DeepSpeed's ``TrainSchedule`` orders it, including the flush.
 
     In unit slots the forward of micro-batch m runs on stage s at slot ``2m + s``, its backward at
-    ``2m + 2S - 1 - s``; messages move at the start of the slot after the one that made them.
+    ``2m + 2S - 1 - s``. A message is sent at the start of the slot after its computation.
     Source: DeepSpeed ``runtime/pipe/schedule.py`` (``TrainSchedule``); 1F1B is PipeDream-Flush,
-    Narayanan et al. 2021, https://arxiv.org/abs/2104.04473. Unlike there only the first stage
-    loads: labels reach the last stage with the activations.
+    Narayanan et al. 2021, https://arxiv.org/abs/2104.04473. Unlike there, only the first stage
+    loads data: labels reach the last stage with the activations.
 
     Args:
-        spec: Stage whose instructions are wanted.
+        spec: The stage.
         num_micro_batches: Micro-batches of the local step.
-        in_flight: Not used: the distance to the last stage says how far a stage runs ahead.
+        in_flight: Not used, because the distance to the last stage sets how far a stage runs ahead.
 
     Yields:
-        The stage's slots; the last ends with the optimizer step.
+        The slots of the stage; the last one ends with the optimizer step.
     """
     num_stages = spec.num_stages
     valid = range(num_micro_batches)
@@ -213,13 +215,13 @@ def one_f_one_b(
         backward_id = (slot - 2 * num_stages + 1 + spec.stage_id) // 2
         instructions: list[Instruction] = []
         if (slot - spec.stage_id) % 2 == 0:
-            # backward_id is rounded down here: the backward of the slot before this one.
+            # The division has rounded backward_id down to the backward of the previous slot.
             if spec.sends_grad and backward_id in valid:
                 instructions.append(SendGrad(backward_id))
             if forward_id in valid:
                 instructions += [_receive_input(spec, forward_id), ForwardPass(forward_id)]
         else:
-            # forward_id is rounded down here: the forward of the slot before this one.
+            # The division has rounded forward_id down to the forward of the previous slot.
             if backward_id in valid:
                 instructions += _receive_grads(spec, backward_id)
             if forward_id in valid:
@@ -234,18 +236,18 @@ def one_f_one_b(
 def sequential(
     spec: StageSpec, *, num_micro_batches: int, in_flight: int
 ) -> Iterator[list[Instruction]]:
-    """Yield FedBERT's order: one micro-batch goes through all stages and back before the next.
+    """Yield FedBERT's order: a micro-batch goes through all stages and back before the next one.
 
     Source: FedBERT, Tian et al. 2022, https://doi.org/10.1145/3510033.
 
     Args:
-        spec: Stage whose instructions are wanted.
+        spec: The stage.
         num_micro_batches: Micro-batches of the local step.
-        in_flight: Not used: one micro-batch is.
+        in_flight: Not used, because one micro-batch is in flight.
 
     Yields:
-        Per micro-batch a slot forward and a slot backward, in which the last stage has nothing left
-        to do: its head turns round at once. The last slot ends with the optimizer step.
+        A forward slot and a backward slot per micro-batch. The last stage does both passes in its
+        forward slot. The last slot ends with the optimizer step.
     """
     for micro_batch in range(num_micro_batches):
         forward, backward = _forward(spec, micro_batch), _backward(spec, micro_batch)
@@ -260,12 +262,12 @@ def sequential(
 def evaluation(
     spec: StageSpec, *, num_micro_batches: int, in_flight: int
 ) -> Iterator[list[Instruction]]:
-    """Yield the scoring of held-out blocks: forward only, every head's loss, no optimizer.
+    """Yield the scoring of held-out blocks: forward passes and the loss of every head.
 
     Args:
-        spec: Stage whose instructions are wanted.
+        spec: The stage.
         num_micro_batches: Micro-batches to score.
-        in_flight: Not used: nothing comes back.
+        in_flight: Not used, because nothing is sent back.
 
     Yields:
         A slot per micro-batch: load or receive, forward, send, evaluate.
@@ -290,21 +292,21 @@ def rank_stream(
     in_flight: int,
     steps: Callable[[], Iterable[int]],
 ) -> Iterator[tuple[int, Instruction]]:
-    """Yield what one process does in a number of local steps.
+    """Yield the instructions of one process for several local steps.
 
-    On the client's first process of a U-shape the heads' slots follow those of the first stage. In
-    a stream they lag by as many micro-batches as are on their way through the server, so that the
-    process never waits for one. When a server stage has nothing left to do in a local step but wait
-    for its last gradients, its head catches up, behind the first micro-batches of the next step.
-    Simulated with one server stage and no slack anywhere this order has no bubble at all; a
-    constant lag idles for the head's time once per step.
+    With heads at the client, their slots follow those of the first stage. Under ``streaming`` a
+    head lags behind the first stage by the micro-batches that are on their way through the server,
+    so that the process does not wait for them. At the end of a local step, when its server stage
+    only waits for the last gradients, a head catches up: its slots then follow the first
+    micro-batches of the next step. With one server stage this order has no bubble in the
+    simulation; with a constant lag the process would be idle for the head's time in every step.
 
     Args:
-        schedule: Of ``SCHEDULES``, or ``evaluation``.
-        specs: The stages of this process: one, or the first and the heads at home with it.
+        schedule: An entry of ``SCHEDULES``, or ``evaluation``.
+        specs: The stages of this process: one, or the first stage and the heads at the client.
         num_micro_batches: Micro-batches of a local step.
         in_flight: Messages of an edge that may be pending.
-        steps: The local steps, the same for every stage; asked for one when a stage starts it.
+        steps: Returns the local steps, the same for every stage; iterated as a stage starts them.
 
     Yields:
         ``(stage_id, instruction)``.
@@ -316,7 +318,7 @@ def rank_stream(
                 yield [(spec.stage_id, instruction) for instruction in slot]
 
     own, *heads = (slots(spec) for spec in specs)
-    # Further back than the window reaches the client would wait for a server that waits for it.
+    # With a lag beyond the window, client and server would wait for each other.
     lags = [
         0 if schedule in (one_f_one_b, sequential) else min(spec.scores, in_flight + 1)
         for spec in specs[1:]
@@ -335,11 +337,11 @@ def rank_stream(
 
 
 def _due(index: int, num_micro_batches: int, lag: int) -> int:
-    """Slots that a head has done once the first stage has done slot ``index``.
+    """Return the slots that a head must have done after slot ``index`` of the first stage.
 
-    ``lag`` stages lie between them. A micro-batch of the same local step is two slots behind for
-    the first server stage, and one more per further stage; the previous step is complete ``lag``
-    slots into this one.
+    ``lag`` is the number of stages between the two. In a local step the head of the first server
+    stage is two slots behind, and every further head one more; a head completes a step when the
+    first stage has done ``lag`` slots of the next one.
     """
     if lag == 0:
         return index + 1

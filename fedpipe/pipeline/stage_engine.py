@@ -1,7 +1,7 @@
-"""One stage at work: the instructions of a schedule, through the stage's own DeepSpeed engine.
+"""Execute the instructions of a schedule on one stage, through the stage's own DeepSpeed engine.
 
-``StageEngine`` maps every instruction of ``fedpipe.pipeline.schedule`` to a method; precision,
-accumulation, gradient averaging inside the client, ZeRO-1 and the profiler are DeepSpeed's.
+``StageEngine`` maps every instruction of ``fedpipe.pipeline.schedule`` to a method. DeepSpeed does
+precision, accumulation, gradient averaging inside the client, ZeRO-1 and profiling.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedpipe.config.deepspeed import stage_precision
 from fedpipe.config.schema import PipelineConfig
-from fedpipe.distributed.device import Draws, Readout, autocast, finish, to_device
+from fedpipe.distributed.device import Draws, Readout, autocast, synchronize, to_device
 from fedpipe.models.stage import StageModule, trainable
 from fedpipe.pipeline import schedule as ops
 from fedpipe.pipeline.optimizer import clip_
@@ -31,7 +31,7 @@ MicroBatchSource = Callable[[int, int], tuple[Tensor, Tensor]]
 
 @dataclass(slots=True)
 class Links:
-    """The ends of a stage's edges; None where there is no neighbour or nothing goes back."""
+    """The links of a stage; None if there is no neighbour or nothing is sent in that direction."""
 
     activations_in: Link | None = None
     activations_out: Link | None = None
@@ -40,11 +40,12 @@ class Links:
     home_out: Link | None = None
     home_grads_in: Link | None = None
     labels_out: list[deque[Tensor]] = field(default_factory=list)
-    """Targets on their way from the first stage to the heads in its process; never sent."""
+    """Queues of targets from the first stage to the heads in its process; never sent."""
     labels_in: deque[Tensor] | None = None
+    """The queue from which a head at the client takes its targets."""
 
     def all(self) -> list[Link]:
-        """Those that exist."""
+        """Return the links that exist."""
         ends = (
             self.activations_in,
             self.activations_out,
@@ -58,20 +59,20 @@ class Links:
 
 @dataclass(slots=True)
 class MicroBatch:
-    """What a stage keeps of a micro-batch between its instructions."""
+    """Tensors of a micro-batch that a stage keeps between its instructions."""
 
     inputs: Tensor | None = None
     targets: Tensor | None = None
     outputs: Tensor | None = None
     output_grad: Tensor | None = None
     head_inputs: Tensor | None = None
-    """Rows of the outputs that went to a head at home."""
+    """Hidden states that were sent to a head at the client."""
     head_inputs_grad: Tensor | None = None
 
 
 @dataclass(slots=True)
 class StepResult:
-    """What one local step of one stage was."""
+    """Numbers of one local step of one stage."""
 
     step: int
     loss: float | None
@@ -81,25 +82,25 @@ class StepResult:
 
 
 @dataclass(slots=True)
-class _Ended:
-    """A step whose numbers may still be on the device."""
+class _FinishedStep:
+    """A finished step whose numbers may still be on the device."""
 
     step: int
     lr: float
     numbers: Readout
-    """Norm of the gradients, and the loss of a stage with a head."""
+    """Gradient norm, and the loss if the stage has a head."""
 
 
 @dataclass(slots=True)
 class Trace:
-    """Events of the instructions of some steps: (name, micro_batch, step, start_s, end_s)."""
+    """Events of the instructions of chosen steps: (name, micro_batch, step, start_s, end_s)."""
 
     steps: range = range(0)
     events: list[tuple[str, int, int, float, float]] = field(default_factory=list)
 
 
 class StageEngine:
-    """One stage of one replica: DeepSpeed engine, links and the methods behind the instructions."""
+    """One stage of one replica: its DeepSpeed engine, its links, and a method per instruction."""
 
     def __init__(
         self,
@@ -117,29 +118,30 @@ class StageEngine:
         """Wrap a stage.
 
         Args:
-            stage: With its first weights, on the CPU.
-            optimizer: torch optimizer over what is trained of the stage.
-            deepspeed_config: What ``fedpipe.config.deepspeed`` made of the JSON.
-            mpu: Answers DeepSpeed's questions about this stage's groups.
+            stage: The stage with its first weights, on the CPU.
+            optimizer: torch optimizer of the stage's trained parameters.
+            deepspeed_config: DeepSpeed's configuration, as ``fedpipe.config.deepspeed`` completes
+                it.
+            mpu: Tells DeepSpeed the process groups of this stage.
             pipeline: Schedule and micro-batches.
-            max_grad_norm: Clipping, this stage alone; 0 means none.
-            links: Ends of its edges.
-            device: Where it computes.
+            max_grad_norm: Norm to which this stage's gradients are clipped; 0 means no clipping.
+            links: Links to the neighbouring stages.
+            device: Device of the stage.
             before_step: Called before the gradients are clipped and applied.
 
         Collective: every data-parallel rank of the stage constructs it.
         """
         self.stage, self.links, self.device = stage.to(device), links, device
         self.draws = Draws(device, shared=False)
-        """Of the thread that this stage is computed in."""
+        """Random numbers of the thread that computes this stage."""
         self.spec = stage.spec
         self._pipeline = pipeline
         self.schedule: str = pipeline.schedule
-        """A name in ``SCHEDULES``; may change between calls, within the stage's objective."""
+        """A key of ``SCHEDULES`` for the stage's objective; may be changed between two calls."""
         zero = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
         self._max_grad_norm = max_grad_norm
         self._zero = zero > 0
-        if self._zero:  # ZeRO shards gradients over the client's ranks and so must clip itself
+        if self._zero:  # ZeRO shards the gradients, so only DeepSpeed can clip them
             deepspeed_config = deepspeed_config | {"gradient_clipping": max_grad_norm}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.stage,
@@ -148,8 +150,8 @@ class StageEngine:
             mpu=mpu,
             dist_init_required=False,
         )
-        # Gradients are averaged over the group of this engine's own mpu: without ZeRO, DeepSpeed
-        # takes the one of the engine that was built last in the process, unless it is a pipeline.
+        # Without ZeRO, DeepSpeed averages gradients over the group of the engine that was built
+        # last in the process. For a pipeline it uses the group of the engine's own mpu.
         self.engine.pipeline_parallelism = not self._zero
         self.engine.enable_backward_allreduce = mpu.get_data_parallel_world_size() > 1 or self._zero
         self._precision = stage_precision(deepspeed_config)
@@ -161,17 +163,17 @@ class StageEngine:
         self._lr: Callable[[int], float] = float
         self._on_step: Callable[[int, StepResult], None] | None = None
         self.results_behind = 1 if device.type == "cuda" else 0
-        """Steps that may have been queued before the numbers of one are waited for."""
-        self._ended: deque[_Ended] = deque()
+        """Later steps that may be queued before the host waits for the numbers of a step."""
+        self._unreported: deque[_FinishedStep] = deque()
         self._started_at = 0.0
         self._until: Callable[[int], int] = int
         self._announced = 0
         self.trace = Trace()
         self.faults: dict[str, int] = {}
-        """Of the turn under way: by number, "loss" or "grad_norm", the first step at which it was
-        not finite. Whoever begins a turn empties it."""
+        """First step of the present turn at which "loss" or "grad_norm" was not finite. The caller
+        clears it at the start of a turn."""
         self.doing: tuple[int, ops.Instruction] | None = None
-        """Step and instruction under way, for those who watch; None where there is none."""
+        """Step and instruction that are being executed, for the watch; None between two calls."""
 
     def begin_training(
         self,
@@ -182,24 +184,23 @@ class StageEngine:
         on_step: Callable[[int, StepResult], None],
         until: Callable[[int], int],
     ) -> None:
-        """Get ready for local steps (see ``SplitPipelineEngine.train``)."""
+        """Prepare for local steps (see ``SplitPipelineEngine.train``)."""
         self._step, self._lr, self._on_step = first, lr, on_step
         self._until, self._announced = until, first
         self._begin(source, train=True)
         self._announce_steps()
 
     def begin_evaluation(self, num_micro_batches: int, *, source: MicroBatchSource | None) -> None:
-        """Get ready to score micro-batches (see ``SplitPipelineEngine.evaluate``)."""
+        """Prepare to score micro-batches (see ``SplitPipelineEngine.evaluate``)."""
         self._step = 0
         self._begin(source, train=False)
         if self.links.activations_in:
             self.links.activations_in.begin(num_micro_batches)
 
     def execute(self, instruction: ops.Instruction) -> None:
-        """Do one thing.
+        """Execute one instruction.
 
-        Raises:
-            Whatever a message or the model raises; the links are then unusable.
+        Any exception of a link or of the model is raised; the links are then unusable.
         """
         self.doing = self._step, instruction
         tracing = self._step in self.trace.steps and torch.is_grad_enabled()
@@ -208,15 +209,15 @@ class StageEngine:
             return
         step, started = self._step, time.monotonic()
         self._INSTRUCTION_MAP[type(instruction)](self, instruction)
-        finish(self.device)
+        synchronize(self.device)
         micro_batch = getattr(instruction, "micro_batch", 0)
         self.trace.events.append(
             (instruction.trace_name, micro_batch, step, started, time.monotonic())
         )
 
     def drain(self) -> None:
-        """Report every step, and wait until everything sent has been received."""
-        if self._ended:
+        """Report every step, and wait until all sent messages have been received."""
+        if self._unreported:
             self._report(behind=0)
         self.doing = None
         for link in self.links.all():
@@ -224,38 +225,38 @@ class StageEngine:
         assert not self._batches, "a micro-batch was left in the stage"
 
     def take_losses(self) -> Tensor | None:
-        """Losses since the last call.
+        """Return the losses since the last call, and forget them.
 
         Returns:
-            (num_micro_batches,) float32 while training; when scoring (num_micro_batches, B, M),
-            what the stage's ``score`` says. None for a stage without a head.
+            (num_micro_batches,) float32 in training; in an evaluation the results of the stage's
+            ``score``, (num_micro_batches, B, M). None for a stage without a head.
         """
         losses = torch.stack(self._losses) if self._losses else None
         self._losses.clear()
         return losses
 
     def weights_changed(self) -> None:
-        """Tell the optimizer that the stage's parameters were written from outside."""
+        """Tell the optimizer that the caller has written the stage's parameters."""
         if self._zero:
             self.optimizer.refresh_fp32_params()
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes this rank has sent to average gradients over the client's own ranks.
+        """Bytes that this rank has sent to average gradients over the client's data-parallel ranks.
 
         ``2 (d - 1) / d`` of the float32 gradients per step: a ring all-reduce, or ZeRO-1's
-        reduce-scatter and all-gather. DeepSpeed sends them, so they are computed, not counted.
+        reduce-scatter and all-gather. They are computed, because DeepSpeed sends them.
         """
         ranks = self.engine.dp_world_size
         numel = sum(p.numel() for p in trainable(self.stage).values())
         return int(self.engine.global_steps) * 2 * (ranks - 1) * numel * 4 // ranks
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Moments and counters of this rank's optimizer."""
+        """Return the moments and counters of this rank's optimizer."""
         return dict(self._torch_optimizer.state_dict())
 
     def load_optimizer_state(self, state: dict[str, Any] | None) -> None:
-        """Take moments over from ``optimizer_state``; None starts afresh."""
+        """Load a state from ``optimizer_state``; None resets the optimizer."""
         if state is None:
             self._torch_optimizer.state.clear()
         else:
@@ -271,7 +272,7 @@ class StageEngine:
         self.engine.train(train)
 
     def _announce_steps(self) -> None:
-        """Let receives be posted for the steps that are certain to be run, and for no other."""
+        """Allow receives to be posted for the steps that are certain to be run, and no others."""
         end = self._until(self._step)
         messages = (end - self._announced) * self._pipeline.num_micro_batches
         self._announced = end
@@ -305,7 +306,7 @@ class StageEngine:
     def _forward_pass(self, cmd: ops.ForwardPass) -> None:
         batch = self._batches[cmd.micro_batch]
         assert batch.targets is not None
-        with self.draws.under_way():
+        with self.draws.drawing():
             batch.outputs = self.engine(batch.inputs, batch.targets[0])
             if self.links.home_out is not None:
                 assert batch.outputs is not None
@@ -347,8 +348,8 @@ class StageEngine:
             self._losses.append(loss.detach())
             self.engine.backward(loss)
         else:
-            # d/dh sum(h * g) = g: DeepSpeed's backward wants a scalar. The gradient was divided by
-            # the number of micro-batches where the loss was.
+            # DeepSpeed's backward needs a scalar, and d/dh sum(h * g) = g. The stage that computed
+            # the loss has already divided by the number of micro-batches.
             hidden, grad = (
                 (batch.head_inputs, batch.head_inputs_grad)
                 if self.spec.home_head is not None
@@ -379,25 +380,25 @@ class StageEngine:
             self.engine.step()
         losses = self.take_losses()
         numbers = (norm,) if losses is None else (norm, losses.mean())
-        self._ended.append(_Ended(self._step, lr, Readout(*numbers)))
+        self._unreported.append(_FinishedStep(self._step, lr, Readout(*numbers)))
         self._step += 1
         self._report(behind=self.results_behind)
         self._announce_steps()
 
     def _report(self, *, behind: int) -> None:
-        """Report the steps that have ended, except the latest ``behind``."""
+        """Report the numbers of all finished steps except the latest ``behind``."""
         assert self._on_step is not None
-        while len(self._ended) > behind:
-            ended = self._ended.popleft()
-            norm, *loss = ended.numbers.read()
+        while len(self._unreported) > behind:
+            finished = self._unreported.popleft()
+            norm, *loss = finished.numbers.read()
             for what, value in zip(("grad_norm", "loss"), (norm, *loss), strict=False):
                 if not math.isfinite(value):
-                    self.faults.setdefault(what, ended.step)
+                    self.faults.setdefault(what, finished.step)
             now = time.monotonic()
             seconds, self._started_at = now - self._started_at, now
             self._on_step(
                 self.spec.stage_id,
-                StepResult(ended.step, loss[0] if loss else None, norm, ended.lr, seconds),
+                StepResult(finished.step, loss[0] if loss else None, norm, finished.lr, seconds),
             )
 
     def _evaluate_loss(self, cmd: ops.EvaluateLoss) -> None:
@@ -426,7 +427,7 @@ class StageEngine:
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         assert batch.outputs is not None and batch.targets is not None
-        with self.draws.under_way(), autocast(self.device, self._precision):
+        with self.draws.drawing(), autocast(self.device, self._precision):
             return self.stage.loss(batch.outputs, batch.targets)
 
     def _set_boundary(self, micro_batch: int) -> None:

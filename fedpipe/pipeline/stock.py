@@ -1,9 +1,9 @@
-"""DeepSpeed's own pipeline over the same stages: the 1F1B peer of every throughput report.
+"""DeepSpeed's own pipeline over the same stages: the 1F1B baseline of every throughput report.
 
-``PipelineModule`` holds fedpipe's stages as its layers, one each; ``PipelineEngine`` runs them with
-its own schedule and messages, unchanged. It is given what is fastest for it: the last stage's
-targets come from its data iterator, made before (fedpipe's engine sends them along), and the
-gradient all-reduce over a single data-parallel rank is off.
+Each layer of the ``PipelineModule`` is a stage of fedpipe; an unchanged ``PipelineEngine`` runs
+them with its own schedule and messages. The settings favour it: the last stage gets its targets
+from a prepared data iterator, while fedpipe's engine sends them with the activations, and there is
+no gradient all-reduce over a single data-parallel rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 
 from fedpipe.config.deepspeed import stage_precision
 from fedpipe.config.schema import RunConfig
-from fedpipe.distributed.device import autocast, finish
+from fedpipe.distributed.device import autocast, synchronize
 from fedpipe.models.split import StageSpec
 from fedpipe.models.stage import Stage, build_stage
 from fedpipe.pipeline.optimizer import build_optimizer
@@ -39,7 +39,7 @@ _TRACE_NAMES = {
     stock_ops.SendGrad: "send_grad",
     stock_ops.OptimizerStep: "optimizer_step",
 }
-"""DeepSpeed's instructions by the names of ``fedpipe.pipeline.schedule``."""
+"""Names of DeepSpeed's instructions, as in ``fedpipe.pipeline.schedule``."""
 
 
 class StockStage(nn.Module):
@@ -65,7 +65,7 @@ class StockStage(nn.Module):
 
 
 class StockPipeline:
-    """One stage of DeepSpeed's pipeline, with the surface of ``StageEngine`` that is measured."""
+    """One stage of DeepSpeed's pipeline, with the members of ``StageEngine`` that are measured."""
 
     def __init__(
         self,
@@ -83,11 +83,11 @@ class StockPipeline:
             specs: Stages of the ``end_to_end`` objective, one per process.
             hf_config: Configuration of the whole model.
             config: The run.
-            deepspeed_config: As for ``StageEngine``; nothing is clipped.
-            stage_id: This process' stage.
-            device: Where it computes.
+            deepspeed_config: As for ``StageEngine``, without clipping.
+            stage_id: Stage of this process.
+            device: Device of this process.
 
-        Collective: every process of the run; there are as many as stages.
+        Collective: every process of the run; there are as many processes as stages.
         """
         self.spec, self.device, self.trace = specs[stage_id], device, Trace()
         self.num_micro_batches = config.pipeline.num_micro_batches
@@ -121,14 +121,14 @@ class StockPipeline:
         lr: Callable[[int], float],
         on_step: Callable[[int, StepResult], None],
     ) -> None:
-        """Run local steps, as ``StageEngine.run_steps`` does.
+        """Run local steps, as ``SplitPipelineEngine.train`` does.
 
         Args:
             steps: Indices of the steps.
             source: Micro-batches; first stage only.
-            targets: Their targets in order; last stage only.
+            targets: Targets of the micro-batches in order; last stage only.
             lr: Learning rate of a step.
-            on_step: Called with the stage and the result after each.
+            on_step: Called with the stage and the result after each step.
 
         Collective: every process of the run.
         """
@@ -146,7 +146,7 @@ class StockPipeline:
     def _batches(
         self, steps: range, source: MicroBatchSource | None, targets: Sequence[Tensor]
     ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """What the engine's data iterator yields: inputs on the first stage, labels on the last."""
+        """Yield the engine's data: inputs on the first stage, targets on the last."""
         size = self.num_micro_batches
         for step in steps:
             for micro_batch in range(size):
@@ -163,11 +163,11 @@ class StockPipeline:
     # -- observation -------------------------------------------------------------------------
 
     def _time_instructions(self) -> None:
-        """Put a clock and a byte counter around the engine's own instruction methods."""
+        """Wrap the engine's instruction methods with a clock and a byte counter."""
         methods = dict(self.engine._INSTRUCTION_MAP)
         for instruction, name in _TRACE_NAMES.items():
             methods[instruction] = self._timed(methods[instruction], name)
-        self.engine._INSTRUCTION_MAP = methods  # the instance's; the class keeps its own
+        self.engine._INSTRUCTION_MAP = methods  # set on the instance; the class is unchanged
 
     def _timed(self, method: Callable[..., None], name: str) -> Callable[..., None]:
         def run(engine: Any, **kwargs: Any) -> None:
@@ -177,7 +177,7 @@ class StockPipeline:
             MethodType(method, engine)(**kwargs)
             if self._step not in self.trace.steps:
                 return
-            finish(self.device)
+            synchronize(self.device)
             micro_batch = self._counts[name]
             self._counts[name] += 1
             self.trace.events.append((name, micro_batch, self._step, started, time.monotonic()))

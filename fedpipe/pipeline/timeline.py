@@ -1,9 +1,9 @@
-"""Simulate any schedule: the ideal that a measured run is compared with.
+"""Simulate a schedule, to get the ideal with which a measured run is compared.
 
-A discrete-event simulation of the very instruction streams that the engine executes, with the
-links' rules: receives block; ``in_flight`` of them are posted ahead; a message moves once it is
-sent *and* its receive is posted (a gloo send is a rendezvous); messages of an edge move one after
-the other; a send waits only while ``in_flight`` earlier ones are pending.
+This is a discrete-event simulation of the same instruction streams that the engine executes, with
+the rules of the links: a receive blocks, and ``in_flight`` receives are posted ahead; a message is
+transferred once it is sent *and* its receive is posted (as gloo does); messages of an edge are
+transferred one after the other; a send waits only while ``in_flight`` earlier ones are pending.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from fedpipe.pipeline.schedule import (
 )
 
 COMPUTE = ("forward", "local_backward", "backward", "optimizer_step")
-"""Events in which a stage is busy; the others wait for a neighbour."""
+"""Events in which a stage computes; in all others it waits for a neighbour."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """Seconds that a stage computes."""
+    """Seconds of computation of a stage."""
 
     forward_s: float
-    """Layers' forward for one micro-batch."""
+    """Forward pass of the layers for one micro-batch."""
     backward_s: float
-    """Layers' backward for one micro-batch."""
+    """Backward pass of the layers for one micro-batch."""
     head_s: float = 0.0
-    """The head's forward and backward for one micro-batch; 0 for a stage without a head."""
+    """Forward and backward pass of the head for one micro-batch; 0 without a head."""
     optimizer_s: float = 0.0
     """The optimizer step, once per local step."""
 
 
 class Event(NamedTuple):
-    """One instruction of one stage."""
+    """One executed instruction of one stage."""
 
     stage: int
     name: str
-    """As in ``timeline.json``: forward, recv_activation, ..."""
+    """Name as in ``timeline.json``: forward, recv_activation, ..."""
     micro_batch: int
     """Index within the local step; -1 for the optimizer step."""
     batch: int
@@ -63,22 +63,22 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """What every stage did when, and what that means in steady state."""
+    """The events of all stages, and their figures in steady state."""
 
     events: list[Event]
-    """Every instruction, stage by stage, in order of time."""
+    """Every instruction, process by process, in order of time."""
     step_s: float
     """Seconds per local step in steady state."""
     stage_busy_pct: list[float]
-    """Share of ``step_s`` that each stage's process computes; a head that is at the client's counts
-    for the process of the first stage."""
+    """Share of ``step_s`` in which each process computes, that is, one number per encoder stage;
+    heads at the client belong to the process of the first stage."""
 
     @property
     def bubble_pct(self) -> float:
-        """Idle share of the processes in steady state.
+        """Mean idle share of the processes in steady state.
 
-        A schedule that flushes pays for it in every step. The streaming fill happens once in a
-        client's turn, before the steady state, and is not in here.
+        A flush counts, because it happens in every step. The fill of the streaming schedule does
+        not, because it happens once in a client's turn, before the steady state.
         """
         return 100.0 - sum(self.stage_busy_pct) / len(self.stage_busy_pct)
 
@@ -92,8 +92,8 @@ class _Edge:
     sent_s: list[float] = field(default_factory=list)
     arrived_s: list[float] = field(default_factory=list)
 
-    def move(self, transfer_s: float) -> None:
-        """Let every message arrive that is sent and awaited."""
+    def transfer(self, transfer_s: float) -> None:
+        """Transfer every message that has been sent and whose receive is posted."""
         while len(self.arrived_s) < min(len(self.sent_s), len(self.posted_s)):
             index = len(self.arrived_s)
             ready_s = max(self.sent_s[index], self.posted_s[index])
@@ -102,7 +102,7 @@ class _Edge:
 
 
 class _Rank:
-    """One process on its way through the instructions of its stages."""
+    """One process that executes the instructions of its stages."""
 
     def __init__(self, stages: Sequence[int], *, stream: Iterator[tuple[int, Instruction]]) -> None:
         self.stages = stages
@@ -112,8 +112,8 @@ class _Rank:
         self.events: list[Event] = []
         self._batch = dict.fromkeys(stages, 0)
 
-    def finish(self, end_s: float) -> None:
-        """Record the current instruction and take the next one."""
+    def complete(self, end_s: float) -> None:
+        """Record the present instruction as done, and go to the next one."""
         assert self.next is not None
         stage, instruction = self.next
         micro_batch = getattr(instruction, "micro_batch", -1)
@@ -135,18 +135,18 @@ def simulate(
     in_flight: int = 2,
     transfer_s: float = 0.0,
 ) -> Timeline:
-    """Run a schedule on stages of given cost.
+    """Simulate a schedule on stages of given cost.
 
     Args:
-        schedule: A name in ``SCHEDULES``.
-        specs: The stages, of an objective that the schedule trains.
-        costs: One entry per stage.
+        schedule: A key of ``SCHEDULES``.
+        specs: The stages, of an objective that the schedule can train.
+        costs: Cost of each stage.
         num_micro_batches: Micro-batches per local step.
-        num_batches: Local steps to simulate, 2 or more; the first half is warm-up, the last quarter
-            is not counted.
-        in_flight: Receives posted ahead, and messages pending before a send waits, per edge and
-            direction.
-        transfer_s: Seconds a message is on the wire.
+        num_batches: Local steps to simulate, 2 or more. The first half is warm-up, and the last
+            quarter is not counted either.
+        in_flight: Per edge and direction, receives that are posted ahead, and messages that may be
+            pending before a send waits.
+        transfer_s: Seconds of the transfer of a message.
 
     Returns:
         Events and steady-state figures.
@@ -184,13 +184,13 @@ def simulate(
 
 
 def to_chrome_trace(timeline: Timeline) -> dict[str, Any]:
-    """Return the events as a Chrome trace, in the form of a run's ``timeline.json``.
+    """Return the events as a Chrome trace, in the format of a run's ``timeline.json``.
 
     Args:
         timeline: A simulated run.
 
     Returns:
-        The trace as an object for JSON; microseconds, one thread per stage.
+        The trace as an object for JSON, in microseconds, with one thread per stage.
     """
     return {
         "traceEvents": [
@@ -218,7 +218,7 @@ def _advance(
     in_flight: int,
     transfer_s: float,
 ) -> bool:
-    """Execute the next instruction, or say that another process must move first."""
+    """Execute the next instruction; return False if another process must do something first."""
     assert rank.next is not None
     here, instruction = rank.next
     there = _peer(specs[here], instruction)
@@ -226,12 +226,12 @@ def _advance(
         return _receive(rank, links[there, here], in_flight=in_flight, transfer_s=transfer_s)
     if isinstance(instruction, (SendActivation, SendGrad, SendHome)):
         return _send(rank, links[here, there], in_flight=in_flight, transfer_s=transfer_s)
-    rank.finish(rank.now_s + _compute_s(instruction, costs[here]))
+    rank.complete(rank.now_s + _compute_s(instruction, costs[here]))
     return True
 
 
 def _peer(spec: StageSpec, instruction: Instruction) -> int:
-    """The stage that a message of this kind comes from or goes to."""
+    """Return the other stage of a send or receive."""
     if isinstance(instruction, (SendHome, RecvHomeGrad)):
         assert spec.home_head is not None
         return spec.home_head
@@ -242,22 +242,22 @@ def _peer(spec: StageSpec, instruction: Instruction) -> int:
 
 
 def _receive(rank: _Rank, edge: _Edge, *, in_flight: int, transfer_s: float) -> bool:
-    edge.move(transfer_s)
-    # The first receives are posted when the stream starts, then one more whenever one is done.
+    edge.transfer(transfer_s)
+    # ``in_flight`` receives are posted at the start, and one more whenever one is done.
     index = len(edge.posted_s) - in_flight
     if index >= len(edge.arrived_s):
         return False
-    rank.finish(max(rank.now_s, edge.arrived_s[index]))
+    rank.complete(max(rank.now_s, edge.arrived_s[index]))
     edge.posted_s.append(rank.now_s)
     return True
 
 
 def _send(rank: _Rank, edge: _Edge, *, in_flight: int, transfer_s: float) -> bool:
-    edge.move(transfer_s)
+    edge.transfer(transfer_s)
     oldest = len(edge.sent_s) - in_flight
     if oldest >= len(edge.arrived_s):
         return False
-    rank.finish(max(rank.now_s, edge.arrived_s[oldest] if oldest >= 0 else 0.0))
+    rank.complete(max(rank.now_s, edge.arrived_s[oldest] if oldest >= 0 else 0.0))
     edge.sent_s.append(rank.now_s)
     return True
 
@@ -272,8 +272,8 @@ def _compute_s(instruction: Instruction, cost: StageCost) -> float:
 
 def _summarise(ranks: list[_Rank], *, num_stages: int, num_batches: int) -> Timeline:
     events = [event for rank in ranks for event in rank.events]
-    # Fast stages in front run ahead by what the links hold, so the pace is the last stage's. At the
-    # end a first stage that is through no longer shares its process with a head: not counted.
+    # Fast early stages run ahead as far as the links allow, so the last stage gives the pace. The
+    # end is not counted, because a first stage that has finished leaves its process to the heads.
     done_s = [e.end_s for e in events if e.name == "optimizer_step" and e.stage == num_stages - 1]
     warm_up = num_batches // 2 - 1
     end = num_batches - 1 - num_batches // 4

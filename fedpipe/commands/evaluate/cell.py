@@ -25,7 +25,7 @@ from fedpipe.data.tasks.batches import predict
 from fedpipe.data.tasks.encoding import Encoded, load_tokenizer
 from fedpipe.data.tasks.registry import TaskSpec
 from fedpipe.data.tasks.scoring import METRICS, by_example
-from fedpipe.distributed.device import device_name, own_device
+from fedpipe.distributed.device import device_name, select_device
 from fedpipe.files import write_atomically
 from fedpipe.report.writer import METRICS_FILE, MetricsWriter, finite
 from fedpipe.run.run_dir import locked
@@ -60,7 +60,7 @@ def run_cell(run_dir: Path, *, local_rank: int = 0) -> CellResult:
             (run_dir / name).unlink(missing_ok=True)
         writer = MetricsWriter(run_dir)
         try:
-            return _run(run_dir, cell, writer, device=own_device(local_rank))
+            return _run(run_dir, cell, writer, device=select_device(local_rank))
         finally:
             writer.close()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedpipe.commands.throughput.utilisation import Product
-from fedpipe.distributed.device import finish
+from fedpipe.distributed.device import synchronize
 
 MEASURE_S = 0.2
 """How long a product is repeated: long beside the clock and a scheduler's time slice."""
@@ -46,9 +46,9 @@ def matmul_flops_per_s(matrices: tuple[Tensor, Tensor]) -> float:
 
 
 def _seconds(left: Tensor, right: Tensor, result: Tensor, *, times: int) -> float:
-    finish(left.device)
+    synchronize(left.device)
     started = time.perf_counter()
     for _ in range(times):
         torch.mm(left, right, out=result)
-    finish(left.device)
+    synchronize(left.device)
     return time.perf_counter() - started

@@ -19,7 +19,7 @@ from fedpipe.config.deepspeed import deepspeed_config, stage_precision
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.tokenizer import tokenizer_info
-from fedpipe.distributed.device import autocast, finish, own_device
+from fedpipe.distributed.device import autocast, select_device, synchronize
 from fedpipe.models.families import hf_config
 from fedpipe.models.split import StageSpec, stage_specs
 from fedpipe.models.stage import Stage, build_stage
@@ -97,7 +97,7 @@ class _TimedStage:
     """A stage that repeats one micro-batch, with a clock."""
 
     def __init__(self, spec: StageSpec, config: RunConfig, model: PretrainedConfig) -> None:
-        self._device = own_device()
+        self._device = select_device()
         self._stage: Stage = build_stage(
             spec, model, seed=0,
             activation_checkpointing=config.pipeline.activation_checkpointing,
@@ -153,5 +153,5 @@ class _TimedStage:
         )
 
     def _now(self) -> float:
-        finish(self._device)
+        synchronize(self._device)
         return time.monotonic()
