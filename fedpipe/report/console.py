@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on: a live display on a terminal, plain lines elsewhere.
+"""Show a run on the console: a live display on a terminal, plain lines elsewhere.
 
-Both are fed with the records of ``metrics.jsonl`` and never raise on a value that is missing.
+Both show the records of ``metrics.jsonl``, and never raise if a value is missing.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from fedpipe.report.live import LiveDisplay
 
 _PREPARING_LINES = 4
-"""Plain lines per preparation: enough to see that it moves."""
+"""Plain lines per preparation, enough to see progress."""
 
 
 class RunConsole:
-    """Shows a run; one console per run, in the process that started it."""
+    """The console of a run, in the process that started it."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class RunConsole:
         stream: TextIO | None = None,
         interactive: bool | None = None,
     ) -> None:
-        """Open the console; a live display appears with the first thing it can show.
+        """Open the console; a live display appears with the first record.
 
         Args:
             num_rounds: Rounds of the whole run.
@@ -42,7 +42,7 @@ class RunConsole:
             num_stages: Stages of the pipeline.
             log_every: Local steps between plain lines.
             stream: Where to write; ``None`` is the standard output.
-            interactive: Force the live display or the plain lines; ``None`` looks at the stream.
+            interactive: Use the live display or plain lines; ``None`` decides by the stream.
         """
         self._stream = sys.stdout if stream is None else stream
         self._progress = RunProgress(
@@ -61,7 +61,7 @@ class RunConsole:
             self._live = LiveDisplay(self._progress, stream=self._stream)
 
     def text(self, text: str) -> None:
-        """Print text, above a live display; what a terminal would obey is shown instead."""
+        """Print text, above a live display if there is one, with control characters escaped."""
         text = printable(text)
         if self._live is not None:
             self._live.print(text)
@@ -70,12 +70,12 @@ class RunConsole:
             self._stream.flush()
 
     def preparing(self, label: str, done: int, total: int) -> None:
-        """Show how far a preparation is.
+        """Show the progress of a preparation.
 
         Args:
-            label: What is being prepared.
-            done: Units that are ready.
-            total: Units in all; 0 if unknown.
+            label: Name of the preparation.
+            done: Units that are done.
+            total: All units; 0 if unknown.
         """
         label = printable(label)
         if self._live is not None:
@@ -87,7 +87,7 @@ class RunConsole:
             self._line(f"{label} {integer(done)}{f'/{integer(total)}' if total > 0 else ''}")
 
     def step(self, record: dict[str, Any]) -> None:
-        """Take a step record of any replica and stage."""
+        """Show a step record of any replica and stage."""
         self._progress.step(record)
         if self._live is not None:
             self._live.refresh()
@@ -95,25 +95,25 @@ class RunConsole:
         round_id, step = self._progress.round_id or 0, self._progress.step_in_round
         line = (round_id, step // self._log_every)
         if self._last_line[0] < 0 and step % self._log_every:
-            self._last_line = line  # resumed between two lines; not all stages have spoken yet
+            self._last_line = line  # resumed between two lines: not every stage has sent a record
         if line > self._last_line and line[1] > 0 and record.get("stage") == self._last_stage:
             self._last_line = line
             self._line(self._step_text())
 
     def round(self, record: dict[str, Any]) -> None:
-        """Take a round record."""
+        """Show a round record."""
         self._progress.round(record)
         self._line(_round_text(record, self._progress.num_rounds))
         for line in refused_lines(record):
             self._line(line)
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        """Take an eval record."""
+        """Show an eval record."""
         self._progress.evaluation(record)
         self._line(_evaluation_text(record, self._progress))
 
     def close(self) -> None:
-        """Take the live display off the screen; the lines stay."""
+        """Remove the live display from the screen; printed lines stay."""
         if self._live is not None:
             self._live.close()
             self._live = None
@@ -139,14 +139,14 @@ class RunConsole:
 
 
 def _measured(value: float | None, digits: int, *, width: int) -> str:
-    """Write a number; one that has been measured and is not finite is no missing one."""
+    """Write a number; a NaN that was measured is shown as such, not as missing."""
     if value is not None and math.isnan(value):
         return f"{'nan':>{width}}"
     return number(value, digits, width=width)
 
 
 def refused_lines(record: dict[str, Any]) -> list[str]:
-    """Say which updates a round record leaves out, a line each, and whether too few are left."""
+    """Write a line per update that a round leaves out, and one if too few updates are left."""
     refused = record.get("refused") or []
     lines = [
         f"warning: client {fault['client']}'s update is left out: {why(fault)}" for fault in refused
@@ -160,13 +160,13 @@ def refused_lines(record: dict[str, Any]) -> list[str]:
 
 
 def why(fault: dict[str, Any]) -> str:
-    """Say why an update is refused; people count steps from 1."""
+    """Write the reason why an update is left out; steps are counted from 1."""
     what = {"grad_norm": "gradient norm is", "weights": "weights are"}.get(fault["what"], "loss is")
     return f"its {what} not finite at local step {fault['step'] + 1}, stage {fault['stage']}"
 
 
 def round_label(round_id: int | None, num_rounds: int) -> str:
-    """Write a round for people, who count from 1, in a constant width."""
+    """Write a round, counted from 1, in a constant width."""
     shown = "-" if round_id is None else str(round_id + 1)
     return f"round {shown:>{len(str(num_rounds))}}/{num_rounds}"
 

@@ -1,7 +1,8 @@
-"""The look of the figures: colours, type, the names of lines, and PNG and SVG output.
+"""The style of the figures: colours, fonts, names of lines, and output as PNG and SVG.
 
-Axes carry units, lines carry their names, and colours are those of Okabe and Ito (Color Universal
-Design, 2008, https://jfly.uni-koeln.de/color/), which colour-blind readers tell apart.
+Axes have units, and lines have their names beside them. Colours are those of Okabe and Ito (Color
+Universal Design, 2008, https://jfly.uni-koeln.de/color/), which colour-blind readers can tell
+apart.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ BLUE, ORANGE, GREEN, VERMILLION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
 PURPLE, SKY, GREY = "#cc79a7", "#56b4e9", "#8c959f"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY, GREY)
 INK = "#1f2328"
-"""Text and axes; becomes the page's own text colour in an SVG."""
+"""Colour of text and axes; an SVG uses the text colour of its page instead."""
 
 _MAX_POINTS = 1500
-"""Points of a raw curve; more are not visible at this width and make a page heavy."""
+"""Points of a raw curve; more are not visible at this width and make a page large."""
 _STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -55,17 +56,17 @@ def render(draw: Draw, path: Path, *, height: float = 3.4) -> str:
     """Draw a figure, save it as PNG and return it as SVG for a page.
 
     Args:
-        draw: Fills the figure.
-        path: The PNG; written with a white background.
+        draw: Draws into an empty figure.
+        path: The PNG to write, with a white background.
         height: Inches; the width is 8.
 
     Returns:
-        An ``<svg>`` element without a background, in the colour of the text around it.
+        An ``<svg>`` element without a background, in the text colour of its page.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    # The salt keeps the ids of two figures in one page apart, and equal from run to run.
+    # The salt makes ids differ between two figures of a page, and stay the same in every run.
     style: Any = {**_STYLE, "svg.hashsalt": path.stem}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(8, height))
@@ -78,7 +79,7 @@ def render(draw: Draw, path: Path, *, height: float = 3.4) -> str:
 
 
 def _inline(svg: str) -> str:
-    """Reduce an SVG document to an element of a page: no prolog, no namespaces, no fixed size."""
+    """Reduce an SVG document to an element of a page, without prolog, namespaces and size."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
@@ -89,7 +90,7 @@ def _inline(svg: str) -> str:
 
 
 def label_ends(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
-    """Write the names of lines beside their right ends, moved apart where they would collide."""
+    """Write the names of lines beside their right ends, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     labels = sorted(labels)
     gap = 0.065 * (high - low)
@@ -109,9 +110,9 @@ def label_ends(axes: Axes, labels: list[tuple[float, str, str]]) -> None:
 
 
 def spread(values: list[float], *, gap: float, low: float) -> list[float]:
-    """Move sorted values at least ``gap`` apart and to ``low`` or above.
+    """Move sorted values at least ``gap`` apart, and to ``low`` or above.
 
-    Colliding values stay centred around the place where they were.
+    A group of values that were too close keeps its centre.
     """
     groups: list[tuple[float, int]] = []  # lowest place and size of a run of touching values
     for value in values:
@@ -126,20 +127,20 @@ def spread(values: list[float], *, gap: float, low: float) -> list[float]:
 
 
 def whole_rounds(axes: Axes) -> None:
-    """Put ticks at whole rounds only."""
+    """Set ticks at whole rounds only."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
 
 
 def thin(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
-    """Leave out points of a curve that are not visible."""
+    """Drop points of a curve so that at most ``_MAX_POINTS`` are left."""
     stride = -(-len(xs) // _MAX_POINTS) or 1
     return xs[::stride], ys[::stride]
 
 
 def tokens_unit(tokens: float) -> tuple[float, str]:
-    """Choose the unit of an axis of tokens: its size and its name."""
+    """Choose the unit for a number of tokens; return its size and its name."""
     for scale, name in ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
         if tokens >= scale:
             return scale, name

@@ -1,4 +1,4 @@
-"""How numbers are written for people; a missing one is a dash."""
+"""Write numbers for people; a missing number is a dash."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import Any, TypeGuard
 
 MISSING = "-"
-"""Stands for a value that is not there or not finite."""
+"""Text for a value that is missing or not finite."""
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -27,12 +27,12 @@ def integer(value: Any) -> str:
 
 
 def tokens_per_s(value: Any) -> str:
-    """Write a speed; below 10 a digit after the point still says something."""
+    """Write a speed, with one decimal below 10."""
     return number(value, 1 if is_number(value) and abs(value) < 10 else 0)
 
 
 def bytes_text(value: Any) -> str:
-    """Write bytes in the unit that keeps three digits: ``0 B``, ``12.3 MiB``."""
+    """Write bytes with three digits in a suitable unit: ``0 B``, ``12.3 MiB``."""
     if not is_number(value):
         return MISSING
     scaled, unit = scale_bytes(value)
@@ -42,7 +42,7 @@ def bytes_text(value: Any) -> str:
 
 
 def scale_bytes(largest: float) -> tuple[int, str]:
-    """Choose the unit for values up to ``largest``: its bytes and its name."""
+    """Choose the unit for values up to ``largest``; return its bytes and its name."""
     exponent = 0
     while largest >= 1024 ** (exponent + 1) and exponent < len(_UNITS) - 1:
         exponent += 1

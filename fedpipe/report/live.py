@@ -1,4 +1,4 @@
-"""The live display of a terminal: a progress bar, the losses, and who is being trained."""
+"""The live display of a terminal: a progress bar, the losses, and the hosted clients."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 _REFRESH_PER_S = 8
 _MAX_HOSTED = 8
-"""Replicas that are named; the rest are counted."""
+"""Replicas that are shown by name; the others are counted."""
 
 
 class LiveDisplay:
     """Draws a ``RunProgress`` at the bottom of a terminal; printed lines scroll above it."""
 
     def __init__(self, progress: RunProgress, *, stream: TextIO) -> None:
-        """Draw nothing yet.
+        """Create the display without drawing it.
 
         Args:
-            progress: The state to show; its owner updates it and calls ``refresh``.
+            progress: The state to show; the caller updates it and then calls ``refresh``.
             stream: The terminal.
         """
         from rich.console import Console
@@ -55,14 +55,14 @@ class LiveDisplay:
             self._live.start()
 
     def refresh(self) -> None:
-        """Take notice of new steps; the screen itself is redrawn a few times a second."""
+        """Show new steps; the screen is redrawn a few times per second."""
         self._preparing = None
         if self._first is None:
             self._first = (time.monotonic(), self._progress.steps_done)
             self._live.start()
 
     def close(self) -> None:
-        """Take the display off the screen."""
+        """Remove the display from the screen."""
         self._live.stop()
 
     def _render(self) -> RenderableType:

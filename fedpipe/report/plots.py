@@ -1,4 +1,4 @@
-"""The figures of a report: losses, clients and traffic."""
+"""Draw the figures of a report: losses, clients and traffic."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MAX_NAMED_CLIENTS = 7
 
 
 def draw_loss(run: RunSummary) -> Draw | None:
-    """Training loss per stage against tokens, with the validation losses as points."""
+    """Draw the training loss of every stage over tokens, and validation losses as points."""
     curves = {stage: run.training_loss(stage) for stage in range(run.num_stages)}
     curves = {stage: curve for stage, curve in curves.items() if curve[0]}
     if not curves:
@@ -67,7 +67,7 @@ def draw_loss(run: RunSummary) -> Draw | None:
 
 
 def draw_clients(run: RunSummary) -> Draw | None:
-    """Validation loss per client of the last head over the rounds."""
+    """Draw the validation loss of every client over rounds, as the last stage scores it."""
     stage = run.last_validated_stage
     series: dict[str, list[tuple[int, float]]] = {}
     mean: list[tuple[int, float]] = []
@@ -111,7 +111,7 @@ def draw_clients(run: RunSummary) -> Draw | None:
 
 
 def draw_traffic(run: RunSummary) -> Draw | None:
-    """Bytes per round: over the pipe edges, forward up and backward down, and per collective."""
+    """Draw bytes per round of every pipe edge (forward up, backward down) and every collective."""
     records = run.of_kind("traffic")
     if not records:
         return None
@@ -148,7 +148,7 @@ def _stack(
     *,
     backward: dict[str, list[float]] | None = None,
 ) -> None:
-    """Stack bars upwards, and those of ``backward`` downwards, in one unit of bytes."""
+    """Stack ``bars`` upwards and ``backward`` downwards, in the same unit of bytes."""
     backward = backward or {}
     tops = [sum(values) for values in zip(*bars.values(), strict=True)] or [0.0]
     bottoms = [sum(values) for values in zip(*backward.values(), strict=True)] or [0.0]
@@ -190,7 +190,7 @@ def _stack(
 
 
 def _mean_label(name: str, values: list[float]) -> str:
-    """Name a series with its mean, for a bar too small to see."""
+    """Name a series and its mean, because its bars may be too small to see."""
     return f"{name}, {bytes_text(sum(values) / len(values))}"
 
 

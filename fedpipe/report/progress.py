@@ -1,4 +1,4 @@
-"""Where a run is, computed from the records that pass by."""
+"""The progress of a run, computed from its records."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fedpipe.report.format import integer, is_number
 
 
 class RunProgress:
-    """Folds step, round and eval records into the numbers that a console shows.
+    """Collects step, round and eval records into the numbers that a console shows.
 
-    The replica that is furthest ahead tells the step of the round, so the display never waits for
-    a slow one and never goes back inside a round.
+    The step of the round is that of the replica that is furthest ahead, so it never decreases
+    within a round.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class RunProgress:
             num_rounds: Rounds of the whole run.
             steps_per_round: Local steps that one replica makes in a round, over all its clients.
             num_stages: Stages of the pipeline.
-            window: Latest steps of a replica that its tokens per second are taken from.
+            window: Number of latest steps over which a replica's tokens per second are averaged.
         """
         self.num_rounds = num_rounds
         self.steps_per_round = steps_per_round
@@ -41,7 +41,7 @@ class RunProgress:
         self._speed: dict[int, deque[tuple[float, float]]] = {}  # replica -> (tokens, seconds)
 
     def step(self, record: dict[str, Any]) -> None:
-        """Take a step record of any replica and stage."""
+        """Add a step record of any replica and stage."""
         round_id, replica = record.get("round") or 0, record.get("replica") or 0
         if round_id != self.round_id or self._between_rounds:
             self._start_round(round_id)
@@ -57,18 +57,18 @@ class RunProgress:
             speed.append((record["tokens"], record["seconds"]))
 
     def round(self, record: dict[str, Any]) -> None:
-        """Take a round record: the round is complete, however many steps its clients had."""
+        """Add a round record, which completes the round whatever the number of its steps."""
         self._start_round(record.get("round") or 0)
         self._done_rounds = (record.get("round") or 0) + 1
         self._between_rounds = True
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        """Take an eval record."""
+        """Add an eval record."""
         self.validation = record
 
     @property
     def step_in_round(self) -> int:
-        """Local steps of the replica that is furthest ahead; all of them while it averages."""
+        """Local steps of the replica that is furthest ahead; all steps during averaging."""
         if self._between_rounds:
             return self.steps_per_round
         return max((sum(turns.values()) for turns in self._turns.values()), default=0)
@@ -80,28 +80,28 @@ class RunProgress:
 
     @property
     def steps_done(self) -> int:
-        """Local steps of a replica so far, those before a resume included."""
+        """Local steps of a replica so far, including those before a resume."""
         in_round = 0 if self._between_rounds else min(self.step_in_round, self.steps_per_round)
         return min(self._done_rounds * self.steps_per_round + in_round, self.total_steps)
 
     def losses(self) -> list[float | None]:
-        """Latest loss of every stage, mean over the replicas; ``None`` where a stage has none.
+        """Return the latest loss of every stage, averaged over the replicas; ``None`` without one.
 
-        Each process tells of its own latest step; they may be some steps apart.
+        The latest steps of different processes may be some steps apart.
         """
         return [self._mean("loss", stage_id) for stage_id in range(self.num_stages)]
 
     def grad_norms(self) -> list[float | None]:
-        """Latest gradient norm of every stage, mean over the replicas."""
+        """Return the latest gradient norm of every stage, averaged over the replicas."""
         return [self._mean("grad_norm", stage_id) for stage_id in range(self.num_stages)]
 
     def hosted(self) -> list[tuple[int, str]]:
-        """Pairs of a replica and the client it hosts."""
+        """Return pairs of a replica and the client that it hosts."""
         latest = {replica: integer(r.get("client")) for (replica, _), r in self._latest.items()}
         return sorted(latest.items())
 
     def tokens_per_s(self) -> float | None:
-        """Trained tokens per second over all replicas, without the time between rounds."""
+        """Return the trained tokens per second of all replicas, without the time between rounds."""
         if not self._speed:
             return None
         return sum(

@@ -1,4 +1,4 @@
-"""The pipeline timeline: what every stage of every replica does during a few local steps."""
+"""Draw the pipeline timeline: the instructions of every stage and replica in two local steps."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ KINDS: dict[str, tuple[str, Color]] = {
     "send_grad": ("waits to send", (GREY, 0.4)),
     "send_home": ("waits to send", (GREY, 0.4)),
 }
-"""Word in the legend and colour of every instruction; others are grey. Waiting is pale, also on a
-dark page."""
+"""Legend and colour of every instruction; others are grey. Waiting is pale, also on a dark page."""
 _NUMBERED = ("forward", "local_backward", "backward")
-"""Instructions that show their micro-batch."""
+"""Instructions that show the number of their micro-batch."""
 _VISIBLE = 0.0004
-"""Share of the width below which a box cannot be seen."""
+"""Share of the figure's width below which a box is not drawn."""
 _MAX_ROWS = 16
-"""Rows that stay readable; the rest of a larger grid looks the same."""
+"""Largest number of rows that is readable; further rows of a larger grid look the same."""
 
 Event = dict[str, Any]
 
@@ -43,8 +42,8 @@ def write_timeline_plot(events: list[Event], path: Path) -> str | None:
     """Draw two local steps from the middle of a trace.
 
     Args:
-        events: Of a Chrome trace: complete ones, ``pid`` is the replica and ``tid`` the stage, and
-            the threads' names where they have some.
+        events: Events of a Chrome trace: complete ones, whose ``pid`` is the replica and ``tid``
+            the stage, and names of threads, if any.
         path: The PNG to write.
 
     Returns:
@@ -98,7 +97,7 @@ def _row(event: Event) -> tuple[int, int]:
 
 
 def _labels(events: list[Event]) -> dict[tuple[int, int], str]:
-    """Names of the rows that the trace itself has."""
+    """Return the names of rows that the trace contains."""
     return {_row(e): str(e["args"]["name"]) for e in events if e.get("name") == "thread_name"}
 
 
@@ -130,7 +129,7 @@ def _box(axes: Axes, event: Event, row: int, left: float, width: float, span: fl
         return
     name = str(event.get("name"))
     y, height = row - 0.36, 0.72
-    # A hair of space between boxes, where they are wide enough to keep one.
+    # A thin gap between boxes, unless they are too narrow for one.
     gap = min(0.0015 * span, 0.2 * width)
     axes.broken_barh([(left, width - gap)], (y, height), facecolors=_kind(name)[1], linewidth=0)
     micro_batch = (event.get("args") or {}).get("micro_batch")
@@ -155,7 +154,7 @@ def _legend(figure: Figure, names: set[str]) -> None:
     from matplotlib.patches import Patch
 
     ordered = [name for name in KINDS if name in names] + sorted(names - KINDS.keys())
-    colors = dict(_kind(name) for name in ordered)  # instructions that mean the same share one
+    colors = dict(_kind(name) for name in ordered)  # one entry per legend
     handles = [Patch(facecolor=color, linewidth=0, label=text) for text, color in colors.items()]
     figure.legend(
         handles=handles,

@@ -37,7 +37,7 @@ from fedpipe.data.corpus import (
 )
 from fedpipe.data.digests import file_digests, model_files
 from fedpipe.errors import CheckpointError
-from fedpipe.files import patiently, write_text
+from fedpipe.files import retry_reads, write_text
 from fedpipe.report.writer import METRICS_FILE
 from fedpipe.run.checkpoint import CHECKPOINTS, Checkpoint, Position, find_latest, set_aside_later
 from fedpipe.run.resume import (
@@ -349,7 +349,7 @@ def _read_kind(path: Path) -> Kind | None:
     """
     file = path / RUN_FILE
     try:
-        text = patiently(lambda: file.read_text(encoding="utf-8"))
+        text = retry_reads(lambda: file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
