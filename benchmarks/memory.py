@@ -16,7 +16,7 @@ from pathlib import Path
 from ranks import run_ranks
 
 from fedpipe.commands.pretrain.replica import Replica
-from fedpipe.commands.throughput.peak_memory import PeakMemory
+from fedpipe.commands.throughput.instruments import PeakMemory
 from fedpipe.config.load import load_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData

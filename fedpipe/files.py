@@ -55,10 +55,10 @@ def system_errors_named() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _SYSTEM:
             raise
-        way_out = "Free space there" if error.errno in _NO_ROOM else "Mend that"
+        way_out = "Free space there" if error.errno in _NO_ROOM else "Correct that"
         raise OutputError(
-            f"{error.filename or 'a file'}: expected to be let read or write it, got"
-            f" {error.strerror}. {way_out}, then give the same command again."
+            f"{error.filename or 'a file'}: expected to read or write it, got"
+            f" {error.strerror}. {way_out}, then run the same command again."
         ) from error
 
 

@@ -27,12 +27,12 @@ def _raise(code: int, *path: str) -> None:
 
 def test_what_the_system_refuses_is_named_and_a_failure_not_the_users_error() -> None:
     with pytest.raises(
-        OutputError, match=r"^/x: expected to be let read or write it, got No space left on device"
+        OutputError, match=r"^/x: expected to read or write it, got No space left on device"
         r"\. Free space there, then give the same command again\.$"
     ) as found, system_errors_named():  # fmt: skip
         _raise(errno.ENOSPC, "/x")
     assert isinstance(found.value, LaunchError)
-    with pytest.raises(OutputError, match=r"got Read-only file system\. Mend that"):
+    with pytest.raises(OutputError, match=r"got Read-only file system\. Correct that"):
         with system_errors_named(), with_file_name(Path("/x")):
             _raise(errno.EROFS)
     with pytest.raises(FileNotFoundError), system_errors_named():  # a bug keeps its traceback

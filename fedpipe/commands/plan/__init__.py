@@ -1,1 +1,1 @@
-"""``fedpipe plan``: what a run will be, what it costs, and what leaves a client."""
+"""``fedpipe plan``: processes, stages, costs and messages of a run, and what leaves a client."""

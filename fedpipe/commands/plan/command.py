@@ -1,4 +1,4 @@
-"""``fedpipe plan``: show what a run will be, and start nothing."""
+"""``fedpipe plan``: show the plan of a run without starting it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show the plan of a configuration, or of a run that has been started."""
+    """Show the plan of a configuration, or of an existing run directory."""
     source = args.config
     if args.run_dir and not (args.config or args.preset):
         source = options.existing_run(args, "pretrain").saved

@@ -1,4 +1,4 @@
-"""``pipeline.cut: auto``: measure the stages where the run will be, then cut where they balance."""
+"""``pipeline.cut: auto``: measure layers and heads on this machine, and balance the stages."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def choose_cut(
     """Choose the cut into as many stages as the configuration has.
 
     Args:
-        config: Its own cut is what the choice is compared with.
+        config: The run; the choice is compared with its cut.
         measure: ``measure_here`` or ``measure_in_a_process``.
-        notify: Told the choice and why.
+        notify: Called with lines about the choice and its reasons.
 
     Returns:
-        As ``pipeline.cut``.
+        A value for ``pipeline.cut``.
     """
     from fedpipe.commands.plan.costs.layers import best_cut, cut_lines
 
@@ -42,11 +42,11 @@ def choose_cut(
 
 
 def measure_here(config: RunConfig, *, threads: int | None = None) -> LayerCosts:
-    """Measure in this process, with the threads that a process of the run has.
+    """Measure in this process, with as many threads as a process of the run has.
 
     Args:
         config: The run.
-        threads: Those; None means of ``fedpipe pretrain`` on this machine.
+        threads: Number of threads; None takes that of ``fedpipe pretrain`` on this machine.
     """
     import torch
 
@@ -61,10 +61,10 @@ def measure_here(config: RunConfig, *, threads: int | None = None) -> LayerCosts
 
 
 def measure_in_a_process(config: RunConfig) -> LayerCosts:
-    """Measure in a process of its own; this one imports no torch.
+    """Measure in a new process, so that this one need not import torch.
 
     Raises:
-        LaunchError: It could not measure.
+        LaunchError: The new process has failed.
     """
     context = fork_server(["fedpipe.commands.plan.costs.measure"])
     reader, writer = context.Pipe(duplex=False)

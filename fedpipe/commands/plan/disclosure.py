@@ -1,8 +1,8 @@
-"""What leaves a client and what enters it: every tensor and record that crosses its border.
+"""List every tensor and record that leaves or enters a client.
 
-Arithmetic on the configuration alone, no torch. A client's border runs between its processes and
-everything else; what passes between its own stages or its own data-parallel ranks does not cross.
-Sizes are those that the ledger counts (``traffic`` records of metrics.jsonl).
+The list follows from the configuration alone; no torch. A client consists of its own processes:
+messages between its own stages or its own data-parallel ranks neither leave nor enter it. Sizes are
+those of the traffic ledger (``traffic`` records of metrics.jsonl).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Direction = Literal["leaves", "enters"]
 When = Literal["start", "micro-batch", "local step", "round", "validation batch", "validation"]
 """A validation batch is a micro-batch of held-out text."""
 Parts = Mapping[str, int]
-"""Parameters of a stage by the switch of ``federation.average`` that they obey."""
+"""Number of a stage's parameters for each key of ``federation.average``."""
 
 _MASTER = "process 0"
 _FORMATS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8 + scales"}
@@ -30,20 +30,20 @@ _FORMATS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8 + scales"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transfer:
-    """One thing that crosses the border, as one of the client's processes sends or receives it."""
+    """One tensor or record that one of the client's processes sends or receives."""
 
     direction: Direction
     what: str
     peer: str
-    """To whom it goes, or from whom it comes."""
+    """Receiver or sender outside of the client."""
     form: str
-    """Shape and format on the wire; words for what is no tensor."""
+    """Shape and wire format of a tensor; a description of anything else."""
     nbytes: int | None
-    """Bytes each time; None for pickled records, whose length varies."""
+    """Bytes of one transfer; None for pickled records, whose length varies."""
     when: When
     entry: str = ""
-    """Its entry of the ledger: "forward/0", "backward/1" by edge, "fedavg", "embedding"; "" if it
-    has none."""
+    """Entry of the traffic ledger: "forward/0" or "backward/1" with the edge, "fedavg",
+    "embedding"; "" for none."""
 
 
 def client_transfers(
@@ -54,17 +54,17 @@ def client_transfers(
     edges: Sequence[EdgeMessages],
     parts: Sequence[Parts],
 ) -> tuple[Transfer, ...]:
-    """List everything that crosses a client's border.
+    """List all transfers between a client and everything outside of it.
 
     Args:
         config: The run.
-        shape: Of its model.
-        specs: Its stages.
-        edges: What a micro-batch sends over every edge.
-        parts: What every stage holds.
+        shape: Sizes of the model.
+        specs: All stages.
+        edges: Messages of a micro-batch over every edge.
+        parts: Number of parameters of every stage, by key of ``federation.average``.
 
     Returns:
-        What leaves, then what enters, each by how often.
+        What leaves, then what enters, both in the order of ``When``.
     """
     transfers = [*_over_edges(config, specs, edges), *_verdict(specs), *_records(config)]
     for spec, held in zip(specs, parts, strict=True):
@@ -77,7 +77,7 @@ def client_transfers(
 
 
 def stays(config: RunConfig, *, specs: Sequence[StageSpec], parts: Sequence[Parts]) -> list[str]:
-    """Name what never crosses a client's border, the text first."""
+    """Name what never leaves a client, the text first."""
     at_home = not any(
         spec.sends_labels and specs[spec.next_stage].role is not spec.role
         for spec in specs
@@ -96,7 +96,7 @@ def stays(config: RunConfig, *, specs: Sequence[StageSpec], parts: Sequence[Part
 def _over_edges(
     config: RunConfig, specs: Sequence[StageSpec], edges: Sequence[EdgeMessages]
 ) -> list[Transfer]:
-    """Messages between a stage of the client's and one of the server's."""
+    """List the messages between a stage of the client and one of the server."""
     transfers = []
     for index, messages in enumerate(edges):
         source, target = specs[messages.edge.source], specs[messages.edge.target]
@@ -113,7 +113,7 @@ def _over_edges(
 def _over_edge(
     config: RunConfig, messages: EdgeMessages, *, index: int, outward: Direction, peer: str
 ) -> list[Transfer]:
-    """Both directions of an edge; ``outward`` is the forward one, seen from the client."""
+    """List the messages of an edge; ``outward`` is the forward direction, seen from the client."""
     back: Direction = "enters" if outward == "leaves" else "leaves"
     ways = (
         (outward, messages.forward, f"forward/{index}"),
@@ -164,7 +164,7 @@ def _form(tensor: WireTensor) -> str:
 
 
 def _weights(config: RunConfig, parts: Parts) -> list[Transfer]:
-    """The averaged parts of one client stage, to the mean and back."""
+    """List the averaged weights of a client stage, which are sent, and received as their mean."""
     federation = config.federation
     averaged = {p: n for p, n in parts.items() if n and getattr(federation.average, p)}
     if not averaged:
@@ -191,7 +191,7 @@ def _weights(config: RunConfig, parts: Parts) -> list[Transfer]:
 
 
 def _embedding(config: RunConfig, shape: ModelShape, specs: Sequence[StageSpec]) -> list[Transfer]:
-    """The averaged word embedding, with which the server's decoder begins every turn."""
+    """List the averaged word embedding, as a copy of which the server's decoder starts a turn."""
     first = next(spec for spec in specs if spec.role is StageRole.SERVER)
     moments: list[tuple[When, str]] = [("round", "embedding")]
     moments += [("validation", "")] if config.data.valid else []
@@ -210,7 +210,7 @@ def _embedding(config: RunConfig, shape: ModelShape, specs: Sequence[StageSpec])
 
 
 def _records(config: RunConfig) -> list[Transfer]:
-    """Numbers for metrics.jsonl, which process 0 writes: the first replica's client itself."""
+    """List the records for metrics.jsonl, which process 0, of the first replica, writes."""
     records = [
         _record("configuration, paths and checkpoint of the run", "start", direction="enters"),
         _record("loss, gradient norm, learning rate, time and client id", "local step"),
@@ -224,7 +224,7 @@ def _records(config: RunConfig) -> list[Transfer]:
 
 
 def _verdict(specs: Sequence[StageSpec]) -> list[Transfer]:
-    """On which the stages of a replica agree: an update is taken or left out as a whole."""
+    """List the number by which all stages of a replica agree whether an update is left out."""
     if all(spec.role is StageRole.CLIENT for spec in specs):
         return []
     return [
@@ -250,7 +250,7 @@ def _record(what: str, when: When, *, direction: Direction = "leaves") -> Transf
 
 
 def per_step(transfer: Transfer, config: RunConfig) -> int:
-    """Bytes per local step, over a client's data-parallel ranks, of what a micro-batch sends."""
+    """Return the bytes per local step of a micro-batch's transfer, over all data-parallel ranks."""
     if transfer.when != "micro-batch":
         return 0
     messages = config.pipeline.num_micro_batches * config.federation.data_parallel_degree
@@ -258,7 +258,7 @@ def per_step(transfer: Transfer, config: RunConfig) -> int:
 
 
 def per_round(transfer: Transfer, config: RunConfig) -> int:
-    """Bytes per round, over a client's data-parallel ranks, of weights."""
+    """Return the bytes per round of a transfer of weights, over all data-parallel ranks."""
     if transfer.entry not in ("fedavg", "embedding"):
         return 0
     return config.federation.data_parallel_degree * (transfer.nbytes or 0)
@@ -267,7 +267,7 @@ def per_round(transfer: Transfer, config: RunConfig) -> int:
 def client_rows(
     transfers: Sequence[Transfer], kept: Sequence[str], *, config: RunConfig
 ) -> list[tuple[str, str, str]]:
-    """Write what crosses the border in training as rows of the plan: name, what, how much."""
+    """Write the transfers of training as rows of the plan: direction, tensor, bytes and peer."""
     rows = []
     for transfer in transfers:
         toward = "to" if transfer.direction == "leaves" else "from"
@@ -289,7 +289,7 @@ def client_rows(
 
 
 def markdown(transfers: Sequence[Transfer], kept: Sequence[str], *, config: RunConfig) -> str:
-    """Write everything that crosses the border as a Markdown table, then what stays."""
+    """Write all transfers as a Markdown table, and then what never leaves the client."""
     lines = ["| | what | on the wire | bytes | every | to or from |", "|---|---|---|---|---|---|"]
     for t in transfers:
         size = "" if t.nbytes is None else f"{t.nbytes:,}"

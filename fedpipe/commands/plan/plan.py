@@ -1,6 +1,6 @@
-"""What a run will be, before anything starts: processes, stages, bytes, memory, ideal bubble.
+"""Work out a run before it starts: processes, stages, bytes, memory and the ideal bubble.
 
-Arithmetic on the configuration alone; nothing here imports torch.
+The plan follows from the configuration alone; nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedpipe.pipeline.timeline import simulate
 from fedpipe.report.format import bytes_text, count
 
 Row = tuple[str, str, str]
-"""Subject of a line of the plan, what there is, and how much."""
+"""A line of the plan: its subject and two columns."""
 
 _FLOAT32 = 4
 """Bytes of a weight, a gradient and each of Adam's moments."""
@@ -33,34 +33,34 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagePlan:
-    """One stage and what it costs."""
+    """One stage and its costs."""
 
     spec: StageSpec
     num_parameters: int
-    """A tied decoder counted once."""
+    """Parameters, with a tied decoder counted once."""
     averaged_parameters: int
-    """Those that FedAvg averages; the rest stays with its client, or lasts for a turn only."""
+    """Parameters that FedAvg averages; others stay with their client, or last for one turn."""
     cost_share_pct: float
-    """Its part of all stages' FLOPs."""
+    """Share of all stages' FLOPs."""
     state_bytes: int
-    """Weights, gradients, Adam's moments, global weights and what averages them, per rank."""
+    """Weights, gradients, Adam's moments, global weights and buffers for averaging, per rank."""
     activation_bytes: int
     """Activations of the micro-batches in flight, logits and messages, per rank; an estimate."""
     fedavg_bytes: int
-    """What a rank sends per round to make one model of the replicas'."""
+    """Bytes that a rank sends per round to average the weights of the replicas."""
     shared_gradient_bytes: int
-    """What a rank sends per local step to average gradients over the replicas."""
+    """Bytes that a rank sends per local step to average gradients over the replicas."""
     gradient_bytes: int
-    """What a rank sends per local step to average gradients inside its client."""
+    """Bytes that a rank sends per local step to average gradients inside its client."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IdealPlan:
-    """What the simulator says of one schedule."""
+    """Result of simulating one schedule."""
 
     bubble_pct: float
     step_flops: float
-    """Length of a local step, in the FLOPs that one stage does meanwhile."""
+    """Length of a local step, in FLOPs that one process could do in that time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,15 +72,15 @@ class Plan:
     shape: ModelShape
     stages: tuple[StagePlan, ...]
     edges: tuple[EdgeMessages, ...]
-    """What a micro-batch sends over every edge, by the stage that it leaves."""
+    """Messages of a micro-batch over every edge, in the order of the sending stages."""
     ideal: dict[str, IdealPlan]
-    """By schedule; streaming has local losses, the others back-propagate over the cuts."""
+    """Simulated schedules; streaming has local losses, the others back-propagate over the cuts."""
     transfers: tuple[Transfer, ...]
-    """What leaves and enters a client."""
+    """Tensors and records that leave or enter a client."""
     stays: list[str]
-    """What never leaves it."""
+    """What never leaves a client."""
     warnings: tuple[str, ...]
-    """What the user should look at."""
+    """Warnings about the tokenizer."""
 
     def __str__(self) -> str:
         """Return what ``fedpipe plan`` shows."""
@@ -88,13 +88,13 @@ class Plan:
 
     @property
     def messages_per_step(self) -> int:
-        """Messages per edge, local step and replica, over its data-parallel ranks."""
+        """Messages per edge, local step and replica, over all its data-parallel ranks."""
         pipeline, federation = self.config.pipeline, self.config.federation
         return pipeline.num_micro_batches * federation.data_parallel_degree
 
 
 def build_plan(config: RunConfig) -> Plan:
-    """Work out a run.
+    """Work out the plan of a run.
 
     Args:
         config: A checked configuration.
@@ -103,7 +103,7 @@ def build_plan(config: RunConfig) -> Plan:
         The plan.
 
     Raises:
-        ConfigError: Model and vocabulary disagree.
+        ConfigError: The model does not fit the vocabulary.
         CorpusError: The tokenizer cannot be read.
     """
     tokenizer = tokenizer_info(config)
@@ -148,12 +148,12 @@ def _stages(
         averaged = sum(n for part, n in parts.items() if _is_averaged(part, config))
         moments = ceil(2 * parameters / data) if sharded else 2 * parameters
         shared = config.federation.server == "shared" and spec.role is StageRole.SERVER
-        handed_on = shared or config.federation.server == "sequential"
-        travelling = 0 if handed_on else averaged
-        # Weights, gradients and the round's global weights; what averaging needs beside them.
-        averaging = averaging_floats(travelling, federation=config.federation)
-        # A turn that is refused gives its moments back, where they are handed on.
-        before = moments if handed_on and spec.role is StageRole.SERVER else 0
+        passed_on = shared or config.federation.server == "sequential"
+        sent = 0 if passed_on else averaged
+        # Buffers for averaging, beside the weights, gradients and global weights.
+        averaging = averaging_floats(sent, federation=config.federation)
+        # If moments pass from turn to turn, a copy is kept in case the turn's update is left out.
+        before = moments if passed_on and spec.role is StageRole.SERVER else 0
         state = _FLOAT32 * (3 * parameters - copied + moments + before + averaging)
         plans.append(
             StagePlan(
@@ -163,7 +163,7 @@ def _stages(
                 cost_share_pct=100.0 * own_flops / sum(flops),
                 state_bytes=state,
                 activation_bytes=_activation_bytes(spec, config, shape, element=activation_size),
-                fedavg_bytes=averaging_bytes(travelling, federation=config.federation),
+                fedavg_bytes=averaging_bytes(sent, federation=config.federation),
                 shared_gradient_bytes=(
                     2 * (replicas - 1) * parameters * _FLOAT32 // replicas if shared else 0
                 ),
@@ -174,7 +174,7 @@ def _stages(
 
 
 def _parts(spec: StageSpec, shape: ModelShape) -> dict[str, int]:
-    """Parameters by the switch of ``federation.average`` that they obey."""
+    """Return the number of a stage's parameters for each key of ``federation.average``."""
     layers = "client_layers" if spec.role is StageRole.CLIENT else "server_layers"
     parts = {layers: spec.num_layers * shape.layer_parameters()}
     if spec.is_first:
@@ -213,11 +213,11 @@ def _ideal(schedule: str, config: RunConfig, shape: ModelShape) -> IdealPlan:
 def _activation_bytes(
     spec: StageSpec, config: RunConfig, shape: ModelShape, *, element: int
 ) -> int:
-    """Tensors that the backward pass needs, per layer and token ``9 D + 2 F + 2.5 h T`` elements.
+    """Estimate the bytes of activations, from ``9 D + 2 F + 2.5 h T`` elements per layer and token.
 
     Source: Korthikanti et al. 2022, section 4.1, https://arxiv.org/abs/2205.05198, for a
-    feed-forward width F; h T is one row of the attention of h heads over T tokens. Where only
-    masked positions go on, a layer's input, keys and values, 3 D, remain at every token.
+    feed-forward width F; h T is one row of the attention of h heads over T tokens. A layer that is
+    run at masked positions only keeps its input, keys and values, 3 D, for every token.
     """
     pipeline, length = config.pipeline, config.data.num_positions
     hidden, tokens = shape.hidden_size, pipeline.micro_batch_size * length
@@ -231,7 +231,7 @@ def _activation_bytes(
         own = spec.num_layers * tokens * hidden + (layer if spec.num_layers else 0)
     own += 3 * tokens * hidden if spec.is_first else 0
     held = _micro_batches_held(spec, pipeline) * own * element
-    # Scores and their gradient are float32 also under autocast.
+    # Logits and their gradient are float32 even under autocast.
     head = float(masked * (2 * shape.vocab_size + 6 * hidden) * _FLOAT32 if spec.has_head else 0)
     head += masked_layer * element if spec.head == "mlm+layer" else 0
     edges = (not spec.is_first) + (not spec.is_last)
@@ -240,7 +240,7 @@ def _activation_bytes(
 
 
 def _micro_batches_held(spec: StageSpec, pipeline: PipelineConfig) -> int:
-    """Micro-batches between their forward and their backward; see the schedules."""
+    """Return how many micro-batches are between forward and backward pass at the same time."""
     ahead = 1
     if pipeline.schedule == "1f1b":
         ahead = spec.num_stages - spec.stage_id
@@ -253,13 +253,13 @@ def _micro_batches_held(spec: StageSpec, pipeline: PipelineConfig) -> int:
 
 
 def render(plan: Plan) -> str:
-    """Return the plan as lines of text.
+    """Write the plan as lines of text.
 
     Args:
-        plan: What ``build_plan`` worked out.
+        plan: The plan.
 
     Returns:
-        A headline and one or more indented lines per subject; no newline at the end.
+        A headline and one or more indented lines per subject, without a newline at the end.
     """
     rows = [
         *_model_row(plan),
@@ -275,7 +275,7 @@ def render(plan: Plan) -> str:
 
 
 def aligned_rows(rows: Sequence[Row]) -> list[str]:
-    """Write rows of the plan as indented lines with columns below each other."""
+    """Write rows of the plan as indented lines with aligned columns."""
     width = max(len(middle) for _, middle, _ in rows)
     return [f"  {name:<8} {middle:<{width}}  {end}".rstrip() for name, middle, end in rows]
 
@@ -391,13 +391,13 @@ def _ideal_rows(plan: Plan) -> list[Row]:
 
 
 def _per_edge(values: list[int]) -> str:
-    """One value where all edges are alike."""
+    """Write one value if all edges have the same, otherwise all."""
     texts = [bytes_text(value) for value in values] or [bytes_text(0)]
     return texts[0] if len(set(texts)) == 1 else _per_stage(texts)
 
 
 def _per_stage(values: list[str]) -> str:
-    """Equal neighbours are written once: ``1.0 GiB, 6 x 2.0 GiB, 1.5 GiB``."""
+    """Write the values of all stages, equal neighbours once: ``1.0 GiB, 6 x 2.0 GiB, 1.5 GiB``."""
     runs: list[tuple[int, str]] = []
     for value in values:
         if runs and runs[-1][1] == value:

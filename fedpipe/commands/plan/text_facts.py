@@ -1,4 +1,4 @@
-"""What the prepared text of a run holds, per client: rows below the plan, and text.json."""
+"""Count the prepared text of every client, for rows below the plan and for text.json."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fedpipe.report.format import count
 from fedpipe.report.summary import ClientText, TextFacts
 
 _LISTED = 5
-"""Clients that a row lists; text.json and the report have them all."""
+"""Clients that a row lists; text.json and the report list all."""
 _IDLE_PCT = 10.0
-"""Less is not worth a line."""
+"""Smallest idle share that is shown."""
 _NAMED = 3
-"""Owners of a client that are listed by name."""
+"""Owners that are listed for a client."""
 
 
 def text_facts(data: PreparedData) -> TextFacts:
-    """Count what prepared text holds.
+    """Count documents, tokens and blocks of prepared text.
 
     Args:
         data: The prepared text.
 
     Returns:
-        The content of text.json: counts over all clients, and a row per client.
+        The content of text.json: counts of the whole text, and a row per client.
     """
     clients: list[ClientText] = []
     for train, valid in zip(data.train, data.valid or [None] * len(data.train), strict=True):
@@ -58,14 +58,14 @@ def text_facts(data: PreparedData) -> TextFacts:
 
 
 def render_text(facts: TextFacts, config: RunConfig) -> str:
-    """Write the counts as lines that go on where the plan ends.
+    """Write the counts as lines below those of the plan.
 
     Args:
-        facts: From ``text_facts``.
-        config: Of the run.
+        facts: Counts from ``text_facts``.
+        config: The run.
 
     Returns:
-        One or more indented lines; no newline at the end.
+        One or more indented lines, without a newline at the end.
     """
     clients = facts["clients"]
     blocks = [row["blocks"] for row in clients]
@@ -85,13 +85,13 @@ def render_text(facts: TextFacts, config: RunConfig) -> str:
 
 
 def render_uncounted() -> str:
-    """Say, where the plan ends, that nobody has counted the text yet."""
+    """Write the line for text that is not prepared yet."""
     row: Row = ("text", "not prepared yet", "counted when a run starts")
     return "\n".join(aligned_rows([row]))
 
 
 def _idle(config: RunConfig, blocks: Sequence[int]) -> list[Row]:
-    """Say where replicas wait because clients have unequal turns; the plan counts empty ones."""
+    """Warn if replicas wait because turns differ in length; the plan counts empty turns."""
     idle = idle_pct(config, blocks) if config.federation.num_local_epochs else 0.0
     if idle < _IDLE_PCT:
         return []

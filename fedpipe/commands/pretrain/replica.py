@@ -111,14 +111,14 @@ class Replica(StageReplica):
         )
 
     def set_weights(self, client_id: int, last_round: int | None) -> dict[int, dict[str, Any]]:
-        """See ``Replica.set_weights``; a decoder that is lent gets the word embedding."""
+        """See ``Replica.set_weights``; a copied decoder gets the word embedding."""
         states = super().set_weights(client_id, last_round)
-        self._lend_embedding()
+        self._copy_embedding()
         return states
 
     @torch.no_grad()
-    def _lend_embedding(self) -> None:
-        """Let a final decoder that is lent begin as the word embedding.
+    def _copy_embedding(self) -> None:
+        """Set the final decoder to the word embedding, if it starts every turn as a copy of it.
 
         Collective: every process of the replica, with the stream drained.
         """

@@ -1,7 +1,7 @@
-"""What a throughput measurement says should be changed, in words. Pure; no torch.
+"""Derive advice from a throughput measurement: what limits the schedules, and what would help.
 
-Every sentence follows from measured numbers, and what the simulator makes of them is called a
-prediction.
+Every sentence follows from measured numbers. Results of the simulator are called predictions. No
+torch.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from fedpipe.commands.throughput.report import Ideal, Schedule
 
 WORTH = 1.02
-"""A smaller predicted gain is within what a repetition differs from the next."""
+"""Smallest predicted gain that is mentioned; repetitions differ by less."""
 _VISIBLE_PCT = 5.0
-"""A share of the time that is worth a sentence."""
+"""Smallest share of the time that is mentioned."""
 
 
 def advise(
     schedules: dict[str, Schedule], ideals: dict[str, Ideal], config: RunConfig, *, vocab_size: int
 ) -> list[str]:
-    """Say what bounds the schedules here, and what is predicted to help.
+    """Name what limits the schedules, and changes that are predicted to help.
 
     Args:
-        schedules: What was measured, by schedule.
-        ideals: What the simulator makes of it.
-        config: Of the single replica that was measured.
-        vocab_size: Tokens of the tokenizer.
+        schedules: Measurements by schedule.
+        ideals: Simulations with the measured costs, by schedule.
+        config: The run, with the single replica that was measured.
+        vocab_size: Size of the vocabulary.
 
     Returns:
         Sentences, the most important first.
@@ -66,15 +66,15 @@ def advise(
 
 
 def take_apart(stages: Sequence[StageCost], config: RunConfig, *, vocab_size: int) -> LayerCosts:
-    """Divide the measured time of streaming's stages between their layers and heads, by FLOPs.
+    """Divide the measured time of streaming's stages among their layers and heads, by FLOPs.
 
     Args:
-        stages: Measured; a head's time is within ``backward_s``.
-        config: What was measured.
-        vocab_size: Tokens of the tokenizer.
+        stages: Measured costs; ``backward_s`` includes the head.
+        config: The measured run.
+        vocab_size: Size of the vocabulary.
 
     Returns:
-        Costs of the layers; the last one runs at masked positions only and is cheaper.
+        Costs of the layers. The last one is cheaper, because it runs at masked positions only.
     """
     config = scheduled(config, "streaming")
     shape = shape_of(config, vocab_size=vocab_size)
@@ -95,7 +95,7 @@ def take_apart(stages: Sequence[StageCost], config: RunConfig, *, vocab_size: in
 
 
 def _loads(stages: Sequence[StageCost], config: RunConfig) -> list[float]:
-    """Seconds that every process computes in a local step of streaming."""
+    """Return the seconds that every process computes in a local step of streaming."""
     held = placement(stage_specs(scheduled(config, "streaming").pipeline, num_hidden_layers=1))
     steps = [
         config.pipeline.num_micro_batches * (s.forward_s + s.backward_s) + s.optimizer_s
@@ -125,7 +125,7 @@ def _bottleneck(stages: Sequence[StageCost], config: RunConfig) -> str:
 def _other_cut(stages: Sequence[StageCost], config: RunConfig, *, vocab_size: int) -> str:
     costs = take_apart(stages, config, vocab_size=vocab_size)
     cut = best_cut(costs, scheduled(config, "streaming"))
-    # The same cut put together again is what was measured.
+    # Predicting the present cut from its parts gives what was measured.
     now_s, then_s = (
         predict("streaming", costs.with_cut(c), config).step_s for c in (config.pipeline.cut, cut)
     )
@@ -208,8 +208,8 @@ def _gap(streaming: Schedule, *, reached_pct: float) -> str:
         )
     step = streaming["step_s"]
     uneven = step["p90"] / step["p10"]
-    text += "it waits where the simulator, whose messages are free and whose stages always take "
-    text += "their median, does not."
+    text += "it waits more than in the simulation, in which messages take no time and every stage "
+    text += "always takes its median time."
     if uneven > 1.1:
         text += f" A step took {uneven:.2f} x as long at p90 as at p10: was the machine idle?"
     return text

@@ -1,8 +1,8 @@
-"""Measure the schedules against each other, as every process of the run executes it.
+"""Measure the schedules against each other; every process of the run executes this module.
 
-All schedules run in one call on the same processes, one after the other within every repetition and
-in another order in each, so that whatever slows the machine down slows all of them down. Ratios are
-taken within a repetition.
+In every repetition all schedules run on the same processes, one after the other and in another
+order each time, so that a disturbance of the machine affects all of them. Ratios are taken within a
+repetition.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from fedpipe.commands.plan.costs.flops import layer_flops, masked_layer_flops
 from fedpipe.commands.pretrain.replica import Replica
-from fedpipe.commands.throughput.matmul import matmul_flops_per_s, operands
-from fedpipe.commands.throughput.peak_memory import PeakMemory
+from fedpipe.commands.throughput.instruments import PeakMemory, matmul_flops_per_s, operands
 from fedpipe.commands.throughput.report import (
     Measurement,
     StageWindow,
@@ -40,29 +39,29 @@ from fedpipe.pipeline.stage_engine import MicroBatchSource, StageEngine, StepRes
 from fedpipe.pipeline.stock import StockPipeline
 
 WARM_UP_STEPS = 2
-"""Local steps of each schedule before the first repetition: allocator, moments, connections."""
+"""Local steps of each schedule before the first repetition, to fill caches and open connections."""
 _LEARNING_RATE = 1e-5
-"""Training goes on for the whole measurement and must not diverge; its rate costs no time."""
+"""A small rate, because training goes on for the whole measurement and must not diverge."""
 
 
 class Peer(Protocol):
-    """A schedule that can be measured; this process' stages of it."""
+    """A schedule to measure, with its stages of this process."""
 
     engines: list[Any]
-    """``StageEngine`` or ``StockPipeline``, by stage."""
+    """A ``StageEngine`` or ``StockPipeline`` per stage."""
 
     def run(self, steps: range, on_step: Callable[[int, StepResult], None]) -> None:
-        """Run local steps and leave nothing in flight."""
+        """Run local steps, until no message is in flight."""
 
     def sent_bytes(self) -> dict[int, tuple[int, int]]:
-        """Bytes sent forwards and backwards so far, by stage."""
+        """Return the bytes that each stage has sent so far, forwards and backwards."""
 
 
 class SplitPeer:
     """A schedule of fedpipe's own engine."""
 
     def __init__(self, replica: Replica, schedule: str, *, source: MicroBatchSource | None) -> None:
-        """Take a replica; others may use it between runs, with other schedules."""
+        """Wrap a replica, which several schedules may use in turn."""
         self._replica, self._schedule, self._source = replica, schedule, source
         self.engines: list[StageEngine] = replica.stages
 
@@ -75,7 +74,7 @@ class SplitPeer:
         )
 
     def sent_bytes(self) -> dict[int, tuple[int, int]]:
-        """Bytes sent forwards and backwards so far, by stage."""
+        """Return the bytes that each stage has sent so far, forwards and backwards."""
 
         def sent(*links: Any) -> int:
             return sum(link.sent_bytes for link in links if link is not None)
@@ -95,7 +94,7 @@ class StockPeer:
     def __init__(
         self, pipeline: StockPipeline, *, source: MicroBatchSource | None, targets: list[Tensor]
     ) -> None:
-        """Take the pipeline and the data of as many steps as will be run at once."""
+        """Wrap the pipeline, with the targets of as many steps as will be run at once."""
         self._pipeline, self._source, self._targets = pipeline, source, targets
         self.engines = [pipeline]
 
@@ -110,7 +109,7 @@ class StockPeer:
         )
 
     def sent_bytes(self) -> dict[int, tuple[int, int]]:
-        """Bytes sent forwards and backwards so far, by stage."""
+        """Return the bytes that each stage has sent so far, forwards and backwards."""
         stock = self._pipeline
         return {stock.spec.stage_id: (stock.sent_forward_bytes, stock.sent_backward_bytes)}
 
@@ -127,17 +126,17 @@ def measure(
     """Measure every schedule on one replica.
 
     Args:
-        config: The run; its replicas and data-parallel ranks are left out.
-        data: Prepared text; the first client's is read.
-        env: This process' place.
-        settings: How long.
-        emit: Told of every repetition, on rank 0.
-        board: Where the ranks have met already, if they have.
+        config: The run; only one replica without data parallelism is measured.
+        data: Prepared text, of which the first client's is read.
+        env: Rank and rendezvous of this process.
+        settings: Number of steps and repetitions.
+        emit: Called on rank 0 after every repetition.
+        board: The board of ranks that have met already, if they have.
 
     Returns:
-        What was measured on rank 0, None elsewhere.
+        The measurement on rank 0, None elsewhere.
 
-    Collective: every process; as many as stages (one with ``pipeline.colocate``).
+    Collective: every process; as many as stages, or one with ``pipeline.colocate``.
     """
     config = single_replica(config)
     comm = Comm(Grid.from_config(config), env, edges=edges_of_all_peers(config), board=board)
@@ -161,14 +160,15 @@ def build_peers(
     """Build the pipelines with the same first weights and the same text.
 
     Args:
-        config: Of a single replica.
+        config: The run, with a single replica.
         data: Prepared text.
-        comm: Groups of this process, both directions.
-        settings: Steps, and emulated devices.
+        comm: Process groups with edges in both directions.
+        settings: Number of steps, and emulated devices.
 
     Returns:
-        By name: streaming, 1f1b, sequential, stock (not where stages share a process, colocated or
-        with a head at home: DeepSpeed's pipeline cannot do that).
+        The schedules by name: streaming, 1f1b, sequential and stock. DeepSpeed's own pipeline
+        (stock) is missing with ``pipeline.colocate`` or a head at the client, because it cannot put
+        two stages into a process.
 
     Collective: every process.
     """
@@ -208,7 +208,7 @@ def build_peers(
 
 
 def edges_of_all_peers(config: RunConfig) -> list[Edge]:
-    """List every edge that a peer has, both ways where one of them needs it."""
+    """List the edges of all schedules, with the backward direction if one of them needs it."""
     found: dict[tuple[int, int], bool] = {}
     for objective, schedule in (("local_loss", "streaming"), ("end_to_end", "1f1b")):
         for source, target, backward in pipeline_edges(
@@ -219,7 +219,7 @@ def edges_of_all_peers(config: RunConfig) -> list[Edge]:
 
 
 def _in_layers(config: RunConfig, *, vocab_size: int) -> tuple[float, float]:
-    """Costs of the last layer and of a head in whole encoder layers, by FLOPs."""
+    """Return the FLOPs of the last layer and of a head, in units of an encoder layer."""
     shape = shape_of(config, vocab_size=vocab_size)
     sequences, layer = config.pipeline.micro_batch_size, layer_flops(config, shape)
     head = sequences * config.data.num_scored * shape.head_flops_per_token()
@@ -234,7 +234,7 @@ def _with_objective(config: RunConfig, objective: Any, schedule: Any) -> RunConf
 def _targets(
     source: MicroBatchSource | None, config: RunConfig, *, comm: Comm, num_steps: int
 ) -> list[Tensor]:
-    """The targets of all micro-batches, on every process, for DeepSpeed's last stage."""
+    """Return the targets of all micro-batches on every process, for DeepSpeed's last stage."""
     targets: list[Tensor] = []
     if source is not None:
         for step in range(num_steps):
@@ -253,7 +253,7 @@ def _measure(
     vocab_size: int,
 ) -> Measurement | None:
     names = list(peers)
-    synchronous = comm.device.type == "cpu"  # elsewhere a trace waits for every kernel
+    synchronous = comm.device.type == "cpu"  # on a GPU a trace waits for every kernel
     for name in names:
         _window(peers[name], comm=comm, num_steps=WARM_UP_STEPS, traced=False)
 
@@ -265,7 +265,7 @@ def _measure(
     traces = windows if synchronous else {name: [] for name in names}
     for repetition in range(settings.repetitions):
         if not settings.emulate_ms:
-            comm.barrier()  # all at once, so that they contend as in training
+            comm.barrier()  # all processes at once, so that they compete as in training
             ceiling.append(matmul_flops_per_s(matrices))
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
@@ -290,7 +290,7 @@ def _measure(
 
 
 def _window(peer: Peer, *, comm: Comm, num_steps: int, traced: bool) -> list[StageWindow]:
-    """Run some steps and keep when each ended, stage by stage of this process."""
+    """Run steps, and record for every stage of this process when each step has ended."""
     ends: dict[int, list[float]] = {e.spec.stage_id: [] for e in peer.engines}
     for engine in peer.engines:
         engine.trace.steps = range(num_steps) if traced else range(0)
@@ -312,7 +312,7 @@ def _window(peer: Peer, *, comm: Comm, num_steps: int, traced: bool) -> list[Sta
 
 
 def _peak_memory(peer: Peer, *, comm: Comm) -> int:
-    """Peak of this process in one more run, which is not timed."""
+    """Return the peak memory of this process in another run, which is not timed."""
     comm.barrier()
     watch = PeakMemory(
         [engine.stage for engine in peer.engines],
@@ -326,7 +326,7 @@ def _peak_memory(peer: Peer, *, comm: Comm) -> int:
 def _by_stage(
     parts: list[dict[str, list[list[StageWindow]]]],
 ) -> dict[str, list[list[StageWindow]]]:
-    """Unite the processes' windows: per schedule and repetition, one per stage in order."""
+    """Unite the windows of all processes, by schedule and repetition, in order of the stages."""
     return {
         name: [
             sorted((w for part in parts for w in part[name][repetition]), key=lambda w: w.stage)

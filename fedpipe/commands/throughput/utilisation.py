@@ -1,8 +1,8 @@
-"""Achieved FLOP/s against those of a bare matrix product on the same processes. No torch.
+"""Compare the FLOP/s of a schedule with those of a bare matrix product. No torch.
 
-Both are of the same call: in every repetition all processes multiply matrices of the model's own
-shape at once, and what the schedules reach in that repetition is divided by what the product
-reached. Only the model's FLOPs count as achieved, not those of recomputed activations.
+In every repetition all processes at once multiply matrices of the model's own shape, and the FLOP/s
+of the schedules in that repetition are divided by those of the product. Only FLOPs of the model
+count, not those of recomputed activations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fedpipe.commands.throughput.report import StageWindow
 
 Windows = Sequence[Sequence["StageWindow"]]
-"""Repetitions, then stages."""
+"""Measured windows by repetition, then by stage."""
 
 
 class Utilisation(TypedDict):
@@ -40,18 +40,18 @@ class Utilisation(TypedDict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Product:
-    """The matrix product whose speed is the ceiling: the first half of a feed-forward."""
+    """The matrix product whose speed is the ceiling: the first one of a feed-forward layer."""
 
     rows: int
     """Positions of a micro-batch."""
     inner: int
     columns: int
     dtype: str
-    """By torch's name."""
+    """Name of the torch dtype."""
 
     @classmethod
     def of(cls, config: RunConfig, *, vocab_size: int) -> Product:
-        """Take the sizes of a configuration."""
+        """Return the product for the sizes of a configuration."""
         shape = shape_of(config, vocab_size=vocab_size)
         return cls(
             rows=config.pipeline.micro_batch_size * config.data.num_positions,
@@ -61,7 +61,7 @@ class Product:
         )
 
     def __str__(self) -> str:
-        """Write it as a reader would."""
+        """Write sizes and dtype for people."""
         return f"{self.rows} x {self.inner} by {self.inner} x {self.columns}, {self.dtype}"
 
 
@@ -80,15 +80,15 @@ def utilisation(
     config: RunConfig,
     vocab_size: int,
 ) -> Utilisation:
-    """Compare what a schedule computes with what its processes could.
+    """Compare the FLOP/s of a schedule with the ceiling of its processes.
 
     Args:
         name: The schedule.
-        windows: Timed.
-        traces: Of the same repetitions.
-        ceiling: FLOP/s of the product by process, then repetition; empty for emulated devices.
-        config: Of the single replica.
-        vocab_size: Tokens of the tokenizer.
+        windows: Timed windows.
+        traces: Traced windows of the same repetitions.
+        ceiling: FLOP/s of the product by process, then by repetition; empty for emulated devices.
+        config: The run, with a single replica.
+        vocab_size: Size of the vocabulary.
     """
     if not ceiling:
         return {"flops_per_s": None, "mfu_pct": None, "busy_mfu_pct": None}
@@ -117,7 +117,7 @@ def utilisation(
 
 
 def step_flops(name: str, config: RunConfig, *, vocab_size: int) -> list[float]:
-    """FLOPs of a local step by stage, heads at home included; nothing that is recomputed."""
+    """Return the FLOPs of a local step by stage, without those of recomputed activations."""
     config = scheduled(config, name)
     pipeline = replace(config.pipeline, activation_checkpointing=False)
     config = replace(config, pipeline=pipeline)
@@ -135,7 +135,7 @@ def _processes(name: str, config: RunConfig) -> tuple[tuple[StageSpec, ...], ...
 
 
 def _busy_s(repetition: Sequence[StageWindow], held: Sequence[StageSpec]) -> float:
-    """Seconds per local step in which a process computes."""
+    """Return the seconds per local step in which a process computes."""
     windows = [repetition[spec.stage_id] for spec in held]
     events = [event for window in windows for event in window.steady_events()]
     return sum(e[4] - e[3] for e in events if e[0] in COMPUTE) / windows[0].steady_steps
