@@ -1,27 +1,29 @@
 #!/usr/bin/env python3
-"""A real SLURM cluster on one machine, for tests and for trying things out; thrown away afterwards.
+"""A real SLURM cluster on one machine, for tests and trials; nothing of it is left afterwards.
 
     python3 slurm/local_cluster.py install          # Debian packages; nothing if they are there
     eval "$(python3 slurm/local_cluster.py up)"     # 2 nodes x 4 CPUs x 2 pretended GPUs
-    srun -N 2 hostname; sbatch ...; sacct           # everything works as on a site
+    srun -N 2 hostname; sbatch ...; sacct           # as on a real cluster
     python3 slurm/local_cluster.py status           # daemons and nodes
-    python3 slurm/local_cluster.py down             # no process, interface or file stays
+    python3 slurm/local_cluster.py down             # leaves no process, interface or file
 
-Several clusters live side by side, one per ``--dir``. What a cluster is made of, as it starts:
+Several clusters can run side by side, one per ``--dir``. A cluster starts these daemons in order:
 
-- ``munged`` signs messages, so that the daemons and commands below trust each other;
-- ``mariadbd`` (unix socket only) keeps the history of jobs for ``slurmdbd``, which sacct asks;
-- ``slurmctld`` schedules: sbatch, srun, squeue, scontrol and scancel talk to it;
+- ``munged`` signs messages, so that daemons and commands trust each other;
+- ``mariadbd`` (unix socket only) keeps the history of jobs for ``slurmdbd``, which answers sacct;
+- ``slurmctld`` schedules jobs, and answers sbatch, srun, squeue, scontrol and scancel;
 - one ``slurmd`` per node starts and signals the processes of jobs.
 
-Nodes share this machine's files, as nodes of a site share theirs. As root each has a host name, a
-/dev/shm and a network of its own (Linux namespaces, joined by a bridge), hence its own address and
-ports. Where namespaces are refused nodes differ in name only: 127.0.0.1, 127.0.0.2, which resolve
+Nodes share this machine's files, as the nodes of a site share a file system. For root each node has
+its own host name, /dev/shm and network (Linux namespaces that a bridge connects), and so its own
+address and ports. Without namespaces nodes differ in name only: 127.0.0.1, 127.0.0.2, which resolve
 everywhere.
 
-Partitions: ``main`` (default, one hour), ``preemptible`` (makes room for all others: the signal of
-``--signal`` or SIGTERM, 30 s of grace, requeued), ``urgent`` (first in the queue). Limits are
-counted but not enforced, and a GPU is a number in CUDA_VISIBLE_DEVICES.
+Partitions: ``main`` (the default, one hour), ``preemptible`` (its jobs make room for all others:
+    they
+get the signal of ``--signal`` or SIGTERM, have 30 s of grace, and are requeued), and ``urgent``
+(first in the queue). Limits are counted but not enforced. A GPU is only a number in
+CUDA_VISIBLE_DEVICES.
 """
 
 from __future__ import annotations
@@ -48,12 +50,12 @@ from pathlib import Path
 PACKAGES = "munge slurmctld slurmd slurm-client slurmdbd mariadb-server-core iproute2"
 PROGRAMS = "munged slurmctld slurmd sbatch slurmdbd mariadbd ip unshare"
 SSH_PACKAGES, SSH_PROGRAMS = "openssh-server pdsh", "sshd pdsh"
-"""What tests need besides, to start ranks over ssh: a cluster does without."""
+"""Packages and programs that only tests need, to start ranks over ssh."""
 COMMANDS = {"srun", "salloc", "sbatch", "sacct", "squeue", "sinfo", "scontrol", "scancel"}
 START_S = 60.0
-"""How long one daemon may take to answer: it takes a second, but test machines are busy."""
+"""Time limit for the start of a daemon: it takes a second, but test machines are busy."""
 MARK = "LOCAL_SLURM_CLUSTER"
-"""In the environment of every daemon, so that ``down`` finds them whatever has happened."""
+"""Environment variable of every daemon, by which ``down`` finds all of them."""
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 SLURM_CONF = """\
@@ -69,7 +71,7 @@ SlurmdPidFile={folder}/run/%n.pid
 MailProg=/bin/true
 MpiDefault=none
 
-# A munge of our own. cred_expire is also how long a requeued job waits before it may start again.
+# The cluster's own munge. A requeued job also waits for cred_expire seconds before it starts again.
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={folder}/run/munge,cred_expire=5
@@ -91,14 +93,14 @@ SelectTypeParameters=CR_CPU_Memory
 DefMemPerCPU={memory_per_cpu}
 GresTypes=gpu
 
-# From the clock: files are named by job, and a fresh cluster must not find those of an earlier one.
+# Job ids depend on the clock, because files are named by job, and earlier clusters had jobs, too.
 FirstJobId={first_job}
 # Finished jobs stay visible to `scontrol show job` for a session of tests.
 MinJobAge=7200
 JobRequeue=1
 # Seconds between SIGTERM and SIGKILL.
 KillWait=5
-# A dead node is noticed in seconds, and returns when it answers again; busy is not dead.
+# A dead node is noticed within seconds, a busy one must not be; it returns when it answers again.
 SlurmdTimeout=15
 MessageTimeout=20
 BatchStartTimeout=60
@@ -131,8 +133,8 @@ StorageLoc=slurm
 """
 
 UNSHARE = ("unshare", "--uts", "--mount", "--propagation", "slave")
-# Turns a process in new namespaces into a node, then becomes its slurmd. The namespaces end with
-# the node's last process.
+# Sets up a node in the process' new namespaces, then runs slurmd. The namespaces end with the
+# node's last process.
 NODE = """\
 set -e
 name=$1 address=$2 outside=$3 bridge=$4 interface=$5
@@ -151,7 +153,7 @@ fi
 exec "$@"
 """
 
-# Debian starts services when it installs them; a policy-rc.d that says 101 keeps them down.
+# Debian starts services when it installs them, unless policy-rc.d exits with 101.
 INSTALL = f"""\
 set -e
 policy=/usr/sbin/policy-rc.d
@@ -167,12 +169,12 @@ apt-get install -y -qq --no-install-recommends {PACKAGES} {SSH_PACKAGES} >/dev/n
 
 
 class ClusterError(Exception):
-    """One line that says what failed and what to do."""
+    """An error whose message says in one line what failed and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What ``up`` was asked for."""
+    """Sizes of the cluster, as given to ``up``."""
 
     nodes: int
     cpus: int
@@ -183,7 +185,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Node:
-    """A node and where its slurmd listens."""
+    """A node, and the address and port of its slurmd."""
 
     name: str
     address: str
@@ -192,42 +194,42 @@ class Node:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Its names all follow from its directory, so that ``down`` needs no other record."""
+    """A cluster; its names follow from its directory, so that ``down`` needs no other record."""
 
     folder: Path
 
     @property
     def name(self) -> str:
-        """Unique on this machine; interfaces are named after it (at most 15 characters)."""
+        """A unique name on this machine, short enough for interfaces (at most 15 characters)."""
         return "sl" + hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
 
     @property
     def conf(self) -> str:
-        """What SLURM_CONF points to."""
+        """Value of SLURM_CONF."""
         return str(self.folder / "slurm.conf")
 
     @property
     def mark(self) -> Path:
-        """The first file of every cluster: without it the directory is somebody else's."""
+        """The first file of every cluster; a directory without it is not touched."""
         return self.folder / "local_cluster"
 
     @property
     def environment(self) -> dict[str, str]:
-        """For daemons: the mark, and nothing of the caller's."""
+        """The environment of daemons, with nothing of the caller's."""
         database = {"MYSQL_UNIX_PORT": f"{self.folder}/run/db"}
         ours = {MARK: str(self.folder), "SLURM_CONF": self.conf, **database}
         return {"PATH": SYSTEM_PATH, "LC_ALL": "C", **ours}
 
     def ask(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of SLURM against this cluster."""
+        """Run a SLURM command on this cluster."""
         return subprocess.run(command, env=self.environment, capture_output=True, text=True)
 
     def log(self, daemon: str) -> Path:
-        """The log of a daemon."""
+        """Return the log of a daemon."""
         return self.folder / "log" / f"{daemon}.log"
 
     def daemons(self) -> dict[str, int]:
-        """The daemons that ``up`` has started and their process ids."""
+        """Return the daemons that ``up`` has started, with their process ids."""
         return {file.stem: int(file.read_text()) for file in self.folder.glob("run/*.daemon")}
 
 
@@ -235,12 +237,12 @@ class Cluster:
 
 
 def missing_programs(programs: str = PROGRAMS) -> str:
-    """Programs that a cluster needs and this machine lacks."""
+    """Return the programs that this machine lacks."""
     return " ".join(p for p in programs.split() if not shutil.which(p, path=SYSTEM_PATH))
 
 
 def install() -> int:
-    """Install what is missing; where that is not possible say so and succeed."""
+    """Install missing packages; if that is impossible, say so and return 0."""
     missing = missing_programs(f"{PROGRAMS} {SSH_PROGRAMS}")
     if not missing:
         return 0
@@ -257,12 +259,12 @@ def install() -> int:
 
 
 def up(cluster: Cluster, sizes: Sizes) -> None:
-    """Bring the cluster up, or leave a healthy one as it is; after a failure nothing is left."""
+    """Start the cluster unless a healthy one is running; after a failure nothing is left."""
     if missing := missing_programs():
         raise ClusterError(f"programs: expected {PROGRAMS}, got no {missing}. Run install first.")
     if min(sizes.nodes, sizes.cpus, sizes.memory_mb // max(1, sizes.cpus), sizes.gpus + 1) < 1:
         raise ClusterError(f"sizes: expected positive numbers (gpus may be 0), got {sizes}.")
-    if len(str(cluster.folder)) > 60:  # sockets inside it may have 107
+    if len(str(cluster.folder)) > 60:  # the path of a socket inside has at most 107
         raise ClusterError(f"--dir: expected at most 60 characters, got {cluster.folder}.")
     if is_healthy(cluster):
         if (found := cluster.mark.read_text()) != str(sizes):
@@ -294,16 +296,16 @@ def up(cluster: Cluster, sizes: Sizes) -> None:
 
 
 def best_isolation() -> str:
-    """How far nodes can be separated on this machine: ``network``, ``hosts`` or ``none``."""
+    """Return the best isolation of nodes on this machine: ``network``, ``hosts`` or ``none``."""
     if not works(*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"):
         return "none"
-    # Made in a namespace that ends with the probe.
+    # The interfaces are made in a namespace that ends with the probe.
     probes = [("ip", "link", "add", "probe", "type", kind) for kind in ("bridge", "veth")]
     return "network" if all(works("unshare", "--net", *probe) for probe in probes) else "hosts"
 
 
 def free_subnet(cluster: Cluster) -> str:
-    """The first three numbers of addresses that no interface of this machine has."""
+    """Return the first three numbers of a subnet that no interface of this machine has."""
     used = subprocess.run(["ip", "-4", "-o", "address"], capture_output=True, text=True).stdout
     first = int(cluster.name[2:], 16)
     candidates = (f"10.77.{(first + offset) % 256}" for offset in range(256))
@@ -311,7 +313,7 @@ def free_subnet(cluster: Cluster) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on right now, below those that a connection may get by itself."""
+    """Return unused ports below the range that the kernel assigns to connections."""
     ports: list[int] = []
     for port in random.sample(range(10_000, 32_000), 1000):
         with socket.socket() as listener:
@@ -325,7 +327,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def write_configuration(cluster: Cluster, sizes: Sizes, isolation: str, subnet: str) -> list[Node]:
-    """Write the files that daemons read, and say where the nodes are."""
+    """Write the configuration of the daemons, and return the nodes."""
     folder = cluster.folder
     for name in ("run", "log", "state", "spool", "gpu", "db"):
         (folder / name).mkdir()
@@ -353,9 +355,9 @@ def write_configuration(cluster: Cluster, sizes: Sizes, isolation: str, subnet: 
         ),
     }
     Path(cluster.conf).write_text(SLURM_CONF.format(**values))
-    (folder / "slurmdbd.conf").touch(0o600)  # slurmdbd insists
+    (folder / "slurmdbd.conf").touch(0o600)  # slurmdbd requires this mode
     (folder / "slurmdbd.conf").write_text(SLURMDBD_CONF.format(**values))
-    # Nothing uses cgroups, but without this slurmd looks for a mounted version 2.
+    # Nothing uses cgroups, but without this file slurmd requires version 2 to be mounted.
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     # slurmd wants a character device per GPU; a symbolic link to one will do.
     for gpu in range(sizes.gpus):
@@ -394,7 +396,7 @@ def start_accounting(cluster: Cluster) -> None:
         "--innodb-log-file-size=16M",
         *(["--user=root"] if os.geteuid() == 0 else []),
     ]
-    # What mariadb-install-db does; it fails with Debian's core package alone.
+    # As mariadb-install-db does, which fails with Debian's core package alone.
     sql = [Path(f"/usr/share/mysql/mysql_system_tables{part}.sql") for part in ("", "_data")]
     tables = b"create database mysql;\nuse mysql;\n" + b"".join(file.read_bytes() for file in sql)
     with cluster.log("mariadbd").open("wb") as log:
@@ -423,7 +425,7 @@ def start_accounting(cluster: Cluster) -> None:
 
 
 def start_nodes(cluster: Cluster, nodes: list[Node], isolation: str) -> None:
-    """Start all nodes at once, and wait until each is free."""
+    """Start all nodes at once, and wait until each is idle."""
     if isolation != "none":
         share_later_mounts(cluster)
     processes = {}
@@ -440,12 +442,12 @@ def start_nodes(cluster: Cluster, nodes: list[Node], isolation: str) -> None:
 
 
 def is_idle(cluster: Cluster, node: str) -> bool:
-    """Whether a node has registered and waits for work."""
+    """Whether a node has registered and is idle."""
     return "idle\n" in cluster.ask("sinfo", "-h", "-n", node, "-o", "%T").stdout
 
 
 def share_later_mounts(cluster: Cluster) -> None:
-    """Let nodes see what this machine mounts later; containers often start with a private root."""
+    """Make later mounts visible to nodes; the root of a container is often mounted as private."""
     propagation = ("findmnt", "--noheadings", "--output", "PROPAGATION", "/")
     if "private" in subprocess.run(propagation, capture_output=True, text=True).stdout:
         (cluster.folder / "run" / "root_was_private").touch()
@@ -494,7 +496,7 @@ def wait_for(
 
 
 def failure(cluster: Cluster, name: str, what: str) -> str:
-    """One line: what a daemon did, and how its log ends."""
+    """Write in one line what a daemon did, and the end of its log."""
     lines = cluster.log(name).read_text(errors="replace").splitlines()
     tail = " / ".join([line.strip() for line in lines if line.strip()][-4:])
     return f"{name}: expected it to start, it {what}. Its log ends: {tail or '(empty)'}"
@@ -507,10 +509,10 @@ def answers(path: str) -> bool:
 
 
 def run(*command: str) -> None:
-    """Run a command of the system.
+    """Run a system command.
 
     Raises:
-        ClusterError: It failed.
+        ClusterError: The command failed.
     """
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -525,7 +527,7 @@ def works(*command: str) -> bool:
 
 
 def processes_of(cluster: Cluster) -> Iterator[int]:
-    """Live processes of the cluster: its daemons, its jobs, and commands that wait for it."""
+    """Yield the processes of the cluster: daemons, jobs, and commands that wait for it."""
     ours = {f"{MARK}={cluster.folder}".encode(), f"SLURM_CLUSTER_NAME={cluster.name}".encode()}
     client = f"SLURM_CONF={cluster.conf}".encode()
     namespaces = {file.read_text().strip() for file in cluster.folder.glob("run/*.namespace")}
@@ -534,7 +536,7 @@ def processes_of(cluster: Cluster) -> Iterator[int]:
         try:
             name, _, rest = (entry / "stat").read_text().partition("(")[2].rpartition(") ")
             state, parent = rest.split()[:2]
-            if state in "ZX":  # the dead may wait long for an init that collects them
+            if state in "ZX":  # dead, but not collected yet
                 continue
             if not steps & {int(entry.name), int(parent)}:
                 environment = set((entry / "environ").read_bytes().split(b"\0"))
@@ -542,13 +544,13 @@ def processes_of(cluster: Cluster) -> Iterator[int]:
                 on_node = os.readlink(entry / "ns" / "uts") in namespaces
                 if not (environment & ours or is_client or on_node):
                     continue
-        except OSError:  # it has just ended, or is somebody else's
+        except OSError:  # it has just ended, or belongs to another user
             continue
         yield int(entry.name)
 
 
 def step_daemons(cluster: Cluster) -> Iterator[int]:
-    """The slurmstepd of every step; without root the kernel hides their environment from us."""
+    """Yield the slurmstepd of every step, whose environment only root can read."""
     for path in cluster.folder.glob("spool/*/*_*.*"):
         with socket.socket(socket.AF_UNIX) as client:
             if path.is_socket() and client.connect_ex(str(path)) == 0:
@@ -560,7 +562,7 @@ def step_daemons(cluster: Cluster) -> Iterator[int]:
 
 
 def down(cluster: Cluster) -> None:
-    """Remove all that ``up`` and the jobs have left, however much of it is still there."""
+    """Remove everything that ``up`` and the jobs have left."""
     folder = cluster.folder
     if folder.exists() and not cluster.mark.exists() and any(folder.iterdir()):
         raise ClusterError(f"{folder}: expected a cluster's directory, got other files. Move them.")
@@ -583,13 +585,13 @@ def down(cluster: Cluster) -> None:
 
 
 def is_healthy(cluster: Cluster) -> bool:
-    """Whether ``up`` has finished and every daemon it has started is alive."""
+    """Whether ``up`` has finished, and every daemon is alive."""
     complete = (cluster.folder / "run" / "complete").exists()
     return complete and set(processes_of(cluster)).issuperset(cluster.daemons().values())
 
 
 def status(cluster: Cluster) -> int:
-    """Print daemons and nodes; 0 if all daemons are alive."""
+    """Print daemons and nodes; return 0 if all daemons are alive."""
     alive = set(processes_of(cluster))
     for name, pid in sorted(cluster.daemons().items()):
         print(f"{name:<12} {f'process {pid}' if pid in alive else 'dead'}")
@@ -615,7 +617,7 @@ def main() -> int:
     values = vars(parser.parse_args())
     command = values.pop("command")
     cluster = Cluster(values.pop("dir").resolve())
-    # So that SIGTERM cleans up as Ctrl-C does.
+    # Clean up on SIGTERM as on Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if command == "install":
