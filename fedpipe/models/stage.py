@@ -77,7 +77,7 @@ class StageModule(nn.Module, ABC):
     ``forward`` is the stage's part of the encoder, ``loss`` its local loss. They are two methods
     because the activations are sent before the loss is computed.
 
-    The targets of a micro-batch are one int32 tensor (P, B, M), which travels as it is. Its first
+    The targets of a micro-batch are one int32 tensor (P, B, M), which is sent as it is. Its first
     plane holds masked positions (pre-training) or sequence lengths (fine-tuning), which every stage
     gets. The other planes hold labels, which may have to stay with the client. A NamedTuple of the
     subclass names the planes.
@@ -214,7 +214,7 @@ class Stage(StageModule):
         if spec.decoder == "shared" and spec.is_first:
             decoder.weight = self.word_embedding
         elif spec.decoder == "shared":
-            assert word_embedding is not None, "the first stage is built before a head at home"
+            assert word_embedding is not None, "the first stage is built before its heads"
             head.add_module("decoder", _SharedDecoder(word_embedding, decoder.bias))
         if spec.head == "mlm+layer" and not spec.is_last:
             path = f"{AUX_HEADS}.{spec.stage_id}.layer"
