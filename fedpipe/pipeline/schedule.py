@@ -119,7 +119,7 @@ class RecvGrad(MicroBatchInstruction):
 
 @dataclass(frozen=True, slots=True)
 class BackwardPass(MicroBatchInstruction):
-    """Back-propagate from the next stage's gradient or from the head's loss, for the stage before.
+    """Back-propagate from the next stage's gradient or the head's loss to the stage's inputs.
 
     Roughly: ``outputs[m].backward(grads[m])``; a stage with a head computes its loss first.
     """
