@@ -26,7 +26,7 @@ class FedPipeError(Exception):
     def __init__(self, message: str) -> None:
         """Store the message with its control characters escaped."""
         super().__init__(printable(message))
-        self.told = False
+        self.reported = False
         """Whether another process of the run has shown this error already."""
 
 

@@ -87,7 +87,7 @@ def start_rank(program: RankProgram, request: RunRequest) -> int:
             if rank == 0:
                 sys.stdout.write("interrupted; give the same command again\n")
             return EXIT_INTERRUPTED
-        if not error.told:
+        if not error.reported:
             sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
         return 1 if isinstance(error, LaunchError) else 2
 

@@ -128,8 +128,8 @@ class Peers:
     def failed(self, error: BaseException) -> BaseException:
         """Tell the others why this rank ends; one whose neighbour has gone looks for that one."""
         board = self._board
-        told = isinstance(error, FedPipeError) and error.told
-        if board is None or self._env.world_size == 1 or told:
+        reported = isinstance(error, FedPipeError) and error.reported
+        if board is None or self._env.world_size == 1 or reported:
             return error
         neighbour = not isinstance(error, FedPipeError) and LOST_PEER.search(str(error))
         try:
@@ -207,7 +207,7 @@ class Peers:
             if verdict is not None:
                 kind, text = verdict[0]
                 error = error_named(kind, text) or LaunchError(text)
-                error.told = True
+                error.reported = True
                 return error
             time.sleep(0.1)
         after = board.posted([f"alive/{rank}" for rank in others])

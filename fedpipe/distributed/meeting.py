@@ -186,7 +186,7 @@ class Meeting:
                 kind, text = map(str, refused[0])
                 self._leave_last("refused-read")
                 error = error_named(kind, text) or LaunchError(text)
-                error.told = True
+                error.reported = True
                 raise error
             found = board.peek([key])
             if found is not None:
