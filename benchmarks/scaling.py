@@ -19,7 +19,7 @@ from functools import partial
 
 from ranks import run_ranks
 
-from fedpipe.commands.plan.costs.flops import stage_flops
+from fedpipe.commands.plan.flops import stage_flops
 from fedpipe.commands.pretrain.replica import Replica
 from fedpipe.config.load import load_config
 from fedpipe.config.model_shape import resolve

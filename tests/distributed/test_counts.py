@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedpipe.commands.plan.costs.flops import stage_flops
+from fedpipe.commands.plan.flops import stage_flops
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData

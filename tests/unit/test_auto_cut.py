@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedpipe.commands.plan.costs.layers import LayerCosts, best_cut, cut_lines
-from fedpipe.commands.plan.costs.measure import measure_layer_costs
+from fedpipe.commands.plan.cut import LayerCosts, best_cut, cut_lines
+from fedpipe.commands.plan.measure import measure_layer_costs
 from fedpipe.commands.pretrain.setup import set_up
 from fedpipe.commands.study.sweep import set_up_sweep
 from fedpipe.commands.throughput.command import throughput

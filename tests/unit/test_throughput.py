@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fedpipe.commands.plan.costs.flops import layer_flops, masked_layer_flops
-from fedpipe.commands.plan.costs.ideal import predict, scheduled
-from fedpipe.commands.plan.costs.layers import best_cut
+from fedpipe.commands.plan.cut import best_cut
+from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops
+from fedpipe.commands.plan.ideal import predict, scheduled
 from fedpipe.commands.throughput.advice import advise, take_apart
 from fedpipe.commands.throughput.files import chrome_events
 from fedpipe.commands.throughput.page import blocks, headline, terminal_text

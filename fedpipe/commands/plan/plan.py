@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from fedpipe import __version__
-from fedpipe.commands.plan.costs.flops import stage_flops
 from fedpipe.commands.plan.disclosure import Transfer, client_rows, client_transfers, stays
+from fedpipe.commands.plan.flops import stage_flops
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
 from fedpipe.config.model_shape import ModelShape, resolve
 from fedpipe.config.schema import AverageConfig, PipelineConfig, RunConfig

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpipe.commands.plan.costs.ideal import scheduled
+from fedpipe.commands.plan.ideal import scheduled
 from fedpipe.commands.throughput.page import TITLES, blocks
 from fedpipe.commands.throughput.report import Comparison, Measurement, Report, StageWindow
 from fedpipe.config.schema import RunConfig

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedpipe.commands.plan.costs.flops import layer_flops, masked_layer_flops
+from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops
 from fedpipe.commands.pretrain.replica import Replica
 from fedpipe.commands.throughput.instruments import PeakMemory, matmul_flops_per_s, operands
 from fedpipe.commands.throughput.report import (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
-from fedpipe.commands.plan.costs.ideal import predict
+from fedpipe.commands.plan.ideal import predict
 from fedpipe.commands.throughput.advice import advise
 from fedpipe.commands.throughput.utilisation import Product, Utilisation, utilisation
 from fedpipe.config.schema import RunConfig

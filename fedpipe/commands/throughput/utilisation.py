@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict
 
-from fedpipe.commands.plan.costs.flops import stage_flops
-from fedpipe.commands.plan.costs.ideal import scheduled
+from fedpipe.commands.plan.flops import stage_flops
+from fedpipe.commands.plan.ideal import scheduled
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
 from fedpipe.config.model_shape import ModelShape, resolve
 from fedpipe.config.schema import RunConfig

@@ -1,4 +1,4 @@
-"""How much a stage computes, counted: FLOPs of a micro-batch. No torch."""
+"""Count the FLOPs of a stage for a micro-batch. No torch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from fedpipe.pipeline.timeline import StageCost
 
 
 def stage_flops(spec: StageSpec, config: RunConfig, shape: ModelShape) -> StageCost:
-    """FLOPs of one micro-batch; a backward pass is two forwards, three where it recomputes.
+    """Count the FLOPs of a stage for one micro-batch.
+
+    A backward pass has the FLOPs of two forward passes, of three with recomputed activations.
 
     Args:
         spec: The stage.
-        config: Length, micro-batch and recomputation; the cut is the specification's.
-        shape: Of the whole model.
+        config: The run, for sequence length, micro-batch and recomputation.
+        shape: Sizes of the whole model.
 
     Returns:
-        FLOPs in place of seconds, so that the simulator takes them.
+        A cost in FLOPs instead of seconds, which the simulator accepts as well.
     """
     layer = float(layer_flops(config, shape))
     masked_layer = float(masked_layer_flops(config, shape))
@@ -34,13 +36,13 @@ def stage_flops(spec: StageSpec, config: RunConfig, shape: ModelShape) -> StageC
 
 
 def layer_flops(config: RunConfig, shape: ModelShape) -> int:
-    """Forward FLOPs of an encoder layer for one micro-batch."""
+    """Count the forward FLOPs of an encoder layer for one micro-batch."""
     length = config.data.num_positions
     return config.pipeline.micro_batch_size * length * shape.layer_flops_per_token(length)
 
 
 def masked_layer_flops(config: RunConfig, shape: ModelShape) -> int:
-    """Count the same of the model's last layer, which runs at the scored positions only."""
+    """Count the same for the model's last layer, which runs at masked positions only."""
     return config.pipeline.micro_batch_size * shape.masked_layer_flops(
         config.data.num_positions, num_masked=config.data.num_scored
     )

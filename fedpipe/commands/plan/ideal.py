@@ -1,4 +1,4 @@
-"""The simulator as throughput reports use it: what measured stages could reach. No torch."""
+"""Simulate a schedule with measured costs, to predict what it could reach. No torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fedpipe.models.split import stage_specs
 from fedpipe.pipeline.timeline import StageCost, Timeline, simulate
 
 SIMULATED = {"streaming": "streaming", "1f1b": "1f1b", "sequential": "sequential", "stock": "1f1b"}
-"""Schedules that are measured, by what the simulator calls them."""
+"""Names of the measured schedules, and those of the simulator."""
 
 
 def scheduled(config: RunConfig, name: str) -> RunConfig:
-    """Return the configuration with a schedule of ``SIMULATED`` and the objective it trains."""
+    """Return the configuration with a schedule of ``SIMULATED`` and its objective."""
     pipeline = replace(
         config.pipeline,
         objective="local_loss" if name == "streaming" else "end_to_end",
@@ -29,16 +29,16 @@ def predict(
     """Simulate a measured schedule.
 
     Args:
-        name: Of ``SIMULATED``.
-        stages: What every stage costs, heads at home included.
-        config: Of the single replica.
-        more_micro_batches: How many times as many micro-batches a local step has.
+        name: A key of ``SIMULATED``.
+        stages: Costs of every stage, including heads at the client.
+        config: The run, with a single replica.
+        more_micro_batches: Factor for the number of micro-batches per local step.
 
     Returns:
-        The steady state.
+        The simulated timeline.
     """
     pipeline = scheduled(config, name).pipeline
-    layers = max((1, *(cut + 1 for cut in pipeline.cut)))  # costs count, not layers
+    layers = max((1, *(cut + 1 for cut in pipeline.cut)))  # any valid number: costs are given
     return simulate(
         SIMULATED[name],
         stage_specs(pipeline, num_hidden_layers=layers),

@@ -1,6 +1,6 @@
-"""Measure what layers, heads and optimizer steps cost on this device, to choose where to cut.
+"""Measure the time of layers, heads and optimizer steps on this device, to choose a cut.
 
-One process computes one stage after the other, with the threads that a process of the run has.
+One process computes one stage after the other, with as many threads as a process of the run has.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fedpipe.commands.plan.costs.flops import layer_flops, masked_layer_flops
-from fedpipe.commands.plan.costs.layers import LayerCosts
+from fedpipe.commands.plan.cut import LayerCosts
+from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops
 from fedpipe.config.deepspeed import deepspeed_config, stage_precision
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
@@ -28,15 +28,15 @@ from fedpipe.pipeline.timeline import StageCost
 
 MIN_REPETITIONS = 3
 MAX_S = 20.0
-"""No further repetition is begun after this."""
+"""Seconds after which no further repetition starts."""
 _REPETITIONS = 9
 
 
 def measure_layer_costs(config: RunConfig) -> LayerCosts:
-    """Time a stage of each kind, and one with a layer more.
+    """Measure every stage with one layer, and the first stage also with two.
 
     Args:
-        config: Model, micro-batch, objective and heads; its cut gives the number of stages.
+        config: The run, for model, micro-batch, objective, heads and number of stages.
 
     Returns:
         Seconds on this device, with torch's present number of threads.
@@ -50,12 +50,12 @@ def measure_layer_costs(config: RunConfig) -> LayerCosts:
     )
     num_stages = config.pipeline.num_stages
     model = hf_config(shape, pad_id=info.pad_id, cls_id=info.cls_id, sep_id=info.sep_id)
-    # One layer for every stage; then, of the first, one with two.
+    # The difference between the first stage with two layers and with one is the time of a layer.
     specs = _specs(config, tuple(range(1, num_stages)))
     longer = _specs(config, tuple(range(2, num_stages + 1)))[0]
     timed = [_TimedStage(spec, config, model) for spec in (*specs, longer)]
     started = time.monotonic()
-    for repetition in range(1 + _REPETITIONS):  # the first one warms up and is forgotten
+    for repetition in range(1 + _REPETITIONS):  # the first one is warm-up and not counted
         if repetition > MIN_REPETITIONS and time.monotonic() - started > MAX_S:
             break
         for stage in timed:
@@ -85,7 +85,7 @@ def _specs(config: RunConfig, cut: tuple[int, ...]) -> tuple[StageSpec, ...]:
 
 
 def _combine(a: StageCost, b: StageCost, times: float) -> StageCost:
-    """``a`` and so many times ``b``; noise makes nothing cheaper than free."""
+    """Return ``a + times * b``, but not below 0, which noise could give."""
     return StageCost(
         forward_s=max(0.0, a.forward_s + times * b.forward_s),
         backward_s=max(0.0, a.backward_s + times * b.backward_s),
@@ -94,15 +94,19 @@ def _combine(a: StageCost, b: StageCost, times: float) -> StageCost:
 
 
 class _TimedStage:
-    """A stage that repeats one micro-batch, with a clock."""
+    """A stage that repeats one micro-batch and measures its time."""
 
     def __init__(self, spec: StageSpec, config: RunConfig, model: PretrainedConfig) -> None:
         self._device = select_device()
         self._stage: Stage = build_stage(
-            spec, model, seed=0,
+            spec,
+            model,
+            seed=0,
             activation_checkpointing=config.pipeline.activation_checkpointing,
-            compiled=config.pipeline.compile, padded_after=config.data.padded_after,
-        )[0].to(self._device).train()  # fmt: skip
+            compiled=config.pipeline.compile,
+            padded_after=config.data.padded_after,
+        )[0]
+        self._stage.to(self._device).train()
         self._optimizer = build_optimizer(self._stage, config.optimizer)
         self._precision = stage_precision(deepspeed_config(config))
         batch, length = config.pipeline.micro_batch_size, config.data.num_positions
@@ -121,7 +125,7 @@ class _TimedStage:
         self._times: list[tuple[float, float, float]] = []
 
     def run(self) -> None:
-        """One local step of one micro-batch."""
+        """Run one local step of one micro-batch."""
         spec = self._stage.spec
         inputs = self._inputs.clone().requires_grad_(spec.sends_grad)
         times = [self._now()]
@@ -144,7 +148,7 @@ class _TimedStage:
         self._times.append((b - a, c - b, d - c))
 
     def cost(self) -> StageCost:
-        """Medians; the first step is not counted."""
+        """Return the median times of all steps but the first."""
         forward, backward, optimizer = zip(*self._times[1:], strict=True)
         return StageCost(
             forward_s=statistics.median(forward),

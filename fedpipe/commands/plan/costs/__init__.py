@@ -1,1 +1,0 @@
-"""What stages cost: counted, measured and simulated, and the cut that balances them."""
