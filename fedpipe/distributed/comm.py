@@ -339,7 +339,7 @@ class Comm:
         work = _all_gather(result.flatten(), tensor.flatten(), group=group, async_op=True)
         return Pending(result, work, source=tensor)
 
-    def hand_down(self, tensor: Tensor, *, label: str) -> None:
+    def send_down_pipe(self, tensor: Tensor, *, label: str) -> None:
         """Send a tensor from the first stage to all later ones, over the edges of activations.
 
         Args:
@@ -400,7 +400,7 @@ class Comm:
             return [] if ok else [message]
         return [m for m in _from_all(None if ok else message) if m is not None]
 
-    def least_in_replica(self, value: int) -> int:
+    def min_over_replica(self, value: int) -> int:
         """Return the minimum of a whole number over the processes of this replica.
 
         Collective: every process of the replica.

@@ -246,7 +246,7 @@ class Replica(ABC):
                 Refused(client=turn.client_id, stage=stage_id, step=step, what=what).code
                 for what, step in engine.faults.items()
             ]
-        code = self.comm.least_in_replica(min(codes))
+        code = self.comm.min_over_replica(min(codes))
         return None if code == NO_FAULT else Refused.from_code(turn.client_id, code)
 
     # -- between rounds ----------------------------------------------------------------------

@@ -132,7 +132,7 @@ class Replica(StageReplica):
             size = (self.hf_config.vocab_size, self.hf_config.hidden_size)
             embedding_VD = torch.empty(size, device=self.comm.device)
         if not final.is_home_head:
-            self.comm.hand_down(embedding_VD, label=EMBEDDING_LEDGER)
+            self.comm.send_down_pipe(embedding_VD, label=EMBEDDING_LEDGER)
         if final.stage_id in engines:
             for decoder_VD in engines[final.stage_id].stage.copied.values():
                 decoder_VD.copy_(embedding_VD)
