@@ -58,7 +58,7 @@ def system_errors_named() -> Iterator[None]:
         way_out = "Free space there" if error.errno in _NO_ROOM else "Correct that"
         raise OutputError(
             f"{error.filename or 'a file'}: expected to read or write it, got"
-            f" {error.strerror}. {way_out}, then run the same command again."
+            f" {error.strerror}. {way_out}, then give the same command again."
         ) from error
 
 
