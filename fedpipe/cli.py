@@ -30,7 +30,7 @@ _COMMANDS = {
     "export": ("export", "write the newest checkpoint of a run as a Hugging Face folder"),
     "report": ("report", "write report.html, report.md and the plots of a run"),
     "throughput": ("throughput.command", "measure every schedule in one interleaved run"),
-    "sweep": ("study.command", "pre-train once per cell of a grid of values, and compare the runs"),
+    "sweep": ("study.sweep", "pre-train once per cell of a grid of values, and compare the runs"),
     "evaluate": (
         "evaluate.command",
         "fine-tune models on labelled tasks, and score and compare them",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import reduce
 from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Literal, cast
@@ -20,7 +21,7 @@ from fedpipe.config.schema import (
     OptimizerConfig,
     PipelineConfig,
 )
-from fedpipe.config.tree import Node
+from fedpipe.config.tree import Node, merge, parse_override
 
 PACKAGED_CONFIG = "finetune.yaml"
 """What ``load_finetune`` reads when it is given neither preset nor file."""
@@ -359,9 +360,17 @@ def load_finetune(
         ConfigError: A key is unknown, given twice or of the wrong type, values do not fit, or there
             is no such preset.
     """
-    packaged = resources.files("fedpipe.config").joinpath(PACKAGED_CONFIG)
-    node = lay_over(path, overrides, preset=preset, presets=_presets(), packaged=packaged)
+    node = reduce(merge, map(parse_override, overrides), finetune_tree(path, preset=preset))
     return cast(FinetuneConfig, build(FinetuneConfig, node))
+
+
+def finetune_tree(path: str | Node | None, *, preset: str | None = None) -> Node:
+    """Read file and preset once, for ``load_finetune`` with overrides of several runs.
+
+    Arguments are those of ``load_finetune``.
+    """
+    packaged = resources.files("fedpipe.config").joinpath(PACKAGED_CONFIG)
+    return lay_over(path, (), preset=preset, presets=_presets(), packaged=packaged)
 
 
 def finetune_yaml(config: FinetuneConfig) -> str:

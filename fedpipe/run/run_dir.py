@@ -72,7 +72,8 @@ TITLES: dict[Kind, str] = {
 }
 """For people."""
 _CONFIG_FILES: dict[Kind, str] = {
-    "sweep": "sweep.yaml", "evaluation": "evaluation.yaml", "reproduction": "reproduce.yaml",
+    "sweep": "sweep.yaml", "finetune grid": "grid.yaml", "evaluation": "evaluation.yaml",
+    "reproduction": "reproduce.yaml",
 }  # fmt: skip
 """Where the configuration of a kind is not in ``config.yaml``."""
 _ADVICE: dict[Kind, str] = {"evaluation": "; --model names what is evaluated"}

@@ -15,24 +15,24 @@ import torch
 from safetensors.torch import load_file
 
 from fedpipe.cluster.rank import RunRequest
-from fedpipe.commands.finetune.command import choose_cells
 from fedpipe.commands.finetune.export import export_finetuned
-from fedpipe.commands.finetune.grid import Cell, config_of
+from fedpipe.commands.finetune.grid import find_grid
 from fedpipe.commands.finetune.run import finetune
 from fedpipe.commands.finetune.setup import FinetuneSetup, set_up_finetune
 from fedpipe.commands.pretrain import ranks
 from fedpipe.commands.pretrain.command import pretrain
 from fedpipe.commands.pretrain.setup import set_up
 from fedpipe.commands.reproduce.setup import Reproduction, plan_reproduction
+from fedpipe.commands.study.study import Cell
 from fedpipe.commands.study.sweep import Sweep, set_up_sweep
 from fedpipe.commands.submit.command import pipeline_run
 from fedpipe.commands.throughput.command import throughput
 from fedpipe.commands.throughput.report import ThroughputSettings
-from fedpipe.config.finetune import load_finetune
+from fedpipe.config.finetune import FinetuneConfig, load_finetune
 from fedpipe.config.schema import RunConfig
 from fedpipe.data import cache
 from fedpipe.distributed.env import ProcessEnv
-from fedpipe.errors import CheckpointError
+from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.report.writer import read_metrics
 from fedpipe.run.resume import INPUTS_FILE, MAY_CHANGE
 from fedpipe.run.run_dir import (
@@ -319,7 +319,7 @@ def test_a_reproduction_does_not_mix_runs_of_two_texts(texts: Path, tmp_path: Pa
 
     first = plan(here)
     first.write()
-    cell = first.runs[0].cell
+    cell = first.cells[0]
     begin(cell.config, cell.run_dir)
     there = here.rename(tmp_path / "there")
     plan(there).write()
@@ -508,13 +508,11 @@ def test_a_grid_applies_what_may_change_and_refuses_the_rest_by_name(
 
     def cells(
         *overrides: str, axes: tuple[str, ...] = (), config: Path | None = None
-    ) -> list[Cell]:
-        found = choose_cells(
-            str(config) if config else None, overrides, str(tmp_path / "grid"), preset=None,
-            axes=axes,
-        )  # fmt: skip
+    ) -> tuple[Cell[FinetuneConfig], ...]:
+        path = str(config) if config else None
+        found = find_grid(path, overrides, axes, str(tmp_path / "grid"), preset=None)
         assert found is not None
-        return found[1]
+        return found.cells
 
     axes = ("method.name=lora,full",)
     grid = cells(*own, axes=axes, config=file)
@@ -523,16 +521,17 @@ def test_a_grid_applies_what_may_change_and_refuses_the_rest_by_name(
     for asked in ({}, {"axes": axes}, {"axes": axes, "config": file}):
         cells(*(own if "config" in asked else ()), "hang_timeout_s=7", **asked)
         again = cells("hang_timeout_s=9", "federation.num_replicas=2")
-        configs = [load_finetune(str(config_of(c, tmp_path / "grid")), []) for c in again]
+        configs = [load_finetune(str(cell.run_dir / "config.yaml"), []) for cell in again]
+        assert configs == [cell.config for cell in again]
         assert [c.hang_timeout_s for c in configs] == [9, 9]
         assert [c.federation.num_replicas for c in configs] == [2, 2]
         assert [c.method.name for c in configs] == ["lora", "full"]
-    for overrides, named in (
-        (("batch_size=4",), r"^cell lora: .* of batch_size \(4 instead of 8\)\. Resume"),
-        (("method.name=full",), r'^cell lora: .* of method\.name \("full" instead of "lora"\)'),
+    with pytest.raises(
+        CheckpointError, match=r"^cell lora: .* of batch_size \(4 instead of 8\)\. Resume"
     ):
-        with pytest.raises(CheckpointError, match=named):
-            cells(*overrides)
+        cells("batch_size=4")
+    with pytest.raises(ConfigError, match=r"^--grid: expected keys .*, got method\.name in both"):
+        cells("method.name=full")
     file.write_text("seed: 4\n")
     with pytest.raises(CheckpointError, match=r"^cell lora: .* of seed \(4 instead of 3\)"):
         cells(*own, "federation.num_replicas=2", "hang_timeout_s=9", axes=axes, config=file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 from pathlib import Path
@@ -36,14 +35,53 @@ def test_methods_are_compared_in_a_table(tmp_path: Path, tiny: list[str]) -> Non
     for name, folder in (("lora", "adapter"), ("lora", "export"), ("full", "export")):
         assert any((tmp_path / "run" / name / folder).iterdir())
     assert not (tmp_path / "run/full/adapter").exists()
-    cells = json.loads((tmp_path / "run/cells.json").read_text())
-    assert [cell["name"] for cell in cells] == ["lora", "full"]
     assert (tmp_path / "run/report.html").is_file() and (tmp_path / "run/scores.png").is_file()
     again = fedpipe("finetune", "--run-dir", str(tmp_path / "run"), folder=tmp_path)
     assert again.code == 0 and "lora is done" in again.out
     other = fedpipe("finetune", "--run-dir", str(tmp_path / "run"), "--grid", "seed=1,2",
                     folder=tmp_path)  # fmt: skip
-    assert other.code == 2 and "expected the grid that is in" in other.error
+    assert other.code == 2 and "expected the grid of the fine-tunings that is" in other.error
+
+
+def _outcome(run_dir: Path) -> tuple[list[str], dict[str, bytes]]:
+    """Every record without wall times, and the last weights."""
+    times = ("seconds", "sync_s", "memory_bytes")
+    lines = [
+        str(sorted((k, v) for k, v in record.items() if k not in times))
+        for record in read_metrics(run_dir / "metrics.jsonl")
+        if record["kind"] in ("round", "eval")
+    ]
+    last = max((run_dir / "checkpoints").glob("round_*"))
+    return lines, {file.name: file.read_bytes() for file in last.glob("*.safetensors")}
+
+
+def test_runs_beside_each_other_train_what_runs_one_after_another_train(
+    tmp_path: Path, tiny: list[str]
+) -> None:
+    arguments = (*tiny, "federation.num_replicas=1", "--grid", "method.name=lora,full")
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    results = [
+        fedpipe("finetune", "--run-dir", str(tmp_path / name), *arguments, "--parallel", parallel,
+                folder=tmp_path, environment=one_thread)
+        for name, parallel in (("one", "1"), ("two", "2"))
+    ]  # fmt: skip
+    for result in results:
+        assert (result.code, result.err) == (0, ""), result.out + result.err
+    assert "1/2 cell lora started" in results[1].out and "2/2 cell full done in" in results[1].out
+    for name in ("lora", "full"):
+        assert _outcome(tmp_path / "two" / name) == _outcome(tmp_path / "one" / name)
+        assert (tmp_path / "two/logs" / f"{name}.log").is_file()
+    tables = [
+        [row.split()[:2] for row in result.out.splitlines() if row.startswith(("lora ", "full "))]
+        for result in results
+    ]
+    assert tables[0] == tables[1] and len(tables[0]) == 2
+
+
+def test_runs_at_a_time_are_those_of_a_grid(tmp_path: Path, tiny: list[str]) -> None:
+    result = fedpipe("finetune", *tiny, "method.name=lora", "--parallel", "2", folder=tmp_path)
+    assert result.code == 2
+    assert result.error.startswith("ConfigError: --parallel: expected 1 without --grid, got 2.")
 
 
 def test_a_signal_ends_it_within_a_few_local_steps_and_the_same_directory_goes_on(

@@ -35,7 +35,7 @@ LIGHT = (
     "models/split", "pipeline/messages", "pipeline/schedule", "pipeline/timeline",
     "commands/options", "commands/export", "commands/report", "commands/plan/command",
     "commands/plan/plan", "commands/pretrain/command", "commands/finetune/grid",
-    "commands/finetune/command", "commands/throughput/command", "commands/study/command",
+    "commands/finetune/command", "commands/throughput/command", "commands/study/sweep",
     "commands/evaluate/command", "commands/reproduce/command", "commands/reproduce/config",
     "commands/submit/command", "data/tokenizer",
 )  # fmt: skip

@@ -515,7 +515,7 @@ def test_nothing_is_started_where_all_is_done_and_a_cell_can_be_run_by_itself(
     monkeypatch.setattr(launcher, "fork_server", lambda preload: None)
     assert main(["evaluate", "--run-dir", str(whole.directory)]) == 0
     out = capsys.readouterr().out
-    assert "nothing to do: all 8 cells are done" in out
+    assert f"nothing to do: all 8 cells of {whole.directory} are done" in out
     assert f"report  {whole.directory / 'evaluation.html'}" in out
     cell = whole.cells[0]
     before = (cell.run_dir / "predictions.jsonl.gz").read_bytes()

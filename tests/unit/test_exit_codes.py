@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from fedpipe.cluster.local import Ranks
-from fedpipe.commands.study.pool import CellRunner, Slot, check_all_done, saying_to
+from fedpipe.commands.study.pool import check_all_done, redirect_output, run_cells
+from fedpipe.commands.study.study import Cell, Slot, Study
 from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.signals import Signals
 from fedpipe.distributed.topology import Grid
@@ -89,7 +90,7 @@ class _Forked:
             os.setsid()
             sys.stderr = sys.__stderr__  # pytest's own does not go to the descriptor
             try:
-                with saying_to(str(log)):
+                with redirect_output(str(log)):
                     if error is not None:
                         raise error
                 os._exit(0)
@@ -109,6 +110,33 @@ class _Forked:
         return True
 
 
+class _Forks(Study[Cell[None]]):
+    """Cells that end with errors, or well."""
+
+    task = "sweep"
+
+    def __init__(self, directory: Path, errors: list[Exception | None]) -> None:
+        self.directory, self._errors = directory, errors
+        names = [str(index) for index in range(len(errors))]
+        self.cells = tuple(Cell(name=n, run_dir=directory / n, config=None) for n in names)
+
+    def pending(self) -> list[Cell[None]]:
+        return [cell for cell in self.cells if self._errors[int(cell.name)]]
+
+    def start(self, cell: Cell[None], slot: Slot, log: Path) -> _Forked:
+        return _Forked(self._errors[int(cell.name)], log)
+
+    @property
+    def page(self) -> Path:
+        return self.directory / "sweep.md"
+
+    def gather(self) -> str:
+        return ""
+
+    def outcome(self, cell: Cell[None]) -> str:
+        return ""
+
+
 @pytest.mark.parametrize(
     ("errors", "kind", "match"),
     [
@@ -124,20 +152,11 @@ class _Forked:
 def test_cells_that_the_user_can_mend_end_with_the_error_itself(
     errors: list[Any], kind: type, match: str, tmp_path: Path
 ) -> None:
-    cells = [SimpleNamespace(name=str(index)) for index in range(2)]
-    left = [cell for cell, error in zip(cells, errors, strict=True) if error]
-
-    def start(name: str, slot: Slot, log: Path) -> _Forked:
-        return _Forked(errors[int(name)], log)
-
-    runner = CellRunner(
-        cells, cells, parallel=1, logs=tmp_path / "logs", start=start, gather=lambda: None,
-        outcome=lambda name: "", console=RunConsole(
-            num_rounds=0, steps_per_round=0, num_stages=0, stream=sys.stderr, interactive=False
-        ),
-    )  # fmt: skip
-    refused = runner.run(Signals())
-    plan = SimpleNamespace(directory=tmp_path, cells=cells, pending=lambda: left)
+    study = _Forks(tmp_path, errors)
+    console = RunConsole(
+        num_rounds=0, steps_per_round=0, num_stages=0, stream=sys.stderr, interactive=False
+    )
+    refused = run_cells(study, study.cells, parallel=1, console=console, signals=Signals())
     with pytest.raises(kind, match=match) as caught:
-        check_all_done("sweep", plan, way_out="Again", refused=refused)
+        check_all_done(study, way_out="Again", refused=refused)
     assert type(caught.value) is kind

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedpipe.commands.finetune.command import check_library, count_here, finetune
-from fedpipe.commands.finetune.grid import Cell, read_cells, write_cells
+from fedpipe.commands.finetune.grid import find_grid
 from fedpipe.config.finetune import finetune_presets, finetune_yaml, load_finetune
 from fedpipe.errors import CheckpointError, ConfigError
 from tests.helpers.cases import every
@@ -97,12 +98,18 @@ def test_an_unknown_preset_is_refused() -> None:
 
 
 def test_a_grid_is_not_laid_over_another(tmp_path: Path) -> None:
-    cells = [Cell(name="lora", config_path=None, preset=None, overrides=["method.name=lora"])]
-    write_cells(tmp_path / "run", cells)
-    write_cells(tmp_path / "run", cells)
-    assert read_cells(tmp_path / "run") == cells
-    with pytest.raises(CheckpointError, match=r"expected the grid that is in .*, got another one"):
-        write_cells(tmp_path / "run", [])
+    def grid(*axes: str) -> Any:
+        return find_grid(None, [], axes, str(tmp_path / "run"), preset=None)
+
+    first = grid("method.name=lora,full")
+    assert [cell.name for cell in first.cells] == ["lora", "full"]
+    assert grid("method.name=lora,full") == grid() == first
+    expected = (
+        r"run: expected the grid of the fine-tunings that is there, method\.name=lora,full,"
+        r" got seed=1,2\. Continue it with --run-dir alone"
+    )
+    with pytest.raises(CheckpointError, match=expected):
+        grid("seed=1,2")
 
 
 def test_without_the_adapters_library_the_way_to_get_it_is_said(

@@ -13,7 +13,7 @@ import pytest
 
 from fedpipe.cli import main
 from fedpipe.commands.evaluate.setup import read_evaluation, set_up_evaluation
-from fedpipe.commands.finetune.command import choose_cells
+from fedpipe.commands.finetune.grid import find_grid
 from fedpipe.commands.pretrain.setup import reserve, set_up
 from fedpipe.commands.reproduce.setup import plan_reproduction
 from fedpipe.commands.study.sweep import set_up_sweep
@@ -60,7 +60,7 @@ def test_every_command_says_what_its_directories_are(tmp_path: Path) -> None:
     set_up_sweep(None, [], ["seed=0,1"], str(tmp_path / "sweep"), preset=None)
     assert kind_of(tmp_path / "sweep") == "sweep"
     assert kind_of(tmp_path / "sweep/cells/seed=0") == "pretrain"
-    choose_cells(None, [], str(tmp_path / "grid"), preset=None, axes=["seed=0,1"])
+    find_grid(None, [], ["seed=0,1"], str(tmp_path / "grid"), preset=None)
     assert kind_of(tmp_path / "grid") == "finetune grid"
     assert kind_of(tmp_path / "grid/seed=1") == "finetune"
     plan_reproduction(
@@ -93,7 +93,7 @@ def test_what_a_directory_is_is_read_back(tmp_path: Path, kind: Kind) -> None:
 COMMANDS: dict[Kind, Callable[[str], Any]] = {
     "pretrain": lambda path: resolve("pretrain", None, MINE, path),
     "finetune": lambda path: resolve("finetune", None, [], path),
-    "finetune grid": lambda path: choose_cells(None, [], path, preset=None, axes=["seed=0,1"]),
+    "finetune grid": lambda path: find_grid(None, [], ["seed=0,1"], path, preset=None),
     "sweep": lambda path: set_up_sweep(None, [], ["seed=0,1"], path, preset=None),
     "evaluation": lambda path: read_evaluation(None, [], path),
     "reproduction": lambda path: plan_reproduction(
@@ -235,6 +235,20 @@ def test_a_sweep_reads_its_configuration_once_for_all_cells(
     with counted_reads(monkeypatch) as reads:
         set_up_sweep(None, [], [], str(tmp_path / "sweep"), preset=None)
     assert (reads["sweep.yaml"], reads["config.yaml"]) == (1, 3)
+
+
+def test_a_grid_of_fine_tunings_reads_its_configuration_once_for_all_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("name: mine\n")
+    arguments = ([], ["method.name=lora,full", "seed=0,1"], str(tmp_path / "grid"))
+    with counted_reads(monkeypatch) as reads:
+        find_grid(str(own), *arguments, preset=None)
+    assert reads["own.yaml"] == 1
+    with counted_reads(monkeypatch) as reads:
+        find_grid(None, [], [], str(tmp_path / "grid"), preset=None)
+    assert (reads["grid.yaml"], reads["config.yaml"]) == (1, 4)
 
 
 def test_a_wrong_configuration_writes_nothing(own: Path, tmp_path: Path) -> None:

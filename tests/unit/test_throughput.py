@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,11 @@ import pytest
 from fedpipe.commands.plan.cut import best_cut
 from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops
 from fedpipe.commands.plan.ideal import predict, scheduled
+from fedpipe.commands.study.study import Cell
 from fedpipe.commands.throughput.advice import advise, take_apart
 from fedpipe.commands.throughput.files import chrome_events
 from fedpipe.commands.throughput.page import blocks, headline, terminal_text
 from fedpipe.commands.throughput.points import (
-    Point,
     content,
     points_blocks,
     points_headline,
@@ -326,7 +327,15 @@ def test_a_trace_names_its_process_and_threads() -> None:
 
 def test_the_points_are_one_table_the_fastest_first_within_each_schedule() -> None:
     points = [
-        Point(name=f"cut={cut}", overrides=(f"pipeline.cut=[{cut}]",), report=report_of(config))
+        (
+            Cell(
+                name=f"cut={cut}",
+                overrides=(f"pipeline.cut=[{cut}]",),
+                config=config,
+                run_dir=Path(f"cut={cut}"),
+            ),
+            report_of(config),
+        )
         for cut in (1, 4, 6)
         for config in [config_of([cut])]
     ]
@@ -339,12 +348,12 @@ def test_the_points_are_one_table_the_fastest_first_within_each_schedule() -> No
     assert first == ["streaming", "1F1B", "sequential", "DeepSpeed's 1F1B"]
     fastest, slowest = points_headline(points).split(" The slowest, ")
     assert "at `pipeline.cut=[4]`" in fastest
-    found = [s["tokens_per_s"] for p in points for s in p.report["schedules"].values()]
+    found = [s["tokens_per_s"] for _, report in points for s in report["schedules"].values()]
     assert slowest.startswith("sequential (fedpipe) at `pipeline.cut=[1]`, takes ")
     assert slowest.endswith(f" {max(found) / min(found):.2f} x as long.")
     page = to_markdown("t", points_blocks(points[:2], {"repeat": "again"}, num_points=3))
     assert "1 of 3 points are not measured" in page
-    assert points[1].report["advice"][0] in page
+    assert points[1][1]["advice"][0] in page
     found = content(points, {"host": "h"})
     assert [point["overrides"] for point in found["points"]] == [
         ["pipeline.cut=[1]"], ["pipeline.cut=[4]"], ["pipeline.cut=[6]"]

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,7 +21,6 @@ from fedpipe.commands.evaluate.content import (
 )
 from fedpipe.commands.evaluate.intervals import METHOD, Estimate, Sample, estimate, mean_of, sample
 from fedpipe.commands.evaluate.report import blocks, draw_scores
-from fedpipe.commands.evaluate.setup import Cell, Evaluation
 from fedpipe.commands.study.report import Spread
 from fedpipe.data.tasks.scoring import METRICS, Array
 from fedpipe.files import write_text
@@ -28,6 +28,9 @@ from fedpipe.report.document import Figure, to_html, to_markdown
 from fedpipe.report.drawing import render
 from fedpipe.report.format import is_number
 from fedpipe.run.run_dir import describe_environment
+
+if TYPE_CHECKING:
+    from fedpipe.commands.evaluate.setup import Evaluation, ScoredCell
 
 STATISTICS_FILE = "statistics.npz"
 Results = dict[str, CellResult | None]
@@ -118,13 +121,13 @@ def read_statistics(run_dir: Path, key: str) -> Array:
         return np.asarray(arrays[key])
 
 
-def _keys(metrics: Sequence[str], cells: Sequence[Cell]) -> list[str]:
+def _keys(metrics: Sequence[str], cells: Sequence[ScoredCell]) -> list[str]:
     sets = [name for name in ("mismatched",) if name in cells[0].prepared.examples]
     return [*metrics, *(f"{metric}:{name}" for name in sets for metric in metrics)]
 
 
 def _row(
-    key: str, cells: Sequence[Cell], results: Results, *, num_draws: int
+    key: str, cells: Sequence[ScoredCell], results: Results, *, num_draws: int
 ) -> tuple[TableRow, dict[str, _Scored]]:
     """One metric of one task, for every model: mean, spread and interval; and its samples."""
     name, _, test_set = key.partition(":")
@@ -182,7 +185,9 @@ def _interval(found: Estimate, *, lowest: float) -> Score:
     return {"interval": [float(low), float(high)], "over": found.over}
 
 
-def _task(format_name: str, folder: str, cells: Sequence[Cell], results: Results) -> TaskFacts:
+def _task(
+    format_name: str, folder: str, cells: Sequence[ScoredCell], results: Results
+) -> TaskFacts:
     first = cells[0]
     done = [result for cell in cells if (result := results[cell.name])]
     return {
@@ -201,7 +206,7 @@ def _task(format_name: str, folder: str, cells: Sequence[Cell], results: Results
     }
 
 
-def _cell(cell: Cell, result: CellResult | None) -> CellFacts:
+def _cell(cell: ScoredCell, result: CellResult | None) -> CellFacts:
     content: CellFacts = {
         "name": cell.name, "model": cell.model.name, "task": cell.task.name, "seed": cell.seed,
         "done": result is not None, "tokenised": Path(cell.prepared.directory).name,

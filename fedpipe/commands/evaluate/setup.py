@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.commands.evaluate.content import CellFile, CellResult, Settings
+from fedpipe.commands.evaluate.gather import gather
 from fedpipe.commands.evaluate.model_folder import (
     ModelFolder,
     check_models,
     max_length_of,
     read_models,
 )
+from fedpipe.commands.evaluate.report import outcome_text, terminal_text
+from fedpipe.commands.study.pool import ForkedProcess
+from fedpipe.commands.study.study import Cell, CellProcess, Slot, Study
 from fedpipe.config import load
 from fedpipe.config.evaluation import EvaluationConfig
 from fedpipe.config.schema import RunConfig
@@ -31,28 +35,37 @@ from fedpipe.data.tasks.prepare import PreparedTask, prepare_task, task_digest
 from fedpipe.data.tasks.registry import Task, TaskSpec
 from fedpipe.data.tasks.task_file import choose_tasks
 from fedpipe.data.tokenizer import check_tokenizer
+from fedpipe.distributed.env import num_gpus
 from fedpipe.errors import CheckpointError
 from fedpipe.files import write_text
 from fedpipe.printable import printable
+from fedpipe.report.console import RunConsole
 from fedpipe.report.format import count
-from fedpipe.run.run_dir import RunDir, locked
+from fedpipe.report.writer import METRICS_FILE
+from fedpipe.run.run_dir import Kind, RunDir, locked
 
 FORMAT = 1
 """Raised with every change of how a cell is trained or scored: earlier results no longer count."""
 CELL_FILE = "cell.json"
 RESULT_FILE = "result.json"
+PRELOAD = (
+    "fedpipe.commands.evaluate.cell",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.roberta.modeling_roberta",
+    "scipy.stats",
+    "seqeval.metrics",
+    "sklearn.metrics",
+)
+"""What the fork server imports before the first cell; other families are imported by theirs."""
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cell:
+class ScoredCell(Cell[RunConfig]):
     """One fine-tuning."""
 
-    name: str
-    """Of its folder."""
-    run_dir: Path
-    """``EVALUATION_DIR/cells/NAME``."""
+    kind: Kind = "evaluation cell"
     model: ModelFolder
     task: Task
     seed: int
@@ -71,6 +84,11 @@ class Cell:
         batches = -(-kept * self.prepared.sequences["train"] // self.settings["batch_size"])
         return int(batches) * int(self.settings["num_epochs"])
 
+    @property
+    def is_done(self) -> bool:
+        """Whether it has a result of its own content and settings."""
+        return self.result() is not None
+
     def result(self) -> CellResult | None:
         """Read what it reached; None if that has not happened, or was of other content."""
         try:
@@ -81,21 +99,78 @@ class Cell:
         return content if known else None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Study[ScoredCell]):
     """All fine-tunings of a run; every one has been checked."""
 
+    task = "evaluate"
+    job = "fedpipe.commands.evaluate.command:go_on"
     directory: Path
     config: RunConfig
     models: tuple[ModelFolder, ...]
     files: tuple[TaskFiles, ...]
     """One per task."""
-    cells: tuple[Cell, ...]
+    cells: tuple[ScoredCell, ...]
     """Tasks in their order, for each all models, for each all seeds."""
 
-    def pending(self) -> list[Cell]:
-        """Cells without a result of their own content and settings."""
-        return [cell for cell in self.cells if cell.result() is None]
+    @property
+    def job_name(self) -> str:
+        """Of its jobs, in the queue."""
+        return f"{self.config.name}-evaluation"
+
+    @property
+    def max_parallel(self) -> int | None:
+        """On a GPU, each cell has one."""
+        return num_gpus() or None
+
+    @property
+    def page(self) -> Path:
+        """Its report."""
+        return self.directory / "evaluation.html"
+
+    def start(self, cell: ScoredCell, slot: Slot, log: Path) -> CellProcess:
+        """Fork a cell from the server that has imported torch and transformers."""
+        return ForkedProcess(_score, cell.run_dir, slot, log, preload=PRELOAD)
+
+    def look(self, running: Sequence[str], console: RunConsole) -> None:
+        """Show how many optimizer steps are done, of all that are to be made."""
+        total = sum(cell.num_steps for cell in self.cells)
+        done = 0
+        for cell in self.cells:
+            if cell.name in running:
+                done += _steps(cell.run_dir / METRICS_FILE)
+            elif cell.is_done:
+                done += cell.num_steps
+        if 0 < done < total:
+            console.preparing("fine-tuning, steps", done, total)
+
+    def gather(self) -> str:
+        """Write evaluation.json, .md, .html and .png of the cells that are done."""
+        return terminal_text(gather(self))
+
+    def outcome(self, cell: ScoredCell) -> str:
+        """Say the score that a finished cell has reached."""
+        return outcome_text(cell.result())
+
+
+def _score(run_dir: str, index: int) -> None:
+    from fedpipe.commands.evaluate.cell import run_cell
+
+    run_cell(Path(run_dir), local_rank=index)
+
+
+def _steps(path: Path) -> int:
+    """Read the last step of a record that is being written."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError):
+            continue
+    return 0
 
 
 def read_evaluation(
@@ -159,7 +234,7 @@ def set_up_evaluation(
     on_checked()
     root = cache_root(config)
     models = read_models(folders, root=root)
-    cells: list[Cell] = []
+    cells: list[ScoredCell] = []
     total = len(files) * len(models)
     for done, place in enumerate(files):
         content = task_digest(config, place)
@@ -181,7 +256,7 @@ def set_up_evaluation(
                     f" that {model.name} was trained on (usual {usual})"
                 )
             cells += [
-                _cell(directory, model, place, seed, content, settings, prepared)
+                _cell(run, config, model, place, seed, content, settings, prepared)
                 for seed in evaluation.seeds
             ]
     progress("reading and tokenising tasks", total, total)
@@ -229,23 +304,24 @@ def _found(place: TaskFiles, prepared: PreparedTask) -> str:
 
 
 def _cell(
-    directory: Path,
+    run: RunDir,
+    config: RunConfig,
     model: ModelFolder,
     place: TaskFiles,
     seed: int,
     content: str,
     settings: Settings,
     prepared: PreparedTask,
-) -> Cell:
+) -> ScoredCell:
     identity = [FORMAT, model.digest, content, settings, seed]
     name = f"{model.name}_{place.task.name}_seed={seed}"
-    return Cell(
-        name=name, run_dir=directory / "cells" / name, model=model, task=place.task, seed=seed,
-        key=digest(identity), settings=settings, prepared=prepared,
+    return ScoredCell(
+        name=name, run_dir=run.path / "cells" / name, config=config, model=model, task=place.task,
+        seed=seed, key=digest(identity), settings=settings, prepared=prepared,
     )  # fmt: skip
 
 
-def _write(run: RunDir, config: RunConfig, cells: Sequence[Cell]) -> None:
+def _write(run: RunDir, config: RunConfig, cells: Sequence[ScoredCell]) -> None:
     """Write the configuration of the evaluation, and what each cell needs to run by itself."""
     whole = load.to_dict(config)
     shared = {"name": config.name, "data": {"cache_dir": config.data.cache_dir}}
@@ -269,6 +345,5 @@ def _write(run: RunDir, config: RunConfig, cells: Sequence[Cell]) -> None:
             "data_dir": cell.prepared.directory,
             "test_split": cell.prepared.test_split,
         }
-        own_dir = RunDir.at(cell.run_dir, "evaluation cell").make()
-        own_dir.write(dump(shared | {"evaluation": own}))
+        cell.run.make().write(dump(shared | {"evaluation": own}))
         write_text(cell.run_dir / CELL_FILE, json.dumps(content, indent=1) + "\n")

@@ -5,26 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 
 from fedpipe.cluster.launched import note_attempt, position_of
 from fedpipe.cluster.local import set_up_here, supervise
 from fedpipe.commands import options
 from fedpipe.commands.finetune import ranks
-from fedpipe.commands.finetune.grid import (
-    EXAMPLE,
-    Cell,
-    again,
-    read_cells,
-    write_cells,
-)
-from fedpipe.commands.study.axes import check_grid, parse_grid
-from fedpipe.config.finetune import FinetuneConfig, finetune_presets, load_finetune
-from fedpipe.config.tree import Node, parse_override
+from fedpipe.commands.finetune.grid import find_grid
+from fedpipe.commands.study.pool import run_study
+from fedpipe.config.finetune import FinetuneConfig, finetune_presets
+from fedpipe.config.tree import Node
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.errors import ConfigError
 from fedpipe.report.console import RunConsole
@@ -41,9 +33,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     options.add_launcher(command)
     options.add_grid(
         command,
-        text="run every combination of the values, one after the other, and compare them:"
+        text="run every combination of the values, and compare them:"
         " method.name=lora,full seed=0,1",
     )
+    options.add_parallel(command)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +49,14 @@ def run(args: argparse.Namespace) -> int:
 
         check_library()
         return start_rank(ranks.PROGRAM, options.request_of(args))
-    return finetune(args.config, args.overrides, args.run_dir, preset=args.preset, axes=args.grid)
+    return finetune(
+        args.config,
+        args.overrides,
+        args.run_dir,
+        preset=args.preset,
+        axes=args.grid,
+        parallel=args.parallel,
+    )
 
 
 def task_overrides(task_files: Sequence[str]) -> list[str]:
@@ -80,6 +80,7 @@ def finetune(
     *,
     preset: str | None = None,
     axes: Sequence[str] = (),
+    parallel: int = 1,
     signals: Signals | None = None,
 ) -> int:
     """Fine-tune on this machine, or resume; the whole of ``fedpipe finetune``.
@@ -90,6 +91,7 @@ def finetune(
         run_dir: Directory of the run, or None.
         preset: What the YAML is laid over, or None.
         axes: A grid, ``section.key=value,value``; every combination is a run of its own.
+        parallel: Runs of a grid at a time; they share the cores.
         signals: Caught meanwhile; for whoever wants to know which one has come.
 
     Returns:
@@ -102,17 +104,19 @@ def finetune(
     check_library()
     console = ranks.plain_console()
     signals = signals or Signals()
+    grid = find_grid(config_path, overrides, axes, run_dir, preset=preset)
+    if grid is not None:
+        for cell in grid.cells:
+            if cell.is_done:
+                console.text(_done_line(cell.run_dir))
+        return run_study(lambda console: grid, parallel=parallel, signals=signals)
+    if parallel != 1:
+        raise ConfigError(f"--parallel: expected 1 without --grid, got {parallel}. Leave it out.")
     run: RunDir | None = None
     try:
         with signals.caught():
-            study = choose_cells(config_path, overrides, run_dir, preset=preset, axes=axes)
-            if study is not None:
-                run = RunDir.open(study[0], "finetune grid")
-                _grid(*study, console, signals)
-                console.text(compare_runs(*study))
-                return 0
             run, config = resolve("finetune", config_path, overrides, run_dir, preset=preset)
-            _one(run, config, console, signals)
+            tune(run, config, console, signals)
     except Interrupted as where:
         console.text(f"interrupted{where}; {way_back('finetune', run)}")
         return EXIT_INTERRUPTED
@@ -150,108 +154,15 @@ def check_library() -> None:
         )
 
 
-def _one(run: RunDir, config: FinetuneConfig, console: RunConsole, signals: Signals) -> None:
+def tune(run: RunDir, config: FinetuneConfig, console: RunConsole, signals: Signals) -> None:
     """Run what is not done of one fine-tuning."""
     setup = set_up_here(ranks.PROGRAM, ranks.PROGRAM.located(run, config), console=console)
     if run.is_done(num_rounds=config.federation.num_rounds):
-        console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
+        console.text(_done_line(run.path))
         return
     with locked(setup.run_dir):
         supervise(ranks.PROGRAM, setup, signals=signals)
 
 
-def choose_cells(
-    config_path: str | Node | None,
-    overrides: Sequence[str],
-    run_dir: str | None,
-    *,
-    preset: str | None,
-    axes: Sequence[str],
-) -> tuple[Path, list[Cell]] | None:
-    """Find the grid that is asked for, checked cell by cell, and write it down.
-
-    Args:
-        config_path: YAML, or None.
-        overrides: ``section.key=value``.
-        run_dir: Directory of the grid, or None.
-        preset: What the YAML is laid over, or None.
-        axes: The grid; empty for that of the directory, or, if nothing else is asked for, the
-            example.
-
-    Returns:
-        Its directory and its cells; None where a single run is asked for.
-
-    Raises:
-        FedPipeError: What the user can mend; of a grid that is there, other values of keys that
-            may not change.
-    """
-    chosen = any(override.startswith("method.name=") for override in overrides)
-    run = RunDir.at(run_dir, "finetune", "finetune grid") if run_dir else None
-    if not (config_path or preset or axes or chosen or (run and not run.is_new)):
-        axes = EXAMPLE
-    saved = read_cells(run.path) if run and run.kind == "finetune grid" else []
-    if not (axes or saved):
-        return None
-    cells = _cells(config_path, overrides, preset, axes) if axes else saved
-    if saved and run_dir and not (axes and (config_path or preset)):
-        known = {cell.name: cell for cell in saved}
-        cells = [
-            again(
-                known[cell.name], Path(run_dir), config_path=config_path, preset=preset,
-                overrides=cell.overrides if axes else overrides,
-            )
-            if cell.name in known else cell
-            for cell in cells
-        ]  # fmt: skip
-    first = load_finetune(cells[0].config_path, cells[0].overrides, preset=cells[0].preset)
-    directory = Path(run_dir or Path("runs") / first.name)
-    write_cells(directory, cells)
-    return directory, cells
-
-
-def _cells(
-    config_path: str | Node | None,
-    overrides: Sequence[str],
-    preset: str | None,
-    axes: Sequence[str],
-) -> list[Cell]:
-    """Return the product of a grid."""
-    grid = parse_grid(axes)
-    check_grid(grid, overrides)
-    keys = [key for key, _ in grid]
-    return [
-        Cell(
-            name=_name(keys, values),
-            config_path=config_path, preset=preset,
-            overrides=[*overrides, *(f"{k}={v}" for k, v in zip(keys, values, strict=True))],
-        )
-        for values in product(*(values for _, values in grid))
-    ]  # fmt: skip
-
-
-def _grid(directory: Path, cells: Sequence[Cell], console: RunConsole, signals: Signals) -> None:
-    """Run the cells of a grid that are not done, one after another."""
-    for index, cell in enumerate(cells):
-        console.text(f"{time.strftime('%H:%M:%S')} run {index + 1}/{len(cells)}: {cell.name}")
-        run, config = resolve("finetune", None, [], str(directory / cell.name))
-        _one(run, config, console, signals)
-
-
-def _name(keys: Sequence[str], values: Sequence[str]) -> str:
-    """Name a cell after its values; keys only where a value does not speak for itself."""
-    parts = []
-    for key, value in zip(keys, values, strict=True):
-        short = key.rpartition(".")[2]
-        node = parse_override(f"x={value}").value["x"].value
-        says = short == "name" and isinstance(node, str)
-        parts.append(str(node) if says else f"{short}={value}")
-    return "_".join("".join(c if c.isalnum() or c in "._+-=" else "-" for c in p) for p in parts)
-
-
-def compare_runs(directory: Path, cells: Sequence[Cell]) -> str:
-    """Write the report that compares finished runs of a grid; return its table, for people."""
-    from fedpipe.commands.finetune.report import result_table, write_comparison
-
-    runs = [directory / cell.name for cell in cells]
-    write_comparison(directory, runs)
-    return f"{result_table(runs)}\nreport  {directory / 'report.html'}"
+def _done_line(run_dir: Path) -> str:
+    return f"{run_dir} is done: see {run_dir / 'report.html'}"

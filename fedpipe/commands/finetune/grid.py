@@ -1,100 +1,111 @@
-"""Fine-tunings that are run one after another and compared: the cells of a grid. No torch."""
+"""Fine-tunings that are compared in one table: a study of values on the command line. No torch."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from fedpipe.config.finetune import FinetuneConfig, finetune_yaml, load_finetune
+from fedpipe.commands.finetune import ranks
+from fedpipe.commands.study.pool import CommandProcess
+from fedpipe.commands.study.study import Cell, Runs, Slot, Study, read_axes, write_axes
+from fedpipe.config.finetune import FinetuneConfig, finetune_tree, load_finetune
 from fedpipe.config.tree import Node
-from fedpipe.errors import CheckpointError, FedPipeError
-from fedpipe.files import write_text
-from fedpipe.run.resume import continued
+from fedpipe.distributed.signals import Signals
+from fedpipe.report.console import RunConsole
 from fedpipe.run.run_dir import RunDir
 
 EXAMPLE = ("method.name=lora,full",)
 """What is compared where the user asks for nothing."""
-_FILE = "cells.json"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cell:
-    """One run of a grid."""
+@dataclass(frozen=True, kw_only=True)
+class TuningGrid(Study[Cell[FinetuneConfig]]):
+    """All fine-tunings of a grid."""
 
-    name: str
-    """Its directory below the grid's."""
-    config_path: str | Node | None
-    preset: str | None
-    overrides: list[str]
+    task = "finetune"
+    job = "fedpipe.commands.finetune.command:go_on"
+    in_foreground = True
+    directory: Path
+    cells: tuple[Cell[FinetuneConfig], ...]
+
+    @property
+    def page(self) -> Path:
+        """Its report."""
+        return self.directory / "report.html"
+
+    def reserve(self, cells: Sequence[Cell[Any]]) -> None:
+        """Set the runs up: a job's errors are found before it is submitted."""
+        for cell in cells:
+            found = ranks.PROGRAM.located(cell.run, cell.config)
+            ranks.PROGRAM.set_up(found, notify=lambda line: None)
+
+    def run(self, cell: Cell[FinetuneConfig], *, console: RunConsole, signals: Signals) -> None:
+        """Run a fine-tuning, and show its rounds."""
+        from fedpipe.commands.finetune.command import tune
+
+        tune(cell.run, cell.config, console, signals)
+
+    def start(self, cell: Cell[FinetuneConfig], slot: Slot, log: Path) -> CommandProcess:
+        """Start the fine-tuning of a cell."""
+        return CommandProcess("finetune", cell.run_dir, log)
+
+    def gather(self) -> str:
+        """Write the report that compares the runs that are done; return its table."""
+        from fedpipe.commands.finetune.report import result_table, write_comparison
+
+        runs = [cell.run_dir for cell in self.cells if cell.is_done]
+        if not runs:
+            return "no run is done yet"
+        write_comparison(self.directory, runs)
+        return result_table(runs)
+
+    def outcome(self, cell: Cell[FinetuneConfig]) -> str:
+        """Say the score that a finished run has reached."""
+        from fedpipe.commands.finetune.report import outcome_text
+
+        return outcome_text(cell.run_dir)
 
 
-def write_cells(directory: Path, cells: Sequence[Cell]) -> None:
-    """Write down what a grid consists of, and the whole configuration of every cell.
+def find_grid(
+    config_path: str | Node | None,
+    overrides: Sequence[str],
+    axes: Sequence[str],
+    run_dir: str | None,
+    *,
+    preset: str | None,
+) -> TuningGrid | None:
+    """Find the grid that is asked for, checked cell by cell, and write it down.
 
     A grid that is there already is gone on with: what may change in its runs may change, and what
     they read must be what those that have begun began with.
 
     Args:
-        directory: Of the grid.
-        cells: As they are asked for.
+        config_path: YAML, or None.
+        overrides: ``section.key=value``.
+        axes: See ``parse_axes``; nothing for those of the grid in the directory, or, if nothing
+            else is asked for, of the example.
+        run_dir: Directory of the grid, or None.
+        preset: What the YAML is laid over, or None.
+
+    Returns:
+        The grid; None where a single run is asked for.
 
     Raises:
-        CheckpointError: The directory holds another grid, a run or something else, or a cell has
-            another configuration or content; it is named.
+        FedPipeError: What the user can mend; of a grid that is there, other values of keys that
+            may not change.
     """
-    run = RunDir.at(directory, "finetune grid")
-    saved = [] if run.is_new else read_cells(directory)
-    if saved and [cell.name for cell in saved] != [cell.name for cell in cells]:
-        raise CheckpointError(
-            f"--run-dir: expected the grid that is in {directory}, got another one. Resume with"
-            " --run-dir alone, or choose a new --run-dir."
-        )
-    configs = [load_finetune(c.config_path, c.overrides, preset=c.preset) for c in cells]
-    if saved:
-        configs = [
-            _check_same(directory, cell, config)
-            for cell, config in zip(saved, configs, strict=True)
-        ]
-    else:
-        run.make()
-        text = json.dumps([asdict(cell) for cell in cells], indent=1)
-        write_text(directory / _FILE, text + "\n")
-    for cell, config in zip(cells, configs, strict=True):
-        RunDir.at(directory / cell.name, "finetune").make().write(finetune_yaml(config))
-
-
-def read_cells(directory: Path) -> list[Cell]:
-    """Read what ``write_cells`` wrote; nothing where it was interrupted before."""
-    if not (directory / _FILE).is_file():
-        return []
-    content = json.loads((directory / _FILE).read_text(encoding="utf-8"))
-    return [Cell(**cell) for cell in content]
-
-
-def config_of(cell: Cell, directory: Path) -> Path:
-    """Return where the configuration of a cell is."""
-    return directory / cell.name / "config.yaml"
-
-
-def again(
-    cell: Cell,
-    directory: Path,
-    *,
-    config_path: str | Node | None,
-    overrides: Sequence[str],
-    preset: str | None,
-) -> Cell:
-    """Ask for a cell of a grid again: as it is, or as a file or a preset says, with overrides."""
-    path = config_of(cell, directory)
-    if config_path or preset or not path.is_file():
-        if not (config_path or preset):
-            config_path, preset = cell.config_path, cell.preset
-        own = [*cell.overrides, *overrides]
-        return Cell(name=cell.name, config_path=config_path, preset=preset, overrides=own)
-    return Cell(name=cell.name, config_path=str(path), preset=None, overrides=list(overrides))
+    chosen = any(override.startswith("method.name=") for override in overrides)
+    found = RunDir.at(run_dir, "finetune", "finetune grid") if run_dir else None
+    if not (config_path or preset or axes or chosen or (found and not found.is_new)):
+        axes = EXAMPLE
+    if not axes and (found is None or found.kind == "finetune"):
+        return None
+    run, grid, cells = read_axes(TUNINGS, config_path, overrides, axes, run_dir, preset=preset)
+    write_axes(run, grid, cells)
+    return TuningGrid(directory=run.path, cells=cells)
 
 
 def check_tuning(run: RunDir, config: FinetuneConfig) -> None:
@@ -110,13 +121,8 @@ def check_tuning(run: RunDir, config: FinetuneConfig) -> None:
     run.check_content(deepspeed_of(config), partial(tuning_inputs, config))
 
 
-def _check_same(directory: Path, cell: Cell, now: FinetuneConfig) -> FinetuneConfig:
-    saved = again(cell, directory, config_path=None, overrides=[], preset=None)
-    before = load_finetune(saved.config_path, saved.overrides, preset=saved.preset)
-    run = RunDir.at(directory / cell.name, "finetune")
-    try:
-        now = continued(run.path, before, now, may_change=run.may_change)
-        check_tuning(run, now)
-        return now
-    except FedPipeError as error:
-        raise type(error)(f"cell {cell.name}: {error}") from error
+TUNINGS = Runs(
+    kind="finetune", study_kind="finetune grid", title="the fine-tunings", home=".",
+    read_tree=finetune_tree, read=load_finetune, load=load_finetune, check_content=check_tuning,
+)  # fmt: skip
+"""What a grid consists of."""

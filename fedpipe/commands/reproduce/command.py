@@ -10,32 +10,35 @@ import argparse
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fedpipe.cluster.launched import note_attempt, position_of
-from fedpipe.cluster.local import fork_server, set_up_here, supervise
+from fedpipe.cluster.local import fork_server
 from fedpipe.commands import options
-from fedpipe.commands.evaluate.command import PRELOAD, run_cells
-from fedpipe.commands.evaluate.setup import Evaluation, set_up_evaluation
+from fedpipe.commands.evaluate.setup import PRELOAD, Evaluation, set_up_evaluation
 from fedpipe.commands.pretrain import ranks as pretraining
 from fedpipe.commands.reproduce.config import EXPERIMENTS, SCALES
-from fedpipe.commands.reproduce.report import blocks, draw_losses, draw_scores, terminal_text
+from fedpipe.commands.reproduce.report import blocks, draw_losses, draw_scores
 from fedpipe.commands.reproduce.results import Content, read_curves, summarise, wanted_models
 from fedpipe.commands.reproduce.setup import (
     EVALUATION,
+    RESULT_FILE,
     Reproduction,
-    TrainingRun,
+    SystemCell,
     plan_reproduction,
 )
 from fedpipe.commands.study.pool import (
+    NOTHING_STARTED,
     check_refused,
     last_line,
+    redirect_output,
+    run_cells,
     save_when_the_parent_dies,
-    saying_to,
 )
-from fedpipe.commands.study.sweep import prepare_texts
+from fedpipe.commands.study.study import Study
 from fedpipe.distributed.env import num_gpus
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.errors import FedPipeError, LaunchError, error_in
@@ -45,9 +48,8 @@ from fedpipe.report.document import Figure, to_html, to_markdown
 from fedpipe.report.drawing import render
 from fedpipe.report.format import count
 from fedpipe.run.checkpoint import Position, find_latest
-from fedpipe.run.run_dir import RunDir, locked
+from fedpipe.run.run_dir import locked
 
-RESULT_FILE = "reproduce.json"
 _PRELOAD = (*pretraining.PROGRAM.preload, *PRELOAD)
 _EXPORT_LOG = "logs/models.log"
 _CAPTIONS = {
@@ -134,11 +136,11 @@ def reproduce(
             with locked(plan.directory):
                 _run(plan, signals, console)
     except Interrupted:
-        console.text(_interrupted(plan))
+        console.text(plan.left() if plan else NOTHING_STARTED)
         return EXIT_INTERRUPTED
     finally:
         console.close()
-    console.text("\n".join(reproduced_lines(plan.directory)))
+    console.text("\n".join(reproduced_lines(plan)))
     return 0
 
 
@@ -161,17 +163,12 @@ def is_reproduced(plan: Reproduction) -> bool:
     """Whether all of it is done, as its directory says."""
     if plan.pending() or not (plan.directory / RESULT_FILE).is_file():
         return False
-    return bool(_content(plan.directory)["environment"]["repeat"] == _repeat(plan))
+    return bool(plan.content()["environment"]["repeat"] == _repeat(plan))
 
 
-def reproduced_lines(directory: Path) -> list[str]:
+def reproduced_lines(plan: Reproduction) -> list[str]:
     """Return what a finished reproduction has to show."""
-    return [terminal_text(_content(directory)), f"report  {directory / 'reproduce.html'}"]
-
-
-def _content(directory: Path) -> Content:
-    content: Content = json.loads((directory / RESULT_FILE).read_text(encoding="utf-8"))
-    return content
+    return [plan.gather(), f"report  {plan.page}"]
 
 
 def _run(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
@@ -179,62 +176,51 @@ def _run(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
     pending = plan.pending()
     if pending:
         fork_server(_PRELOAD)
-        prepare_texts([run.cell for run in pending], progress=console.preparing)
+        plan.prepare(pending, progress=console.preparing)
         _export(plan, plan.untrained())
         # With the untrained model, what is wrong with a task is found before hours of training.
         _evaluation(plan, plan.untrained(), console)
         console.close()
-        _pretrain(plan, signals, console)
+        refused = run_cells(
+            plan, pending, parallel=1, console=console, signals=signals, gathers=False
+        )
+        _check_done(plan, plan, "pre-training run", refused)
     curves = read_curves(plan)
     models = wanted_models(plan, curves)
     _export(plan, models)
     evaluation = _evaluation(plan, models, console)
-    cells = evaluation.pending()
-    refused: dict[str, FedPipeError] = {}
+    cells, refused = evaluation.pending(), {}
     if cells:
         parallel = num_gpus() or len(os.sched_getaffinity(0))
         refused = run_cells(
-            evaluation, cells, signals, console=console, parallel=parallel, gather=lambda: None
+            evaluation, cells, parallel=parallel, console=console, signals=signals, gathers=False
         )
-    left = [cell.name for cell in evaluation.pending()]
-    check_refused(left, refused)
-    if left:
-        raise _unfinished(plan, "scored model", len(evaluation.cells), left)
+    _check_done(plan, evaluation, "scored model", refused)
     _write(plan, summarise(plan, evaluation, curves))
 
 
-def _pretrain(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
-    """Train what is not done, one run after the other; one that fails does not end the others."""
-    for number, run in enumerate(plan.runs, start=1):
-        if run.cell.is_done:
-            continue
-        console.text(f"run     {number}/{len(plan.runs)}  {run.cell.name}")
-        try:
-            own = RunDir.at(run.cell.run_dir, "pretrain")
-            found = pretraining.PROGRAM.located(own, run.cell.config)
-            setup = set_up_here(pretraining.PROGRAM, found, console=console)
-            console.close()
-            with locked(setup.run_dir):
-                supervise(pretraining.PROGRAM, setup, signals=signals)
-        except LaunchError as error:
-            console.text(f"failed  {error}")
-        if signals.asked:  # too late for this run to stop
-            raise Interrupted
-    left = [run.cell.name for run in plan.pending()]
+def _check_done(
+    plan: Reproduction, study: Study[Any], what: str, refused: Mapping[str, FedPipeError]
+) -> None:
+    """Name the cells that are left of a part of a reproduction.
+
+    Raises:
+        LaunchError: There are some.
+        FedPipeError: There are only some that the user can mend.
+    """
+    left = [cell.name for cell in study.pending()]
+    check_refused(left, refused)
     if left:
-        raise _unfinished(plan, "pre-training run", len(plan.runs), left)
-
-
-def _unfinished(plan: Reproduction, what: str, total: int, left: Sequence[str]) -> LaunchError:
-    names = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
-    return LaunchError(
-        f"reproduce: expected {count(total, what)}, got {total - len(left)}: not done are {names}. "
-        f"Run them again with: {_again(plan)}"
-    )
+        names = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
+        total = len(study.cells)
+        raise LaunchError(
+            f"reproduce: expected {count(total, what)}, got {total - len(left)}: not done are"
+            f" {names}. Run them again with: {plan.again()}"
+        )
 
 
 def _evaluation(
-    plan: Reproduction, models: Sequence[tuple[TrainingRun, int]], console: RunConsole
+    plan: Reproduction, models: Sequence[tuple[SystemCell, int]], console: RunConsole
 ) -> Evaluation:
     paths = tuple(str(plan.model(run, round_id)) for run, round_id in models)
     config = replace(plan.config, evaluation=replace(plan.config.evaluation, models=paths))
@@ -245,14 +231,14 @@ def _evaluation(
     )  # fmt: skip
 
 
-def _export(plan: Reproduction, models: Sequence[tuple[TrainingRun, int]]) -> None:
+def _export(plan: Reproduction, models: Sequence[tuple[SystemCell, int]]) -> None:
     """Write models that are not there yet, in a process that has torch.
 
     Raises:
         LaunchError: It failed.
     """
     missing = [
-        (run.cell.run_dir, round_id, plan.model(run, round_id))
+        (run.run_dir, round_id, plan.model(run, round_id))
         for run, round_id in models
         if not (plan.model(run, round_id) / "config.json").is_file()
     ]
@@ -280,7 +266,7 @@ def _export(plan: Reproduction, models: Sequence[tuple[TrainingRun, int]]) -> No
 def _work(missing: Sequence[tuple[Path, int, Path]], log: str) -> None:
     """Export models in this process, which ends with it; what it says goes to its log."""
     save_when_the_parent_dies()
-    with saying_to(log, anew=True):
+    with redirect_output(log, anew=True):
         from fedpipe.commands.reproduce.models import export_models
 
         export_models(missing)
@@ -326,15 +312,3 @@ def _chosen(plan: Reproduction) -> list[str]:
             value = value[part]
         words.append(f"{key}={json.dumps(value)}")
     return words
-
-
-def _interrupted(plan: Reproduction | None) -> str:
-    if plan is None:
-        return "interrupted; nothing was started: give the same command again"
-    done = len(plan.runs) - len(plan.pending())
-    runs = count(len(plan.runs), "pre-training run")
-    return f"interrupted after {done} of {runs}; resume with: {_again(plan)}"
-
-
-def _again(plan: Reproduction) -> str:
-    return shlex.join(["fedpipe", "reproduce", plan.experiment, "--run-dir", str(plan.directory)])

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from fedpipe.commands.evaluate.content import CellResult, Settings, Tested
 from fedpipe.commands.evaluate.gather import read_statistics
 from fedpipe.commands.evaluate.intervals import METHOD, Sample, estimate, holm, mean_of, sample
-from fedpipe.commands.evaluate.setup import Cell, Evaluation
-from fedpipe.commands.reproduce.setup import Reproduction, TrainingRun
+from fedpipe.commands.evaluate.setup import Evaluation, ScoredCell
 from fedpipe.commands.reproduce.time_to_score import Race, race, speed_up
 from fedpipe.commands.reproduce.variants import Variant
 from fedpipe.data.tasks.scoring import METRICS
@@ -21,6 +20,9 @@ from fedpipe.errors import CheckpointError
 from fedpipe.report.format import is_number
 from fedpipe.report.summary import RunSummary
 from fedpipe.run.run_dir import describe_environment
+
+if TYPE_CHECKING:
+    from fedpipe.commands.reproduce.setup import Reproduction, SystemCell
 
 AGREEMENT = 1e-3
 """Relative difference of losses up to which two runs have trained the same weights."""
@@ -155,17 +157,17 @@ Curves = dict[str, list[Curve]]
 """By variant, one per seed."""
 
 
-def read_curve(run: TrainingRun) -> Curve:
+def read_curve(run: SystemCell) -> Curve:
     """Read the record of a finished run.
 
     Raises:
         CheckpointError: It is damaged.
     """
-    summary = RunSummary.load(run.cell.run_dir)
+    summary = RunSummary.load(run.run_dir)
     rounds, scored = summary.of_kind("round"), summary.of_kind("eval")
-    if not len(rounds) == len(scored) == run.cell.config.federation.num_rounds:
+    if not len(rounds) == len(scored) == run.config.federation.num_rounds:
         raise CheckpointError(
-            f"{run.cell.run_dir}: expected a record of {run.cell.config.federation.num_rounds} "
+            f"{run.run_dir}: expected a record of {run.config.federation.num_rounds} "
             f"rounds, got {len(rounds)}. Remove the directory and run it again."
         )
     return Curve(
@@ -203,13 +205,13 @@ def scored_as(plan: Reproduction, curves: Curves) -> dict[str, str]:
     return {v.name: v.twin if far.get(v.name, 1.0) <= AGREEMENT else v.name for v in plan.variants}
 
 
-def wanted_models(plan: Reproduction, curves: Curves) -> list[tuple[TrainingRun, int]]:
+def wanted_models(plan: Reproduction, curves: Curves) -> list[tuple[SystemCell, int]]:
     """Return all models to score: run and rounds that are done, 0 for the untrained one."""
     scored = set(scored_as(plan, curves).values())
-    runs = [run for run in plan.runs if run.variant.name in scored]
+    runs = [run for run in plan.cells if run.variant.name in scored]
     found = plan.untrained()
     for run in runs:
-        found += [(run, r + 1) for r in range(run.cell.config.federation.num_rounds)]
+        found += [(run, r + 1) for r in range(run.config.federation.num_rounds)]
     return found
 
 
@@ -219,12 +221,12 @@ class _Scores:
 
     evaluation: Evaluation
     plan: Reproduction
-    cells: dict[str, list[Cell]]
+    cells: dict[str, list[ScoredCell]]
     """By folder of the model."""
     key: str
     """Of the metric."""
 
-    def _cells(self, variant: Variant, round_id: int) -> list[Cell]:
+    def _cells(self, variant: Variant, round_id: int) -> list[ScoredCell]:
         runs = self.plan.of(variant)
         return [c for run in runs for c in self.cells[run.model_name(round_id)]]
 
@@ -242,7 +244,7 @@ class _Scores:
         return whole.per_unit(len(self.plan.of(variant)))
 
 
-def finished(cell: Cell) -> CellResult:
+def finished(cell: ScoredCell) -> CellResult:
     """Return the result of a cell that is done."""
     result = cell.result()
     assert result is not None, cell.name
@@ -272,7 +274,7 @@ def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Con
     reference = next(v.name for v in plan.variants if v.kind == "fedbert")
     for place in evaluation.files:
         metric = place.task.metrics[0]
-        cells: dict[str, list[Cell]] = {}
+        cells: dict[str, list[ScoredCell]] = {}
         for cell in evaluation.cells:
             if cell.task == place.task:
                 cells.setdefault(cell.model.path.rpartition("/")[2], []).append(cell)
@@ -367,9 +369,9 @@ def _variant(
     }
 
 
-def _steps(run: TrainingRun, clock: Sequence[float], points: int = 200) -> list[list[float]]:
+def _steps(run: SystemCell, clock: Sequence[float], points: int = 200) -> list[list[float]]:
     """Return time and training loss of the final head along the first seed's run."""
-    summary = RunSummary.load(run.cell.run_dir)
+    summary = RunSummary.load(run.run_dir)
     tokens, losses = summary.training_loss(summary.num_stages - 1)
     after = summary.tokens_after_round()
     known = [0.0, *clock[: len(after) - 1]]

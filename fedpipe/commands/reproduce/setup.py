@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedpipe.cluster.local import set_up_here, supervise
 from fedpipe.commands.plan.plan import build_plan
+from fedpipe.commands.pretrain import ranks
 from fedpipe.commands.reproduce.config import ReproductionConfig, load_reproduction
+from fedpipe.commands.reproduce.report import terminal_text
+from fedpipe.commands.reproduce.results import Content
 from fedpipe.commands.reproduce.variants import Variant, make_variants
-from fedpipe.commands.study.sweep import Cell, check_cells, write_configs
+from fedpipe.commands.study.report import read_result
+from fedpipe.commands.study.study import Cell, Study, prepare_texts
+from fedpipe.commands.study.sweep import check_cells
 from fedpipe.config import load
 from fedpipe.config.evaluation import PACKAGED_TASKS
 from fedpipe.config.schema import RunConfig
-from fedpipe.data.corpus import check_sources
+from fedpipe.data.corpus import Progress, check_sources
 from fedpipe.data.tasks.files import find_files
 from fedpipe.data.tasks.registry import Task
 from fedpipe.data.tasks.task_file import choose_tasks
+from fedpipe.distributed.signals import Signals
 from fedpipe.errors import FedPipeError
+from fedpipe.report.console import RunConsole
+from fedpipe.report.format import number
 from fedpipe.run.resume import check_config
-from fedpipe.run.run_dir import RunDir, shared_freedom
+from fedpipe.run.run_dir import RunDir, locked, shared_freedom
 
 CELLS, MODELS, EVALUATION = "cells", "models", "evaluation"
 UNTRAINED = "untrained"
+RESULT_FILE = "reproduce.json"
 TASKS = (
     "bc2gm", "bc5cdr-chemical", "bc5cdr-disease", "ncbi-disease", "jnlpba", "ddi", "gad",
     "pubmedqa",
@@ -31,12 +43,11 @@ TASKS = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingRun:
-    """A variant with a seed."""
+class SystemCell(Cell[RunConfig]):
+    """The pre-training of a system with a seed."""
 
     variant: Variant
     seed: int
-    cell: Cell
 
     def model_name(self, round_id: int) -> str:
         """Name the model after a round, 1 for the first; 0 is untrained, the same for all."""
@@ -44,33 +55,42 @@ class TrainingRun:
         return f"{name}_seed{self.seed}_round{round_id:02d}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reproduction:
-    """All runs of a reproduction; every one has been checked."""
+@dataclass(frozen=True, kw_only=True)
+class Reproduction(Study[SystemCell]):
+    """All pre-trainings of a reproduction, which run one at a time: their clocks are compared."""
 
+    task = "reproduce"
+    noun = "pre-training run"
+    in_foreground = True
     experiment: str
     directory: Path
     config: ReproductionConfig
     variants: tuple[Variant, ...]
-    runs: tuple[TrainingRun, ...]
+    cells: tuple[SystemCell, ...]
     """Seed by seed, all variants."""
 
-    def pending(self) -> list[TrainingRun]:
-        """Runs that are not complete."""
-        return [run for run in self.runs if not run.cell.is_done]
+    @property
+    def job_name(self) -> str:
+        """Of its job, in the queue."""
+        return f"{self.experiment}-{self.config.reproduce.scale}"
 
-    def of(self, variant: Variant) -> list[TrainingRun]:
+    @property
+    def page(self) -> Path:
+        """Its report."""
+        return self.directory / "reproduce.html"
+
+    def of(self, variant: Variant) -> list[SystemCell]:
         """Return the runs of a variant, in the order of the seeds."""
-        return [run for run in self.runs if run.variant == variant]
+        return [cell for cell in self.cells if cell.variant == variant]
 
-    def untrained(self) -> list[tuple[TrainingRun, int]]:
+    def untrained(self) -> list[tuple[SystemCell, int]]:
         """Return what the models before any training are made of, one per seed."""
         first = next(v for v in self.variants if v.kind == "fedbert")
-        return [(run, 0) for run in self.of(first)]
+        return [(cell, 0) for cell in self.of(first)]
 
-    def model(self, run: TrainingRun, round_id: int) -> Path:
+    def model(self, cell: SystemCell, round_id: int) -> Path:
         """Return the folder of a model."""
-        return self.directory / MODELS / run.model_name(round_id)
+        return self.directory / MODELS / cell.model_name(round_id)
 
     def write(self) -> None:
         """Write reproduce.yaml and each run's config.yaml.
@@ -79,7 +99,39 @@ class Reproduction:
             FedPipeError: The directory cannot be written to.
         """
         RunDir.at(self.directory, "reproduction").make().write(load.dump_config(self.config))
-        write_configs([run.cell for run in self.runs])
+        for cell in self.cells:
+            cell.run.make().write(load.to_yaml(cell.config))
+
+    def prepare(self, cells: Sequence[SystemCell], *, progress: Progress | None = None) -> None:
+        """Prepare the texts of the runs."""
+        prepare_texts(cells, progress=progress)
+
+    def run(self, cell: SystemCell, *, console: RunConsole, signals: Signals) -> None:
+        """Pre-train a system, with its live display."""
+        found = ranks.PROGRAM.located(cell.run, cell.config)
+        setup = set_up_here(ranks.PROGRAM, found, console=console)
+        console.close()
+        with locked(setup.run_dir):
+            supervise(ranks.PROGRAM, setup, signals=signals)
+
+    def content(self) -> Content:
+        """Return what reproduce.json holds."""
+        text = (self.directory / RESULT_FILE).read_text(encoding="utf-8")
+        content: Content = json.loads(text)
+        return content
+
+    def gather(self) -> str:
+        """Return what a terminal shows of a finished reproduction."""
+        return terminal_text(self.content())
+
+    def outcome(self, cell: SystemCell) -> str:
+        """Say the loss that a finished run has reached."""
+        return f"loss {number(read_result(cell.run_dir).loss, 3)}"
+
+    def again(self, *, parallel: int = 1) -> str:
+        """Return the command that goes on with it."""
+        words = ["fedpipe", "reproduce", self.experiment, "--run-dir", str(self.directory)]
+        return shlex.join(words)
 
 
 def plan_reproduction(
@@ -121,14 +173,12 @@ def plan_reproduction(
     names = tuple(task.name for task in check_tasks(config))
     config = replace(config, evaluation=replace(config.evaluation, tasks=names))
     variants = make_variants(config)
-    runs = tuple(
-        TrainingRun(variant=variant, seed=seed, cell=_cell(directory, variant, seed))
-        for seed in config.reproduce.seeds
-        for variant in variants
+    cells = tuple(
+        _cell(directory, variant, seed) for seed in config.reproduce.seeds for variant in variants
     )
-    check_cells(run.cell for run in runs)
+    check_cells(cells)
     return Reproduction(
-        experiment=experiment, directory=directory, config=config, variants=variants, runs=runs
+        experiment=experiment, directory=directory, config=config, variants=variants, cells=cells
     )
 
 
@@ -150,7 +200,7 @@ def _names_tasks(overrides: Sequence[str]) -> bool:
     return any(override.startswith("evaluation.tasks=") for override in overrides)
 
 
-def _cell(directory: Path, variant: Variant, seed: int) -> Cell:
+def _cell(directory: Path, variant: Variant, seed: int) -> SystemCell:
     config = variant.with_seed(seed)
     name = f"{variant.name}_seed={seed}"
     try:
@@ -159,7 +209,9 @@ def _cell(directory: Path, variant: Variant, seed: int) -> Cell:
         build_plan(config)
     except FedPipeError as error:
         raise type(error)(f"{variant.name}: {error}") from error
-    return Cell(name=name, overrides=(), run_dir=directory / CELLS / name, config=config)
+    return SystemCell(
+        name=name, run_dir=directory / CELLS / name, config=config, variant=variant, seed=seed
+    )
 
 
 def _check_same(directory: Path, before: ReproductionConfig, now: ReproductionConfig) -> None:

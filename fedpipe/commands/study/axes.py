@@ -10,12 +10,12 @@ from fedpipe.errors import ConfigError
 
 MAX_CELLS = 1000
 
-Grid = tuple[tuple[str, tuple[str, ...]], ...]
+Axes = tuple[tuple[str, tuple[str, ...]], ...]
 """Dotted keys with their values, as YAML."""
 
 
-def parse_grid(axes: Sequence[str]) -> Grid:
-    """Take a grid apart.
+def parse_axes(axes: Sequence[str]) -> Axes:
+    """Take axes apart.
 
     Args:
         axes: ``section.key=value,value``; a comma inside brackets or quotes belongs to its value.
@@ -79,18 +79,18 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(value.strip() for value in values)
 
 
-def check_grid(grid: Grid, overrides: Sequence[str]) -> None:
-    """Refuse a grid without axes, or with one that an override sets.
+def check_axes(axes: Axes, overrides: Sequence[str]) -> None:
+    """Refuse no axes, or one that an override sets.
 
     Raises:
-        ConfigError: It is such a grid.
+        ConfigError: There are none, or there is such a one.
     """
-    if not grid:
+    if not axes:
         raise ConfigError(
             "--grid: expected section.key=value,value of a new sweep, got none. Write for example "
             "--grid pipeline.cut=[2],[4] seed=0,1,2, or name the --run-dir of a sweep."
         )
-    keys = {key for key, _ in grid}
+    keys = {key for key, _ in axes}
     for override in overrides:
         if (key := override.partition("=")[0]) in keys:
             raise ConfigError(

@@ -1,95 +1,55 @@
-"""Cells on this machine, several at a time, each a process of its own; one may fail alone."""
+"""The cells of a study on this machine: several at a time in processes, or in the foreground."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
-import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Generic
 
-from fedpipe.distributed.signals import Interrupted, Signals
-from fedpipe.errors import FedPipeError, LaunchError, error_in, is_users
+from fedpipe.cluster.local import fork_server, num_threads
+from fedpipe.commands.study.study import CellT, Slot, Study
+from fedpipe.distributed.signals import (
+    EXIT_INTERRUPTED,
+    STOP_SIGNALS,
+    Interrupted,
+    Signals,
+    stop_signals,
+)
+from fedpipe.errors import ConfigError, FedPipeError, LaunchError, error_in, is_users
 from fedpipe.report.console import RunConsole
 from fedpipe.report.format import count, duration
+from fedpipe.run.run_dir import locked
 
 _LIBC = ctypes.CDLL(None)
 _USERS_ERROR = 2
 """A cell's exit code, as the command line's."""
 _LOOK_S = 0.1
+_PROGRESS_S = 1.0
+"""How often the progress of running cells is looked at."""
 _PATIENCE_S = 20.0
 """How long a cell may take to stop at once before it is killed."""
+NOTHING_STARTED = "interrupted; nothing was started: give the same command again"
 _GATHER_SHARE = 0.05
 """Of the time may go into tables between cells: with many of them, not every one gets a new one."""
 
 
-class Cell(Protocol):
-    """What is known of a cell here."""
-
-    @property
-    def name(self) -> str:
-        """Of its folder and its log."""
-
-
-class Plan(Protocol):
-    """What cells belong to."""
-
-    @property
-    def directory(self) -> Path:
-        """Where they are."""
-
-    @property
-    def cells(self) -> Sequence[Cell]:
-        """All of them, in their order."""
-
-    def pending(self) -> Sequence[Cell]:
-        """Those that are not done."""
-
-
-class CellProcess(Protocol):
-    """A process, however it was started."""
-
-    @property
-    def pid(self) -> int:
-        """Its number; it leads a process group."""
-
-    @property
-    def code(self) -> int | None:
-        """Its exit code, None while it runs; -9 is killed by signal 9."""
-
-    def wait(self, timeout_s: float | None) -> bool:
-        """Wait for its end; False if that has not come."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Slot:
-    """Where a cell runs."""
-
-    index: int
-    """From 0; cells at work at the same time have different ones."""
-    cores: frozenset[int]
-    """Cores that are its own, or that it shares where there are too few."""
-
-
-Start = Callable[[str, Slot, Path], CellProcess]
-"""Takes a cell's name, its slot and its log; starts it in a session of its own."""
-
-
-class _Running:
+class _Running(Generic[CellT]):
     """A cell at work."""
 
-    def __init__(self, name: str, *, slot: Slot, log: Path, start: Start) -> None:
+    def __init__(self, study: Study[CellT], cell: CellT, slot: Slot) -> None:
         """Start it; Ctrl-C reaches it only through us."""
-        self.name, self.slot, self.log = name, slot, log
+        self.cell, self.slot = cell, slot
+        self.log = study.directory / "logs" / f"{cell.name}.log"
         self._started = time.monotonic()
-        log.parent.mkdir(exist_ok=True)
-        self._process = start(name, slot, log)
+        self.log.parent.mkdir(exist_ok=True)
+        self._process = study.start(cell, slot, self.log)
         with contextlib.suppress(ProcessLookupError):  # it has ended already
             os.sched_setaffinity(self._process.pid, slot.cores)
 
@@ -123,43 +83,36 @@ class _Running:
         return last_line(self.log) or f"exit code {code}"
 
 
-class CellRunner:
+class Pool(Generic[CellT]):
     """Runs cells, several at a time; one that fails does not take the others along."""
 
     def __init__(
         self,
-        cells: Sequence[Cell],
-        pending: Sequence[Cell],
+        study: Study[CellT],
+        pending: Sequence[CellT],
         *,
         parallel: int,
-        logs: Path,
-        start: Start,
-        gather: Callable[[], object],
-        outcome: Callable[[str], str],
         console: RunConsole,
-        look: Callable[[Sequence[str]], None] = lambda running: None,
+        gathers: bool = True,
     ) -> None:
         """Start with none at work.
 
         Args:
-            cells: All of them, in their order.
+            study: The cells, how they are started, and what they end in.
             pending: Those to run.
             parallel: Cells at a time; they share the cores.
-            logs: Folder of their logs.
-            start: Starts one.
-            gather: Writes tables of what is done.
-            outcome: Says by name what a finished cell has reached.
             console: Shows what happens.
-            look: Called now and then with the names of the cells at work.
+            gathers: Tables are written between cells.
         """
-        self._waiting = [cell.name for cell in reversed(pending)]
-        cores = divide(sorted(os.sched_getaffinity(0)), min(parallel, len(pending)))
+        self._study, self._console, self._gathers = study, console, gathers
+        self._waiting = list(reversed(pending))
+        parallel = min(parallel, study.max_parallel or parallel, len(pending))
+        cores = divide(sorted(os.sched_getaffinity(0)), parallel)
         self._slots = [Slot(index=i, cores=frozenset(own)) for i, own in enumerate(cores)]
-        self._running: list[_Running] = []
-        self._number = {cell.name: index for index, cell in enumerate(cells, start=1)}
-        self._logs, self._start, self._outcome = logs, start, outcome
-        self._gather, self._look, self._console = gather, look, console
-        self._num_failed, self._outdated, self._next_table = 0, False, 0.0
+        self._running: list[_Running[CellT]] = []
+        self._number = {cell.name: index for index, cell in enumerate(study.cells, start=1)}
+        self._num_failed, self._outdated = 0, False
+        self._next_table = self._next_look = 0.0
         self._refused: dict[str, FedPipeError] = {}
 
     def run(self, signals: Signals) -> dict[str, FedPipeError]:
@@ -185,7 +138,7 @@ class CellRunner:
                 if not asked:
                     self._fill()
                     self._update_table()
-                    self._look([process.name for process in self._running])
+                    self._look()
                 if not self._reap(asked=asked):
                     time.sleep(_LOOK_S)
         finally:
@@ -195,7 +148,8 @@ class CellRunner:
             for process in self._running:
                 process.wait()
         if asked and (self._waiting or self._num_failed):
-            self._gather()
+            if self._gathers:
+                self._study.gather()
             raise Interrupted
         return self._refused
 
@@ -205,67 +159,150 @@ class CellRunner:
         for slot in [slot for slot in self._slots if slot not in used]:
             if not self._waiting:
                 return
-            name = self._waiting.pop()
-            log = self._logs / f"{name}.log"
-            self._running.append(_Running(name, slot=slot, log=log, start=self._start))
-            self._say(name, "started")
+            cell = self._waiting.pop()
+            self._running.append(_Running(self._study, cell, slot))
+            self._say(cell, "started")
 
     def _reap(self, *, asked: bool) -> bool:
-        """Take leave of the cells that have ended, if any."""
+        """Remove the cells that have ended, and say how; return whether there were any."""
         ended = [process for process in self._running if process.code is not None]
         for process in ended:
             self._running.remove(process)
             if process.code == 0:
-                outcome = self._outcome(process.name)
-                self._say(process.name, f"done in {duration(process.age_s)}, {outcome}")
+                outcome = self._study.outcome(process.cell)
+                self._say(process.cell, f"done in {duration(process.age_s)}, {outcome}")
                 continue
             self._num_failed += 1
             if not asked:
                 reason = process.reason().rstrip(".")
                 error = error_in(process.reason()) if process.code == _USERS_ERROR else None
                 if error is not None:
-                    self._refused[process.name] = error
-                self._say(process.name, f"failed: {reason}. Full log: {process.log}")
+                    self._refused[process.cell.name] = error
+                self._say(process.cell, f"failed: {reason}. Full log: {process.log}")
         self._outdated |= bool(ended)
         return bool(ended)
 
     def _update_table(self) -> None:
         """Gather what is done, but not all the time."""
         begin = time.monotonic()
-        if self._outdated and self._running and begin >= self._next_table:
-            self._gather()
+        if self._gathers and self._outdated and self._running and begin >= self._next_table:
+            self._study.gather()
             self._outdated = False
             self._next_table = begin + (time.monotonic() - begin) / _GATHER_SHARE
 
-    def _say(self, name: str, what: str) -> None:
+    def _look(self) -> None:
+        """Look how far the running cells are, but not all the time."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _PROGRESS_S
+            self._study.look([process.cell.name for process in self._running], self._console)
+
+    def _say(self, cell: CellT, what: str) -> None:
         clock = time.strftime("%H:%M:%S")
-        where = f"{self._number[name]}/{len(self._number)}"
-        self._console.text(f"{clock} {where} cell {name} {what}")
+        where = f"{self._number[cell.name]}/{len(self._number)}"
+        self._console.text(f"{clock} {where} cell {cell.name} {what}")
 
 
-def again(task: str, directory: Path, *, parallel: int) -> str:
-    """Return the command that goes on with cells."""
-    several = ["--parallel", str(parallel)] if parallel > 1 else []
-    return shlex.join(["fedpipe", task, "--run-dir", str(directory), *several])
+def run_cells(
+    study: Study[CellT],
+    pending: Sequence[CellT],
+    *,
+    parallel: int,
+    console: RunConsole,
+    signals: Signals,
+    gathers: bool = True,
+) -> dict[str, FedPipeError]:
+    """Run cells on this machine; one that fails does not take the others along.
+
+    Args:
+        study: What they belong to.
+        pending: Those to run.
+        parallel: At a time.
+        console: Shows what happens.
+        signals: Caught by the caller.
+        gathers: Tables are written between cells.
+
+    Returns:
+        What cells found that the user can mend, by their names.
+
+    Raises:
+        Interrupted: Asked to stop; the cells have.
+    """
+    if not (study.in_foreground and parallel == 1):
+        pool = Pool(study, pending, parallel=parallel, console=console, gathers=gathers)
+        return pool.run(signals)
+    refused = {}
+    for number, cell in enumerate(study.cells, start=1):
+        if cell not in pending:
+            continue
+        console.text(study.announce(cell, number))
+        try:
+            study.run(cell, console=console, signals=signals)
+        except FedPipeError as error:
+            if is_users(error):
+                refused[cell.name] = error
+            console.text(f"failed  {error}")
+        if signals.asked:  # too late for this cell to stop
+            raise Interrupted
+    return refused
 
 
-def interrupted(plan: Plan | None, command: str) -> str:
-    """Say what is left of an interrupted plan, None for one that was not made yet."""
-    if plan is None:
-        return "interrupted; nothing was started: give the same command again"
-    done = len(plan.cells) - len(plan.pending())
-    cells = count(len(plan.cells), "cell")
-    return f"interrupted after {done} of {cells}; resume with: {command}"
+def run_study(
+    make: Callable[[RunConsole], Study[Any]], *, parallel: int = 1, signals: Signals | None = None
+) -> int:
+    """Run what is not done of a study on this machine, and show its table.
+
+    Args:
+        make: Makes the study, and shows what it does meanwhile.
+        parallel: Cells at a time.
+        signals: Caught meanwhile; for whoever wants to know which one has come.
+
+    Returns:
+        0 when all cells are done, 75 when the study was interrupted and can be resumed.
+
+    Raises:
+        FedPipeError: What the user can mend; nothing has been started.
+        LaunchError: A cell failed; the others are done.
+    """
+    if parallel < 1:
+        raise ConfigError(f"--parallel: expected 1 or more, got {parallel}. 1 is usual.")
+    console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
+    signals = signals or Signals()
+    study: Study[Any] | None = None
+    refused: dict[str, FedPipeError] = {}
+    try:
+        with signals.caught():
+            study = make(console)
+            pending = study.pending()
+            if pending:
+                with locked(study.directory):
+                    study.prepare(pending, progress=console.preparing)
+                    console.close()
+                    refused = run_cells(
+                        study, pending, parallel=parallel, console=console, signals=signals
+                    )
+    except Interrupted:
+        console.text(study.left(parallel=parallel) if study else NOTHING_STARTED)
+        return EXIT_INTERRUPTED
+    finally:
+        console.close()
+    console.text(study.gather())
+    way_out = f"Run them again with: {study.again(parallel=parallel)}"
+    check_all_done(study, way_out=way_out, refused=refused)
+    if not study.in_foreground:
+        nothing = "" if pending else "nothing to do: "
+        cells = count(len(study.cells), "cell")
+        console.text(f"{nothing}all {cells} of {study.directory} are done")
+    console.text(f"report  {study.page}")
+    return 0
 
 
 def check_all_done(
-    task: str, plan: Plan, *, way_out: str, refused: Mapping[str, FedPipeError] | None = None
+    study: Study[Any], *, way_out: str, refused: Mapping[str, FedPipeError] | None = None
 ) -> None:
     """Name the cells that are left.
 
     Args:
-        task: What a user calls all of them.
-        plan: What they belong to.
+        study: What they belong to.
         way_out: For those that failed.
         refused: What cells found that the user can mend, by their names.
 
@@ -273,12 +310,12 @@ def check_all_done(
         LaunchError: There are some.
         FedPipeError: There are only some that the user can mend: the error of the first of them.
     """
-    left = plan.pending()
+    left = study.pending()
     check_refused([cell.name for cell in left], refused or {})
     if left:
         raise LaunchError(
-            f"{task}: expected {count(len(plan.cells), 'finished cell')}, got "
-            f"{len(plan.cells) - len(left)}: not done are {', '.join(cell.name for cell in left)}."
+            f"{study.task}: expected {count(len(study.cells), 'finished cell')}, got "
+            f"{len(study.cells) - len(left)}: not done are {', '.join(cell.name for cell in left)}."
             f" {way_out}"
         )
 
@@ -312,7 +349,7 @@ def last_line(log: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def saying_to(log: str, *, anew: bool = False) -> Iterator[None]:
+def redirect_output(log: str, *, anew: bool = False) -> Iterator[None]:
     """Send what this process says to a log; an error of ours ends it with its code and one line.
 
     Args:
@@ -329,6 +366,98 @@ def saying_to(log: str, *, anew: bool = False) -> Iterator[None]:
         sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
         sys.stderr.flush()
         sys.exit(_USERS_ERROR if is_users(error) else 1)
+
+
+class CommandProcess:
+    """A cell, started as a user would start it."""
+
+    def __init__(self, task: str, run_dir: Path, log: Path) -> None:
+        """Start ``fedpipe TASK --run-dir RUN_DIR``, in a session of its own."""
+        with open(log, "ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fedpipe", task, "--run-dir", str(run_dir)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=save_when_the_parent_dies,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, None while it runs."""
+        return self._process.poll()
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Wait for its end; False if that has not come."""
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+
+class ForkedProcess:
+    """A cell, forked from the server that has made its imports."""
+
+    def __init__(
+        self, work: Callable[[str, int], object], run_dir: Path, slot: Slot, log: Path,
+        *, preload: Sequence[str],
+    ) -> None:  # fmt: skip
+        """Start it, in a session of its own.
+
+        Args:
+            work: Takes the cell's directory and the index of its slot; of a module.
+            run_dir: Of the cell.
+            slot: Where it runs.
+            log: Takes what it says.
+            preload: Modules that the server imports.
+        """
+        threads = num_threads(len(slot.cores))
+        self._process = fork_server(preload).Process(
+            target=_work, daemon=True,
+            args=(work, str(run_dir), str(log.absolute()), slot.index, slot.cores, threads),
+        )  # fmt: skip
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return int(self._process.pid)
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, None while it runs."""
+        code: int | None = self._process.exitcode
+        return code
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Wait for its end; False if that has not come."""
+        self._process.join(timeout_s)
+        return self.code is not None
+
+
+def _work(
+    work: Callable[[str, int], object], run_dir: str, log: str, index: int,
+    cores: frozenset[int], threads: int,
+) -> None:  # fmt: skip
+    """Run a cell in this process, which ends with it; what it says goes to its log."""
+    os.setsid()
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    save_when_the_parent_dies()
+    with redirect_output(log):
+        import torch
+
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
+        work(run_dir, index)
 
 
 def save_when_the_parent_dies() -> None:

@@ -1,4 +1,4 @@
-"""What ``fedpipe submit`` takes: from the user's words to a checked run or array of cells."""
+"""What ``fedpipe submit`` takes: from the user's words to a checked run or study."""
 
 from __future__ import annotations
 
@@ -12,34 +12,25 @@ from typing import Any
 from fedpipe.cluster.rank import Located, RunRequest, View
 from fedpipe.cluster.submit import Cluster, CommandJob, RankJob, Run, check_folder, submit
 from fedpipe.commands import options
-from fedpipe.commands.evaluate import gather as evaluations
 from fedpipe.commands.evaluate.command import add_choice, choice_of
-from fedpipe.commands.evaluate.report import outcome_text, terminal_text
 from fedpipe.commands.evaluate.setup import read_evaluation, set_up_evaluation
 from fedpipe.commands.finetune import ranks as tuning
-from fedpipe.commands.finetune.command import (
-    check_library,
-    choose_cells,
-    compare_runs,
-    task_overrides,
-)
-from fedpipe.commands.finetune.grid import check_tuning
-from fedpipe.commands.finetune.report import outcome_text as outcome_of_finetuning
+from fedpipe.commands.finetune.command import check_library, task_overrides
+from fedpipe.commands.finetune.grid import check_tuning, find_grid
 from fedpipe.commands.pretrain import ranks as pretraining
 from fedpipe.commands.pretrain.setup import reserve
 from fedpipe.commands.reproduce.command import add_scale, is_reproduced, reproduced_lines
 from fedpipe.commands.reproduce.config import EXPERIMENTS
 from fedpipe.commands.reproduce.setup import plan_reproduction
-from fedpipe.commands.study.array import Array, ArrayCell, submit_array
-from fedpipe.commands.study.report import read_result
-from fedpipe.commands.study.sweep import gather, prepare_texts, set_up_sweep
+from fedpipe.commands.study.array import submit_array
+from fedpipe.commands.study.study import ONE_TASK, Study
+from fedpipe.commands.study.sweep import set_up_sweep
 from fedpipe.commands.throughput import ranks as measuring
 from fedpipe.commands.throughput.command import add_settings, settings_of
 from fedpipe.commands.throughput.ranks import Measuring
 from fedpipe.config.deepspeed import deepspeed_config
-from fedpipe.distributed.topology import Grid
 from fedpipe.errors import ConfigError
-from fedpipe.report.format import count, number
+from fedpipe.report.format import count
 from fedpipe.run.run_dir import inputs_of
 from fedpipe.terminal import show as show_line
 
@@ -55,7 +46,6 @@ _OPTIONS = {
     "scale": ("--scale", ("reproduce",)),
 }
 """Options by the field that they set, and the tasks that have them."""
-_ONE_TASK = Grid(num_stages=1, num_replicas=1, data_parallel_degree=1)
 
 Show = Callable[[str], None]
 """Shows a line."""
@@ -151,11 +141,18 @@ def submit_request(
     _check_options(task, chosen)
     if request.run_dir:
         check_folder(Path(request.run_dir))
-    what: Run | Array
+    what: Run | Study[Any]
+    arguments = (request.config_path, request.overrides)
     if task == "sweep":
-        what = sweep_array(request, axes)
+        what = set_up_sweep(*arguments, axes, request.run_dir, preset=request.preset)
     elif task == "evaluate":
-        what = evaluation_array(request, chosen, show=show)
+        if request.preset:
+            raise ConfigError(
+                f"--preset: expected none with submit evaluate, got {request.preset}. A preset says"
+                " how to pre-train; --model names what is evaluated."
+            )
+        asked = read_evaluation(*arguments, request.run_dir, chosen=dict(chosen))
+        what = set_up_evaluation(*asked, notify=show)
     elif task == "finetune":
         own = task_overrides(chosen.get("task_files", ()))
         what = finetuning(replace(request, overrides=[*request.overrides, *own]), axes)
@@ -212,87 +209,12 @@ def pipeline_run(program: pretraining.PretrainingRanks, request: RunRequest) -> 
     )
 
 
-def _pretraining_job(run_dir: Path) -> RankJob:
-    return RankJob(pretraining.PROGRAM.name, RunRequest(run_dir=str(run_dir)))
-
-
 def _command_job(name: str, run_dir: Path) -> CommandJob:
     """Return a job that goes on with a directory, by the function for it in a command's module."""
     return CommandJob(f"fedpipe.commands.{name}.command:go_on", str(run_dir))
 
 
-def sweep_array(request: RunRequest, axes: Sequence[str]) -> Array:
-    """Check a sweep: each cell is a pre-training.
-
-    Args:
-        request: The configuration that the grid is laid over.
-        axes: The grid; empty for that of the sweep in the run directory.
-
-    Raises:
-        FedPipeError: What the user can mend.
-    """
-    sweep = set_up_sweep(
-        request.config_path, request.overrides, axes, request.run_dir, preset=request.preset
-    )
-    cells = {cell.name: cell for cell in sweep.cells}
-    return Array(
-        task="sweep",
-        job=_pretraining_job,
-        name=sweep.cells[0].config.name,
-        directory=sweep.directory,
-        cells=tuple(
-            ArrayCell(name=cell.name, run_dir=cell.run_dir, grid=Grid.from_config(cell.config))
-            for cell in sweep.cells
-        ),
-        is_done=lambda name: cells[name].is_done,
-        prepare=lambda names: prepare_texts(cells[name] for name in names),
-        gather=lambda: gather(sweep),
-        outcome=lambda name: f"loss {number(read_result(cells[name].run_dir).loss, 3)}",
-    )
-
-
-def evaluation_array(request: RunRequest, chosen: Mapping[str, Any], *, show: Show) -> Array:
-    """Check an evaluation, and tokenise its tasks: each cell is a model, a task and a seed.
-
-    Args:
-        request: The configuration.
-        chosen: Fields of ``EvaluationConfig`` that options set.
-        show: Shows what was found.
-
-    Raises:
-        FedPipeError: What the user can mend.
-    """
-    if request.preset:
-        raise ConfigError(
-            f"--preset: expected none with submit evaluate, got {request.preset}. A preset says how"
-            " to pre-train; --model names what is evaluated."
-        )
-    config, directory = read_evaluation(
-        request.config_path, request.overrides, request.run_dir, chosen=dict(chosen)
-    )
-    plan = set_up_evaluation(config, directory, notify=show)
-    cells = {cell.name: cell for cell in plan.cells}
-
-    def table() -> str:
-        text = terminal_text(evaluations.gather(plan))
-        return f"{text}\nreport  {directory / 'evaluation.html'}"
-
-    return Array(
-        task="evaluate",
-        job=partial(_command_job, "evaluate"),
-        name=f"{config.name}-evaluation",
-        directory=directory,
-        cells=tuple(
-            ArrayCell(name=cell.name, run_dir=cell.run_dir, grid=_ONE_TASK) for cell in plan.cells
-        ),
-        is_done=lambda name: cells[name].result() is not None,
-        prepare=lambda names: None,
-        gather=table,
-        outcome=lambda name: outcome_text(cells[name].result()),
-    )
-
-
-def finetuning(request: RunRequest, axes: Sequence[str]) -> Run | Array:
+def finetuning(request: RunRequest, axes: Sequence[str]) -> Run | Study[Any]:
     """Check a fine-tuning, or a grid of them: a job has one task, which starts the workers.
 
     Args:
@@ -303,40 +225,9 @@ def finetuning(request: RunRequest, axes: Sequence[str]) -> Run | Array:
         FedPipeError: What the user can mend.
     """
     check_library()
-    arguments = (request.config_path, request.overrides, request.run_dir)
-    study = choose_cells(*arguments, preset=request.preset, axes=axes)
-    if study is None:
-        return _finetuning_run(tuning.PROGRAM.locate(request))
-    directory, cells = study
-    runs = {
-        cell.name: _finetuning_run(
-            tuning.PROGRAM.locate(RunRequest(run_dir=str(directory / cell.name)))
-        )
-        for cell in cells
-    }
-
-    def prepare(names: Sequence[str]) -> None:
-        for name in names:
-            runs[name].reserve()
-
-    def table() -> str:
-        done = [cell for cell in cells if runs[cell.name].is_done()]
-        return compare_runs(directory, done) if done else "no run is done yet"
-
-    return Array(
-        task="finetune",
-        job=partial(_command_job, "finetune"),
-        name=runs[cells[0].name].name,
-        directory=directory,
-        cells=tuple(
-            ArrayCell(name=name, run_dir=run.run_dir, grid=run.grid, workers=run.workers)
-            for name, run in runs.items()
-        ),
-        is_done=lambda name: runs[name].is_done(),
-        prepare=prepare,
-        gather=table,
-        outcome=lambda name: outcome_of_finetuning(directory / name),
-    )
+    path, overrides, run_dir = request.config_path, request.overrides, request.run_dir
+    grid = find_grid(path, overrides, axes, run_dir, preset=request.preset)
+    return grid if grid is not None else _finetuning_run(tuning.PROGRAM.locate(request))
 
 
 def _finetuning_run(found: Located) -> Run:
@@ -352,7 +243,7 @@ def _finetuning_run(found: Located) -> Run:
     return Run(
         run_dir=run.path,
         name=config.name,
-        grid=_ONE_TASK,
+        grid=ONE_TASK,
         workers=found.grid.world_size,
         is_done=partial(run.is_done, num_rounds=num_rounds),
         job=_command_job("finetune", run.path),
@@ -382,22 +273,20 @@ def reproduction(request: RunRequest, chosen: Mapping[str, Any]) -> Run:
         EXPERIMENTS[0], chosen.get("scale"), request.overrides, request.run_dir,
         data=chosen.get("data"), seeds=chosen.get("seeds"),
     )  # fmt: skip
-    grids = [Grid.from_config(run.cell.config) for run in plan.runs]
-    name = f"{plan.experiment}-{plan.config.reproduce.scale}"
 
     def write() -> str:
         plan.write()
-        runs, tasks = count(len(plan.runs), "pre-training run"), plan.config.evaluation.tasks
-        return f"{name}  {runs}, scored on {', '.join(tasks)}"
+        runs, tasks = count(len(plan.cells), plan.noun), plan.config.evaluation.tasks
+        return f"{plan.job_name}  {runs}, scored on {', '.join(tasks)}"
 
     return Run(
         run_dir=plan.directory,
-        name=name,
-        grid=_ONE_TASK,
-        workers=max(grid.world_size for grid in grids),
+        name=plan.job_name,
+        grid=ONE_TASK,
+        workers=max(cell.grid.world_size for cell in plan.cells),
         is_done=lambda: is_reproduced(plan),
         job=_command_job("reproduce", plan.directory),
         reserve=write,
         view=lambda: View(console=tuning.plain_console()),
-        closing=partial(reproduced_lines, plan.directory),
+        closing=partial(reproduced_lines, plan),
     )

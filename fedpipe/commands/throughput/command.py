@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedpipe.cluster.local import set_up_here, supervise
-from fedpipe.cluster.rank import RunRequest
 from fedpipe.commands import options
-from fedpipe.commands.study.axes import check_grid, parse_grid
-from fedpipe.commands.study.sweep import (
-    Cell,
-    check_distinct,
-    make_cells,
-    prepare_texts,
-)
+from fedpipe.commands.study.axes import check_axes, parse_axes
+from fedpipe.commands.study.pool import run_study
+from fedpipe.commands.study.study import Cell, Study, make_cells, prepare_texts
+from fedpipe.commands.study.sweep import check_cell
 from fedpipe.commands.throughput import ranks
 from fedpipe.commands.throughput.files import write_documents
 from fedpipe.commands.throughput.points import (
@@ -33,7 +30,8 @@ from fedpipe.commands.throughput.report import (
 )
 from fedpipe.config import load
 from fedpipe.config.schema import RunConfig
-from fedpipe.data.corpus import prepare
+from fedpipe.config.tree import Node
+from fedpipe.data.corpus import Progress, prepare
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.report.console import RunConsole
 from fedpipe.report.document import aligned
@@ -95,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def throughput(
-    config_path: str | None,
+    config_path: str | Node | None,
     overrides: Sequence[str],
     run_dir: str | None,
     *,
@@ -120,50 +118,123 @@ def throughput(
         FedPipeError: What the user can mend; nothing has been started.
         LaunchError: A process failed.
     """
+    if axes:
+        return run_study(
+            lambda console: _points(
+                config_path, overrides, axes, run_dir, preset=preset, settings=settings,
+                console=console,
+            ),
+        )  # fmt: skip
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
     signals = Signals()
-    points: list[Point] = []
     try:
         with signals.caught():
-            cells = _cells(config_path, overrides, run_dir, axes, preset=preset)
-            first = cells[0].overrides if cells else ()
-            request = RunRequest(
-                config_path=config_path, overrides=[*overrides, *first], run_dir=run_dir,
-                preset=preset,
-            )  # fmt: skip
-            setup = set_up_here(ranks.PROGRAM, ranks.PROGRAM.locate(request), console=console)
+            run, config = resolve("pretrain", config_path, overrides, run_dir, preset=preset)
+            found = ranks.PROGRAM.located(run, config)
+            setup = set_up_here(ranks.PROGRAM, found, console=console)
             console.close()
             with locked(setup.run_dir):
-                if cells:
-                    _measure_points(setup, cells, axes, points, settings, console, signals)
-                else:
-                    how = Measuring(settings=settings)
-                    supervise(ranks.PROGRAM, setup, how, signals=signals)
+                supervise(ranks.PROGRAM, setup, Measuring(settings=settings), signals=signals)
     except Interrupted:
-        done = f"{len(points)} of {count(len(cells), 'point')}" if points else "nothing"
-        console.text(f"interrupted; {done} {'were' if len(points) > 1 else 'was'} written")
+        console.text("interrupted; nothing was written")
         return EXIT_INTERRUPTED
     finally:
         console.close()
-    if not cells:
-        for line in ranks.PROGRAM.closing(setup.run_dir):
-            console.text(line)
+    for line in ranks.PROGRAM.closing(setup.run_dir):
+        console.text(line)
     return 0
 
 
-def _cells(
-    config_path: str | None,
+@dataclass(frozen=True, kw_only=True)
+class Points(Study[Cell[RunConfig]]):
+    """The points of a grid, measured one after the other, for they share the machine."""
+
+    task = "throughput"
+    in_foreground = True
+    directory: Path
+    """Of the run; a point's report is below it."""
+    setup: RunSetup
+    """Of the first of them."""
+    cells: tuple[Cell[RunConfig], ...]
+    axes: Sequence[str]
+    settings: ThroughputSettings
+    measured: list[Point] = field(default_factory=list)
+    """Those that are done; a measurement is not resumed."""
+
+    @property
+    def page(self) -> Path:
+        """The report over all points."""
+        return self.directory / FOLDER / "report.html"
+
+    def pending(self) -> list[Cell[RunConfig]]:
+        """Points that this command has not measured yet."""
+        done = [cell for cell, _ in self.measured]
+        return [cell for cell in self.cells if cell not in done]
+
+    def prepare(
+        self, cells: Sequence[Cell[RunConfig]], *, progress: Progress | None = None
+    ) -> None:
+        """Prepare the texts of the points."""
+        prepare_texts(cells, progress=progress)
+
+    def run(self, cell: Cell[RunConfig], *, console: RunConsole, signals: Signals) -> None:
+        """Measure a point, and write its report and the one over all points so far."""
+        own = replace(self.setup, config=cell.config, data_dir=prepare(cell.config).directory)
+        how = Measuring(
+            settings=self.settings, folder=f"{FOLDER}/{cell.name}", overrides=cell.overrides
+        )
+        supervise(ranks.PROGRAM, own, how, signals=signals)
+        self.measured.append((cell, read_report(self.directory / how.folder)))
+        environment = describe_environment()
+        end = ["--grid", *self.axes]
+        environment["repeat"] = repeating_command(self.setup, self.settings, end=end)
+        write_documents(
+            self.page.parent,
+            f"fedpipe throughput: {self.setup.config.name}",
+            points_blocks(self.measured, environment, num_points=len(self.cells)),
+            content=content(self.measured, environment),
+        )
+
+    def gather(self) -> str:
+        """Return the table over all points and what it says in one sentence."""
+        if not self.measured:
+            return "no point was measured"
+        headline = points_headline(self.measured).replace("`", "")
+        return "\n".join(["", *aligned(points_table(self.measured)), "", headline])
+
+    def outcome(self, cell: Cell[RunConfig]) -> str:
+        """Say nothing: the table does."""
+        return ""
+
+    def announce(self, cell: Cell[RunConfig], number: int) -> str:
+        """Say which values are measured."""
+        return f"point   {number}/{len(self.cells)}  {' '.join(cell.overrides)}"
+
+    def again(self, *, parallel: int = 1) -> str:
+        """Return the command that measures all points again."""
+        words = ["fedpipe", "throughput", "--run-dir", str(self.directory), "--grid", *self.axes]
+        return shlex.join(words)
+
+    def left(self, *, parallel: int = 1) -> str:
+        """Say how many points were written."""
+        num, points = len(self.measured), count(len(self.cells), "point")
+        done = f"{num} of {points}" if num else "nothing"
+        return f"interrupted; {done} {'were' if num > 1 else 'was'} written"
+
+
+def _points(
+    config_path: str | Node | None,
     overrides: Sequence[str],
-    run_dir: str | None,
     axes: Sequence[str],
+    run_dir: str | None,
     *,
     preset: str | None,
-) -> tuple[Cell, ...]:
-    """Check every point of a grid; empty without one."""
-    if not axes:
-        return ()
-    grid = parse_grid(axes)
-    check_grid(grid, overrides)
+    settings: ThroughputSettings,
+    console: RunConsole,
+) -> Points:
+    """Check every point of a grid, and set the first one up."""
+    asked = parse_axes(axes)
+    check_axes(asked, overrides)
     run = RunDir.at(run_dir, "pretrain") if run_dir else None
     own_file = run and run.saved and not (config_path or preset)
     source = None if own_file else load.run_tree(config_path, preset=preset)
@@ -171,41 +242,10 @@ def _cells(
     def configure(own: Sequence[str]) -> RunConfig:
         _, config = resolve("pretrain", source, [*overrides, *own], run)
         single_replica(config)
+        check_cell(config)
         return config
 
-    cells = make_cells(grid, Path(FOLDER), configure)
-    check_distinct(cells)
-    return cells
-
-
-def _measure_points(
-    setup: RunSetup,
-    cells: Sequence[Cell],
-    axes: Sequence[str],
-    points: list[Point],
-    settings: ThroughputSettings,
-    console: RunConsole,
-    signals: Signals,
-) -> None:
-    """Measure one point after the other; what is done is on disk, whatever happens to the next."""
-    folder = setup.run_dir / FOLDER
-    prepare_texts(cells, progress=console.preparing)
-    for index, cell in enumerate(cells):
-        console.text(f"point   {index + 1}/{len(cells)}  {' '.join(cell.overrides)}")
-        own = replace(setup, config=cell.config, data_dir=prepare(cell.config).directory)
-        place = f"{FOLDER}/{cell.name}"
-        how = Measuring(settings=settings, folder=place, overrides=tuple(cell.overrides))
-        supervise(ranks.PROGRAM, own, how, signals=signals)
-        report = read_report(folder / cell.name)
-        points.append(Point(name=cell.name, overrides=cell.overrides, report=report))
-        environment = describe_environment()
-        environment["repeat"] = repeating_command(setup, settings, end=["--grid", *axes])
-        write_documents(
-            folder,
-            f"fedpipe throughput: {setup.config.name}",
-            points_blocks(points, environment, num_points=len(cells)),
-            content=content(points, environment),
-        )
-    lines = ["", *aligned(points_table(points)), "", points_headline(points).replace("`", "")]
-    console.text("\n".join(lines))
-    console.text(f"report  {folder / 'report.html'}")
+    cells = make_cells(asked, Path(FOLDER), configure, kind="pretrain")
+    first = resolve("pretrain", source, [*overrides, *cells[0].overrides], run)
+    setup = set_up_here(ranks.PROGRAM, ranks.PROGRAM.located(*first), console=console)
+    return Points(directory=setup.run_dir, setup=setup, cells=cells, axes=axes, settings=settings)

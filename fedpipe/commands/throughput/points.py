@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fedpipe.commands.study.report import short_names
+from fedpipe.commands.study.study import Cell
 from fedpipe.commands.throughput.page import TITLES
 from fedpipe.commands.throughput.report import Comparison, Report
+from fedpipe.config.schema import RunConfig
 from fedpipe.report.document import Block, Code, Heading, Paragraph, Strong, Table
 from fedpipe.report.format import MISSING, bytes_text, number, tokens_per_s
 from fedpipe.report.sections import environment_rows
@@ -22,22 +23,16 @@ SHORT = {
 """Schedules in a table that has many columns."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """A point of the grid that has been measured."""
-
-    name: str
-    """Of its folder."""
-    overrides: tuple[str, ...]
-    """``section.key=value``, one per axis."""
-    report: Report
+Point = tuple[Cell[RunConfig], Report]
+"""A point of the grid that has been measured."""
 
 
 def content(points: Sequence[Point], environment: dict[str, Any]) -> Comparison:
     """Return ``throughput/report.json`` of a grid."""
     return {
         "points": [
-            {"name": p.name, "overrides": list(p.overrides), "report": p.report} for p in points
+            {"name": cell.name, "overrides": list(cell.overrides), "report": report}
+            for cell, report in points
         ],
         "environment": environment,
     }
@@ -45,16 +40,16 @@ def content(points: Sequence[Point], environment: dict[str, Any]) -> Comparison:
 
 def points_table(points: Sequence[Point]) -> Table:
     """One row per schedule and point: the schedules in their order, in each the fastest first."""
-    keys = [override.partition("=")[0] for override in points[0].overrides]
-    names = list(dict.fromkeys(name for point in points for name in point.report["schedules"]))
+    keys = [override.partition("=")[0] for override in points[0][0].overrides]
+    names = list(dict.fromkeys(name for _, report in points for name in report["schedules"]))
     columns = (
         "schedule", *short_names(keys), "tokens/s", "streaming over it", "MFU, %", "waits, %",
         "of ideal, %", "peak memory",
     )  # fmt: skip
     rows = []
     for name in names:
-        measured = [point for point in points if name in point.report["schedules"]]
-        measured.sort(key=lambda point: -point.report["schedules"][name]["tokens_per_s"])
+        measured = [point for point in points if name in point[1]["schedules"]]
+        measured.sort(key=lambda point: -point[1]["schedules"][name]["tokens_per_s"])
         rows += [_row(name, point, first=point is measured[0]) for point in measured]
     numeric = frozenset(range(1 + len(keys), len(columns)))
     return Table(columns=columns, rows=tuple(rows), numeric=numeric)
@@ -65,15 +60,15 @@ def points_headline(points: Sequence[Point]) -> str:
     found = [
         (schedule["tokens_per_s"], name, point)
         for point in points
-        for name, schedule in point.report["schedules"].items()
+        for name, schedule in point[1]["schedules"].items()
     ]
-    speed, name, point = max(found, key=lambda entry: entry[0])
-    least, slow, where = min(found, key=lambda entry: entry[0])
-    text = f"Fastest of all: {TITLES[name]} at `{' '.join(point.overrides)}`, "
+    speed, name, (cell, report) = max(found, key=lambda entry: entry[0])
+    least, slow, (slowest, _) = min(found, key=lambda entry: entry[0])
+    text = f"Fastest of all: {TITLES[name]} at `{' '.join(cell.overrides)}`, "
     text += f"{tokens_per_s(speed)} tokens/s"
-    ideal = number(point.report["ideal"][name]["reached_pct"], 1)
+    ideal = number(report["ideal"][name]["reached_pct"], 1)
     text += f", {ideal} % of its ideal there. The slowest, {TITLES[slow]} at"
-    return f"{text} `{' '.join(where.overrides)}`, takes {speed / least:.2f} x as long."
+    return f"{text} `{' '.join(slowest.overrides)}`, takes {speed / least:.2f} x as long."
 
 
 def points_blocks(
@@ -89,7 +84,7 @@ def points_blocks(
     Returns:
         What ``to_html`` and ``to_markdown`` take.
     """
-    best = max(points, key=lambda p: p.report["schedules"]["streaming"]["tokens_per_s"])
+    best, report = max(points, key=lambda p: p[1]["schedules"]["streaming"]["tokens_per_s"])
     left = num_points - len(points)
     missing = [Paragraph(text=f"{left} of {num_points} points are not measured.")] if left else []
     rows = environment_rows({k: v for k, v in environment.items() if k != "repeat"})
@@ -104,7 +99,7 @@ def points_blocks(
             "own report is in the folder of its name."
         ),
         Heading(text=f"What would help at {best.name}, streaming's fastest point"),
-        *(Paragraph(text=sentence) for sentence in best.report["advice"]),
+        *(Paragraph(text=sentence) for sentence in report["advice"]),
         Heading(text="Repeat this measurement"),
         Code(text=str(environment["repeat"])),
         Heading(text="Environment"),
@@ -113,16 +108,17 @@ def points_blocks(
 
 
 def _row(name: str, point: Point, *, first: bool) -> tuple[str, ...]:
-    schedule = point.report["schedules"][name]
-    ratio = point.report["ratios"].get(f"streaming_vs_{name}")
+    cell, report = point
+    schedule = report["schedules"][name]
+    ratio = report["ratios"].get(f"streaming_vs_{name}")
     speed = tokens_per_s(schedule["tokens_per_s"])
     return (
         SHORT[name] if first else "",
-        *(override.partition("=")[2] for override in point.overrides),
+        *(override.partition("=")[2] for override in cell.overrides),
         Strong(speed) if first else speed,
         f"{ratio['median']:.2f} x" if ratio else MISSING,
         number(schedule["mfu_pct"], 1),
         number(schedule["bubble_pct"], 1),
-        number(point.report["ideal"][name]["reached_pct"], 1),
+        number(report["ideal"][name]["reached_pct"], 1),
         bytes_text(max(schedule["peak_memory_bytes"])),
     )

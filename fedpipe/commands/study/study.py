@@ -1,0 +1,393 @@
+"""A study: many runs and one table, whoever runs them. No torch.
+
+A sweep, an evaluation, a grid of fine-tunings, a grid of measurements and a reproduction are
+studies. ``pool`` runs their cells on this machine, ``array`` as jobs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from fedpipe.commands.study.axes import Axes, check_axes, parse_axes
+from fedpipe.commands.study.report import short_names
+from fedpipe.config import load
+from fedpipe.config.schema import RunConfig
+from fedpipe.config.tree import Node, dump
+from fedpipe.data.corpus import Progress, prepare
+from fedpipe.distributed.signals import Signals
+from fedpipe.distributed.topology import Grid
+from fedpipe.errors import CheckpointError, ConfigError, FedPipeError
+from fedpipe.report.console import RunConsole
+from fedpipe.report.format import count
+from fedpipe.run.resume import continued
+from fedpipe.run.run_dir import TITLES, Kind, RunDir
+
+ONE_TASK = Grid(num_stages=1, num_replicas=1, data_parallel_degree=1)
+"""Of a job that starts its processes itself."""
+_MAX_NAME = 200
+"""Characters of a folder's name; file systems take 255 bytes."""
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell(Generic[ConfigT]):
+    """One run of a study."""
+
+    name: str
+    """Of its folder and its log, ``cut=2_seed=0``."""
+    run_dir: Path
+    overrides: tuple[str, ...] = ()
+    """``section.key=value``, one per axis."""
+    config: ConfigT
+    """All of its configuration."""
+    kind: Kind = "pretrain"
+    """Of its directory."""
+
+    @property
+    def run(self) -> RunDir:
+        """Its directory."""
+        return RunDir.at(self.run_dir, self.kind)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all its rounds are trained, and everything made of them is written."""
+        config: Any = self.config
+        return self.run.is_done(num_rounds=config.federation.num_rounds)
+
+    @property
+    def grid(self) -> Grid:
+        """Tasks of its job."""
+        config: Any = self.config
+        return Grid.from_config(config) if self.kind == "pretrain" else ONE_TASK
+
+    @property
+    def workers(self) -> int:
+        """Processes that each task of its job starts itself."""
+        config: Any = self.config
+        tunes = self.kind == "finetune"
+        return Grid.of(config.stages, config.federation).world_size if tunes else 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slot:
+    """Where a cell runs on this machine."""
+
+    index: int
+    """From 0; cells at work at the same time have different ones."""
+    cores: frozenset[int]
+    """Cores that are its own, or that it shares where there are too few."""
+
+
+class CellProcess(Protocol):
+    """The process of a cell, however it was started; it leads a process group."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, None while it runs; -9 is killed by signal 9."""
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Wait for its end; False if that has not come."""
+
+
+CellT = TypeVar("CellT", bound=Cell[Any])
+
+
+class Study(ABC, Generic[CellT]):
+    """Many runs and one table; every cell has been checked."""
+
+    task: ClassVar[str]
+    """The command: sweep, evaluate, finetune, throughput, reproduce."""
+    noun: ClassVar[str] = "cell"
+    """What people call one of its cells."""
+    job: ClassVar[str] = ""
+    """What the job of a cell does: the module of its ranks' program, or MODULE:FUNCTION."""
+    in_foreground: ClassVar[bool] = False
+    """Cells that run one after another run in this process, and are shown as they go."""
+    directory: Path
+    cells: tuple[CellT, ...]
+
+    @property
+    def job_name(self) -> str:
+        """Of its jobs, in the queue."""
+        config: Any = self.cells[0].config
+        return str(config.name)
+
+    @property
+    def max_parallel(self) -> int | None:
+        """Cells that this machine can run at a time; None for any number."""
+        return None
+
+    @property
+    @abstractmethod
+    def page(self) -> Path:
+        """Its report."""
+
+    def pending(self) -> list[CellT]:
+        """Cells that are not done, in their order."""
+        return [cell for cell in self.cells if not cell.is_done]
+
+    def prepare(self, cells: Sequence[CellT], *, progress: Progress | None = None) -> None:
+        """Make everything ready that several of the cells that are to run now read."""
+
+    def reserve(self, cells: Sequence[CellT]) -> None:
+        """Make everything ready for cells that are to be submitted."""
+        self.prepare(cells)
+
+    def run(self, cell: CellT, *, console: RunConsole, signals: Signals) -> None:
+        """Run a cell in the foreground.
+
+        Raises:
+            LaunchError: It failed.
+            Interrupted: It was asked to stop, and is saved.
+        """
+        raise NotImplementedError
+
+    def start(self, cell: CellT, slot: Slot, log: Path) -> CellProcess:
+        """Start the process of a cell, in a session of its own; what it says goes to a log."""
+        raise NotImplementedError
+
+    def look(self, running: Sequence[str], console: RunConsole) -> None:
+        """Show how far the running cells are; called now and then with their names."""
+
+    @abstractmethod
+    def gather(self) -> str:
+        """Write the tables of what is done; return what a terminal shows of them."""
+
+    @abstractmethod
+    def outcome(self, cell: CellT) -> str:
+        """Say what a finished cell has reached."""
+
+    def announce(self, cell: CellT, number: int) -> str:
+        """Say that a cell begins in the foreground; its number counts from 1."""
+        return f"run     {number}/{len(self.cells)}  {cell.name}"
+
+    def left(self, *, parallel: int = 1) -> str:
+        """Say what is left of it, now that it was interrupted."""
+        done = len(self.cells) - len(self.pending())
+        cells = count(len(self.cells), self.noun)
+        return f"interrupted after {done} of {cells}; resume with: {self.again(parallel=parallel)}"
+
+    def again(self, *, parallel: int = 1) -> str:
+        """Return the command that goes on with it."""
+        several = ["--parallel", str(parallel)] if parallel > 1 else []
+        return shlex.join(["fedpipe", self.task, "--run-dir", str(self.directory), *several])
+
+
+def prepare_texts(cells: Iterable[Cell[RunConfig]], *, progress: Progress | None = None) -> None:
+    """Prepare the text of cells, once for all that share it, so that none does it beside another.
+
+    Args:
+        cells: Those that are to run.
+        progress: Called while files are hashed, checked and tokenised.
+
+    Raises:
+        CorpusError: The text of a cell cannot be used; the cell is named.
+    """
+    seen = set()
+    for cell in cells:
+        config = cell.config
+        what = (config.data, config.federation.num_clients, config.seed)
+        if what not in seen:
+            seen.add(what)
+            with naming_cell(cell.name):
+                prepare(config, progress=progress)
+
+
+@contextmanager
+def naming_cell(name: str) -> Iterator[None]:
+    """Let an error name the cell that it belongs to."""
+    try:
+        yield
+    except FedPipeError as error:
+        raise type(error)(f"cell {name}: {error}") from error
+
+
+# -- a study of values on the command line ---------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runs(Generic[ConfigT]):
+    """The runs that a study of values consists of: what is asked of them, and how they are read."""
+
+    kind: Kind
+    """Of the directory of each."""
+    study_kind: Kind
+    """Of the directory of all."""
+    title: str
+    """All of them, for people."""
+    home: str
+    """Folder of the cells, in that of the study."""
+    read_tree: Callable[..., Node]
+    """Takes a path and a preset."""
+    read: Callable[[Node, Sequence[str]], ConfigT]
+    """Takes a tree and overrides; without checks that need several sections."""
+    load: Callable[[Node, Sequence[str]], ConfigT]
+    """The same with all checks that a command makes before a run starts."""
+    check_content: Callable[[RunDir, ConfigT], None]
+    """Refuses to go on with other content than a run has begun with."""
+
+
+def read_axes(
+    runs: Runs[ConfigT],
+    config_path: str | Node | None,
+    overrides: Sequence[str],
+    axes: Sequence[str],
+    run_dir: str | None,
+    *,
+    preset: str | None,
+) -> tuple[RunDir, Axes, tuple[Cell[ConfigT], ...]]:
+    """Find a study's directory, axes and cells, reading every file once; write nothing.
+
+    Args:
+        runs: What it consists of.
+        config_path: YAML, or None for that of the study in the directory, else the packaged one.
+        overrides: ``section.key=value``, of all cells.
+        axes: See ``parse_axes``; nothing for those of the study in the directory.
+        run_dir: Its directory, or None for ``runs/NAME``.
+        preset: What the YAML is laid over, or None.
+
+    Raises:
+        FedPipeError: Anything that a user can get wrong; a cell that cannot run is named.
+    """
+    asked = parse_axes(axes)
+    run = RunDir.at(run_dir, runs.study_kind) if run_dir else None
+    saved = _read_saved(run) if run else None
+    if saved and not (config_path or preset):
+        base = saved[1]
+    else:
+        base = runs.read_tree(config_path, preset=preset)
+    if run is None:
+        first = [f"{key}={values[0]}" for key, values in asked]
+        config: Any = runs.read(base, [*overrides, *first])
+        run = RunDir.at(Path("runs") / config.name, runs.study_kind)
+        saved = _read_saved(run)
+    asked = asked or (saved[0] if saved else ())
+    check_axes(asked, overrides)
+    cells = make_cells(
+        asked, run.path / runs.home, lambda own: runs.load(base, [*overrides, *own]), kind=runs.kind
+    )
+    if saved is None:
+        return run, asked, cells
+    if asked != saved[0]:
+        raise CheckpointError(
+            f"{run.path}: expected the grid of {runs.title} that is there,"
+            f" {shlex.join(words_of(saved[0]))}, got {shlex.join(words_of(asked))}. Continue it"
+            " with --run-dir alone, or choose a new --run-dir."
+        )
+    return run, asked, tuple(_continued(runs, saved[1], cell) for cell in cells)
+
+
+def write_axes(run: RunDir, axes: Axes, cells: Sequence[Cell[Any]]) -> None:
+    """Write a study's axes and configuration, and the configuration of every cell."""
+    # The first cell's values of the axes stand for all: every cell has its own.
+    content = {"grid": words_of(axes), "config": load.to_dict(cells[0].config)}
+    run.make().write(dump(content))
+    for cell in cells:
+        cell.run.make().write(load.dump_config(cell.config))
+
+
+def words_of(axes: Axes) -> list[str]:
+    """Return axes as on a command line."""
+    return [f"{key}={','.join(values)}" for key, values in axes]
+
+
+def make_cells(
+    axes: Axes, home: Path, configure: Callable[[Sequence[str]], ConfigT], *, kind: Kind
+) -> tuple[Cell[ConfigT], ...]:
+    """Make the product of axes.
+
+    Args:
+        axes: From ``parse_axes``.
+        home: Where the cells' folders are.
+        configure: Makes a configuration of a cell's own overrides, and checks it.
+        kind: Of the cells' directories.
+
+    Returns:
+        The cells, the last axis varying fastest.
+
+    Raises:
+        FedPipeError: A cell cannot run; it is named. Or cells are the same run, or their folders
+            collide or cannot be.
+    """
+    keys = [key for key, _ in axes]
+    cells = []
+    for values in itertools.product(*(values for _, values in axes)):
+        own = tuple(f"{key}={value}" for key, value in zip(keys, values, strict=True))
+        name = _folder_name(keys, values, kind=kind)
+        with naming_cell(name):
+            config = configure(own)
+        cells.append(Cell(name=name, overrides=own, run_dir=home / name, config=config, kind=kind))
+    _check_distinct(cells)
+    return tuple(cells)
+
+
+def _continued(runs: Runs[ConfigT], base: Node, cell: Cell[ConfigT]) -> Cell[ConfigT]:
+    """Return a cell of a study that is there already, which may have begun."""
+    with naming_cell(cell.name):
+        run, before = cell.run, runs.read(base, cell.overrides)
+        config = continued(run.path, before, cell.config, may_change=run.may_change)
+        runs.check_content(run, config)
+    return replace(cell, config=config)
+
+
+def _read_saved(run: RunDir) -> tuple[Axes, Node] | None:
+    """Read the axes and the configuration of the study in a directory, if there is one."""
+    if run.saved is None:
+        return None
+    content = run.saved.value
+    axes, config = content.get("grid"), content.get("config")
+    if not (axes and isinstance(axes.value, list) and axes.value and config) or not isinstance(
+        config.value, dict
+    ):
+        raise CheckpointError(
+            f"{run.config_file}: expected the grid and the configuration of {TITLES[run.kind]}, got"
+            f" {sorted(content)}. Restore the file, or choose a new --run-dir."
+        )
+    return parse_axes([str(axis) for axis in axes.plain()]), config
+
+
+def _folder_name(keys: Sequence[str], values: Sequence[str], *, kind: Kind) -> str:
+    parts = []
+    for key, short, value in zip(keys, short_names(keys), values, strict=True):
+        # "[2, 4]" is 2-4; what a file system or a shell could misread becomes a dash.
+        text = re.sub(r"[^A-Za-z0-9.+-]+", "-", value.strip("[]'\" "))
+        speaks = kind == "finetune" and key == "method.name"
+        parts.append(text if speaks else f"{short}={text or 'none'}")
+    return "_".join(parts)
+
+
+def _check_distinct(cells: Iterable[Cell[Any]]) -> None:
+    names: dict[str, Cell[Any]] = {}
+    configs: dict[Any, Cell[Any]] = {}
+    for cell in cells:
+        if len(cell.name) > _MAX_NAME:
+            raise ConfigError(
+                f"cell {cell.name}: expected a folder name of at most {_MAX_NAME} characters, got "
+                f"{len(cell.name)}. Use fewer keys or shorter values."
+            )
+        other = names.setdefault(cell.name, cell)
+        if other is not cell:
+            raise ConfigError(
+                f"--grid: expected cells with folders of their own, got {cell.name} for both "
+                f"{' '.join(other.overrides)} and {' '.join(cell.overrides)}. Change or remove one "
+                "of the values."
+            )
+        other = configs.setdefault(cell.config, cell)
+        if other is not cell:
+            raise ConfigError(
+                f"--grid: expected cells that differ, got the same configuration for {other.name} "
+                f"and {cell.name}. Remove one of the values."
+            )
