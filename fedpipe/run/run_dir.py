@@ -448,9 +448,9 @@ def way_back(task: str, run: RunDir | None) -> str:
 
     Args:
         task: The command.
-        run: Its directory; None where it had not come so far.
+        run: Its directory, which may not have its configuration yet; None before it is known.
     """
-    if run is None or run.is_new:
+    if run is None or not run.config_file.is_file():
         return "nothing was started: give the same command again"
     return f"resume with: fedpipe {task} --run-dir {shlex.quote(str(run.path))}"
 

@@ -66,6 +66,8 @@ def test_the_command_that_goes_on_can_be_pasted_whatever_the_directory_is_called
 ) -> None:
     run_dir = tmp_path / "my run's $HOME"
     run = RunDir.at(run_dir, "pretrain").make()
+    assert way_back("pretrain", run) == "nothing was started: give the same command again"
+    run.write("name: mine\n")
     failure = str(_ranks(run_dir, "ValueError: 3").failure())
     ways = [failure, way_back("pretrain", run), way_back("finetune", run)]
     commands = [shlex.split(way[way.index("fedpipe ") :]) for way in ways]
