@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,19 @@ def test_a_grid_is_not_laid_over_another(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=expected):
         grid("seed=1,2")
+
+
+def test_a_run_of_a_grid_that_has_begun_keeps_the_model_that_it_began_with(tmp_path: Path) -> None:
+    def grid() -> Any:
+        return find_grid(None, [], ["method.name=lora,full"], str(tmp_path), preset=None)
+
+    cell = grid().cells[0]
+    assert cell.config.model.path == "quickstart"
+    settled = replace(cell.config, model=replace(cell.config.model, path="untrained"))
+    cell.run.write(finetune_yaml(settled))
+    (cell.run_dir / "metrics.jsonl").touch()
+    assert [c.config.model.path for c in grid().cells] == ["untrained", "quickstart"]
+    assert load_finetune(cell.run.saved, []).model.path == "untrained"
 
 
 def test_without_the_adapters_library_the_way_to_get_it_is_said(

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from fedpipe.cli import main
-from fedpipe.commands.study.axes import parse_axes
 from fedpipe.commands.study.pool import divide
 from fedpipe.commands.study.report import MAX_DRAWN, Row, RunResult, Spread, draw_sweep, table
-from fedpipe.commands.study.study import Cell, prepare_texts
+from fedpipe.commands.study.study import Cell, parse_axes, prepare_texts
 from fedpipe.commands.study.sweep import Sweep, set_up_sweep
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError, FedPipeError
 from fedpipe.run.run_dir import RunDir

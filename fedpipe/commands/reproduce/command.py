@@ -10,10 +10,9 @@ import argparse
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fedpipe.cluster.launched import note_attempt, position_of
 from fedpipe.cluster.local import fork_server
@@ -32,21 +31,19 @@ from fedpipe.commands.reproduce.setup import (
 )
 from fedpipe.commands.study.pool import (
     NOTHING_STARTED,
-    check_refused,
+    check_all_done,
     last_line,
     redirect_output,
     run_cells,
     save_when_the_parent_dies,
 )
-from fedpipe.commands.study.study import Study
 from fedpipe.distributed.env import num_gpus
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
-from fedpipe.errors import FedPipeError, LaunchError, error_in
+from fedpipe.errors import LaunchError, error_in
 from fedpipe.files import write_text
 from fedpipe.report.console import RunConsole
 from fedpipe.report.document import Figure, to_html, to_markdown
 from fedpipe.report.drawing import render
-from fedpipe.report.format import count
 from fedpipe.run.checkpoint import Position, find_latest
 from fedpipe.run.run_dir import locked
 
@@ -173,7 +170,7 @@ def reproduced_lines(plan: Reproduction) -> list[str]:
 
 def _run(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
     """Bring everything to its end, and write what was found."""
-    pending = plan.pending()
+    pending, way_out = plan.pending(), f"Run them again with: {plan.again()}"
     if pending:
         fork_server(_PRELOAD)
         plan.prepare(pending, progress=console.preparing)
@@ -184,7 +181,7 @@ def _run(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
         refused = run_cells(
             plan, pending, parallel=1, console=console, signals=signals, gathers=False
         )
-        _check_done(plan, plan, "pre-training run", refused)
+        check_all_done(plan, what=plan.noun, refused=refused, way_out=way_out)
     curves = read_curves(plan)
     models = wanted_models(plan, curves)
     _export(plan, models)
@@ -195,28 +192,10 @@ def _run(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
         refused = run_cells(
             evaluation, cells, parallel=parallel, console=console, signals=signals, gathers=False
         )
-    _check_done(plan, evaluation, "scored model", refused)
+    check_all_done(
+        evaluation, task=plan.task, what="scored model", refused=refused, way_out=way_out
+    )
     _write(plan, summarise(plan, evaluation, curves))
-
-
-def _check_done(
-    plan: Reproduction, study: Study[Any], what: str, refused: Mapping[str, FedPipeError]
-) -> None:
-    """Name the cells that are left of a part of a reproduction.
-
-    Raises:
-        LaunchError: There are some.
-        FedPipeError: There are only some that the user can mend.
-    """
-    left = [cell.name for cell in study.pending()]
-    check_refused(left, refused)
-    if left:
-        names = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
-        total = len(study.cells)
-        raise LaunchError(
-            f"reproduce: expected {count(total, what)}, got {total - len(left)}: not done are"
-            f" {names}. Run them again with: {plan.again()}"
-        )
 
 
 def _evaluation(

@@ -35,6 +35,8 @@ _PROGRESS_S = 1.0
 """How often the progress of running cells is looked at."""
 _PATIENCE_S = 20.0
 """How long a cell may take to stop at once before it is killed."""
+_MAX_NAMED = 8
+"""Cells that an error names."""
 NOTHING_STARTED = "interrupted; nothing was started: give the same command again"
 _GATHER_SHARE = 0.05
 """Of the time may go into tables between cells: with many of them, not every one gets a new one."""
@@ -297,7 +299,12 @@ def run_study(
 
 
 def check_all_done(
-    study: Study[Any], *, way_out: str, refused: Mapping[str, FedPipeError] | None = None
+    study: Study[Any],
+    *,
+    way_out: str,
+    refused: Mapping[str, FedPipeError],
+    task: str | None = None,
+    what: str = "finished cell",
 ) -> None:
     """Name the cells that are left.
 
@@ -305,34 +312,24 @@ def check_all_done(
         study: What they belong to.
         way_out: For those that failed.
         refused: What cells found that the user can mend, by their names.
+        task: The command, if it is not the study's own.
+        what: One that is done is, for people.
 
     Raises:
         LaunchError: There are some.
         FedPipeError: There are only some that the user can mend: the error of the first of them.
     """
-    left = study.pending()
-    check_refused([cell.name for cell in left], refused or {})
-    if left:
-        raise LaunchError(
-            f"{study.task}: expected {count(len(study.cells), 'finished cell')}, got "
-            f"{len(study.cells) - len(left)}: not done are {', '.join(cell.name for cell in left)}."
-            f" {way_out}"
-        )
-
-
-def check_refused(left: Sequence[str], refused: Mapping[str, FedPipeError]) -> None:
-    """Raise what the user can mend, where nothing else is in the way.
-
-    Args:
-        left: Names of the cells that are not done.
-        refused: What cells found that the user can mend, by their names.
-
-    Raises:
-        FedPipeError: The error of the first of the cells, if each of them has one.
-    """
-    if left and all(name in refused for name in left):
+    left, total = [cell.name for cell in study.pending()], len(study.cells)
+    if not left:
+        return
+    if all(name in refused for name in left):
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise type(refused[left[0]])(f"cell {left[0]}{more}: {refused[left[0]]}")
+    more = f" and {len(left) - _MAX_NAMED} more" if len(left) > _MAX_NAMED else ""
+    raise LaunchError(
+        f"{task or study.task}: expected {count(total, what)}, got {total - len(left)}: not done"
+        f" are {', '.join(left[:_MAX_NAMED])}{more}. {way_out}"
+    )
 
 
 def divide(cores: list[int], num_slots: int) -> list[set[int]]:

@@ -7,6 +7,7 @@ studies. ``pool`` runs their cells on this machine, ``array`` as jobs.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import shlex
 from abc import ABC, abstractmethod
@@ -16,11 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from fedpipe.commands.study.axes import Axes, check_axes, parse_axes
 from fedpipe.commands.study.report import short_names
 from fedpipe.config import load
 from fedpipe.config.schema import RunConfig
-from fedpipe.config.tree import Node, dump
+from fedpipe.config.tree import Node, dump, parse_override
 from fedpipe.data.corpus import Progress, prepare
 from fedpipe.distributed.signals import Signals
 from fedpipe.distributed.topology import Grid
@@ -34,6 +34,11 @@ ONE_TASK = Grid(num_stages=1, num_replicas=1, data_parallel_degree=1)
 """Of a job that starts its processes itself."""
 _MAX_NAME = 200
 """Characters of a folder's name; file systems take 255 bytes."""
+
+MAX_CELLS = 1000
+
+Axes = tuple[tuple[str, tuple[str, ...]], ...]
+"""Dotted keys with their values, as YAML."""
 
 ConfigT = TypeVar("ConfigT")
 
@@ -218,6 +223,91 @@ def naming_cell(name: str) -> Iterator[None]:
 # -- a study of values on the command line ---------------------------------------------------------
 
 
+def parse_axes(axes: Sequence[str]) -> Axes:
+    """Take axes apart.
+
+    Args:
+        axes: ``section.key=value,value``; a comma inside brackets or quotes belongs to its value.
+
+    Returns:
+        Every key with its values.
+
+    Raises:
+        ConfigError: There is no key or value, a key is given twice, a value is not YAML or a
+            section, or there are too many cells.
+    """
+    grid: dict[str, tuple[str, ...]] = {}
+    for axis in axes:
+        key, equals, text = axis.partition("=")
+        values = _split(text)
+        if not (equals and all(key.split(".")) and all(values)):
+            raise ConfigError(
+                f"--grid: expected section.key=value,value, got {axis!r}. Write for example "
+                "pipeline.cut=[2],[4] or seed=0,1,2."
+            )
+        if key in grid:
+            raise ConfigError(
+                f"--grid: expected every key once, got {key} a second time. Write all its values "
+                "in one place."
+            )
+        for value in values:
+            _check_value(key, value)
+        grid[key] = values
+    size = math.prod(map(len, grid.values()))
+    if size > MAX_CELLS:
+        raise ConfigError(
+            f"--grid: expected at most {MAX_CELLS:,} cells, got {size:,}. Split the sweep."
+        )
+    return tuple(grid.items())
+
+
+def _check_value(key: str, value: str) -> None:
+    node = parse_override(f"{key}={value}")
+    for name in key.split("."):
+        node = node.value[name]
+    if isinstance(node.value, dict):
+        raise ConfigError(
+            f"--grid: expected keys that hold a value, got a section in {key}={value}. Write "
+            f"{key}.KEY=VALUE,VALUE."
+        )
+
+
+def _split(text: str) -> tuple[str, ...]:
+    """Split at the commas outside of brackets and quotes."""
+    values, depth, quote = [""], 0, ""
+    for letter in text:
+        if letter == "," and not (depth or quote):
+            values.append("")
+            continue
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and not values[-1].strip(" ["):
+            quote = letter  # one inside a word is an apostrophe
+        depth += 0 if quote else (letter in "[{") - (letter in "]}")
+        values[-1] += letter
+    return tuple(value.strip() for value in values)
+
+
+def check_axes(axes: Axes, overrides: Sequence[str]) -> None:
+    """Refuse no axes, or one that an override sets.
+
+    Raises:
+        ConfigError: There are none, or there is such a one.
+    """
+    if not axes:
+        raise ConfigError(
+            "--grid: expected section.key=value,value of a new sweep, got none. Write for example "
+            "--grid pipeline.cut=[2],[4] seed=0,1,2, or name the --run-dir of a sweep."
+        )
+    keys = {key for key, _ in axes}
+    for override in overrides:
+        if (key := override.partition("=")[0]) in keys:
+            raise ConfigError(
+                f"--grid: expected keys that no override sets, got {key} in both. Remove {override}"
+                " or take the key out of the grid."
+            )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runs(Generic[ConfigT]):
     """The runs that a study of values consists of: what is asked of them, and how they are read."""
@@ -337,7 +427,9 @@ def make_cells(
 def _continued(runs: Runs[ConfigT], base: Node, cell: Cell[ConfigT]) -> Cell[ConfigT]:
     """Return a cell of a study that is there already, which may have begun."""
     with naming_cell(cell.name):
-        run, before = cell.run, runs.read(base, cell.overrides)
+        run = cell.run
+        own = run.saved if run.has_begun else None  # with what the study leaves open settled
+        before = runs.read(own, ()) if own else runs.read(base, cell.overrides)
         config = continued(run.path, before, cell.config, may_change=run.may_change)
         runs.check_content(run, config)
     return replace(cell, config=config)

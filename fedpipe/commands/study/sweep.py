@@ -17,10 +17,10 @@ from typing import Any
 
 from fedpipe.commands import options
 from fedpipe.commands.plan.plan import build_plan
-from fedpipe.commands.study.axes import Axes
 from fedpipe.commands.study.pool import CommandProcess, run_study
 from fedpipe.commands.study.report import Row, draw_sweep, read_result, table
 from fedpipe.commands.study.study import (
+    Axes,
     Cell,
     Runs,
     Slot,

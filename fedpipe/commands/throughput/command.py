@@ -10,9 +10,15 @@ from pathlib import Path
 
 from fedpipe.cluster.local import set_up_here, supervise
 from fedpipe.commands import options
-from fedpipe.commands.study.axes import check_axes, parse_axes
 from fedpipe.commands.study.pool import run_study
-from fedpipe.commands.study.study import Cell, Study, make_cells, prepare_texts
+from fedpipe.commands.study.study import (
+    Cell,
+    Study,
+    check_axes,
+    make_cells,
+    parse_axes,
+    prepare_texts,
+)
 from fedpipe.commands.study.sweep import check_cell
 from fedpipe.commands.throughput import ranks
 from fedpipe.commands.throughput.files import write_documents
