@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedpipe.commands.throughput.utilisation import Product
 from fedpipe.distributed.device import synchronize
 
 MEASURE_S = 0.2
@@ -21,17 +20,21 @@ MEASURE_S = 0.2
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def operands(product: Product, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return matrices to multiply, (tokens, D) and (D, F), in the dtype of training.
+def operands(
+    rows: int, inner: int, columns: int, *, dtype: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return random matrices to multiply, (rows, inner) and (inner, columns).
 
     Args:
-        product: Sizes and dtype.
+        rows: Rows of the first matrix.
+        inner: Columns of the first matrix, and rows of the second.
+        columns: Columns of the second matrix.
+        dtype: Name of the torch dtype.
         device: Device of the matrices.
     """
-    dtype = getattr(torch, product.dtype)
-    left = torch.randn(product.rows, product.inner, device=device)
-    right = torch.randn(product.inner, product.columns, device=device)
-    return left.to(dtype), right.to(dtype)
+    left = torch.randn(rows, inner, device=device)
+    right = torch.randn(inner, columns, device=device)
+    return left.to(getattr(torch, dtype)), right.to(getattr(torch, dtype))
 
 
 def matmul_flops_per_s(matrices: tuple[Tensor, Tensor]) -> float:

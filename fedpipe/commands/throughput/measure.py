@@ -142,9 +142,16 @@ def measure(
     comm = Comm(Grid.from_config(config), env, edges=edges_of_all_peers(config), board=board)
     try:
         peers = build_peers(config, data, comm=comm, settings=settings)
+        product = Product.of(config, vocab_size=data.vocab_size)
         return _measure(
             peers,
-            operands(Product.of(config, vocab_size=data.vocab_size), device=comm.device),
+            operands(
+                product.rows,
+                product.inner,
+                product.columns,
+                dtype=product.dtype,
+                device=comm.device,
+            ),
             comm=comm,
             settings=settings,
             emit=emit,
