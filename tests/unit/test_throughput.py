@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedpipe.commands.plan.cut import best_cut
-from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops
+from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops, shape_of
 from fedpipe.commands.plan.ideal import predict, scheduled
 from fedpipe.commands.study.study import Cell
 from fedpipe.commands.throughput.advice import advise, take_apart
@@ -28,7 +28,7 @@ from fedpipe.commands.throughput.report import (
     single_replica,
     summarise,
 )
-from fedpipe.commands.throughput.utilisation import Product, shape_of, step_flops
+from fedpipe.commands.throughput.utilisation import Product, step_flops
 from fedpipe.config.schema import RunConfig
 from fedpipe.models.split import stage_specs
 from fedpipe.pipeline.timeline import StageCost

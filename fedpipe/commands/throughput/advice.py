@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedpipe.commands.plan.cut import LayerCosts, best_cut
-from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops, stage_flops
+from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops, shape_of, stage_flops
 from fedpipe.commands.plan.ideal import predict, scheduled
-from fedpipe.commands.throughput.utilisation import shape_of
 from fedpipe.config.schema import RunConfig
 from fedpipe.models.split import placement, stage_specs
 from fedpipe.pipeline.timeline import StageCost

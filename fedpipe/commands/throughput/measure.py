@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops
+from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops, shape_of
 from fedpipe.commands.pretrain.replica import Replica
 from fedpipe.commands.throughput.instruments import PeakMemory, matmul_flops_per_s, operands
 from fedpipe.commands.throughput.report import (
@@ -24,7 +24,7 @@ from fedpipe.commands.throughput.report import (
     ThroughputSettings,
     single_replica,
 )
-from fedpipe.commands.throughput.utilisation import Product, shape_of
+from fedpipe.commands.throughput.utilisation import Product
 from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData

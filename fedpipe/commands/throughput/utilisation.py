@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict
 
-from fedpipe.commands.plan.flops import stage_flops
+from fedpipe.commands.plan.flops import shape_of, stage_flops
 from fedpipe.commands.plan.ideal import scheduled
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
-from fedpipe.config.model_shape import ModelShape, resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.models.split import StageSpec, placement, stage_specs
 from fedpipe.pipeline.timeline import COMPUTE
@@ -63,12 +62,6 @@ class Product:
     def __str__(self) -> str:
         """Write sizes and dtype for people."""
         return f"{self.rows} x {self.inner} by {self.inner} x {self.columns}, {self.dtype}"
-
-
-def shape_of(config: RunConfig, *, vocab_size: int) -> ModelShape:
-    """Return all sizes of the model."""
-    length = config.data.num_positions
-    return resolve(config.model, vocab_size=vocab_size, sequence_length=length)
 
 
 def utilisation(
