@@ -1,4 +1,4 @@
-"""The one program of a rank: prepare the process, be set up, work, finish. No torch at the top.
+"""The one program of a rank: be set up, train, write the results. No torch at the top.
 
 A command says in a ``RankProgram`` what its ranks do, and hands it over by the name of the module
 that has it as ``PROGRAM``. There are three starters: ``local`` forks the ranks of this machine,
@@ -104,19 +104,17 @@ class RankProgram(ABC):
 
     command: str
     """What a user calls it."""
+    preload: Sequence[str]
+    """Modules that a rank needs and that take seconds to import."""
+    stops = "within a few local steps"
+    """When a run that is asked to stop does so, for people."""
+    kind: Literal["pretrain", "finetune"]
+    """Of the run's directory."""
 
     @property
     def name(self) -> str:
         """Of the module that has it as ``PROGRAM``."""
         return type(self).__module__
-
-    preload: Sequence[str]
-    """Modules that a rank needs and that take seconds to import."""
-    stops = "within a few local steps"
-    """When a run that is asked to stop does so, for people."""
-
-    kind: Literal["pretrain", "finetune"]
-    """Of the run's directory."""
 
     def locate(self, request: RunRequest) -> Located:
         """Return what a run will be, from the configuration alone, which is read once.
