@@ -89,7 +89,7 @@ class View:
     shows: Mapping[str, Callable[[Any], None]] = field(default_factory=dict)
     """What shows a record, by its kind."""
     log_every: int = 0
-    """Local steps between those that are shown where not every step can be; 0 for a run without."""
+    """Local steps between progress lines for those who follow from elsewhere; 0 for none."""
 
     def show(self, kind: str, value: Any) -> None:
         """Show a record or a note; what has no place here is left out."""

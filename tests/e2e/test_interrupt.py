@@ -189,7 +189,7 @@ class Ranks:
         self,
         *arguments: str,
         folder: Path,
-        script: Path = REPOSITORY / "launch" / "pretrain.py",
+        program: tuple[str, ...] = ("-m", "fedpipe", "pretrain"),
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -199,6 +199,7 @@ class Ranks:
         for rank, path in enumerate(self._files):
             environment = os.environ | {
                 "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(WORLD_SIZE),
+                "SLURM_STEP_NUM_TASKS": str(WORLD_SIZE),
                 "SLURM_LOCALID": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                 "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
                 "GLOO_SOCKET_IFNAME": "lo",
@@ -206,7 +207,7 @@ class Ranks:
             with open(path, "wb") as output:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, str(script), *arguments],
+                        [sys.executable, *program, *arguments],
                         env=environment,
                         stdout=output,
                         stderr=output,
@@ -276,7 +277,7 @@ def test_under_srun_a_frozen_rank_is_named_and_a_signal_before_training_ends_wit
         assert not list(run_dir.glob("checkpoints/round_*"))
     finally:
         ranks.kill()
-    ranks = Ranks(*command, folder=folder)
+    ranks = Ranks(*command, folder=folder, program=(str(REPOSITORY / "launch/pretrain.py"),))
     try:
         ranks.wait_for("validation")
         ranks.processes[1].send_signal(signal.SIGSTOP)
@@ -341,7 +342,7 @@ def test_under_srun_what_a_rank_cannot_work_with_ends_every_rank_with_2(
     )
     run_dir = str(tmp_path / "run")
     command = ("--run-dir", run_dir, *arguments, *LONG, *ONE_REPLICA)
-    ranks = Ranks(*command, folder=folder, script=script)
+    ranks = Ranks(*command, folder=folder, program=(str(script),))
     try:
         assert ranks.finish() == [2] * WORLD_SIZE, [ranks.output(r) for r in range(WORLD_SIZE)]
         line = "CorpusError: data.valid: expected text, got none. Name another file."
