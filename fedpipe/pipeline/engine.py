@@ -39,31 +39,42 @@ class SplitPipelineEngine:
         # Threads that draw random numbers take turns in their forward passes; without dropout none
         # draws.
         several = len(self._threads) > 1 and any(map(_drops_out, stages))
-        for together in self._threads if several else ():
-            draws = Draws(together[0].device, shared=True)
-            for stage in together:
-                stage.draws = draws
+        self._drawing: list[tuple[Draws, tuple[int, ...]]] = []
+        """Every source of random numbers, with the ids of the stages that draw from it."""
+        for together in self._threads:
+            # In a stream a head at home lags behind the first stage and catches up where the run
+            # stops. With random numbers in common, those of both would depend on where it stops.
+            lags = pipeline.objective == "local_loss"
+            heads = [s for s in together if lags and s.spec.is_home_head and _drops_out(s)]
+            encoders = [stage for stage in together if stage not in heads]
+            for group in (encoders, *([head] for head in heads)):
+                draws = group[0].draws
+                if several or heads:
+                    draws = Draws(group[0].device, shared=True)
+                for stage in group:
+                    stage.draws = draws
+                self._drawing.append((draws, tuple(stage.spec.stage_id for stage in group)))
 
     def seed_draws(self, seed: Callable[[tuple[int, ...]], int]) -> None:
         """Seed the random numbers of the stages, as if every thread were a process.
 
         Args:
-            seed: Returns the seed for the ids of the stages of one thread.
+            seed: Returns the seed for the ids of the stages that draw together.
         """
-        for held in self._threads:
-            held[0].draws.seed(seed(tuple(stage.spec.stage_id for stage in held)))
+        for draws, stage_ids in self._drawing:
+            draws.seed(seed(stage_ids))
 
     @property
     def draws(self) -> dict[str, Any]:
         """State of the stages' random numbers, for ``torch.save``."""
-        states = [held[0].draws.state for held in self._threads]
+        states = [draws.state for draws, _ in self._drawing]
         return {"threads": states} if len(states) > 1 else states[0]
 
     @draws.setter
     def draws(self, state: dict[str, Any]) -> None:
         states = state.get("threads", [state])
-        for held, own in zip(self._threads, states, strict=True):
-            held[0].draws.state = own
+        for (draws, _), own in zip(self._drawing, states, strict=True):
+            draws.state = own
 
     def train(
         self,

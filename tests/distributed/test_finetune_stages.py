@@ -28,6 +28,7 @@ from fedpipe.federation.cohort import Turn
 from fedpipe.models.split import stage_specs
 from fedpipe.models.tuned_stage import TunedStage
 from fedpipe.pipeline.stage_engine import StageEngine
+from fedpipe.run.checkpoint import Position
 from tests.distributed.test_finetune import BASE, accuracy, records, run, set_up
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tuned import small_folder, small_task
@@ -193,6 +194,23 @@ def test_stages_that_were_killed_resume_as_if_they_had_not_been(
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
     for mine, theirs in zip(
         stages(tmp_path / "cut", 3), stages(tmp_path / "whole", 3), strict=True
+    ):
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+
+
+def test_a_head_at_home_drops_out_the_same_wherever_the_run_stops(
+    tmp_path: Path, base: list[str]
+) -> None:
+    """Streamed, it lags behind the stage that shares its process."""
+    model = small_folder(tmp_path / "model", hidden_dropout_prob=0.3)
+    own = [*CUT, "pipeline.head_location=client", "federation.num_rounds=1", f"model.path={model}",
+           "federation.num_local_epochs=0", "federation.num_local_steps=4"]  # fmt: skip
+    run(set_up(tmp_path / "whole", base, *own))
+    assert run(set_up(tmp_path / "stopped", base, *own), stop=(0, 6)) == Position(step=6)
+    assert run(set_up(tmp_path / "stopped", [])) is None
+    assert records(tmp_path / "stopped") == records(tmp_path / "whole")
+    for mine, theirs in zip(
+        stages(tmp_path / "stopped", 1), stages(tmp_path / "whole", 1), strict=True
     ):
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
 

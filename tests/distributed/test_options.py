@@ -220,7 +220,8 @@ def _tune(
 def places(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that name a tiny model of three layers with dropout, and a tiny task."""
     root = tmp_path_factory.mktemp("places")
-    model = small_folder(root / "model", num_hidden_layers=3, hidden_dropout_prob=0.1)
+    sizes = {"num_hidden_layers": 3, "hidden_size": 128}  # a 32nd is what Compacter leaves of it
+    model = small_folder(root / "model", hidden_dropout_prob=0.1, **sizes)
     return [f"model.path={model}", f"task.data={small_task(root / 'task', sizes=(60, 24))}"]
 
 
