@@ -41,7 +41,7 @@ LEFT = {
     "export.md": "runs/quickstart/export/model.safetensors",
     "finetune.md": "runs/lost/adapter/adapter_config.json",
     "launchers.md": "runs/deepspeed/report.html",
-    "sweep.md": "runs/sweep/report.html",
+    "sweep.md": "runs/sweep/sweep.md",
     "throughput.md": "runs/grid/throughput/report.html",
 }
 """A file that must be there after a guide."""
