@@ -434,10 +434,6 @@ def _problem(run_dir: Path, folder: Path) -> str | None:
         return f"{STATE} cannot be read"
     if position.name != folder.name or offset < 0:
         return f"{STATE} is that of another checkpoint"
-    # Resumed without them, a round would lose what it has done, and averages what they have kept.
-    for pattern in ("rank_*.pt", "server.pt"):
-        if any(folder.glob(pattern)):
-            return f"its {pattern} is of an earlier version, which named these files otherwise"
     for name, size, digest in entries:
         try:
             with open(run_dir / name, "rb") as file:

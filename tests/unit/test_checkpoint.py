@@ -141,7 +141,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no files": (lambda f: _edit_state(f, files=None), "state.json cannot be read"),
     "no digest": (lambda f: _edit_state(f, files={"a": 1}), "state.json cannot be read"),
     "no number": (lambda f: _edit_state(f, step="x"), "state.json cannot be read"),
-    "older": (lambda f: (f / "rank_00000.pt").touch(), "rank_*.pt is of an earlier version"),
     "other round": (lambda f: _edit_state(f, round_id=7), "state.json is that of another"),
 }
 
