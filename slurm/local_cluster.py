@@ -20,9 +20,8 @@ address and ports. Without namespaces nodes differ in name only: 127.0.0.1, 127.
 everywhere.
 
 Partitions: ``main`` (the default, one hour), ``preemptible`` (its jobs make room for all others:
-    they
-get the signal of ``--signal`` or SIGTERM, have 30 s of grace, and are requeued), and ``urgent``
-(first in the queue). Limits are counted but not enforced. A GPU is only a number in
+they get the signal of ``--signal`` or SIGTERM, have 30 s of grace, and are requeued), and
+``urgent`` (first in the queue). Limits are counted but not enforced. A GPU is only a number in
 CUDA_VISIBLE_DEVICES.
 """
 
