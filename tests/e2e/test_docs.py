@@ -63,7 +63,7 @@ SHRINK = {
 }  # fmt: skip
 """Added to every command that trains: the command is tested, not the model."""
 SHRINK["sweep"] = SHRINK["pretrain"]
-SHRINK["throughput"] = ["--repetitions=2", "--steps=2", *SHRINK["pretrain"]]
+SHRINK["throughput"] = ["--repetitions=2", "--steps=3", *SHRINK["pretrain"]]
 
 
 def _anchors(document: Path) -> set[str]:
