@@ -59,7 +59,7 @@ class Aggregator(ABC):
 
     @abstractmethod
     def leave_out(self) -> None:
-        """Take a client whose update is refused: its place in the cohort stays empty."""
+        """Skip a client whose update is refused: its place in the cohort stays empty."""
 
     @abstractmethod
     def forget(self) -> None:

@@ -287,12 +287,12 @@ class FederatedRun(ABC):
         self._client_id = None
 
     def _until(self, step: int, *, start: Moment, high: int) -> int:
-        """End of the local steps that are certain to be run: ``step`` itself to stop before it.
+        """Return the end of the steps that are certain to run; ``step`` itself: stop before it.
 
         Args:
-            step: Of the client's turn, as the result.
-            start: When the turn began.
-            high: The steps from here on are not asked for.
+            step: A local step of the client's turn, counted as the result is.
+            start: Round, and the replica's local steps before the turn.
+            high: End of the steps in question.
         """
         round_id, offset = start
         certain = min(step + self.replica.lookahead, high)

@@ -1,4 +1,4 @@
-"""The exact average of LoRA updates: what averaging A and B apart leaves out goes to the weight."""
+"""The exact average of LoRA updates: the frozen weight takes up the error of averaging A and B."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Updates that are no longer finite: named, left out, and what remains of their round. No torch."""
+"""Leave out updates that are not finite, name their clients, and weigh the others. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedpipe.config.federation import AggregationConfig
 from fedpipe.errors import TrainingError
 
 NUMBERS = ("loss", "grad_norm", "weights")
-"""What is looked at of a client, in the order in which one spoils the next."""
+"""The numbers of a client that must be finite, in the order in which one spoils the next."""
 NO_FAULT = 2**62
 """The code of a turn whose numbers are all finite."""
 _MOST_STAGES = 2**16

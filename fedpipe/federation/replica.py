@@ -1,4 +1,4 @@
-"""A replica: trains one client after another, and keeps what is theirs and what is everybody's."""
+"""A replica trains one client after another, from global weights and the client's own parts."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Engine(Protocol):
 
     stage: nn.Module
     faults: dict[str, int]
-    """Of the turn under way: by number, "loss" or "grad_norm", the first step at which it was not
-    finite."""
+    """The first step of the current turn at which a number was not finite, by its name: "loss" or
+    "grad_norm"."""
 
     def weights_changed(self) -> None:
         """Tell the optimizer that the parameters were written from outside."""
@@ -74,7 +74,7 @@ class Replica(ABC):
         comm: Comm,
         run_dir: Path | None,
     ) -> None:
-        """Hold nobody yet.
+        """Start with no client.
 
         Args:
             engines: By stage id.
@@ -155,7 +155,7 @@ class Replica(ABC):
     # -- a turn ------------------------------------------------------------------------------
 
     def begin_turn(self, turn: Turn, *, round_id: int, last_round: int | None) -> None:
-        """Become a client: global weights, the client's kept parts, optimizer state and seed.
+        """Start a turn: load global weights, kept parts and optimizer state, and seed dropout.
 
         Args:
             turn: Whose.
@@ -328,7 +328,7 @@ class Replica(ABC):
         """What this rank writes: what all replicas share once per stage, then its own state.
 
         Args:
-            unfinished: In mid-round, what the run wants to have back; None between rounds.
+            unfinished: In mid-round, what ``load_checkpoint`` is to return; None between rounds.
         """
         files: dict[str, Callable[[Path], None]] = {}
         for stage_id, engine in self.engines.items() if self.comm.replica == 0 else ():

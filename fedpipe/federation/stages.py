@@ -1,4 +1,4 @@
-"""A replica of stages, as far as it lives in this process: built, connected, trained, saved."""
+"""The stages of a replica that live in this process: build, connect, train and save them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The synchronizer of a model or of a stage: what clients start from, and what becomes of it."""
+"""The weights that clients start from, and the aggregation of what they have trained, per stage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class Synchronizer:
     a turn starts where the one before it ended. A shared stage is one model on all replicas: their
     gradients are averaged in every step.
 
-    *Lent* ones are not its business: the replica sets them when a turn begins.
+    *Copied* ones, such as a decoder that begins every turn as the word embedding, are left alone:
+    they neither travel nor stay with a client.
     """
 
     def __init__(
@@ -59,13 +60,13 @@ class Synchronizer:
         Args:
             parameters: What is trained, by full name, with its first values; identical on every
                 replica.
-            federation: What becomes of it.
-            seed: Of attackers.
+            federation: The rule, the server and the parts that are averaged.
+            seed: Of the updates that attackers falsify.
             comm: Its replica group holds the parameters once per replica.
             kept: Names of those that stay with their client.
             copied: Names of those that neither travel nor stay.
             stage_id: The stage whose parameters they are.
-            role: Of the stage.
+            role: Whether the stage belongs to the client or to the server.
         """
         self._federation, self._seed = federation, seed
         self._stage_id, self._comm = stage_id, comm
@@ -99,8 +100,8 @@ class Synchronizer:
 
         Args:
             stage: With its first weights; identical on every replica.
-            federation: What becomes of it.
-            seed: Of attackers.
+            federation: The rule, the server and the parts that are averaged.
+            seed: Of the updates that attackers falsify.
             comm: Its replica group holds this stage once per replica.
         """
         spec, parameters = stage.spec, trainable(stage)
@@ -171,7 +172,7 @@ class Synchronizer:
         """Take what a client has trained into the round, or hand it on.
 
         Args:
-            client_id: Whose.
+            client_id: The client that has trained.
             weight: Its share of the round.
             round_id: Of the round.
         """

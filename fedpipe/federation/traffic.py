@@ -1,4 +1,4 @@
-"""What averaging costs a rank, foretold; and what a round has sent, as a record. Pure: no torch."""
+"""Predict what averaging costs a rank, and record what a round has sent. Pure: no torch."""
 
 from __future__ import annotations
 
