@@ -30,7 +30,7 @@ STARTS = "fedpipe starts as"
 _SETTLE_S = 15.0
 """A network file system may show what a job wrote last only after this."""
 _FULL_BYTES = 1 << 20
-"""A disk with less is taken for full."""
+"""A disk with fewer free bytes counts as full."""
 _SRUN_ERROR = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$", re.MULTILINE)
 _VERDICT = re.compile(r"^LaunchError: rank .*$", re.MULTILINE)
 """What rank 0 says of a rank that hangs, before it ends without a result."""
@@ -50,7 +50,7 @@ def follow(
     show: Callable[[str], None],
     closing: Closing,
 ) -> int:
-    """Show a job's progress until it has ended for good; requeued, it is waited for.
+    """Show a job's progress until it has ended for good; a requeued job is waited for.
 
     Args:
         job: submitit's.
@@ -150,7 +150,7 @@ class _Announcer:
 
 
 def state_of(job: Any) -> JobState | None:
-    """State of a job on SLURM or on this machine; None while nobody answers."""
+    """State of a job on SLURM or on this machine; None if SLURM did not answer."""
     if isinstance(job, submitit.SlurmJob):
         return job_state(job.job_id)
     state = job.get_info()["jobState"]

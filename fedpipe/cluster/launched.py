@@ -1,8 +1,8 @@
 """Start a rank in a process that somebody else's launcher has started: torchrun, deepspeed, srun.
 
 The environment says which rank it is. The ranks meet before any process group exists: rank 0 sets
-the run up and tells the others. It also shows the run. That one of them ends or hangs nobody sees
-but the ranks themselves (``peers``).
+the run up and tells the others. It also shows the run. No supervisor sees that a rank has ended or
+hangs: the ranks watch each other (``peers``).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ MAX_IDLE_ATTEMPTS = 3
 
 
 def start_rank(program: RankProgram, request: RunRequest) -> int:
-    """Be the rank that the environment says, and end with it.
+    """Run the rank that the environment describes, and return the exit code of the process.
 
     Args:
         program: What the ranks do.
@@ -93,7 +93,7 @@ def start_rank(program: RankProgram, request: RunRequest) -> int:
 
 
 def _error_under(ending: BaseException | None) -> FedPipeError | None:
-    """Return the error that a rank ends with, also where it was asked to stop while it told others.
+    """Return the error of a rank, also where a signal came while the rank told it to the others.
 
     srun ends a job's other ranks as soon as one of them has ended.
     """
@@ -200,7 +200,7 @@ class _Launched(Peers):
 
 @contextlib.contextmanager
 def _new(run_dir: Path) -> Iterator[None]:
-    """Make a directory, and take it away again where nothing has come into it."""
+    """Make a directory, and remove it again if it is still empty."""
     made = not run_dir.exists()
     check_writable(run_dir)
     try:

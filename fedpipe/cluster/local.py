@@ -1,7 +1,7 @@
-"""Start ranks by forking them on this machine: listen to them, and stop all when one fails.
+"""Start ranks by forking them on this machine, listen to them, and stop all when one fails.
 
-They are forked from a server that has made the slow imports, while this process, which makes none
-of them, prepares the run. No torch.
+A fork server makes the slow imports once, while this process prepares the run without them. Ranks
+are forked from the server. No torch.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _LONGEST_SOCKET = 107
 _SOCKET_NAME = len("/pymp-12345678/listener-12345678")
 """What multiprocessing appends to the directory for temporary files."""
 _USERS_THREADS = os.environ.get("OMP_NUM_THREADS", "")
-"""What the user asks for; the server gets a default that this process then has, too."""
+"""The user's own value: ``fork_server`` sets a default later, in this process too."""
 
 
 # -- the supervisor --------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def _redirect_output(setup: Setup, env: ProcessEnv) -> None:
 
 
 def num_threads(num_cores: int) -> int:
-    """Return the threads of a process that has so many cores: as many, or what the user says."""
+    """Return the threads of a process: OMP_NUM_THREADS if the user set it, else its cores."""
     asked = int(_USERS_THREADS) if _USERS_THREADS.isdigit() else 0
     return asked or num_cores
 
@@ -382,7 +382,7 @@ def fork_server(preload: Sequence[str]) -> Any:
 
 
 def _find_room_for_sockets() -> None:
-    """Let multiprocessing keep its sockets where their path is short enough for the system.
+    """Choose a folder for the sockets of multiprocessing whose path is short enough for the system.
 
     Raises:
         LaunchError: There is no such place.

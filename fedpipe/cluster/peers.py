@@ -20,11 +20,12 @@ from fedpipe.errors import FedPipeError, LaunchError, error_named
 
 _PERIOD_S = 1.0
 _TELL_S = 2.5
-"""So long whoever ends a run stays: the others look every ``_PERIOD_S``."""
+"""A rank that ends a run lives on this long: the others look for a verdict every ``_PERIOD_S``."""
 _LEAVE_S = 6.0
-"""After the store has gone: a rank that has done its part, or is asked to stop, ends by itself."""
+"""When the store has gone, a rank that has done its part, or is asked to stop, has this long to end
+by itself."""
 _SILENT_S = 4.0
-"""Ranks that have ended are silent for longer."""
+"""A rank that posts nothing for this long has ended."""
 _VERDICT = "verdict"
 _AT_FIRST_S = 120.0
 """``pipeline.hang_timeout_s`` by default, until the configuration is known here."""
@@ -35,10 +36,10 @@ Record = dict[str, Any]
 class Peers:
     """Posts this rank's activity; rank 0 looks at everybody's, and rank 1 at rank 0's.
 
-    Who finds that one has ended or hangs posts a verdict, and every rank that reads it ends itself:
-    no collective has a time-out, and not every launcher ends the ranks of other nodes. The host of
-    the store cannot be found out this way, so a thread of its own sees whether it answers: under
-    srun that is rank 0, under torchrun it is torchrun.
+    A rank that finds another one dead or hanging posts a verdict, and all ranks that read it end
+    themselves: no collective has a time-out, and not every launcher ends the ranks of other nodes.
+    This cannot find a dead host of the store, so a thread watches whether the store answers. Its
+    host is rank 0 under srun, and torchrun itself under torchrun.
     """
 
     def __init__(self, env: ProcessEnv) -> None:
@@ -62,7 +63,7 @@ class Peers:
         self._steps: dict[int, Record] = {}
 
     def know(self, grid: Grid, *, timeout_s: float) -> None:
-        """Learn what the ranks hold.
+        """Learn the grid and the time-out, which name ranks and find hung ones.
 
         Args:
             grid: Of the run.
@@ -198,7 +199,7 @@ class Peers:
             )
 
     def _find_lost(self, board: Board) -> FedPipeError | None:
-        """Say which neighbour has gone: the one that says nothing any more, or has told why."""
+        """Find the rank that has gone: one that told why it ends, or one that no longer posts."""
         others = [rank for rank in range(self._env.world_size) if rank != self._env.rank]
         before = board.posted([f"alive/{rank}" for rank in others])
         deadline = time.monotonic() + _SILENT_S

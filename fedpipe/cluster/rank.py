@@ -31,7 +31,7 @@ from fedpipe.run.checkpoint import Checkpoint, Position
 from fedpipe.run.run_dir import RunDir, resolve
 
 LOST_PEER = re.compile(r"Connection (closed|reset)|BrokenPipe|Broken pipe|peer")
-"""What a rank says whose neighbour has gone: it is not to blame."""
+"""The error of a rank whose neighbour has gone; this rank is not to blame."""
 
 Notify = Callable[[str], None]
 """Shows a line."""

@@ -218,7 +218,7 @@ def job_state(job_id: str) -> JobState | None:
         job_id: ``4711``, or ``4711_3`` for a cell of an array.
 
     Returns:
-        Its state; None where nobody answers, which passes.
+        Its state; None if SLURM did not answer: the caller asks again.
     """
     try:
         fields = dict(

@@ -271,7 +271,7 @@ def _write(plan: Reproduction, content: Content) -> None:
 
 
 def _repeat(plan: Reproduction) -> str:
-    """What repeats it, from nothing."""
+    """The command that repeats it in a new directory."""
     return shlex.join(
         ["fedpipe", "reproduce", plan.experiment, "--scale", plan.config.reproduce.scale,
          "--run-dir", f"{plan.directory}-again", *_chosen(plan)]
@@ -279,7 +279,7 @@ def _repeat(plan: Reproduction) -> str:
 
 
 def _chosen(plan: Reproduction) -> list[str]:
-    """What tells this reproduction from the packaged settings of its scale, as overrides."""
+    """Overrides that lead from the packaged settings of the scale to this reproduction."""
     from fedpipe.commands.reproduce.config import load_reproduction
     from fedpipe.config.load import diff, to_dict
 

@@ -1,4 +1,4 @@
-"""What ``fedpipe submit`` takes: from the user's words to a checked run or study."""
+"""``fedpipe submit``: check a run or a study of another command, and send it as jobs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _OPTIONS = {
 Show = Callable[[str], None]
 """Shows a line."""
 PIPELINE_RUNS = {"pretrain": pretraining.PROGRAM, "throughput": measuring.PROGRAM}
-"""What the ranks do of tasks whose jobs are a rank per task."""
+"""Programs of the commands whose jobs have one rank per SLURM task."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
