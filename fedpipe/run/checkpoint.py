@@ -50,7 +50,7 @@ class Position:
     round_id: int = 0
     """Rounds that are done."""
     step: int = 0
-    """Local steps that every replica has made in the next one; all it has, where it has fewer."""
+    """Steps that each replica has made in the next round; a replica with fewer has made all."""
 
     @property
     def name(self) -> str:
@@ -75,7 +75,7 @@ class Checkpoint:
     metrics_offset: int
     """Bytes of metrics.jsonl that belong to it."""
     seconds: float = 0.0
-    """That the round under way has taken so far; 0 between rounds."""
+    """Seconds already spent in the unfinished round; 0 between rounds."""
 
     def to_message(self) -> dict[str, Any]:
         """Return what JSON can hold of it."""
@@ -135,7 +135,7 @@ class CheckpointWriter:
             position: Where the run stands.
             files: This rank's files: name -> function that writes it to a path.
             metrics_offset: Size of metrics.jsonl; counts on rank 0.
-            seconds: That the round under way has taken; counts on rank 0.
+            seconds: Already spent in the unfinished round; counts on rank 0.
 
         Raises:
             OutputError: A rank could not write; no checkpoint appears then.
@@ -311,7 +311,7 @@ def _damaged_folders(run_dir: Path) -> list[Path]:
 
 
 def _listed(folder: Path) -> dict[str, Any]:
-    """Files that a checkpoint needs; none where its manifest is damaged: it is never used.
+    """Files that a checkpoint needs; none if its manifest is damaged, for it is never used then.
 
     Raises:
         OSError: It cannot be read.

@@ -361,7 +361,9 @@ def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[
 
 
 def word_tokens(tokenizer: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tell which tokens begin a word, and which of those are a word where the next one begins one.
+    """Tell which tokens begin a word, and which of these are letters only.
+
+    A token of letters is a whole word where the next token begins another word.
 
     Args:
         tokenizer: Byte-level BPE or WordPiece, which mark the beginning of words differently.

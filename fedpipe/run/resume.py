@@ -1,4 +1,4 @@
-"""What may differ when a run that has begun is gone on with, and what must not. No torch.
+"""What may differ when a run is resumed, and what must not. No torch.
 
 ``fedpipe evaluate`` is not here: its cells are known by the content of model and task and by their
 settings, so whatever changes is run again and everything else is kept.
@@ -33,10 +33,10 @@ MAY_CHANGE = {
     "pretrain": ("pipeline.hang_timeout_s", "data.cache_dir", *PATHS["pretrain"]),
     "finetune": ("hang_timeout_s", "federation.num_replicas", *PATHS["finetune"]),
 }
-"""By command, the keys whose values may be others when a run is gone on with; no result depends on
-them, up to the rounding of sums over another number of replicas. A sweep's and a reproduction's
-are those of the pre-trainings that they consist of; ``throughput`` measures what a pre-training's
-directory says, and ``submit`` sends what the other commands run."""
+"""By command, the keys that may have other values when a run is resumed; no result depends on them,
+up to the rounding of sums over another number of replicas. A sweep and a reproduction take those of
+their pre-trainings, ``throughput`` takes those of ``pretrain``, and ``submit`` those of the command
+that the job runs."""
 
 _SHOWN = 60
 """Characters of a value in a message."""
@@ -80,7 +80,7 @@ def check_config(
     Args:
         directory: Of the run.
         before: Its configuration.
-        now: The one that it is to be gone on with, of the same class.
+        now: The one that it is to be resumed with, of the same class.
         may_change: Keys whose values may be others; one that ends in a dot means a section.
         what: Is expected, for people.
         way_out: For people.
@@ -105,11 +105,11 @@ def check_config(
 
 
 def continued(directory: Path, before: Any, now: Any, *, may_change: Collection[str]) -> Any:
-    """Return the configuration that a run which has begun goes on with.
+    """Return the configuration that a run is resumed with.
 
-    The number of replicas of a fine-tuning must stay in the middle of a round, whose clients they
-    have among them, and where averages are compressed: each replica owes to the next round what it
-    has rounded off.
+    A fine-tuning must keep its number of replicas in two cases: in mid-round, because the round's
+    clients are spread over the replicas, and with compressed averages, because each replica sends
+    in the next round what it has rounded off in this one.
 
     Args:
         directory: Of the run.
@@ -118,8 +118,8 @@ def continued(directory: Path, before: Any, now: Any, *, may_change: Collection[
         may_change: Keys whose values may be others.
 
     Returns:
-        The latter, with what it leaves open as it was settled when the run began: the cut, the
-        task, the model that ``quickstart`` meant.
+        ``now``. What it leaves open (the cut, the task, the model that ``quickstart`` meant) is as
+        it was settled when the run began.
 
     Raises:
         CheckpointError: Other values; each is named, with the old and the new one.
@@ -142,7 +142,7 @@ def check_inputs(directory: Path, before: Inputs, now: Inputs) -> None:
 
     Args:
         directory: Of the run.
-        before: From ``read_inputs``.
+        before: Read from its ``inputs.json``.
         now: What its configuration names now.
 
     Raises:

@@ -229,7 +229,7 @@ class RunDir:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it has more than its configuration, which nothing depends on yet."""
+        """Whether there are metrics or checkpoints, which depend on the configuration."""
         return any((self.path / name).exists() for name in (METRICS_FILE, CHECKPOINTS))
 
     def is_done(self, *, num_rounds: int) -> bool:
@@ -268,9 +268,9 @@ class RunDir:
 
     @property
     def may_change(self) -> tuple[str, ...]:
-        """Keys of ``MAY_CHANGE`` that may be others when a run is gone on with.
+        """Keys of ``MAY_CHANGE`` that may have other values when the run is resumed.
 
-        Where it has begun and it was not written down with what, all paths must be the same.
+        Where a run that has begun has no ``inputs.json``, its paths must stay the same.
         """
         known = self.inputs is not None or not self.has_begun
         command = "finetune" if self.kind == "finetune" else "pretrain"
@@ -438,13 +438,13 @@ def resolve(
 
 
 def shared_freedom(runs: Iterable[RunDir]) -> tuple[str, ...]:
-    """Return the keys that may be others in all of several pre-trainings."""
+    """Return the keys whose values may change in every one of several pre-trainings."""
     kept = [set(run.may_change) for run in runs]
     return tuple(key for key in MAY_CHANGE["pretrain"] if all(key in own for own in kept))
 
 
 def way_back(task: str, run: RunDir | None) -> str:
-    """Say how an interrupted command is gone on with.
+    """Say how an interrupted command is resumed.
 
     Args:
         task: The command.
