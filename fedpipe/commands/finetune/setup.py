@@ -18,6 +18,7 @@ from fedpipe.commands.finetune.examples import (
     task_content,
     tuning_task,
 )
+from fedpipe.commands.finetune.model import UNTRAINED, load_model_config, load_tuning_tokenizer
 from fedpipe.commands.finetune.plan import render_plan
 from fedpipe.config.deepspeed import engine_config
 from fedpipe.config.finetune import QUICKSTART, FinetuneConfig, finetune_yaml
@@ -29,7 +30,7 @@ from fedpipe.data.tasks.registry import TaskSpec
 from fedpipe.data.tokenizer import FILES, SAMPLES, check_tokenizer
 from fedpipe.errors import ConfigError, CorpusError
 from fedpipe.files import write_text
-from fedpipe.models.lengths import OFFSET_FAMILIES, longest_input, num_positions
+from fedpipe.models.lengths import longest_input, num_positions
 from fedpipe.models.lower import check_first_layer
 from fedpipe.models.peft import Counts, adapter_head, attach, load_adapter, trainable
 from fedpipe.models.tuned import build_model, check_family, is_head_of, saved_labels
@@ -39,8 +40,6 @@ from fedpipe.run.checkpoint import Checkpoint
 from fedpipe.run.resume import Inputs
 from fedpipe.run.run_dir import RunDir, describe_environment
 
-UNTRAINED = "untrained"
-"""Value of ``model.path``: the quick start's model with random weights, packaged tokenizer."""
 _QUICKSTART_EXPORT = Path("runs/quickstart/export")
 
 
@@ -193,63 +192,6 @@ def check_model_folder(config: FinetuneConfig) -> tuple[str, ...]:
     if not config.model.random_weights:
         check_weights(folder, key="model.path")
     return check_tokenizer(folder, key="model.path")
-
-
-def load_tuning_tokenizer(config: FinetuneConfig) -> Any:
-    """Read the tokenizer of ``model.path``; without a pad token its end token pads.
-
-    Raises:
-        ConfigError: There is none, or none that knows where words begin.
-    """
-    from transformers import AutoTokenizer
-
-    path = config.model.path
-    folder = SAMPLES / "tokenizer" if path == UNTRAINED else Path(path)
-    try:
-        if not (folder / "config.json").is_file() and path != UNTRAINED:
-            raise OSError("no config.json")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if not tokenizer.is_fast:
-            raise ValueError("a slow tokenizer, without tokenizer.json")
-    except Exception as error:  # tokenizers and transformers raise many classes
-        raise ConfigError(
-            f"model.path: expected a Hugging Face folder with a model and a fast tokenizer, got"
-            f" {path!r} ({' '.join(str(error).split())[:120]}). Name one that save_pretrained, or"
-            " fedpipe export, wrote."
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_model_config(config: FinetuneConfig, tokenizer: Any) -> Any:
-    """Read the configuration of ``model.path``."""
-    from transformers import AutoConfig, RobertaConfig
-
-    path = config.model.path
-    if path == UNTRAINED:
-        return RobertaConfig(
-            num_hidden_layers=4, hidden_size=128, num_attention_heads=4, intermediate_size=512,
-            vocab_size=len(tokenizer), max_position_embeddings=514, type_vocab_size=1,
-            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.cls_token_id,
-            eos_token_id=tokenizer.sep_token_id, initializer_range=0.05,
-        )  # fmt: skip
-    try:
-        result = AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # an unknown model_type, or no JSON
-        raise ConfigError(
-            f"model.path: expected a config.json of transformers in {path}, got"
-            f" {' '.join(str(error).split())[:120]}. Save the model again."
-        ) from error
-    own, padding = result.pad_token_id, tokenizer.pad_token_id
-    if result.model_type in OFFSET_FAMILIES and own not in (None, padding):
-        raise ConfigError(
-            f"model.path: expected a tokenizer that pads with token {own} (pad_token_id of {path}),"
-            f" after which the positions of {result.model_type} begin, got {padding}. Save the"
-            " model's own tokenizer there."
-        )
-    result.pad_token_id = padding
-    return result
 
 
 def check_lengths(config: FinetuneConfig, data: TuningData, model_config: Any) -> None:

@@ -12,8 +12,12 @@ from numpy.typing import NDArray
 
 from fedpipe.commands.finetune.examples import TuningData
 from fedpipe.commands.finetune.micro_batches import micro_batches, task_messages
-from fedpipe.commands.finetune.model import attach_seeded, build_tuned
-from fedpipe.commands.finetune.setup import load_model_config, load_tuning_tokenizer
+from fedpipe.commands.finetune.model import (
+    attach_seeded,
+    build_tuned,
+    load_model_config,
+    load_tuning_tokenizer,
+)
 from fedpipe.commands.finetune.turns import batches
 from fedpipe.config.deepspeed import engine_config
 from fedpipe.config.finetune import FinetuneConfig
