@@ -115,7 +115,7 @@ def test_a_signal_ends_it_within_a_few_local_steps_and_the_same_directory_goes_o
     [
         (["method.nam=full"], "ConfigError: method.nam: unknown key in an override. Did you mean"),
         (["--preset", "hilmkill"], "ConfigError: --preset: expected one of fate-sentiment, hilm"),
-        (["--grid", "method.name=lora,lorra"], "ConfigError: method.name: expected one of full"),
+        (["--grid", "method.name=lora,lorra"], "ConfigError: cell lorra: method.name: expected"),
         (["method.name=lora", "--grid", "method.name=ia3"], "ConfigError: --grid: expected keys"),
     ],
 )
