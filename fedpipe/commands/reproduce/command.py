@@ -148,7 +148,7 @@ def go_on(run_dir: str, *, job_id: str, signals: Signals) -> int:
 
 
 def _position(directory: Path) -> Position:
-    """Where an experiment stands: rounds and steps of all its runs, and cells that are scored."""
+    """A number that grows with every round, step and scored cell, to see whether work goes on."""
     positions = [position_of(find_latest(run)[0]) for run in directory.glob("cells/*")]
     scored = len(list(directory.glob(f"{EVALUATION}/cells/*/result.json")))
     return Position(

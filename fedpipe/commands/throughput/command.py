@@ -160,7 +160,7 @@ class Points(Study[Cell[RunConfig]]):
     directory: Path
     """Of the run; a point's report is below it."""
     setup: RunSetup
-    """Of the first of them."""
+    """Setup of the first point."""
     cells: tuple[Cell[RunConfig], ...]
     axes: Sequence[str]
     settings: ThroughputSettings
