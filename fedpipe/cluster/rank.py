@@ -53,7 +53,7 @@ class RunRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Located:
-    """A run as far as its configuration says what it will be; nothing is written yet."""
+    """A run that is known from its configuration alone; nothing is written yet."""
 
     run: RunDir
     config: Any
@@ -213,27 +213,27 @@ def load_program(name: str) -> RankProgram:
 
 
 class Starter(Report, Protocol):
-    """What differs for a rank with who has started it; its watch reports to it."""
+    """What depends on who has started a rank. The watch of the rank reports to it, too."""
 
     @property
     def signals(self) -> StopSignals:
         """Caught once the ranks can agree where to stop."""
 
     def set_up(self, program: RankProgram, watch: Watch) -> AbstractContextManager[Any]:
-        """Have the run's setup from now on.
+        """Prepare or receive the run's setup, for the length of the context.
 
         Raises:
             FedPipeError: On every rank: what the user can mend.
         """
 
     def emit(self, kind: str, value: Any) -> None:
-        """Take what the rank tells."""
+        """Take a record or a note of the rank."""
 
     def training_ended(self) -> None:
-        """Take that the rank does not train any more, whether it is done or has failed."""
+        """Learn that the rank trains no longer, whether it is done or has failed."""
 
     def show_end(self, program: RankProgram, setup: Any, stopped_at: Position | None) -> None:
-        """Take how the run has ended."""
+        """Show how the run has ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

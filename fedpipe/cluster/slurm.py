@@ -178,7 +178,7 @@ def _minutes(limit: str) -> float:
 
 
 def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment that makes nobody a rank of the caller's own run.
+    """Return an environment that does not make a new process a rank of the caller's run.
 
     Args:
         environ: The caller's, which a torchrun, an mpirun or a job may have started.

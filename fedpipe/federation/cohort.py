@@ -65,7 +65,7 @@ def client_history(
 
     Args:
         plan: Returns the turns of a round.
-        before: A round.
+        before: The first round that is not replayed.
         num_clients: Data owners.
     """
     history = ClientHistory(examples_seen=(0,) * num_clients, last_round=(None,) * num_clients)

@@ -371,7 +371,7 @@ def is_in_mid_round(run_dir: Path) -> bool:
 
 
 def find_round(run_dir: Path, num_rounds: int) -> Checkpoint:
-    """Find the checkpoint after so many rounds.
+    """Find the checkpoint that was saved after ``num_rounds`` rounds.
 
     Raises:
         CheckpointError: It is not there, or damaged.

@@ -44,7 +44,7 @@ _SHOWN = 60
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """What a run reads: not where it lies, but what it is."""
+    """The content that a run reads, wherever its files lie."""
 
     prepared: str
     """Identifies what is made of the files: text in blocks, examples in tokens."""
@@ -81,9 +81,9 @@ def check_config(
         directory: Of the run.
         before: Its configuration.
         now: The one that it is to be resumed with, of the same class.
-        may_change: Keys whose values may be others; one that ends in a dot means a section.
-        what: Is expected, for people.
-        way_out: For people.
+        may_change: Keys whose values may differ; one that ends in a dot means a section.
+        what: What the error says that it expected.
+        way_out: What the error advises.
 
     Raises:
         CheckpointError: Other values; each is named, with the old and the new one.
@@ -115,7 +115,7 @@ def continued(directory: Path, before: Any, now: Any, *, may_change: Collection[
         directory: Of the run.
         before: Its configuration.
         now: The one that is asked for, of the same class.
-        may_change: Keys whose values may be others.
+        may_change: Keys whose values may differ.
 
     Returns:
         ``now``. What it leaves open (the cut, the task, the model that ``quickstart`` meant) is as

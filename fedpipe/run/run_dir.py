@@ -139,7 +139,7 @@ class RunDir:
 
     @classmethod
     def at(cls, path: str | Path, *kinds: Kind) -> RunDir:
-        """Find the directory of a command: one of its kinds, or a new one of the first of them.
+        """Find the directory of a command: one that is there, or a new one of the first kind.
 
         Args:
             path: As the user names it.
@@ -166,7 +166,7 @@ class RunDir:
 
         Args:
             path: As the user names it.
-            kinds: What it may be; without any, it may be everything.
+            kinds: What it may be; without any, it may be anything.
 
         Raises:
             CheckpointError: It is not there, or is another one.
