@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 from fedpipe import __version__
 from fedpipe.config import load
@@ -346,21 +346,24 @@ def _read_kind(path: Path) -> Kind | None:
     """Read what a directory is; None where it has no ``run.json``.
 
     Raises:
-        CheckpointError: It is that of another version, or damaged.
+        CheckpointError: It is that of another version, damaged, or cannot be read.
     """
     file = path / RUN_FILE
     try:
-        text = retry_reads(lambda: file.read_text(encoding="utf-8"))
+        text = retry_reads(lambda: file.read_text(encoding="utf-8", errors="replace"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             return None
-        raise
+        raise CheckpointError(
+            f"--run-dir: expected a directory with a {RUN_FILE} that can be read, got {file}"
+            f" ({error.strerror}). Choose another directory, or make the file readable."
+        ) from None
     try:
         content = json.loads(text)
-        kind, version = content["kind"], int(content["version"])
-    except (ValueError, KeyError, TypeError):
+        kind, version = str(content["kind"]), int(content["version"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise CheckpointError(
             f"{file}: expected the kind and the version of a directory, got {text.strip()[:60]!r}."
             " Restore the file, or choose another --run-dir."
@@ -371,7 +374,7 @@ def _read_kind(path: Path) -> Kind | None:
             f" in {path}. Use the version of fedpipe that wrote it (see env.json there), or choose"
             " another directory."
         )
-    return cast(Kind, kind)
+    return kind
 
 
 def _check_new(path: Path) -> None:

@@ -140,6 +140,9 @@ def test_a_directory_without_run_json_is_refused_and_left_alone(tmp_path: Path, 
         ("{}", "run.json: expected the kind and the version of a directory, got '{}'. Restore"),
         ("", "run.json: expected the kind and the version of a directory, got ''. Restore"),
         ('{"kind": "sweep", "version": 1}', "expected the directory of a pre-training, got that o"),
+        ('{"kind": ["pretrain"], "version": 1}', "got ['pretrain'] of version 1 in"),
+        ('{"kind": "pretrain", "version": 1e999}', "run.json: expected the kind and the version"),
+        ("\udcff\udcfe", "run.json: expected the kind and the version of a directory"),
     ],
 )
 def test_what_is_no_run_of_this_version_is_refused_in_one_line(
@@ -148,10 +151,21 @@ def test_what_is_no_run_of_this_version_is_refused_in_one_line(
 ) -> None:  # fmt: skip
     (tmp_path / "config.yaml").touch()
     if content is not None:
-        (tmp_path / "run.json").write_text(content)
+        (tmp_path / "run.json").write_text(content, errors="surrogateescape")
     assert main([command, "--run-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_a_run_json_that_cannot_be_read_is_named_with_what_the_system_says(
+    tmp_path: Path, kind: Kind
+) -> None:
+    (tmp_path / "folder" / "run.json").mkdir(parents=True)
+    (tmp_path / "loop").symlink_to("loop")
+    for name, reason in (("folder", "Is a directory"), ("loop", "Too many levels of symbolic li")):
+        with pytest.raises(CheckpointError, match=rf"--run-dir: .* can be read, got .*{reason}"):
+            COMMANDS[kind](str(tmp_path / name))
 
 
 def test_a_start_that_was_killed_before_run_json_is_nothing(tmp_path: Path) -> None:
