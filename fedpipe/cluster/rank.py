@@ -57,7 +57,7 @@ class Located:
 
     run: RunDir
     config: Any
-    """Of the command's own class."""
+    """The configuration, of the command's own class."""
     grid: Grid
     """Its processes."""
 
@@ -109,11 +109,11 @@ class RankProgram(ABC):
     stops = "within a few local steps"
     """When a run that is asked to stop does so, for people."""
     kind: Literal["pretrain", "finetune"]
-    """Of the run's directory."""
+    """Kind of the run's directory."""
 
     @property
     def name(self) -> str:
-        """Of the module that has it as ``PROGRAM``."""
+        """Name of the module that has the program as ``PROGRAM``."""
         return type(self).__module__
 
     def locate(self, request: RunRequest) -> Located:
@@ -182,7 +182,7 @@ class RankProgram(ABC):
 
         Args:
             setup: The run.
-            options: Of the request.
+            options: Options of the request.
             env: This process' place in the run.
             emit: Told what people may want to see.
             watch: Says what the rank does, and when to stop.

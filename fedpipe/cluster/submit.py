@@ -94,7 +94,7 @@ class RankJob(Job):
         """Remember what to run.
 
         Args:
-            name: Of the program.
+            name: Module of the program.
             request: Its run directory holds the configuration.
         """
         self.name, self.request = name, request
@@ -162,7 +162,7 @@ class Run:
 
     run_dir: Path
     name: str
-    """Of the job, in the queue."""
+    """Name of the job in the queue."""
     grid: Grid
     """The job's tasks."""
     workers: int = 1
@@ -300,7 +300,7 @@ def send(
     Args:
         jobs: What they do; their run directories hold the configurations.
         folder: For submitit's files and the logs, on a file system that all nodes share.
-        name: Of the job, in the queue.
+        name: Name of the job in the queue.
         profile: The site's parameters.
         shape: Nodes and tasks.
         cluster: Where.

@@ -32,7 +32,7 @@ class RoundPlan:
     """What happens in a round."""
 
     turns: tuple[Turn, ...]
-    """Of the clients that come back, in cohort order; the k-th on replica ``k mod num_replicas``.
+    """Turns of the clients that come back, in cohort order; the k-th is on replica k mod R.
     A round may have none."""
     stragglers: tuple[int, ...] = ()
     """Clients among them that end early."""

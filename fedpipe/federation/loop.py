@@ -134,7 +134,7 @@ class FederatedRun(ABC):
         self._held_out, self._validate_every = held_out, validate_every
         checkpoint = setup.checkpoint
         self.position = checkpoint.position if checkpoint else Position()
-        """Of the checkpoint that was read or written last."""
+        """Position of the checkpoint that was read or written last."""
         self._resumed_at = self.position
         self._checkpoints = CheckpointWriter(
             setup.run_dir, comm=comm, keep_last=config.checkpoint.keep_last
@@ -193,7 +193,7 @@ class FederatedRun(ABC):
             steps: Local steps of all stages and replicas.
             facts: By rank, ``round_facts`` with "sync", seconds and bytes of averaging, and "sent",
                 the ledger of the round.
-            seconds: That the round took.
+            seconds: Duration of the round.
         """
 
     @abstractmethod

@@ -26,7 +26,7 @@ class Turn(Protocol):
 
     @property
     def client_id(self) -> int:
-        """Whose."""
+        """The client that trains."""
 
     @property
     def weight(self) -> float:
@@ -83,7 +83,7 @@ class Outcome:
 
 
 NOTHING = Outcome(refused=(), left_out=frozenset(), share=1.0, weights=(), is_averaged=False)
-"""Of a round without turns."""
+"""The outcome of a round without turns."""
 
 
 def judge(
