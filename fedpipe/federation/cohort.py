@@ -32,8 +32,8 @@ class RoundPlan:
     """What happens in a round."""
 
     turns: tuple[Turn, ...]
-    """Turns of the clients that come back, in cohort order; the k-th is on replica k mod R.
-    A round may have none."""
+    """Turns of the clients that come back, in cohort order, turn k on replica
+    ``k mod num_replicas``. A round may have none."""
     stragglers: tuple[int, ...] = ()
     """Clients among them that end early."""
     dropped: tuple[int, ...] = ()
