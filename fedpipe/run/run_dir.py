@@ -208,7 +208,7 @@ class RunDir:
     @cached_property
     def _text(self) -> str | None:
         """Of its configuration, read once."""
-        there = not self.is_new and self.config_file.is_file()
+        there = not self.is_new and self.config_file.exists()
         return read_text(str(self.config_file)) if there else None
 
     @cached_property

@@ -175,6 +175,16 @@ def test_a_start_that_was_killed_before_run_json_is_nothing(tmp_path: Path) -> N
     assert RunDir.at(tmp_path, "sweep").make().kind == "sweep"
 
 
+def test_a_configuration_that_is_a_folder_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    RunDir.at(tmp_path, "pretrain").make()
+    (tmp_path / "config.yaml").mkdir()
+    with pytest.raises(ConfigError, match=r"config\.yaml' \(Is a directory\)"):
+        resolve("pretrain", None, MINE, str(tmp_path))
+    assert files(tmp_path) == {"run.json", "config.yaml"}
+
+
 def test_a_run_that_has_lost_its_configuration_does_not_start_afresh(tmp_path: Path) -> None:
     RunDir.at(tmp_path, "pretrain").make()
     (tmp_path / "metrics.jsonl").touch()
