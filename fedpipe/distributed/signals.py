@@ -92,7 +92,13 @@ class Signals:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Raise ``Interrupted`` on a signal; the first one while ``patient`` sets ``asked``."""
+        """Raise ``Interrupted`` on a signal; the first one while ``patient`` sets ``asked``.
+
+        Outside the main thread, Python handles no signals: there the program's own handlers stay.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         thread = SignalThread(self._insist)
         before = {number: signal.signal(number, self._take) for number in stop_signals()}
         try:

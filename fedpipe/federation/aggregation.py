@@ -19,7 +19,7 @@ from torch import Tensor
 from fedpipe.config.federation import FederationConfig
 from fedpipe.distributed.comm import Comm, Pending
 from fedpipe.distributed.wire import TensorSpec
-from fedpipe.federation.strategy import krum_select, median, squared_distances, trimmed_mean
+from fedpipe.federation.rules import krum_select, median, squared_distances, trimmed_mean
 from fedpipe.federation.traffic import BLOCK, hosted_clients, padded
 
 BUCKET_ELEMENTS = 16 * 2**20
@@ -225,7 +225,7 @@ class CompressedMean(Mean):
 
 
 class RobustRule(Aggregator):
-    """Median, trimmed mean or multi-Krum of the clients (see ``fedpipe.federation.strategy``).
+    """Median, trimmed mean or multi-Krum of the clients (see ``fedpipe.federation.rules``).
 
     Every replica gets its shard of all clients and combines it, so what a rank sends does not grow
     with the number of replicas.

@@ -15,7 +15,7 @@ from fedpipe.federation.aggregation import (
     Aggregator,
     make_aggregator,
 )
-from fedpipe.federation.strategy import ServerOptimizer
+from fedpipe.federation.rules import ServerOptimizer
 from fedpipe.models.families import stable_seed
 from fedpipe.models.split import StageRole, part_of
 from fedpipe.models.stage import StageModule, trainable

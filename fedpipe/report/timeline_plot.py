@@ -63,7 +63,8 @@ def write_timeline_plot(events: list[Event], path: Path) -> str | None:
 def middle_window(events: list[Event], *, num_steps: int) -> tuple[float, float]:
     """Choose ``num_steps`` local steps near the middle, away from the pauses between rounds.
 
-    The optimizer steps of the last stage of the first replica mark where a local step ends.
+    The optimizer steps of the last stage of the first replica mark where a local step ends. A
+    window in which every row is recorded is preferred.
 
     Args:
         events: Complete events, not empty.
@@ -85,6 +86,11 @@ def middle_window(events: list[Event], *, num_steps: int) -> tuple[float, float]
             max(event["ts"] + event["dur"] for event in events),
         )
     windows = [(ends[i], ends[i + num_steps]) for i in range(len(ends) - num_steps)]
+    rows = {_row(event) for event in events}
+    first = max(min(e["ts"] for e in events if _row(e) == row) for row in rows)
+    last = min(max(e["ts"] + e["dur"] for e in events if _row(e) == row) for row in rows)
+    recorded = [(start, end) for start, end in windows if start >= first and end <= last]
+    windows = recorded or windows
     typical = statistics.median(end - start for start, end in windows)
     middle = (len(windows) - 1) / 2
     order = sorted(range(len(windows)), key=lambda index: abs(index - middle))

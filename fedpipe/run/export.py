@@ -29,6 +29,7 @@ from fedpipe.models.lengths import longest_input, num_positions
 from fedpipe.models.split import StageSpec, merge, model_stages, part_of
 from fedpipe.models.stage import Stage, build_stage, masked_lm_class
 from fedpipe.printable import printable
+from fedpipe.report.format import count
 from fedpipe.report.summary import Guess, Sample, Samples
 from fedpipe.report.writer import read_metrics
 from fedpipe.run.checkpoint import (
@@ -290,7 +291,7 @@ pipeline_tag: fill-mask
 # {config.name}
 
 A {config.model.family} masked language model, pre-trained with fedpipe {__version__} over
-{federation.num_clients} clients whose text was not pooled: {num_rounds} rounds,
+{federation.num_clients} clients whose text was not pooled: {count(num_rounds, "round")},
 {federation.clients_per_round} clients per round, `{config.pipeline.objective}` over
 {config.pipeline.num_stages} pipeline stages.
 

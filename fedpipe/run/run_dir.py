@@ -392,8 +392,8 @@ def _check_new(path: Path) -> None:
     if os.path.isdir(path) and not all(ours.fullmatch(file.name) for file in path.iterdir()):
         raise CheckpointError(
             f"--run-dir: expected a new, empty or fedpipe run directory, got {path} with other"
-            f" files. Choose another directory; what a fedpipe older than {RUN_FILE} wrote, only"
-            " that version goes on with."
+            f" files. Choose another directory. A run without {RUN_FILE} is of an older version of"
+            " fedpipe, and only that version can resume it."
         )
 
 

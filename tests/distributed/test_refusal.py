@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.env import ProcessEnv
-from fedpipe.federation.strategy import krum_select, median, squared_distances, trimmed_mean
+from fedpipe.federation.rules import krum_select, median, squared_distances, trimmed_mean
 from fedpipe.run.checkpoint import find_latest
 from tests.distributed.test_pretrain import _pretrain, _records, _run, _setup, _StopAfter
 from tests.helpers.distributed import run_distributed

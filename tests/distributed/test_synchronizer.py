@@ -153,7 +153,7 @@ def test_a_rule_over_replicas_equals_it_in_one_process(
 def test_a_server_optimizer_over_replicas_equals_it_in_one_process(
     name: str, tmp_path: Path
 ) -> None:
-    from fedpipe.federation.strategy import ServerOptimizer
+    from fedpipe.federation.rules import ServerOptimizer
 
     config = _config(server_optimizer={"name": name, "lr": 0.5, "tau": 0.01})
     history, _ = _run(config, tmp_path)

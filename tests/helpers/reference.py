@@ -24,7 +24,7 @@ from fedpipe.distributed.device import autocast
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.wire import TensorSpec
 from fedpipe.federation.cohort import Turn, client_history, plan_round, steps_per_round
-from fedpipe.federation.strategy import (
+from fedpipe.federation.rules import (
     ServerOptimizer,
     krum_select,
     median,

@@ -529,8 +529,9 @@ def test_the_page_says_how_tasks_are_scored(whole: Evaluation) -> None:
     content = json.loads((whole.directory / "evaluation.json").read_text("utf-8"))
     names = ("ddi", "jnlpba")
     tasks = [task | {"name": n} for task, n in zip(content["tasks"], names, strict=True)]
-    tasks[0] |= {"best_epoch_by": "last", "truncated": {"one": {"test": 3}}}
+    tasks[0] |= {"best_epoch_by": "last", "truncated": {"one": {"test": 3}}, "folder": "packaged"}
     found = " ".join(notes(content | {"tasks": tasks, "data": "packaged"}))
+    assert "jnlpba is the packaged slice" not in found, "it has files of its own"
     for sentence in (
         "ddi: micro-F1 over the four positive classes", "all entity types mapped to one",
         "ddi: there is no dev split; the last epoch", "did not fit into max_length: one 3.",

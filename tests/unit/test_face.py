@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,23 @@ def test_a_plan_is_the_same_from_a_dict_a_file_and_overrides(tmp_path: Path) -> 
     ]
     assert "mine" in plans[0]
     assert len(set(plans)) == 1
+
+
+def test_a_thread_gets_the_same_error_and_leaves_the_handlers_of_signals(tmp_path: Path) -> None:
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def pretrain() -> None:
+        try:
+            fedpipe.pretrain({"federation": {"num_round": 3}}, run_dir=tmp_path / "run")
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=pretrain)
+    thread.start()
+    thread.join()
+    assert isinstance(found[0], fedpipe.FedPipeError)
+    assert "Did you mean federation.num_rounds?" in str(found[0])
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_sections_are_laid_over_a_preset() -> None:

@@ -263,6 +263,15 @@ def test_the_timeline_avoids_the_pause_between_rounds() -> None:
     assert end - start < 2e6
 
 
+def test_the_timeline_shows_a_time_in_which_every_row_is_recorded() -> None:
+    early = [e for e in make_events(num_steps=8) if (e["pid"], e["tid"]) != (0, 1)]
+    length = max(e["ts"] + e["dur"] for e in early)
+    late = [e for e in make_events(num_steps=8) if (e["pid"], e["tid"]) == (0, 1)]
+    later = [{**e, "ts": e["ts"] + 0.5 * length} for e in late]
+    start, end = middle_window(early + later, num_steps=2)
+    assert end <= length and start >= min(e["ts"] for e in later)
+
+
 def test_a_timeline_without_events_or_with_one_step_is_no_error(tmp_path: Path) -> None:
     assert write_timeline_plot([], tmp_path / "t.png") is None
     assert write_timeline_plot([{"ph": "M", "name": "process_name"}], tmp_path / "t.png") is None

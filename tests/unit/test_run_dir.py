@@ -120,7 +120,7 @@ def test_a_directory_without_run_json_is_refused_and_left_alone(tmp_path: Path, 
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(
         CheckpointError,
-        match=r"with other files\. Choose another directory; what a fedpipe older than run\.json",
+        match=r"with other files\. Choose another directory\. A run without run\.json is",
     ):
         COMMANDS[kind](str(tmp_path))
     assert files(tmp_path) == {"config.yaml", "metrics.jsonl"}

@@ -163,7 +163,7 @@ def notes(content: Content) -> list[str]:
         kept = "five entity types" if typed else "all entity types mapped to one, as BioBERT does"
         found.append(f"jnlpba: {kept}.")
     for task in tasks:
-        if content["data"] == "packaged":
+        if task["folder"] == "packaged":
             found.append(
                 f"{task['name']} is the packaged slice, which shows that everything works: its "
                 "numbers compare with no published ones."

@@ -61,7 +61,7 @@ def render_plan(
         *_client_lines(config, data.facts),
         f"  round    {federation.clients_per_round} of {federation.num_clients} clients, "
         + _local_work(config)
-        + f", batches of {config.batch_size}; {federation.num_rounds} rounds",
+        + f", batches of {config.batch_size}; {count(federation.num_rounds, 'round')}",
         f"  traffic  {bytes_text(sent * _BYTES)} up and down  per client and round, float32",
     ]
     if config.is_cut:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedpipe.config.federation import AttackConfig, FederationConfig, ServerOptimizerConfig
 from fedpipe.config.load import from_dict
-from fedpipe.federation.strategy import (
+from fedpipe.federation.rules import (
     ServerOptimizer,
     krum_select,
     median,
