@@ -109,9 +109,12 @@ def supervise(program: RankProgram, setup: Setup, options: Any = None, *, signal
         try:
             for rank in range(grid.world_size):
                 env = ProcessEnv(
-                    rank=rank, world_size=grid.world_size, local_rank=rank,
-                    local_world_size=grid.world_size, rendezvous=f"file://{scratch}/store",
-                )  # fmt: skip
+                    rank=rank,
+                    world_size=grid.world_size,
+                    local_rank=rank,
+                    local_world_size=grid.world_size,
+                    rendezvous=f"file://{scratch}/store",
+                )
                 reader, writer = context.Pipe(duplex=False)
                 process = context.Process(
                     target=_be_rank,

@@ -123,9 +123,12 @@ class RankProgram(ABC):
             FedPipeError: The configuration is wrong, or is not that of the run in the directory.
         """
         run, config = resolve(
-            self.kind, request.config_path, request.overrides, request.run_dir,
+            self.kind,
+            request.config_path,
+            request.overrides,
+            request.run_dir,
             preset=request.preset,
-        )  # fmt: skip
+        )
         return self.located(run, config)
 
     def located(self, run: RunDir, config: Any) -> Located:

@@ -237,9 +237,15 @@ def job_state(job_id: str) -> JobState | None:
         pass
     try:
         answer = _ask(
-            "sacct", "--noheader", "--allocations", "--parsable2", "-j", job_id,
-            "-o", "State,NodeList",
-        )  # fmt: skip
+            "sacct",
+            "--noheader",
+            "--allocations",
+            "--parsable2",
+            "-j",
+            job_id,
+            "-o",
+            "State,NodeList",
+        )
     except LaunchError:
         return None
     for line in answer.splitlines():
@@ -268,9 +274,13 @@ def _ask(*command: str) -> str:
     """
     try:
         result = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True,
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=True,
             env=of_login_node(os.environ),
-        )  # fmt: skip
+        )
     except subprocess.CalledProcessError as error:
         what = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
         raise LaunchError(f"{command[0]}: expected an answer, got: {what}. Ask the site.") from None

@@ -224,9 +224,13 @@ def submit(
     else:
         show(run.reserve())
         (job,) = send(
-            [run.job], folder=run_dir / "logs", name=run.name, profile=profile, shape=shape,
+            [run.job],
+            folder=run_dir / "logs",
+            name=run.name,
+            profile=profile,
+            shape=shape,
             cluster=cluster,
-        )  # fmt: skip
+        )
         _write_job(run_dir, job)
         show(f"job     {job.job_id} on {cluster}: {shape}")
     show(f"logs    {log_paths(job)}")
@@ -270,9 +274,11 @@ def plan_job(
         # one machine, whatever the profile says of nodes
         gpus = grid.world_size * workers if profile.get("gpus_per_node", 0) else 0
         shape = JobShape(
-            nodes=1, tasks_per_node=grid.world_size, gpus_per_node=gpus,
+            nodes=1,
+            tasks_per_node=grid.world_size,
+            gpus_per_node=gpus,
             cpus_per_task=profile.get("cpus_per_task", 1) * workers,
-        )  # fmt: skip
+        )
         if cluster == "debug" and grid.world_size > 1:
             raise TopologyError(
                 f"--cluster: expected local or slurm for a grid of {grid.world_size} processes, "
@@ -342,12 +348,13 @@ def _parameters(
         "gpus_per_node": shape.gpus_per_node or None,
         "timeout_min": profile.get("timeout_min", 24 * 60),
         "slurm_srun_args": [
-            *_SRUN_ARGS, f"--cpus-per-task={shape.cpus_per_task}", *profile.get("srun_args", ()),
+            *_SRUN_ARGS,
+            f"--cpus-per-task={shape.cpus_per_task}",
+            *profile.get("srun_args", ()),
         ],
-        "slurm_additional_parameters": {"requeue": True}
-        | profile.get("additional_parameters", {}),
+        "slurm_additional_parameters": {"requeue": True} | profile.get("additional_parameters", {}),
         "slurm_signal_delay_s": profile.get("signal_delay_s", SIGNAL_DELAY_S),
-    }  # fmt: skip
+    }
     if parallel is not None:
         parameters["slurm_array_parallelism"] = parallel
     if cluster != "slurm":  # submitit lets other executors have few of them

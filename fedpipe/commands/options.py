@@ -138,6 +138,9 @@ def request_of(args: argparse.Namespace, *, options: Any = None) -> RunRequest:
     from fedpipe.cluster.rank import RunRequest
 
     return RunRequest(
-        config_path=args.config, overrides=args.overrides, run_dir=args.run_dir,
-        preset=args.preset, options=options,
-    )  # fmt: skip
+        config_path=args.config,
+        overrides=args.overrides,
+        run_dir=args.run_dir,
+        preset=args.preset,
+        options=options,
+    )

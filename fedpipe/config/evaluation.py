@@ -74,18 +74,29 @@ class EvaluationConfig:
             require(distinct, f"evaluation.{name}", "every value once", list(values))
         require(
             all(seed >= 0 for seed in self.seeds),
-            "evaluation.seeds", "whole numbers, 0 or more", list(self.seeds),
-        )  # fmt: skip
+            "evaluation.seeds",
+            "whole numbers, 0 or more",
+            list(self.seeds),
+        )
         above_zero(self, "evaluation.", "learning_rate", "batch_size", "num_epochs")
         require(
             self.max_length is None or self.max_length >= 8,
-            "evaluation.max_length", "8 or more", self.max_length,
-        )  # fmt: skip
+            "evaluation.max_length",
+            "8 or more",
+            self.max_length,
+        )
         at_least(
-            self, "evaluation.", weight_decay=0, max_grad_norm=0, max_train_examples=0,
-            max_test_examples=0, num_draws=1000,
-        )  # fmt: skip
+            self,
+            "evaluation.",
+            weight_decay=0,
+            max_grad_norm=0,
+            max_train_examples=0,
+            max_test_examples=0,
+            num_draws=1000,
+        )
         require(
             0 <= self.warmup_ratio < 1,
-            "evaluation.warmup_ratio", "a value in [0, 1)", self.warmup_ratio,
-        )  # fmt: skip
+            "evaluation.warmup_ratio",
+            "a value in [0, 1)",
+            self.warmup_ratio,
+        )

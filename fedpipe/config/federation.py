@@ -157,9 +157,17 @@ class FederationConfig:
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
         at_least(
-            self, "federation.", num_clients=1, num_replicas=1, clients_per_round=1, num_rounds=1,
-            num_local_steps=1, data_parallel_degree=1, num_local_epochs=0, fedprox_mu=0,
-        )  # fmt: skip
+            self,
+            "federation.",
+            num_clients=1,
+            num_replicas=1,
+            clients_per_round=1,
+            num_rounds=1,
+            num_local_steps=1,
+            data_parallel_degree=1,
+            num_local_epochs=0,
+            fedprox_mu=0,
+        )
         require(
             self.clients_per_round <= self.num_clients,
             "federation.clients_per_round",

@@ -32,9 +32,17 @@ CAUSAL_LM = "causal-lm"
 """Value of ``task.name``: next-token prediction on texts without labels."""
 
 Method = Literal[
-    "full", "houlsby", "pfeiffer", "parallel", "houlsby_inv", "pfeiffer_inv", "lora", "ia3",
-    "compacter", "prefix_tuning",
-]  # fmt: skip
+    "full",
+    "houlsby",
+    "pfeiffer",
+    "parallel",
+    "houlsby_inv",
+    "pfeiffer_inv",
+    "lora",
+    "ia3",
+    "compacter",
+    "prefix_tuning",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,20 +94,27 @@ class MethodConfig:
         from_first = self.name == "full" or self.name.endswith("_inv")
         require(
             not (self.first_layer and from_first),
-            "method.first_layer", f"0 with method.name={self.name}", self.first_layer,
+            "method.first_layer",
+            f"0 with method.name={self.name}",
+            self.first_layer,
             "It trains what is below every layer.",
-        )  # fmt: skip
+        )
         require(len(self.matrices) > 0, "method.matrices", "at least one", list(self.matrices))
         require(0 <= self.dropout < 1, "method.dropout", "a value in [0, 1)", self.dropout)
         require(
             not self.path or self.name != "full",
-            "method.path", "empty with method.name=full", self.path, "Set model.path instead.",
-        )  # fmt: skip
+            "method.path",
+            "empty with method.name=full",
+            self.path,
+            "Set model.path instead.",
+        )
         require(
             self.lora_average == "factors" or self.name == "lora",
-            "method.lora_average", "factors without method.name=lora", self.lora_average,
+            "method.lora_average",
+            "factors without method.name=lora",
+            self.lora_average,
             "Only LoRA has products.",
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,8 +211,10 @@ class ScenarioConfig:
             require(0 <= value < 1, f"scenario.{name}", "a value in [0, 1)", value)
         require(
             0 < self.straggler_work <= 1,
-            "scenario.straggler_work", "a value in (0, 1]", self.straggler_work,
-        )  # fmt: skip
+            "scenario.straggler_work",
+            "a value in (0, 1]",
+            self.straggler_work,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,69 +280,93 @@ class FinetuneConfig:
         num = self.pipeline.num_micro_batches
         require(
             self.batch_size % num == 0,
-            "batch_size", f"a multiple of pipeline.num_micro_batches ({num})", self.batch_size,
-        )  # fmt: skip
+            "batch_size",
+            f"a multiple of pipeline.num_micro_batches ({num})",
+            self.batch_size,
+        )
         require(
             self.task.name != CAUSAL_LM,
-            "pipeline.cut", f"[] with task.name={CAUSAL_LM}", list(self.pipeline.cut),
+            "pipeline.cut",
+            f"[] with task.name={CAUSAL_LM}",
+            list(self.pipeline.cut),
             "Decoders are not cut.",
-        )  # fmt: skip
+        )
         require(
             self.method.name != "prefix_tuning",
-            "method.name", "a method whose parameters lie in layers, with pipeline.cut",
-            self.method.name, "Use another method: all prefixes come out of one module.",
-        )  # fmt: skip
+            "method.name",
+            "a method whose parameters lie in layers, with pipeline.cut",
+            self.method.name,
+            "Use another method: all prefixes come out of one module.",
+        )
         require(
             self.method.lora_average == "factors",
-            "method.lora_average", "factors with pipeline.cut", self.method.lora_average,
-        )  # fmt: skip
+            "method.lora_average",
+            "factors with pipeline.cut",
+            self.method.lora_average,
+        )
         require(
             self.method.first_layer == 0,
-            "method.first_layer", "0 with pipeline.cut", self.method.first_layer,
+            "method.first_layer",
+            "0 with pipeline.cut",
+            self.method.first_layer,
             "Every stage trains an adapter.",
-        )  # fmt: skip
+        )
         require(
             self.model.precision == "auto",
-            "model.precision", "auto with pipeline.cut", self.model.precision,
+            "model.precision",
+            "auto with pipeline.cut",
+            self.model.precision,
             "deepspeed.config says it: ds_configs/bf16.json, or none for fp32.",
-        )  # fmt: skip
+        )
         frozen = self.method.name != "full" and self.pipeline.cut[0] == 0
         require(
             not (frozen and self.pipeline.objective == "end_to_end"),
-            "pipeline.cut", f"1 or more first, with {self.method.name} and end_to_end",
-            list(self.pipeline.cut), "A first stage without layers has nothing to train.",
-        )  # fmt: skip
+            "pipeline.cut",
+            f"1 or more first, with {self.method.name} and end_to_end",
+            list(self.pipeline.cut),
+            "A first stage without layers has nothing to train.",
+        )
 
     def _check_whole(self) -> None:
         require(
             self.pipeline == CutConfig(),
-            "pipeline.cut", "a cut with other keys of pipeline", [],
+            "pipeline.cut",
+            "a cut with other keys of pipeline",
+            [],
             "Set for example pipeline.cut=[2].",
-        )  # fmt: skip
+        )
         require(
             not self.deepspeed.config,
-            "deepspeed.config", "nothing without pipeline.cut", self.deepspeed.config,
+            "deepspeed.config",
+            "nothing without pipeline.cut",
+            self.deepspeed.config,
             "Only stages are run by DeepSpeed.",
-        )  # fmt: skip
+        )
         for name in ("embeddings", "client_layers", "aux_head", "server_layers"):
             require(
                 getattr(self.federation.average, name),
-                f"federation.average.{name}", "true without pipeline.cut", False,
+                f"federation.average.{name}",
+                "true without pipeline.cut",
+                False,
                 "Only the final head can stay with its client.",
-            )  # fmt: skip
+            )
 
     def _check_federation(self) -> None:
         federation = self.federation
         require(
             federation.server == "replicated",
-            "federation.server", "replicated in fine-tuning", federation.server,
+            "federation.server",
+            "replicated in fine-tuning",
+            federation.server,
             "Set federation.server=replicated.",
-        )  # fmt: skip
+        )
         require(
             federation.data_parallel_degree == 1,
-            "federation.data_parallel_degree", "1 in fine-tuning", federation.data_parallel_degree,
+            "federation.data_parallel_degree",
+            "1 in fine-tuning",
+            federation.data_parallel_degree,
             "Raise federation.num_replicas instead.",
-        )  # fmt: skip
+        )
 
     def _check_product(self) -> None:
         with_product = "with method.lora_average=product"
@@ -337,9 +378,12 @@ class FinetuneConfig:
             ("wire", "fp32", self.federation.wire),
         ):
             require(
-                found == expected, f"federation.{key}", f"{expected} {with_product}", found,
+                found == expected,
+                f"federation.{key}",
+                f"{expected} {with_product}",
+                found,
                 f"Set federation.{key}={expected}: the residual belongs to the plain mean.",
-            )  # fmt: skip
+            )
 
 
 def load_finetune(

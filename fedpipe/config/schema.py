@@ -220,9 +220,13 @@ class PipelineConfig:
             self.num_client_stages,
         )
         at_least(
-            self, "pipeline.", micro_batch_size=1, num_micro_batches=1, in_flight=1,
+            self,
+            "pipeline.",
+            micro_batch_size=1,
+            num_micro_batches=1,
+            in_flight=1,
             hang_timeout_s=0,
-        )  # fmt: skip
+        )
         fitting = ("streaming",) if self.objective == "local_loss" else ("1f1b", "sequential")
         require(
             self.schedule in fitting,

@@ -156,8 +156,9 @@ class FederatedRun(ABC):
                 self._steps = self._steps_of(self.position.round_id)
         self._history = client_history(
             lambda round_id: self.plan_round(round_id).turns,
-            before=self.position.round_id, num_clients=num_clients,
-        )  # fmt: skip
+            before=self.position.round_id,
+            num_clients=num_clients,
+        )
         self._round_started = time.monotonic()
         self._phase = ""
         self._client_id: int | None = None

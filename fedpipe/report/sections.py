@@ -108,17 +108,31 @@ def text_section(run: RunSummary) -> list[Block]:
     shown = clients[:_MAX_CLIENT_ROWS]
     if len(clients) > len(shown):
         lines.append(f"The first {len(shown)} of {len(clients):,} clients; text.json has them all.")
-    columns = ("client", "owners", "documents", "tokens", "blocks", "blocks left out",
-               "held-out documents", "held-out blocks", "held-out blocks left out")  # fmt: skip
+    columns = (
+        "client",
+        "owners",
+        "documents",
+        "tokens",
+        "blocks",
+        "blocks left out",
+        "held-out documents",
+        "held-out blocks",
+        "held-out blocks left out",
+    )
     rows = tuple(
         (
-            integer(row["client"]), _owners(row), integer(row["documents"]),
-            integer(row["tokens"]), integer(row["blocks"]), integer(row["left_out"]),
-            integer(row.get("held_out_documents")), integer(row.get("held_out_blocks")),
+            integer(row["client"]),
+            _owners(row),
+            integer(row["documents"]),
+            integer(row["tokens"]),
+            integer(row["blocks"]),
+            integer(row["left_out"]),
+            integer(row.get("held_out_documents")),
+            integer(row.get("held_out_blocks")),
             integer(row.get("held_out_left_out")),
         )
         for row in shown
-    )  # fmt: skip
+    )
     table = Table(columns=columns, rows=rows, numeric=frozenset(range(len(columns))) - {1})
     paragraphs: list[Block] = [Paragraph(text=" ".join(lines))] if lines else []
     return [Heading(text="Text of the clients"), *paragraphs, table]

@@ -217,8 +217,9 @@ class Sinks:
             text = " ".join(str(error).split()) or type(error).__name__
             logger.warning(
                 "log.to: %s gets no more numbers of this run (%s). metrics.jsonl has all of them.",
-                name, text,
-            )  # fmt: skip
+                name,
+                text,
+            )
 
 
 class TokenCount:

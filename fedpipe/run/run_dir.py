@@ -56,9 +56,15 @@ VERSION = 1
 RUN_FILE = "run.json"
 
 Kind = Literal[
-    "pretrain", "finetune", "sweep", "finetune grid", "evaluation", "evaluation cell",
-    "reproduction", "comparison",
-]  # fmt: skip
+    "pretrain",
+    "finetune",
+    "sweep",
+    "finetune grid",
+    "evaluation",
+    "evaluation cell",
+    "reproduction",
+    "comparison",
+]
 """What a directory is. A measurement is made in the directory of a pre-training."""
 TITLES: dict[Kind, str] = {
     "pretrain": "a pre-training",
@@ -102,9 +108,11 @@ class RunSetup:
         """What JSON can hold of it."""
         checkpoint = self.checkpoint and self.checkpoint.to_message()
         return {
-            "config": load.to_dict(self.config), "run_dir": str(self.run_dir),
-            "data_dir": self.data_dir, "checkpoint": checkpoint,
-        }  # fmt: skip
+            "config": load.to_dict(self.config),
+            "run_dir": str(self.run_dir),
+            "data_dir": self.data_dir,
+            "checkpoint": checkpoint,
+        }
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any], *, started_at: float) -> RunSetup:
@@ -120,9 +128,12 @@ class RunSetup:
         config = load.from_dict(message["config"], source="the message of rank 0")
         saved = message["checkpoint"]
         return cls(
-            config=config, run_dir=Path(message["run_dir"]), data_dir=str(message["data_dir"]),
-            checkpoint=Checkpoint.from_message(saved) if saved else None, started_at=started_at,
-        )  # fmt: skip
+            config=config,
+            run_dir=Path(message["run_dir"]),
+            data_dir=str(message["data_dir"]),
+            checkpoint=Checkpoint.from_message(saved) if saved else None,
+            started_at=started_at,
+        )
 
 
 class RunDir:
@@ -399,18 +410,30 @@ def _check_new(path: Path) -> None:
 
 @overload
 def resolve(
-    kind: Literal["pretrain"], config_path: str | Node | None, overrides: Sequence[str],
-    run_dir: str | RunDir | None, *, preset: str | None = None,
-) -> tuple[RunDir, RunConfig]: ...  # fmt: skip
+    kind: Literal["pretrain"],
+    config_path: str | Node | None,
+    overrides: Sequence[str],
+    run_dir: str | RunDir | None,
+    *,
+    preset: str | None = None,
+) -> tuple[RunDir, RunConfig]: ...
 @overload
 def resolve(
-    kind: Literal["finetune"], config_path: str | Node | None, overrides: Sequence[str],
-    run_dir: str | RunDir | None, *, preset: str | None = None,
-) -> tuple[RunDir, FinetuneConfig]: ...  # fmt: skip
+    kind: Literal["finetune"],
+    config_path: str | Node | None,
+    overrides: Sequence[str],
+    run_dir: str | RunDir | None,
+    *,
+    preset: str | None = None,
+) -> tuple[RunDir, FinetuneConfig]: ...
 def resolve(
-    kind: Literal["pretrain", "finetune"], config_path: str | Node | None,
-    overrides: Sequence[str], run_dir: str | RunDir | None, *, preset: str | None = None,
-) -> tuple[RunDir, RunConfig | FinetuneConfig]:  # fmt: skip
+    kind: Literal["pretrain", "finetune"],
+    config_path: str | Node | None,
+    overrides: Sequence[str],
+    run_dir: str | RunDir | None,
+    *,
+    preset: str | None = None,
+) -> tuple[RunDir, RunConfig | FinetuneConfig]:
     """Find the directory and the configuration of a run, reading every file once; write nothing.
 
     Args:
@@ -557,8 +580,11 @@ def _commit() -> str:
     try:
         result = subprocess.run(
             ["git", "-C", str(folder), "describe", "--always", "--dirty"],
-            capture_output=True, text=True, timeout=5, check=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return result.stdout.strip()

@@ -90,9 +90,15 @@ def _run(
         return METRICS[spec.metric].whole(gold, predicted, spec.positive)
 
     trained = train(
-        model, splits["train"], settings, kind=spec.kind, seed=seed, forward=forward,
-        dev_score=dev_score if "dev" in splits else None, note=lambda r: writer.write([r]),
-    )  # fmt: skip
+        model,
+        splits["train"],
+        settings,
+        kind=spec.kind,
+        seed=seed,
+        forward=forward,
+        dev_score=dev_score if "dev" in splits else None,
+        note=lambda r: writer.write([r]),
+    )
     scores: dict[str, float | None] = {}
     sizes: dict[str, int] = {}
     statistics, rows = {}, []
@@ -110,15 +116,24 @@ def _run(
         np.unique(splits["train"].examples[drawn(splits["train"], settings["max_train_examples"])])
     )
     result: CellResult = {
-        "key": cell["key"], "model": cell["model"], "task": cell["task"], "seed": cell["seed"],
-        "scores": scores, "dev_scores": [*trained.dev_scores],
-        "best_epoch": trained.best_epoch, "num_steps": trained.num_steps,
+        "key": cell["key"],
+        "model": cell["model"],
+        "task": cell["task"],
+        "seed": cell["seed"],
+        "scores": scores,
+        "dev_scores": [*trained.dev_scores],
+        "best_epoch": trained.best_epoch,
+        "num_steps": trained.num_steps,
         "diverged_at": trained.diverged_at,
-        "num_train": train_examples, "num_test": sizes, "settings": settings,
+        "num_train": train_examples,
+        "num_test": sizes,
+        "settings": settings,
         "gold_digest": gold_digest(rows),
-        "seconds": time.monotonic() - started, "threads": torch.get_num_threads(),
-        "device": device_name(device), "host": socket.gethostname(),
-    }  # fmt: skip
+        "seconds": time.monotonic() - started,
+        "threads": torch.get_num_threads(),
+        "device": device_name(device),
+        "host": socket.gethostname(),
+    }
     _write(run_dir, result, statistics, rows)
     return result
 
@@ -138,10 +153,14 @@ def _rows(
 ) -> list[dict[str, Any]]:
     named, labels = spec.kind == "classification", spec.labels
     return [
-        {"split": split, "example": example, "gold": labels[a] if named else a,
-         "predicted": labels[b] if named else b}
+        {
+            "split": split,
+            "example": example,
+            "gold": labels[a] if named else a,
+            "predicted": labels[b] if named else b,
+        }
         for example, a, b in zip(examples, gold, predicted, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _write(

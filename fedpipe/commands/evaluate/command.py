@@ -133,11 +133,14 @@ def evaluate(
     config, directory = read_evaluation(config_path, overrides, run_dir, chosen=dict(chosen or {}))
     return run_study(
         lambda console: set_up_evaluation(
-            config, directory, notify=console.text, progress=console.preparing,
+            config,
+            directory,
+            notify=console.text,
+            progress=console.preparing,
             on_checked=lambda: fork_server(PRELOAD),
         ),
         parallel=parallel,
-    )  # fmt: skip
+    )
 
 
 def run_one(run_dir: str) -> int:

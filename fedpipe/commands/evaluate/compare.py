@@ -124,10 +124,13 @@ def compare(first: str, second: str) -> Comparison:
             main.append((one, other))
         rows.append(
             {
-                "task": task, "metric": key, "title": row["title"], "num_test": row["num_test"],
+                "task": task,
+                "metric": key,
+                "title": row["title"],
+                "num_test": row["num_test"],
                 **_difference(one, other),
             }
-        )  # fmt: skip
+        )
     if not rows:
         raise ConfigError(
             f"--compare: expected a task that both have finished, got none in {first} and {second}."
@@ -144,27 +147,41 @@ def compare(first: str, second: str) -> Comparison:
     if names[0] == names[1]:
         names = [f"{side.directory}:{side.title}" for side in sides]
     return {
-        "first": names[0], "second": names[1], "num_draws": num_draws,
+        "first": names[0],
+        "second": names[1],
+        "num_draws": num_draws,
         "unit": "pre-trainings" if by_model else "fine-tunings",
-        "intervals": METHOD, "rows": rows, "average": average,
+        "intervals": METHOD,
+        "rows": rows,
+        "average": average,
         "environment": describe_environment(),
-    }  # fmt: skip
+    }
 
 
 def _difference(one: Units, other: Units) -> Difference:
     """Subtract two means, in pairs where both have the same seeds of fine-tuning."""
     if not one or not other:
         return {
-            "first": None, "second": None, "value": None, "interval": None, "over": None,
-            "p_value": None, "n": [len(one), len(other)], "paired": False, "stands_out": False,
-        }  # fmt: skip
+            "first": None,
+            "second": None,
+            "value": None,
+            "interval": None,
+            "over": None,
+            "p_value": None,
+            "n": [len(one), len(other)],
+            "paired": False,
+            "stands_out": False,
+        }
     paired = list(one) == list(other)
     first, second = (joined(list(units.values())) for units in (one, other))
     found = estimate(first - second) if paired else estimate(first, second)
     return {
-        "first": float(first.scores.mean()), "second": float(second.scores.mean()),
-        **found.to_dict(), "paired": paired, "stands_out": False,
-    }  # fmt: skip
+        "first": float(first.scores.mean()),
+        "second": float(second.scores.mean()),
+        **found.to_dict(),
+        "paired": paired,
+        "stands_out": False,
+    }
 
 
 def _averaged(tasks: Sequence[Units]) -> Units:
@@ -198,18 +215,28 @@ def comparison_table(content: Comparison) -> Table:
     for row in content["rows"]:
         rows.append(
             (
-                row["task"], row["title"], number(row["num_test"], 0), _units(row),
-                percent(row["first"]), percent(row["second"]), signed(row),
+                row["task"],
+                row["title"],
+                number(row["num_test"], 0),
+                _units(row),
+                percent(row["first"]),
+                percent(row["second"]),
+                signed(row),
             )
-        )  # fmt: skip
+        )
     if content["average"]:
         average = content["average"]
         means = (percent(average["first"]), percent(average["second"]))
         rows.append((AVERAGE, "", "", _units(average), *means, signed(average)))
     columns = (
-        "task", "metric", "test n", content["unit"], content["first"], content["second"],
+        "task",
+        "metric",
+        "test n",
+        content["unit"],
+        content["first"],
+        content["second"],
         "difference [95 %]",
-    )  # fmt: skip
+    )
     return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(2, 7)))
 
 

@@ -95,9 +95,15 @@ def summarise(evaluation: Evaluation) -> Content:
     }
     environment = describe_environment()
     environment["repeat"] = shlex.join(
-        ["fedpipe", "evaluate", "--config", str(evaluation.directory / "evaluation.yaml"),
-         "--run-dir", f"{evaluation.directory}-again"]
-    )  # fmt: skip
+        [
+            "fedpipe",
+            "evaluate",
+            "--config",
+            str(evaluation.directory / "evaluation.yaml"),
+            "--run-dir",
+            f"{evaluation.directory}-again",
+        ]
+    )
     return {
         "models": [
             {"name": model.name, "path": model.path, "digest": model.digest}
@@ -152,10 +158,13 @@ def _row(
         models[model] = {**spread.to_dict(), "seeds": seeds, **interval}
     title = metric.title + (f", {test_set}" if test_set else "")
     row: TableRow = {
-        "task": cells[0].task.name, "metric": key, "title": title,
-        "num_test": max(sizes, default=None), "cells": len(cells) // len(models),
+        "task": cells[0].task.name,
+        "metric": key,
+        "title": title,
+        "num_test": max(sizes, default=None),
+        "cells": len(cells) // len(models),
         "models": models,
-    }  # fmt: skip
+    }
     return row, found
 
 
@@ -208,16 +217,25 @@ def _task(
 
 def _cell(cell: ScoredCell, result: CellResult | None) -> CellFacts:
     content: CellFacts = {
-        "name": cell.name, "model": cell.model.name, "task": cell.task.name, "seed": cell.seed,
-        "done": result is not None, "tokenised": Path(cell.prepared.directory).name,
-    }  # fmt: skip
+        "name": cell.name,
+        "model": cell.model.name,
+        "task": cell.task.name,
+        "seed": cell.seed,
+        "done": result is not None,
+        "tokenised": Path(cell.prepared.directory).name,
+    }
     if result is None:
         return content
     return {
         **content,
-        "scores": result["scores"], "best_epoch": result["best_epoch"],
-        "num_steps": result["num_steps"], "seconds": result["seconds"],
-        "threads": result["threads"], "device": result["device"], "host": result["host"],
-        "num_test": result["num_test"], "gold_digest": result["gold_digest"],
+        "scores": result["scores"],
+        "best_epoch": result["best_epoch"],
+        "num_steps": result["num_steps"],
+        "seconds": result["seconds"],
+        "threads": result["threads"],
+        "device": result["device"],
+        "host": result["host"],
+        "num_test": result["num_test"],
+        "gold_digest": result["gold_digest"],
         "diverged_at": result.get("diverged_at"),
-    }  # fmt: skip
+    }

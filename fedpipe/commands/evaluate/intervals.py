@@ -130,9 +130,12 @@ class Estimate:
     def to_dict(self) -> EstimateFacts:
         """Return everything for JSON."""
         return {
-            "value": self.value, "interval": self.interval, "over": self.over,
-            "n": list(self.n), "p_value": self.p_value,
-        }  # fmt: skip
+            "value": self.value,
+            "interval": self.interval,
+            "over": self.over,
+            "n": list(self.n),
+            "p_value": self.p_value,
+        }
 
 
 def estimate(first: Sample, second: Sample | None = None) -> Estimate:
@@ -183,9 +186,12 @@ def _over_seeds(
         quantile = special.stdtrit(freedom * (1 + rest / seeds), 0.5 + LEVEL / 2)
     half = float(quantile * np.sqrt(seeds + rest))
     return Estimate(
-        value=value, interval=(value - half, value + half), over=SEEDS, n=n,
+        value=value,
+        interval=(value - half, value + half),
+        over=SEEDS,
+        n=n,
         p_value=_p_value(value, seeds=seeds, rest=rest, freedom=freedom),
-    )  # fmt: skip
+    )
 
 
 def _p_value(value: float, *, seeds: float, rest: float, freedom: float) -> float:

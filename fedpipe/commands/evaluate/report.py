@@ -84,10 +84,13 @@ def table(content: Content) -> Table:
     for row in content["rows"]:
         rows.append(
             (
-                row["task"], row["title"], _count(row["num_test"]), _runs(row),
+                row["task"],
+                row["title"],
+                _count(row["num_test"]),
+                _runs(row),
                 *_cells([row["models"].get(name) for name in names]),
             )
-        )  # fmt: skip
+        )
     if any(content["average"].values()):
         cells = _cells([content["average"].get(name) for name in names])
         rows.append((AVERAGE, "", "", "", *cells))
@@ -198,9 +201,10 @@ def _limits(task: TaskFacts) -> list[str]:
         for split, rows in task["left_out"].items()
     ]
     cut = [
-        f"{model} {splits['test']:,}" for model, splits in task["truncated"].items()
+        f"{model} {splits['test']:,}"
+        for model, splits in task["truncated"].items()
         if splits["test"]
-    ]  # fmt: skip
+    ]
     if cut:
         found.append(
             f"{task['name']}: test examples of which something did not fit into max_length: "
@@ -256,11 +260,16 @@ def _settings_table(content: Content) -> Table:
         chosen = "last epoch" if task["best_epoch_by"] == "last" else "best epoch on dev"
         rows.append(
             (
-                task["name"], f"{task['format']}: {sizes}", f"{settings['learning_rate']:g}",
-                str(settings["batch_size"]), str(settings["num_epochs"]), "/".join(sorted(lengths)),
-                chosen, task["cites"],
+                task["name"],
+                f"{task['format']}: {sizes}",
+                f"{settings['learning_rate']:g}",
+                str(settings["batch_size"]),
+                str(settings["num_epochs"]),
+                "/".join(sorted(lengths)),
+                chosen,
+                task["cites"],
             )
-        )  # fmt: skip
+        )
     columns = ("task", "data", "lr", "batch", "epochs", "max length", "scored", "published in")
     return Table(columns=columns, rows=tuple(rows), numeric=frozenset({2, 3, 4, 5}))
 
@@ -271,13 +280,15 @@ def _runs_table(content: Content) -> Table:
         done = cell["done"]
         rows.append(
             (
-                cell["model"], cell["task"], str(cell["seed"]),
+                cell["model"],
+                cell["task"],
+                str(cell["seed"]),
                 outcome_text(cell) if done else "not done",
                 str(cell["best_epoch"]) if done else MISSING,
                 duration(cell["seconds"]) if done else MISSING,
                 f"{cell['device']}, {count(cell['threads'], 'thread')}" if done else MISSING,
             )
-        )  # fmt: skip
+        )
     columns = ("model", "task", "seed", "scores", "epoch", "time", "on")
     return Table(columns=columns, rows=tuple(rows), numeric=frozenset({2, 4, 5}))
 
@@ -344,6 +355,11 @@ def _point(axes: Any, entry: Score | None, y: float, color: str) -> None:
     if len(seeds) > 1:
         axes.plot(seeds, [y] * len(seeds), "o", color=color, markersize=2.5, alpha=0.6)
     axes.plot(
-        100 * entry["mean"], y, "o", color=color, markersize=5.5, markeredgecolor=INK,
+        100 * entry["mean"],
+        y,
+        "o",
+        color=color,
+        markersize=5.5,
+        markeredgecolor=INK,
         markeredgewidth=0.6,
-    )  # fmt: skip
+    )

@@ -242,9 +242,13 @@ def set_up_evaluation(
             progress("reading and tokenising tasks", done * len(models) + index, total)
             settings = settings_of(evaluation, place.task, model)
             prepared = prepare_task(
-                config, place, folder=model.path, tokenizer_digest=model.tokenizer_digest,
-                content=content, max_length=settings["max_length"],
-            )  # fmt: skip
+                config,
+                place,
+                folder=model.path,
+                tokenizer_digest=model.tokenizer_digest,
+                content=content,
+                max_length=settings["max_length"],
+            )
             _check_vocabulary(model, prepared)
             if model is models[0]:
                 notify(_found(place, prepared))
@@ -316,9 +320,16 @@ def _cell(
     identity = [FORMAT, model.digest, content, settings, seed]
     name = f"{model.name}_{place.task.name}_seed={seed}"
     return ScoredCell(
-        name=name, run_dir=run.path / "cells" / name, config=config, model=model, task=place.task,
-        seed=seed, key=digest(identity), settings=settings, prepared=prepared,
-    )  # fmt: skip
+        name=name,
+        run_dir=run.path / "cells" / name,
+        config=config,
+        model=model,
+        task=place.task,
+        seed=seed,
+        key=digest(identity),
+        settings=settings,
+        prepared=prepared,
+    )
 
 
 def _write(run: RunDir, config: RunConfig, cells: Sequence[ScoredCell]) -> None:
@@ -329,9 +340,11 @@ def _write(run: RunDir, config: RunConfig, cells: Sequence[ScoredCell]) -> None:
     for cell in cells:
         own = whole["evaluation"] | cell.settings
         own |= {
-            "models": [cell.model.path], "tasks": [cell.task.name], "seeds": [cell.seed],
+            "models": [cell.model.path],
+            "tasks": [cell.task.name],
+            "seeds": [cell.seed],
             "task_files": [cell.task.file] if cell.task.file else [],
-        }  # fmt: skip
+        }
         spec = TaskSpec.of(cell.task, typed=cell.settings["typed_entities"])
         content: CellFile = {
             "key": cell.key,

@@ -74,9 +74,14 @@ def load_model(folder: str, spec: TaskSpec, *, device: torch.device) -> torch.nn
     names = dict(enumerate(spec.labels)) or {0: "score"}
     try:
         model = read_model(
-            auto, folder, key="--model", new_head=True, num_labels=len(names), id2label=names,
+            auto,
+            folder,
+            key="--model",
+            new_head=True,
+            num_labels=len(names),
+            id2label=names,
             label2id={name: number for number, name in names.items()},
-        )  # fmt: skip
+        )
     except ConfigError:
         raise
     except Exception as error:  # each model family raises classes of its own
@@ -138,10 +143,12 @@ def train(
     optimizer = make_optimizer(
         [p for p in model.parameters() if p.requires_grad],
         OptimizerConfig(
-            lr=settings["learning_rate"], weight_decay=settings["weight_decay"],
-            betas=(0.9, 0.999), eps=1e-8,
+            lr=settings["learning_rate"],
+            weight_decay=settings["weight_decay"],
+            betas=(0.9, 0.999),
+            eps=1e-8,
         ),
-    )  # fmt: skip
+    )
     warmup = max(1, round(settings["warmup_ratio"] * num_steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (num_steps - step) / num_steps)
@@ -165,8 +172,17 @@ def train(
             if step % every == 0 or step == num_steps:
                 if diverged_at is None and not (loss.isfinite() and norm.isfinite()):
                     diverged_at = step
-                note({"kind": "step", "epoch": epoch, "step": step, "num_steps": num_steps,
-                      "loss": loss.item(), "lr": rate, "grad_norm": float(norm)})  # fmt: skip
+                note(
+                    {
+                        "kind": "step",
+                        "epoch": epoch,
+                        "step": step,
+                        "num_steps": num_steps,
+                        "loss": loss.item(),
+                        "lr": rate,
+                        "grad_norm": float(norm),
+                    }
+                )
         if dev_score is None:
             continue
         scores.append(dev_score())
@@ -178,9 +194,11 @@ def train(
     if dev_score is not None and best[1] < num_epochs:
         model.load_state_dict(kept)
     return Trained(
-        best_epoch=best[1] or num_epochs, dev_scores=tuple(scores), num_steps=num_steps,
+        best_epoch=best[1] or num_epochs,
+        dev_scores=tuple(scores),
+        num_steps=num_steps,
         diverged_at=diverged_at,
-    )  # fmt: skip
+    )
 
 
 def drawn(data: Encoded, limit: int) -> NDArray[np.int64]:

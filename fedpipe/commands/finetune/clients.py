@@ -164,9 +164,10 @@ def _partition(
 def _by_class(labels: Labels) -> Documents:
     sizes = np.bincount(labels.classes, minlength=len(labels.names))
     return Documents(
-        codes=labels.classes.astype(np.int32), values=labels.names,
+        codes=labels.classes.astype(np.int32),
+        values=labels.names,
         sizes=tuple(int(size) for size in sizes),
-    )  # fmt: skip
+    )
 
 
 def _by_value(values: Sequence[str]) -> Documents:
@@ -174,9 +175,10 @@ def _by_value(values: Sequence[str]) -> Documents:
         np.array(values, dtype=object).astype(str), return_inverse=True, return_counts=True
     )
     return Documents(
-        codes=codes.astype(np.int32), values=tuple(map(str, names)),
+        codes=codes.astype(np.int32),
+        values=tuple(map(str, names)),
         sizes=tuple(int(size) for size in sizes),
-    )  # fmt: skip
+    )
 
 
 def _indices(owners: NDArray[np.int32], num_clients: int) -> list[NDArray[np.int64]]:

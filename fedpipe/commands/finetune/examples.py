@@ -192,9 +192,13 @@ def prepare_examples(config: FinetuneConfig, tokenizer: Any) -> TuningData:
     train, test = (encode(stand_in, split, tokenizer, max_length=length) for split in splits)
     of_train, of_test = _labels(task, splits)
     owned_train, owned_test = deal_out(
-        config.task, of_train, of_test, num_clients=config.federation.num_clients,
-        seed=config.seed, columns=columns,
-    )  # fmt: skip
+        config.task,
+        of_train,
+        of_test,
+        num_clients=config.federation.num_clients,
+        seed=config.seed,
+        columns=columns,
+    )
     facts = describe(of_train, owned_train, owned_test)
     if not any(fact.num_test_examples for fact in facts):
         raise CorpusError(

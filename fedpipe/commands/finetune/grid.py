@@ -122,7 +122,13 @@ def check_tuning(run: RunDir, config: FinetuneConfig) -> None:
 
 
 TUNINGS = Runs(
-    kind="finetune", study_kind="finetune grid", title="the fine-tunings", home=".",
-    read_tree=finetune_tree, read=load_finetune, load=load_finetune, check_content=check_tuning,
-)  # fmt: skip
+    kind="finetune",
+    study_kind="finetune grid",
+    title="the fine-tunings",
+    home=".",
+    read_tree=finetune_tree,
+    read=load_finetune,
+    load=load_finetune,
+    check_content=check_tuning,
+)
 """What a grid consists of."""

@@ -54,11 +54,18 @@ def load_model_config(config: FinetuneConfig, tokenizer: Any) -> Any:
     path = config.model.path
     if path == UNTRAINED:
         return RobertaConfig(
-            num_hidden_layers=4, hidden_size=128, num_attention_heads=4, intermediate_size=512,
-            vocab_size=len(tokenizer), max_position_embeddings=514, type_vocab_size=1,
-            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.cls_token_id,
-            eos_token_id=tokenizer.sep_token_id, initializer_range=0.05,
-        )  # fmt: skip
+            num_hidden_layers=4,
+            hidden_size=128,
+            num_attention_heads=4,
+            intermediate_size=512,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=514,
+            type_vocab_size=1,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.cls_token_id,
+            eos_token_id=tokenizer.sep_token_id,
+            initializer_range=0.05,
+        )
     try:
         result = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # an unknown model_type, or no JSON
@@ -98,7 +105,11 @@ def attach_seeded(model: Any, config: FinetuneConfig, task: TaskSpec) -> Any:
     counts = attach(model, config.method, causal=causal, split=split)
     if config.method.path:
         load_adapter(
-            model, Path(config.method.path), config.method,
-            kind=task.kind, labels=task.labels, split=split,
-        )  # fmt: skip
+            model,
+            Path(config.method.path),
+            config.method,
+            kind=task.kind,
+            labels=task.labels,
+            split=split,
+        )
     return counts

@@ -52,9 +52,11 @@ class FinetuningRanks(RankProgram):
 
         run_dir, saved = Path(message["run_dir"]), message["checkpoint"]
         return FinetuneSetup(
-            config=load_finetune(RunDir.open(run_dir, "finetune").saved, []), run_dir=run_dir,
-            checkpoint=Checkpoint.from_message(saved) if saved else None, started_at=started_at,
-        )  # fmt: skip
+            config=load_finetune(RunDir.open(run_dir, "finetune").saved, []),
+            run_dir=run_dir,
+            checkpoint=Checkpoint.from_message(saved) if saved else None,
+            started_at=started_at,
+        )
 
     def folders(self, setup: FinetuneSetup) -> Mapping[str, Path]:
         """All that is read lies in the run directory."""

@@ -47,11 +47,18 @@ def _turn_record(turn: Turn, round_id: int, steps: list[Mapping[str, Any]]) -> d
     means = {stage: float(np.mean(own)) for stage, own in sorted(losses.items())}
     last = max(means)
     record = {
-        "kind": "turn", "round": round_id, "client": turn.client_id, "replica": turn.replica_id,
-        "steps": turn.num_steps, "examples": turn.num_examples, "tokens": turn.num_tokens,
-        "weight": turn.weight, "seconds": max(seconds.values()), "loss": means[last],
+        "kind": "turn",
+        "round": round_id,
+        "client": turn.client_id,
+        "replica": turn.replica_id,
+        "steps": turn.num_steps,
+        "examples": turn.num_examples,
+        "tokens": turn.num_tokens,
+        "weight": turn.weight,
+        "seconds": max(seconds.values()),
+        "loss": means[last],
         "last_loss": losses[last][-1],
-    }  # fmt: skip
+    }
     if len(means) > 1:
         record["stages"] = {str(stage): mean for stage, mean in means.items()}
     return record
@@ -83,16 +90,21 @@ def round_record(
     weights = [turn["weight"] for turn in taken]
     loss = float(np.average([t["loss"] for t in taken], weights=weights)) if taken else None
     return {
-        "kind": "round", "round": round_id, "clients": [turn["client"] for turn in turns],
-        "stragglers": list(plan.stragglers), "dropped": list(plan.dropped),
+        "kind": "round",
+        "round": round_id,
+        "clients": [turn["client"] for turn in turns],
+        "stragglers": list(plan.stragglers),
+        "dropped": list(plan.dropped),
         "refused": [fault.record() for fault in outcome.refused],
         "averaged": outcome.is_averaged,
-        "loss": loss, "examples": sum(turn["examples"] for turn in turns),
-        "tokens": sum(turn["tokens"] for turn in turns), "seconds": seconds,
+        "loss": loss,
+        "examples": sum(turn["examples"] for turn in turns),
+        "tokens": sum(turn["tokens"] for turn in turns),
+        "seconds": seconds,
         "sync_s": max(own["sync"][0] for own in facts),
         "sync_bytes": sum(own["sync"][1] for own in facts),
         "memory_bytes": [own["memory"] for own in facts],
-    }  # fmt: skip
+    }
 
 
 def client_traffic(
@@ -112,11 +124,14 @@ def client_traffic(
     """
     up, down = sent_numel * _BYTES, received_numel * _BYTES
     return {
-        "kind": "traffic", "round": round_id, "edges": edges,
-        "client_bytes_up": up, "client_bytes_down": down,
+        "kind": "traffic",
+        "round": round_id,
+        "edges": edges,
+        "client_bytes_up": up,
+        "client_bytes_down": down,
         "bytes_up": up * len(plan.turns),
         "bytes_down": down * (len(plan.turns) + len(plan.dropped)),
-    }  # fmt: skip
+    }
 
 
 def score_record(round_id: int, scores: Scores, task: TaskSpec) -> dict[str, Any]:
@@ -130,12 +145,15 @@ def score_record(round_id: int, scores: Scores, task: TaskSpec) -> dict[str, Any
     choose = max if task.metric == "loss" else min
     worst = choose(known, key=known.__getitem__) if known else None
     record = {
-        "kind": "eval", "round": round_id, "metric": task.metric,
+        "kind": "eval",
+        "round": round_id,
+        "metric": task.metric,
         "score": _over_all(task, found),
         "mean": float(np.mean(list(known.values()))) if known else None,
-        "worst": known.get(worst) if worst is not None else None, "worst_client": worst,
+        "worst": known.get(worst) if worst is not None else None,
+        "worst_client": worst,
         "clients": {str(client): score for client, score in clients.items()},
-    }  # fmt: skip
+    }
     if len(scores) > 1:
         record["stages"] = {str(s): _over_all(task, scores[s]) for s in sorted(scores)}
     return record

@@ -57,10 +57,14 @@ def write_finetune_report(run_dir: Path) -> Path:
     """
     run = RunSummary.load(Path(run_dir))
     blocks: list[Block] = [
-        *_headline(run), *_scores(run), *_stages(run), *_clients(run), *_rounds(run),
+        *_headline(run),
+        *_scores(run),
+        *_stages(run),
+        *_clients(run),
+        *_rounds(run),
         *refused_section(run),
         *_repeat(run),
-    ]  # fmt: skip
+    ]
     return _write(run.run_dir, f"fedpipe finetune: {_name(run)}", blocks)
 
 
@@ -215,8 +219,9 @@ def _scores(run: RunSummary) -> list[Block]:
     def draw(figure: Canvas) -> None:
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         for points, name, color in (
-            (all_clients, "all clients", BLUE), (worst, "worst client", VERMILLION),
-        ):  # fmt: skip
+            (all_clients, "all clients", BLUE),
+            (worst, "worst client", VERMILLION),
+        ):
             left.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, label=name)
         left.set(xlabel="round", ylabel=_title(run))
         left.legend()
@@ -280,17 +285,21 @@ def _clients(run: RunSummary) -> list[Block]:
     middle = _spread(facts)
     rows = tuple(
         (
-            str(fact.client_id), integer(fact.num_examples), integer(fact.num_test_examples),
-            number(fact.entropy_bits, 3), _shown(last, scores.get(str(fact.client_id))),
+            str(fact.client_id),
+            integer(fact.num_examples),
+            integer(fact.num_test_examples),
+            number(fact.entropy_bits, 3),
+            _shown(last, scores.get(str(fact.client_id))),
             ", ".join(fact.missing) or "-",
         )
         for fact in facts[:_MAX_CLIENT_ROWS]
-    )  # fmt: skip
+    )
     columns = ("client", "examples", "held out", "label entropy, bits", "score", "labels it lacks")
     blocks: list[Block] = [
-        Heading(text="Clients"), middle,
+        Heading(text="Clients"),
+        middle,
         Table(columns=columns, rows=rows, numeric=frozenset(range(5))),
-    ]  # fmt: skip
+    ]
     if len(facts) > _MAX_CLIENT_ROWS:
         text = f"The first {_MAX_CLIENT_ROWS} of {len(facts):,}; `data/data.json` has them all."
         blocks.append(Paragraph(text=text))
@@ -318,16 +327,30 @@ def _rounds(run: RunSummary) -> list[Block]:
         score, sent = scored.get(record["round"], {}), traffic[record["round"]]
         rows.append(
             (
-                str(record["round"] + 1), integer(len(record["clients"])),
-                integer(len(record["stragglers"])), integer(len(record["dropped"])),
-                number(record["loss"], 4), _shown(score, score.get("score")),
-                _shown(score, score.get("worst")), bytes_text(sent["bytes_up"]),
-                bytes_text(sent["bytes_down"]), number(record["seconds"], 1),
+                str(record["round"] + 1),
+                integer(len(record["clients"])),
+                integer(len(record["stragglers"])),
+                integer(len(record["dropped"])),
+                number(record["loss"], 4),
+                _shown(score, score.get("score")),
+                _shown(score, score.get("worst")),
+                bytes_text(sent["bytes_up"]),
+                bytes_text(sent["bytes_down"]),
+                number(record["seconds"], 1),
             )
-        )  # fmt: skip
+        )
     columns = (
-        "round", "clients", "slow", "lost", "loss", "score", "worst client", "up", "down", "s",
-    )  # fmt: skip
+        "round",
+        "clients",
+        "slow",
+        "lost",
+        "loss",
+        "score",
+        "worst client",
+        "up",
+        "down",
+        "s",
+    )
     table = Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(len(columns))))
     return [Heading(text="Rounds"), table] if rows else []
 

@@ -49,9 +49,12 @@ def finetune(
     config = setup.config
     return run_rounds(
         partial(Finetuning, setup, emit),
-        grid=Grid.of(config.stages, config.federation), config=config,
-        env=env, emit=emit, watch=watch,
-    )  # fmt: skip
+        grid=Grid.of(config.stages, config.federation),
+        config=config,
+        env=env,
+        emit=emit,
+        watch=watch,
+    )
 
 
 class Finetuning(FederatedRun):
@@ -117,9 +120,12 @@ class Finetuning(FederatedRun):
             round_id, [own["sent"] for own in facts], pipeline=self.config.stages
         )
         traffic = client_traffic(
-            plan, round_id, edges=of_edges["edges"], sent_numel=sent,
+            plan,
+            round_id,
+            edges=of_edges["edges"],
+            sent_numel=sent,
             received_numel=sent + self._tuned.residual_numel(num_taken),
-        )  # fmt: skip
+        )
         return [*turns, record, traffic]
 
     def validation_record(self, round_id: int, scores: Scores) -> Record:

@@ -256,7 +256,11 @@ def count_parameters(
     counts = attach(model, config.method, causal=task.kind == "causal-lm", split=split)
     if config.method.path:
         load_adapter(
-            model, Path(config.method.path), config.method,
-            kind=task.kind, labels=task.labels, split=split,
-        )  # fmt: skip
+            model,
+            Path(config.method.path),
+            config.method,
+            kind=task.kind,
+            labels=task.labels,
+            split=split,
+        )
     return counts, {name: p.numel() for name, p in trainable(model).items()}

@@ -75,9 +75,11 @@ class StagedReplica(StageReplica):
         attach_seeded(model, config, task)
         torch.manual_seed(stable_seed(config.seed, "head", spec.scores))
         return TunedStage(
-            spec, model, task.kind,
+            spec,
+            model,
+            task.kind,
             activation_checkpointing=config.pipeline.activation_checkpointing,
-        )  # fmt: skip
+        )
 
     def residual_numel(self, num_clients: int) -> int:
         """Parameters that a client receives beside those that it sends: none."""
@@ -97,9 +99,12 @@ class StagedReplica(StageReplica):
         self, split: Encoded, steps: Sequence[NDArray[np.int64]]
     ) -> MicroBatchSource:
         return micro_batches(
-            split, steps, pipeline=self.pipeline, task=self.data.task,
+            split,
+            steps,
+            pipeline=self.pipeline,
+            task=self.data.task,
             length=self.data.longest,
-        )  # fmt: skip
+        )
 
     def score(self, client_id: int) -> dict[int, NDArray[np.float64]]:
         """Return what the task's metric needs to know of a client's held-out examples, by stage."""

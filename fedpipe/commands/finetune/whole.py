@@ -87,18 +87,26 @@ class WholeReplica(Replica):
         self.products: ProductSynchronizer | None = None
         if config.method.lora_average == "product":
             self.products = ProductSynchronizer(
-                self.parameters, config.federation, updates=lora_updates(self.model),
-                seed=config.seed, comm=comm, kept=kept,
-            )  # fmt: skip
+                self.parameters,
+                config.federation,
+                updates=lora_updates(self.model),
+                seed=config.seed,
+                comm=comm,
+                kept=kept,
+            )
         self.synchronizer = self.products or Synchronizer(
             self.parameters, config.federation, seed=config.seed, comm=comm, kept=kept
         )
         optimizer = make_optimizer(self.parameters.values(), config.optimizer)
         self.engine = ModelEngine(self.model, optimizer)
         super().__init__(
-            {0: self.engine}, {0: self.synchronizer}, federation=config.federation,
-            seed=config.seed, comm=comm, run_dir=run_dir,
-        )  # fmt: skip
+            {0: self.engine},
+            {0: self.synchronizer},
+            federation=config.federation,
+            seed=config.seed,
+            comm=comm,
+            run_dir=run_dir,
+        )
         self._lower: LowerLayers | None = None
         if config.method.first_layer:
             self._lower = LowerLayers(self.model, config.method.first_layer)
@@ -130,10 +138,13 @@ class WholeReplica(Replica):
         mine = self.data.train_sequences[turn.client_id]
         order = list(
             batches(
-                self.config, turn.client_id, round_id=round_id, size=len(mine),
+                self.config,
+                turn.client_id,
+                round_id=round_id,
+                size=len(mine),
                 steps=turn.num_steps,
             )
-        )  # fmt: skip
+        )
         losses, norms, ended = [], [], [time.monotonic()]
         for step in takewhile(lambda step: until(step) > step, steps):
             for group in self.engine.optimizer.param_groups:
@@ -213,8 +224,11 @@ class WholeReplica(Replica):
         sequences = self.data.test_sequences[client_id]
         task, test = self.data.task, self.data.test
         outputs = predict(
-            test, sequences, kind=task.kind, batch_size=self.config.scoring.batch_size,
+            test,
+            sequences,
+            kind=task.kind,
+            batch_size=self.config.scoring.batch_size,
             forward=self._forward,
-        )  # fmt: skip
+        )
         self._computing = False
         return {0: statistics(task, test, sequences, outputs)}

@@ -44,8 +44,12 @@ def pretrain(
     """
     return run_rounds(
         partial(Pretraining, setup, emit),
-        grid=Grid.from_config(setup.config), config=setup.config, env=env, emit=emit, watch=watch,
-    )  # fmt: skip
+        grid=Grid.from_config(setup.config),
+        config=setup.config,
+        env=env,
+        emit=emit,
+        watch=watch,
+    )
 
 
 class Pretraining(FederatedRun):
@@ -117,9 +121,13 @@ class Pretraining(FederatedRun):
         if self._first_step_after is not None and round_id == self._resumed_at.round_id:
             slowest = max(f["first_step_s"] or 0.0 for f in facts)
             records.append(
-                {"kind": "system", "event": "start", "world_size": self.comm.env.world_size,
-                 "seconds_to_first_step": slowest}
-            )  # fmt: skip
+                {
+                    "kind": "system",
+                    "event": "start",
+                    "world_size": self.comm.env.world_size,
+                    "seconds_to_first_step": slowest,
+                }
+            )
         record = round_record(
             round_id,
             turns=plan.turns,

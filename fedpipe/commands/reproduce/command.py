@@ -60,9 +60,11 @@ _CAPTIONS = {
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``fedpipe reproduce``."""
     command.add_argument(
-        "experiment", metavar="EXPERIMENT", choices=EXPERIMENTS,
+        "experiment",
+        metavar="EXPERIMENT",
+        choices=EXPERIMENTS,
         help=f"what to reproduce: {', '.join(EXPERIMENTS)}",
-    )  # fmt: skip
+    )
     add_scale(command)
     options.add_path(
         command,
@@ -126,9 +128,7 @@ def reproduce(
     plan: Reproduction | None = None
     try:
         with signals.caught():
-            plan = plan_reproduction(
-                experiment, scale, overrides, run_dir, data=data, seeds=seeds
-            )  # fmt: skip
+            plan = plan_reproduction(experiment, scale, overrides, run_dir, data=data, seeds=seeds)
             plan.write()
             with locked(plan.directory):
                 _run(plan, signals, console)
@@ -205,9 +205,11 @@ def _evaluation(
     config = replace(plan.config, evaluation=replace(plan.config.evaluation, models=paths))
     several = len(models) > len(plan.config.reproduce.seeds)
     return set_up_evaluation(
-        config, plan.directory / EVALUATION, progress=console.preparing,
+        config,
+        plan.directory / EVALUATION,
+        progress=console.preparing,
         notify=(lambda line: None) if several else console.text,
-    )  # fmt: skip
+    )
 
 
 def _export(plan: Reproduction, models: Sequence[tuple[SystemCell, int]]) -> None:
@@ -273,9 +275,17 @@ def _write(plan: Reproduction, content: Content) -> None:
 def _repeat(plan: Reproduction) -> str:
     """The command that repeats it in a new directory."""
     return shlex.join(
-        ["fedpipe", "reproduce", plan.experiment, "--scale", plan.config.reproduce.scale,
-         "--run-dir", f"{plan.directory}-again", *_chosen(plan)]
-    )  # fmt: skip
+        [
+            "fedpipe",
+            "reproduce",
+            plan.experiment,
+            "--scale",
+            plan.config.reproduce.scale,
+            "--run-dir",
+            f"{plan.directory}-again",
+            *_chosen(plan),
+        ]
+    )
 
 
 def _chosen(plan: Reproduction) -> list[str]:

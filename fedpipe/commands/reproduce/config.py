@@ -42,9 +42,11 @@ class ComparisonConfig:
             require(fits, f"reproduce.{name}", "one or more, each once", list(values))
         require(min(self.seeds) >= 0, "reproduce.seeds", "whole numbers, 0 or more", self.seeds)
         require(
-            self.timed_rounds >= 0, "reproduce.timed_rounds", "0 or more",
+            self.timed_rounds >= 0,
+            "reproduce.timed_rounds",
+            "0 or more",
             self.timed_rounds,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,33 +93,42 @@ def _check(config: ReproductionConfig) -> None:
     require(layers >= 2, "model.num_hidden_layers", "2 or more in a reproduction", layers)
     require(
         all(1 <= cut < layers for cut in compared.cuts),
-        "reproduce.cuts", f"layers 1..{layers - 1} (the model has {layers})", list(compared.cuts),
-    )  # fmt: skip
+        "reproduce.cuts",
+        f"layers 1..{layers - 1} (the model has {layers})",
+        list(compared.cuts),
+    )
     length = config.data.sequence_length
     require(
         compared.published_length >= length,
-        "reproduce.published_length", f"data.sequence_length ({length}) or more",
+        "reproduce.published_length",
+        f"data.sequence_length ({length}) or more",
         compared.published_length,
-    )  # fmt: skip
+    )
     rounds = config.federation.num_rounds
     require(
         compared.timed_rounds <= rounds,
-        "reproduce.timed_rounds", f"at most federation.num_rounds ({rounds})",
+        "reproduce.timed_rounds",
+        f"at most federation.num_rounds ({rounds})",
         compared.timed_rounds,
-    )  # fmt: skip
+    )
     # A shorter run has the same learning rates only if what it has of the schedule is lines.
     whole = compared.timed_rounds in (0, rounds)
     within_warmup = compared.timed_rounds / rounds <= config.optimizer.warmup_ratio
     require(
         whole or within_warmup or config.optimizer.decay != "polynomial",
-        "reproduce.timed_rounds", "0 (all), or optimizer.decay=linear", compared.timed_rounds,
-    )  # fmt: skip
+        "reproduce.timed_rounds",
+        "0 (all), or optimizer.decay=linear",
+        compared.timed_rounds,
+    )
     for name in ("embeddings", "client_layers", "server_layers", "final_head"):
         kept = getattr(config.federation.average, name)
         require(
-            kept, f"federation.average.{name}", "true, for one model is scored", kept,
+            kept,
+            f"federation.average.{name}",
+            "true, for one model is scored",
+            kept,
             "Leave it out.",
-        )  # fmt: skip
+        )
     for key, value, expected in (
         ("data.padded_length", config.data.padded_length, 0),
         ("federation.num_local_epochs", config.federation.num_local_epochs, 0),
@@ -125,6 +136,9 @@ def _check(config: ReproductionConfig) -> None:
         way_out = "The variants set it." if "padded" in key else "Set federation.num_local_steps."
         require(value == expected, key, f"{expected} in a reproduction", value, way_out)
     require(
-        bool(config.data.valid), "data.valid", "held-out text", list(config.data.valid),
+        bool(config.data.valid),
+        "data.valid",
+        "held-out text",
+        list(config.data.valid),
         "Name files, or packaged.",
-    )  # fmt: skip
+    )

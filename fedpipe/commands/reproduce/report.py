@@ -101,19 +101,28 @@ def variants_table(content: Content) -> Table:
         whole = v["measured_rounds"] == content["num_rounds"]
         rows.append(
             (
-                v["title"], f"{v['measured_rounds']} of {content['num_rounds']}",
+                v["title"],
+                f"{v['measured_rounds']} of {content['num_rounds']}",
                 f"{number(seconds, 1)} ({number(low, 1)} to {number(high, 1)})",
-                number(v["tokens_per_round"] / seconds, 0), number(first / seconds, 2),
-                number(ours / seconds, 2), number(v["losses"][-1] if whole else None, 3),
+                number(v["tokens_per_round"] / seconds, 0),
+                number(first / seconds, 2),
+                number(ours / seconds, 2),
+                number(v["losses"][-1] if whole else None, 3),
                 number(v["held_out"][-1] if whole else None, 3),
                 "-" if v["loss_difference"] is None else f"{v['loss_difference']:.1e}",
             )
-        )  # fmt: skip
+        )
     columns = (
-        "system", "rounds measured", "s per round (range)", "tokens/s",
-        f"over {content['variants'][0]['title']}", "over FedBERT, our kernels",
-        "training loss", "held-out loss", "losses differ by",
-    )  # fmt: skip
+        "system",
+        "rounds measured",
+        "s per round (range)",
+        "tokens/s",
+        f"over {content['variants'][0]['title']}",
+        "over FedBERT, our kernels",
+        "training loss",
+        "held-out loss",
+        "losses differ by",
+    )
     return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(1, 9)))
 
 
@@ -126,22 +135,26 @@ def times_table(content: Content, baseline: VariantFacts) -> Table:
         races = [pair["races"][index] for pair in pairs]
         rows.append(
             (
-                task["name"], f"{task['title']} {percent(races[0]['target'])}",
-                percent(task["untrained"]), duration(races[0]["baseline_s"]),
+                task["name"],
+                f"{task['title']} {percent(races[0]['target'])}",
+                percent(task["untrained"]),
+                duration(races[0]["baseline_s"]),
                 *(
                     _time(race["own_s"], race["ratio"]) if race["learnt"] else "not learnt"
                     for race in races
                 ),
             )
-        )  # fmt: skip
+        )
     lost = [pair["held_out"] for pair in pairs]
     rows.append(
         (
-            "held-out text", f"loss {number(lost[0]['loss'], 3)}", "",
+            "held-out text",
+            f"loss {number(lost[0]['loss'], 3)}",
+            "",
             duration(lost[0]["baseline_s"]),
             *(_time(each["own_s"], each["ratio"]) for each in lost),
         )
-    )  # fmt: skip
+    )
     columns = ("task", "its best", "untrained", "its time", *(v["title"] for v in own))
     return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(1, len(columns))))
 
@@ -184,11 +197,16 @@ def settings_table(content: Content) -> Table:
         own = task["settings"]
         rows.append(
             (
-                task["name"], task["title"], f"{task['num_train']:,}", f"{task['num_test']:,}",
-                f"{own['learning_rate']:g}", str(own["batch_size"]), str(own["num_epochs"]),
+                task["name"],
+                task["title"],
+                f"{task['num_train']:,}",
+                f"{task['num_test']:,}",
+                f"{own['learning_rate']:g}",
+                str(own["batch_size"]),
+                str(own["num_epochs"]),
                 str(own["max_length"]),
             )
-        )  # fmt: skip
+        )
     columns = ("task", "metric", "train n", "test n", "lr", "batch", "epochs", "max length")
     return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(2, 8)))
 
@@ -355,9 +373,10 @@ def _published() -> list[Block]:
         ),
         Table(
             columns=("published, 10^5 s to FedBERT's best", "FedBERT 0-12", "4-8", "6-6"),
-            rows=_PUBLISHED_TIMES, numeric=frozenset({1, 2, 3}),
+            rows=_PUBLISHED_TIMES,
+            numeric=frozenset({1, 2, 3}),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def terminal_text(content: Content) -> str:

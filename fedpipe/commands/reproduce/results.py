@@ -288,7 +288,9 @@ def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Con
         result = finished(any_cell)
         tasks.append(
             {
-                "name": place.task.name, "metric": metric, "title": METRICS[metric].title,
+                "name": place.task.name,
+                "metric": metric,
+                "title": METRICS[metric].title,
                 "untrained": float(untrained.scores.mean()),
                 "scores": {
                     name: [float(each.scores.mean()) for each in rounds]
@@ -297,10 +299,11 @@ def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Con
                 "learnt": {
                     name: _is_learnt(rounds, untrained) for name, rounds in by_round.items()
                 },
-                "num_train": result["num_train"], "num_test": result["num_test"]["test"],
+                "num_train": result["num_train"],
+                "num_test": result["num_test"]["test"],
                 "settings": any_cell.settings,
             }
-        )  # fmt: skip
+        )
         differences += [
             _difference(v.name, place.task.name, by_round[v.name], by_round[reference])
             for v in plan.variants
@@ -390,31 +393,40 @@ def _speed_ups(variants: Sequence[VariantFacts], tasks: Sequence[TaskScores]) ->
         for baseline in (v for v in variants if v["kind"] != "fedpipe"):
             races = [
                 race(
-                    task["name"], learnt=task["learnt"][baseline["scored_as"]],
+                    task["name"],
+                    learnt=task["learnt"][baseline["scored_as"]],
                     baseline=_timed(baseline, task["scores"][baseline["scored_as"]]),
                     own=_timed(own, task["scores"][own["scored_as"]]),
                 )
                 for task in tasks
-            ]  # fmt: skip
+            ]
             gain = speed_up(races)
             found.append(
                 {
-                    "variant": own["name"], "baseline": baseline["name"],
+                    "variant": own["name"],
+                    "baseline": baseline["name"],
                     "per_round": baseline["seconds_per_round"] / own["seconds_per_round"],
                     "races": [_race_facts(each) for each in races],
                     "held_out": _loss_race(own, baseline, variants),
-                    "mean": gain.mean, "peak": gain.peak, "reached": gain.reached,
-                    "never": gain.never, "unlearnt": gain.unlearnt,
+                    "mean": gain.mean,
+                    "peak": gain.peak,
+                    "reached": gain.reached,
+                    "never": gain.never,
+                    "unlearnt": gain.unlearnt,
                 }
-            )  # fmt: skip
+            )
     return found
 
 
 def _race_facts(race: Race) -> RaceFacts:
     return {
-        "task": race.task, "target": race.target, "baseline_s": race.baseline_s,
-        "own_s": race.own_s, "learnt": race.learnt, "ratio": race.ratio,
-    }  # fmt: skip
+        "task": race.task,
+        "target": race.target,
+        "baseline_s": race.baseline_s,
+        "own_s": race.own_s,
+        "learnt": race.learnt,
+        "ratio": race.ratio,
+    }
 
 
 def _timed(variant: VariantFacts, scores: Sequence[float]) -> tuple[list[float], Sequence[float]]:
@@ -430,9 +442,11 @@ def _loss_race(
     ]
     lost = race(HELD_OUT, learnt=True, baseline=timed[0], own=timed[1])
     return {
-        "loss": -lost.target, "baseline_s": lost.baseline_s, "own_s": lost.own_s,
+        "loss": -lost.target,
+        "baseline_s": lost.baseline_s,
+        "own_s": lost.own_s,
         "ratio": lost.ratio,
-    }  # fmt: skip
+    }
 
 
 def _difference(
@@ -441,7 +455,8 @@ def _difference(
     """Subtract FedBERT's scores from fedpipe's at equal tokens: last round, and mean of all."""
     by_round = [first - second for first, second in zip(own, theirs, strict=True)]
     return {
-        "variant": variant, "task": task,
+        "variant": variant,
+        "task": task,
         "last": {**estimate(by_round[-1]).to_dict(), "stands_out": False},
         "all": {**estimate(mean_of(by_round)).to_dict(), "stands_out": False},
-    }  # fmt: skip
+    }

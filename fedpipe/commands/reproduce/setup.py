@@ -218,7 +218,10 @@ def _check_same(directory: Path, before: ReproductionConfig, now: ReproductionCo
     """Refuse another reproduction than that of the directory; its evaluation may be another."""
     free = shared_freedom(RunDir.at(path, "pretrain") for path in directory.glob(f"{CELLS}/*"))
     check_config(
-        directory, before, now, may_change=(*free, "evaluation."),
+        directory,
+        before,
+        now,
+        may_change=(*free, "evaluation."),
         what="settings of the reproduction",
         way_out="Continue it with --run-dir alone, or choose a new --run-dir.",
-    )  # fmt: skip
+    )

@@ -89,9 +89,12 @@ def race(
     """
     target, reached_s = best(*baseline)
     return Race(
-        task=task, target=target, baseline_s=reached_s, own_s=time_to(target, *own),
+        task=task,
+        target=target,
+        baseline_s=reached_s,
+        own_s=time_to(target, *own),
         learnt=learnt,
-    )  # fmt: skip
+    )
 
 
 def speed_up(races: Sequence[Race]) -> SpeedUp:

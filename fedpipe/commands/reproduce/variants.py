@@ -104,17 +104,24 @@ def _plain(config: ReproductionConfig) -> RunConfig:
 
 def _split(pipeline: PipelineConfig, cut: int, *, at_home: bool) -> PipelineConfig:
     return replace(
-        pipeline, objective="local_loss", schedule="streaming", cut=(cut,),
+        pipeline,
+        objective="local_loss",
+        schedule="streaming",
+        cut=(cut,),
         head_location="client" if at_home else "server",
-    )  # fmt: skip
+    )
 
 
 def _fedbert(base: RunConfig, cut: int, *, published_length: int) -> RunConfig:
     own = replace(
-        base.pipeline, objective="end_to_end", schedule="sequential", cut=(cut,),
-        head_location="client", num_micro_batches=1,
+        base.pipeline,
+        objective="end_to_end",
+        schedule="sequential",
+        cut=(cut,),
+        head_location="client",
+        num_micro_batches=1,
         micro_batch_size=base.pipeline.micro_batch_size * base.pipeline.num_micro_batches,
-    )  # fmt: skip
+    )
     if not published_length:
         return replace(base, pipeline=own)
     return replace(
@@ -147,6 +154,7 @@ def _first_part(optimizer: OptimizerConfig, share: float) -> OptimizerConfig:
     linear = optimizer.decay == "linear"
     reached = optimizer.lr + done * (optimizer.end_lr - optimizer.lr)
     return replace(
-        optimizer, warmup_ratio=optimizer.warmup_ratio / share,
+        optimizer,
+        warmup_ratio=optimizer.warmup_ratio / share,
         end_lr=reached if linear else optimizer.end_lr,
-    )  # fmt: skip
+    )

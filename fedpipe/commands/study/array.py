@@ -139,9 +139,13 @@ def _send(
 ) -> list[Any]:
     return send(
         [_job(study, cell) for cell in cells],
-        folder=study.directory / "logs", name=study.job_name, profile=profile, shape=shape,
-        cluster=cluster, parallel=parallel,
-    )  # fmt: skip
+        folder=study.directory / "logs",
+        name=study.job_name,
+        profile=profile,
+        shape=shape,
+        cluster=cluster,
+        parallel=parallel,
+    )
 
 
 def _run_here(

@@ -403,9 +403,14 @@ class ForkedProcess:
     """A cell, forked from the server that has made its imports."""
 
     def __init__(
-        self, work: Callable[[str, int], object], run_dir: Path, slot: Slot, log: Path,
-        *, preload: Sequence[str],
-    ) -> None:  # fmt: skip
+        self,
+        work: Callable[[str, int], object],
+        run_dir: Path,
+        slot: Slot,
+        log: Path,
+        *,
+        preload: Sequence[str],
+    ) -> None:
         """Start it, in a session of its own.
 
         Args:
@@ -417,9 +422,10 @@ class ForkedProcess:
         """
         threads = num_threads(len(slot.cores))
         self._process = fork_server(preload).Process(
-            target=_work, daemon=True,
+            target=_work,
+            daemon=True,
             args=(work, str(run_dir), str(log.absolute()), slot.index, slot.cores, threads),
-        )  # fmt: skip
+        )
         self._process.start()
 
     @property
@@ -440,9 +446,13 @@ class ForkedProcess:
 
 
 def _work(
-    work: Callable[[str, int], object], run_dir: str, log: str, index: int,
-    cores: frozenset[int], threads: int,
-) -> None:  # fmt: skip
+    work: Callable[[str, int], object],
+    run_dir: str,
+    log: str,
+    index: int,
+    cores: frozenset[int],
+    threads: int,
+) -> None:
     """Run a cell in this process, which ends with it; what it says goes to its log."""
     os.setsid()
     for number in stop_signals():

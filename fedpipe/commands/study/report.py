@@ -190,9 +190,18 @@ def table(rows: Sequence[Row]) -> str:
     """
     axes = short_names(list(rows[0].values))
     titles = [
-        *axes, "runs", "validation loss", "sd", "min..max", "by stage", "tokens/s", "sd",
-        "tokens", "training time", "forward/step",
-    ]  # fmt: skip
+        *axes,
+        "runs",
+        "validation loss",
+        "sd",
+        "min..max",
+        "by stage",
+        "tokens/s",
+        "sd",
+        "tokens",
+        "training time",
+        "forward/step",
+    ]
     lines = [titles, *(_cells(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * width for width in widths]

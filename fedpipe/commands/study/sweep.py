@@ -175,9 +175,15 @@ def _check_content(run: RunDir, config: RunConfig) -> None:
 
 
 PRETRAININGS = Runs(
-    kind="pretrain", study_kind="sweep", title="the sweep", home="cells", read_tree=load.run_tree,
-    read=load.read_config, load=checked_cell, check_content=_check_content,
-)  # fmt: skip
+    kind="pretrain",
+    study_kind="sweep",
+    title="the sweep",
+    home="cells",
+    read_tree=load.run_tree,
+    read=load.read_config,
+    load=checked_cell,
+    check_content=_check_content,
+)
 """What a sweep consists of."""
 
 
@@ -232,9 +238,15 @@ def _document(sweep: Sweep, text: str, content: dict[str, Any], done: set[Cell[R
     missing = [f"`{cell.name}`" for cell in sweep.cells if cell not in done]
     config = sweep.cells[0].run_dir / "config.yaml"
     again = [
-        "fedpipe", "sweep", "--config", str(config), "--run-dir", f"{sweep.directory}-again",
-        "--grid", *words_of(sweep.axes),
-    ]  # fmt: skip
+        "fedpipe",
+        "sweep",
+        "--config",
+        str(config),
+        "--run-dir",
+        f"{sweep.directory}-again",
+        "--grid",
+        *words_of(sweep.axes),
+    ]
     lines = [
         f"# fedpipe sweep: {sweep.directory.resolve().name}",
         text,

@@ -163,9 +163,13 @@ def submit_request(
     if isinstance(what, Run):
         return submit(what, profile_path=profile_path, cluster=cluster, follows=follows, show=show)
     return submit_array(
-        what, profile_path=profile_path, cluster=cluster, parallel=parallel, follows=follows,
+        what,
+        profile_path=profile_path,
+        cluster=cluster,
+        parallel=parallel,
+        follows=follows,
         show=show,
-    )  # fmt: skip
+    )
 
 
 def _check_options(task: str, chosen: Mapping[str, Any]) -> None:
@@ -270,9 +274,13 @@ def reproduction(request: RunRequest, chosen: Mapping[str, Any]) -> Run:
                 "those of --scale: write what differs as section.key=value."
             )
     plan = plan_reproduction(
-        EXPERIMENTS[0], chosen.get("scale"), request.overrides, request.run_dir,
-        data=chosen.get("data"), seeds=chosen.get("seeds"),
-    )  # fmt: skip
+        EXPERIMENTS[0],
+        chosen.get("scale"),
+        request.overrides,
+        request.run_dir,
+        data=chosen.get("data"),
+        seeds=chosen.get("seeds"),
+    )
 
     def write() -> str:
         plan.write()

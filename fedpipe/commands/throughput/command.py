@@ -127,10 +127,15 @@ def throughput(
     if axes:
         return run_study(
             lambda console: _points(
-                config_path, overrides, axes, run_dir, preset=preset, settings=settings,
+                config_path,
+                overrides,
+                axes,
+                run_dir,
+                preset=preset,
+                settings=settings,
                 console=console,
             ),
-        )  # fmt: skip
+        )
     console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
     signals = Signals()
     try:

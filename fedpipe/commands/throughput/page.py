@@ -134,9 +134,15 @@ def terminal_text(report: Report) -> str:
 def schedule_table(report: Report) -> Table:
     """One row per schedule."""
     columns = (
-        "schedule", "tokens/s", "step, ms (p10 to p90)", "MFU, %", "waits, %", "of its ideal, %",
-        "B/token forward", "backward",
-    )  # fmt: skip
+        "schedule",
+        "tokens/s",
+        "step, ms (p10 to p90)",
+        "MFU, %",
+        "waits, %",
+        "of its ideal, %",
+        "B/token forward",
+        "backward",
+    )
     rows = []
     best = max(schedule["tokens_per_s"] for schedule in report["schedules"].values())
     for name, schedule in report["schedules"].items():
@@ -206,9 +212,15 @@ def _time_table(report: Report) -> Table:
 
 def _ideal_table(report: Report) -> Table:
     columns = (
-        "schedule", "step, ms", "ideal", "reached, %", "waits, %", "ideal", "busy by stage, %",
+        "schedule",
+        "step, ms",
         "ideal",
-    )  # fmt: skip
+        "reached, %",
+        "waits, %",
+        "ideal",
+        "busy by stage, %",
+        "ideal",
+    )
     rows = []
     for name, schedule in report["schedules"].items():
         ideal = report["ideal"][name]

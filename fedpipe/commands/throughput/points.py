@@ -43,9 +43,15 @@ def points_table(points: Sequence[Point]) -> Table:
     keys = [override.partition("=")[0] for override in points[0][0].overrides]
     names = list(dict.fromkeys(name for _, report in points for name in report["schedules"]))
     columns = (
-        "schedule", *short_names(keys), "tokens/s", "streaming over it", "MFU, %", "waits, %",
-        "of ideal, %", "peak memory",
-    )  # fmt: skip
+        "schedule",
+        *short_names(keys),
+        "tokens/s",
+        "streaming over it",
+        "MFU, %",
+        "waits, %",
+        "of ideal, %",
+        "peak memory",
+    )
     rows = []
     for name in names:
         measured = [point for point in points if name in point[1]["schedules"]]

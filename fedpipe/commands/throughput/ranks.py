@@ -64,9 +64,13 @@ class MeasuringRanks(PretrainingRanks):
         how: Measuring = options or Measuring()
         watch.activity = partial(Activity, doing="measuring")
         measurement = measure(
-            setup.config, load_prepared(setup.data_dir), env=env, settings=how.settings, emit=emit,
+            setup.config,
+            load_prepared(setup.data_dir),
+            env=env,
+            settings=how.settings,
+            emit=emit,
             board=watch.board,
-        )  # fmt: skip
+        )
         watch.leave_run()
         if measurement is not None:
             _write(setup, measurement, how)
@@ -107,10 +111,17 @@ def _write(setup: RunSetup, measurement: Measurement, how: Measuring) -> None:
 def repeating_command(setup: RunSetup, settings: ThroughputSettings, *, end: Sequence[str]) -> str:
     """Return what repeats a measurement with the configuration that it left behind."""
     words = [
-        "fedpipe", "throughput", "--config", str(setup.run_dir / "config.yaml"),
-        "--run-dir", f"{setup.run_dir}-again", "--repetitions", str(settings.repetitions),
-        "--steps", str(settings.num_steps),
-    ]  # fmt: skip
+        "fedpipe",
+        "throughput",
+        "--config",
+        str(setup.run_dir / "config.yaml"),
+        "--run-dir",
+        f"{setup.run_dir}-again",
+        "--repetitions",
+        str(settings.repetitions),
+        "--steps",
+        str(settings.num_steps),
+    ]
     if settings.emulate_ms:
         words += ["--emulate-ms", f"{settings.emulate_ms:g}"]
     return shlex.join([*words, *end])

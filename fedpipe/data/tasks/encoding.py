@@ -58,9 +58,14 @@ class Encoded:
     def save(self, path: Path) -> None:
         """Write the arrays as one file."""
         np.savez(
-            path, ids=self.ids, types=self.types, starts=self.starts, labels=self.labels,
-            examples=self.examples, num_truncated=self.num_truncated,
-        )  # fmt: skip
+            path,
+            ids=self.ids,
+            types=self.types,
+            starts=self.starts,
+            labels=self.labels,
+            examples=self.examples,
+            num_truncated=self.num_truncated,
+        )
 
     @classmethod
     def load(cls, path: Path) -> Encoded:

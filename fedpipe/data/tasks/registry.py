@@ -138,10 +138,17 @@ _LARGE_GLUE = Defaults(learning_rate=2e-5, batch_size=32, num_epochs=3, max_leng
 
 def _ner(name: str, *types: str, files: tuple[str, ...] = (), cites: str) -> Task:
     return Task(
-        name=name, kind="ner", metrics=("entity_f1",), defaults=_NER, labels=types,
-        merges_types=len(types) > 1, text=("tokens", "words"), label=("tags", "ner_tags"),
-        files=files, cites=cites,
-    )  # fmt: skip
+        name=name,
+        kind="ner",
+        metrics=("entity_f1",),
+        defaults=_NER,
+        labels=types,
+        merges_types=len(types) > 1,
+        text=("tokens", "words"),
+        label=("tags", "ner_tags"),
+        files=files,
+        cites=cites,
+    )
 
 
 def _glue(
@@ -158,16 +165,30 @@ def _glue(
     headless: tuple[str, ...] = (),
 ) -> Task:
     return Task(
-        name=name, kind=kind, metrics=metrics, defaults=defaults, labels=labels, text=text,
-        pair=pair, label=label, files=files, headless=headless, cites="Wang et al. 2018 (GLUE)",
-    )  # fmt: skip
+        name=name,
+        kind=kind,
+        metrics=metrics,
+        defaults=defaults,
+        labels=labels,
+        text=text,
+        pair=pair,
+        label=label,
+        files=files,
+        headless=headless,
+        cites="Wang et al. 2018 (GLUE)",
+    )
 
 
 def _text_task(name: str, labels: tuple[str, ...], *files: str, cites: str) -> Task:
     return Task(
-        name=name, kind="classification", metrics=("accuracy",), defaults=_LARGE_GLUE,
-        labels=labels, files=files, cites=cites,
-    )  # fmt: skip
+        name=name,
+        kind="classification",
+        metrics=("accuracy",),
+        defaults=_LARGE_GLUE,
+        labels=labels,
+        files=files,
+        cites=cites,
+    )
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -235,14 +256,16 @@ SENTIMENT_TASKS = {
     for task in (
         _text_task("imdb", ("negative", "positive"), "imdb_subset", cites="Maas et al. 2011"),
         _text_task(
-            "movie-reviews", ("negative", "positive"), "movie_reviews_v2",
+            "movie-reviews",
+            ("negative", "positive"),
+            "movie_reviews_v2",
             cites="Pang and Lee 2004",
         ),
         _text_task(
             "ag-news", ("World", "Sports", "Business", "Sci/Tech"), cites="Zhang et al. 2015"
         ),
     )
-}  # fmt: skip
+}
 """Text classification of the studies with many clients; ``fedpipe finetune`` knows them, too."""
 
 

@@ -239,9 +239,11 @@ class _Checks:
             value = getattr(self._is.columns, column.name)
             if value and column.name not in defaults:
                 self._refuse(
-                    f"columns.{column.name}", f"only {', '.join(defaults)} with kind "
-                    f"{self._is.kind}", value, "Rename the key, or change the kind.",
-                )  # fmt: skip
+                    f"columns.{column.name}",
+                    f"only {', '.join(defaults)} with kind {self._is.kind}",
+                    value,
+                    "Rename the key, or change the kind.",
+                )
         return {name: getattr(self._is.columns, name) or usual for name, usual in defaults.items()}
 
     def _check_labels(self, kind: Kind) -> None:
@@ -252,38 +254,48 @@ class _Checks:
         if len(labels) < least:
             what = "entity type" if kind == "ner" else "classes"
             self._refuse(
-                "labels", f"{least} {what} or more with kind {self._is.kind}", list(labels),
+                "labels",
+                f"{least} {what} or more with kind {self._is.kind}",
+                list(labels),
                 "List all that the files hold.",
-            )  # fmt: skip
+            )
         twice = [label for label in labels if labels.count(label) > 1]
         if twice or not all(label.strip() for label in labels):
             self._refuse("labels", "different names", list(labels), "Correct the list.")
         tags = [label for label in labels if label == "O" or label[:2] in ("B-", "I-")]
         if kind == "ner" and tags:
             self._refuse(
-                "labels", "entity types without O, B- and I-", tags[0],
+                "labels",
+                "entity types without O, B- and I-",
+                tags[0],
                 f"Write {tags[0][2:] or 'the types only'}.",
-            )  # fmt: skip
+            )
         unknown = [name for name in negative if name not in labels]
         if unknown:
             self._refuse(
-                "negative", f"some of {', '.join(labels) or 'no labels'}", unknown[0],
+                "negative",
+                f"some of {', '.join(labels) or 'no labels'}",
+                unknown[0],
                 "Correct it, or declare it under labels.",
-            )  # fmt: skip
+            )
 
     def _metrics(self, kind: Kind) -> tuple[str, ...]:
         fitting = _METRICS[kind]
         for metric in self._is.metric:
             if metric not in fitting:
                 self._refuse(
-                    "metric", f"one of {', '.join(fitting)} with kind {self._is.kind}", metric,
+                    "metric",
+                    f"one of {', '.join(fitting)} with kind {self._is.kind}",
+                    metric,
                     f"The default is {fitting[0]}.",
-                )  # fmt: skip
+                )
             if metric in _OF_TWO_CLASSES and len(self._is.labels) != 2:
                 self._refuse(
-                    "metric", "accuracy or micro_f1 with more than two labels", metric,
+                    "metric",
+                    "accuracy or micro_f1 with more than two labels",
+                    metric,
                     f"{metric} is of two classes.",
-                )  # fmt: skip
+                )
         return self._is.metric or fitting[:1]
 
     def _splits(self) -> tuple[tuple[str, str], ...]:
