@@ -420,7 +420,9 @@ def test_a_client_with_less_than_a_block_is_named(
 def test_a_mistake_in_the_configuration_is_answered_at_once(tmp_path: Path) -> None:
     """With the output in a pipe: no process in the background may keep it open either."""
     fastest = min(_seconds_of_a_mistake(tmp_path) for _ in range(3))
-    assert fastest < 2.0
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch, transformers.modeling_utils"], check=True)
+    assert fastest < time.monotonic() - started, "as long as what a rank imports first"
 
 
 def _seconds_of_a_mistake(folder: Path) -> float:

@@ -116,7 +116,10 @@ def test_the_launch_script_with_cluster_submits_and_says_what_is_wrong_before_it
         (("sweep", "--task-file", "x"), "--task-file: expected submit evaluate or finetune, got"),
         (("finetune", "--task-file", "a", "--task-file", "b"), "--task-file: expected one file"),
         (("finetune", "method.name=lorra"), "method.name: expected one of full"),
-        (("finetune", "--grid", "method.name=lora,lorra"), "method.name: expected one of full"),
+        (
+            ("finetune", "--grid", "method.name=lora,lorra"),
+            "cell lorra: method.name: expected one of full",
+        ),
     ],
 )
 def test_what_cannot_be_submitted_is_one_line_and_nothing_is_written(

@@ -186,7 +186,7 @@ def test_a_directory_that_is_no_sweeps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"expected a new directory or that of a sweep, got"):
         set_up(tmp_path / "run", *GRID)
     (tmp_path / "thesis.txt").touch()
-    with pytest.raises(CheckpointError, match=r"with other files\. Choose another directory;"):
+    with pytest.raises(CheckpointError, match=r"with other files\. Choose another directory\."):
         set_up(tmp_path, *GRID)
     RunDir.at(tmp_path / "damaged", "sweep").make().write("grid: []\n")
     with pytest.raises(CheckpointError, match=r"sweep\.yaml: expected the grid and the conf"):
