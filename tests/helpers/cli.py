@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-TIMEOUT_S = 240.0
+TIMEOUT_S = 480.0
 """Generous: machines that run tests are often busy."""
 _MARK = "FEDPIPE_TEST_COMMAND"
 
