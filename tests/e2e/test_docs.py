@@ -170,7 +170,15 @@ def _own_text(place: Path) -> None:
         (place / "south" / part / "notes.txt").write_text("\n".join(lines), encoding="utf-8")
 
 
-@pytest.mark.parametrize("document", GUIDES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "document",
+    [
+        # The guides take minutes together: `make test` follows README and some of them.
+        pytest.param(path, marks=[] if path.name == "README.md" else pytest.mark.matrix(sample=5))
+        for path in GUIDES
+    ],
+    ids=[str(path.relative_to(ROOT)) for path in GUIDES],
+)
 def test_what_a_guide_shows_runs(document: Path, tmp_path: Path) -> None:
     if document.name == "README.md":
         _own_text(tmp_path)
