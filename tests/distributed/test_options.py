@@ -91,7 +91,7 @@ def _state(run_dir: Path) -> dict[str, Any]:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(_is_empty, value.values())))
+    return isinstance(value, dict) and all(e is None or _is_empty(e) for e in value.values())
 
 
 def _same(a: Any, b: Any) -> bool:
