@@ -106,6 +106,22 @@ def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
     return "SLURM_PROCID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", default=1) > 1
 
 
+def why_a_rank(environ: Mapping[str, str] = os.environ) -> str:
+    """Say which variables make this process one of several ranks, and how to remove them.
+
+    A shell may still have variables that an earlier launcher or script has exported.
+
+    Args:
+        environ: The environment.
+    """
+    numbers = ("RANK", "WORLD_SIZE") if "RANK" in environ else ("SLURM_PROCID", "SLURM_NTASKS")
+    names = (*numbers, "MASTER_ADDR", "MASTER_PORT")
+    return (
+        f"{', '.join(names[:-1])} and {names[-1]} make this process a rank of a launcher; if no "
+        f"launcher has started it: unset {' '.join(names)}"
+    )
+
+
 def _number(environ: Mapping[str, str], name: str, *, default: int | None = None) -> int:
     value = environ.get(name)
     if value is None and default is not None:

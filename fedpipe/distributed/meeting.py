@@ -17,7 +17,7 @@ from typing import Any
 
 from fedpipe.distributed.board import Board
 from fedpipe.distributed.comm import host_store, tcp_store
-from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.env import ProcessEnv, why_a_rank
 from fedpipe.errors import FedPipeError, LaunchError, TopologyError, error_named
 from fedpipe.printable import printable
 
@@ -227,11 +227,12 @@ class Meeting:
         if waited_s >= patience_s:
             raise LaunchError(
                 f"{whom}: expected to meet within {patience_s:.0f} s, got no sign of life. See the "
-                "launcher's log of it, and start all ranks again."
+                f"launcher's log of it, and start all ranks again. {why_a_rank()}."
             )
         self._tell_at = 2 * waited_s
         if self._env.rank == 0 or ranks == [0]:  # one rank tells that another is missing
-            self._notify(f"waiting for {whom}, {patience_s - waited_s:.0f} s more")
+            left = f"{patience_s - waited_s:.0f} s more"
+            self._notify(f"waiting for {whom}, {left}. {why_a_rank()}")
 
 
 def not_shared(key: str, folder: str, host: str) -> TopologyError:
@@ -384,12 +385,14 @@ def _wait_for_host(env: ProcessEnv, notify: Notify) -> None:
             if waited_s > JOIN_S:
                 raise LaunchError(
                     f"rank 0: expected it at {host}:{port} within {JOIN_S:.0f} s, got none "
-                    f"({cause}). See its log, and whether MASTER_ADDR and MASTER_PORT are its own."
+                    f"({cause}). See its log, and whether MASTER_ADDR and MASTER_PORT are its own. "
+                    f"{why_a_rank()}."
                 ) from None
             if waited_s > tell_at:
                 tell_at = 2 * waited_s
                 left = f"{JOIN_S - waited_s:.0f} s more"
-                notify(f"rank {env.rank} waits for rank 0 at {host}:{port} ({cause}), {left}")
+                whom = f"rank {env.rank} waits for rank 0 at {host}:{port}"
+                notify(f"{whom} ({cause}), {left}. {why_a_rank()}")
             time.sleep(_POLL_S)
 
 

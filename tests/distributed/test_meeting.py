@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.env import ProcessEnv, detect
 from fedpipe.errors import FedPipeError, LaunchError
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny import tiny_config, tiny_data
@@ -86,19 +86,49 @@ def test_a_host_that_does_not_resolve_is_named_on_every_rank() -> None:
         )  # fmt: skip
 
 
-def _alone(env: ProcessEnv, port: int) -> tuple[tuple[str, str, float], list[str]]:
-    return _cannot_meet(replace(env, rank=1, world_size=2), port, "127.0.0.1")
+LEFT_OVER = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 
 
-def test_a_wait_for_rank_0_is_told_and_has_a_stated_end() -> None:
-    port = free_port()
-    (((kind, text, _), told),) = run_distributed(_alone, 1, port)
-    assert re.match(
-        rf"rank 1 waits for rank 0 at 127\.0\.0\.1:{port} \(Connection refused\), \d s more",
-        told[0],
+def _alone(_: ProcessEnv, rank: int, port: int, folder: Path) -> tuple[list[str], str, str]:
+    """A process by itself, in a shell with the variables of an earlier launcher."""
+    from fedpipe.distributed import meeting
+
+    meeting.JOIN_S, meeting._TELL_S = 2.0, 0.5
+    os.environ.update(LEFT_OVER, RANK=str(rank), MASTER_PORT=str(port))
+    told: list[str] = []
+    kind, text, _ = _error(
+        lambda: meeting.Meeting(detect(), notify=told.append).share_secret(lambda: folder)
     )
+    return told, kind, text
+
+
+@pytest.mark.parametrize(
+    ("rank", "waits", "ends"),
+    [
+        (0, "waiting for rank 1, ", "rank 1: expected to meet within 2 s, got no sign of life. "),
+        (
+            1,
+            "rank 1 waits for rank 0 at 127.0.0.1:PORT (Connection refused), ",
+            "rank 0: expected it at 127.0.0.1:PORT within 2 s, got none (Connection refused). ",
+        ),
+    ],
+    ids=["rank 0", "rank 1"],
+)
+def test_a_wait_has_a_stated_end_and_says_which_variables_make_a_process_wait(
+    tmp_path: Path, rank: int, waits: str, ends: str
+) -> None:
+    port = free_port()
+    (((told, *_), kind, text),) = run_distributed(_alone, 1, rank, port, tmp_path)
     assert kind == "LaunchError"
-    assert text.startswith(f"rank 0: expected it at 127.0.0.1:{port} within 2 s, got none (Conn")
+    assert text.startswith(ends.replace("PORT", str(port)))
+    why = (
+        "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT make this process a rank of a launcher; "
+        "if no launcher has started it: unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT"
+    )
+    assert re.fullmatch(f"{re.escape(waits.replace('PORT', str(port)))}\\d s more. {why}", told), (
+        told
+    )
+    assert text.endswith(f" {why}.")
 
 
 # -- whom a rank believes --------------------------------------------------------------------------
