@@ -64,7 +64,7 @@ slurm-down:
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy fedpipe benchmarks launch slurm
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
