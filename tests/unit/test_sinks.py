@@ -9,15 +9,14 @@ import sqlite3
 import subprocess
 import sys
 from importlib.util import find_spec
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
-from fedpipe.commands.pretrain.setup import reserve
-from fedpipe.errors import ConfigError
+from fedpipe.cli import main
 from fedpipe.report.sinks import check_sinks
 from fedpipe.report.writer import MetricsWriter, read_metrics
-from fedpipe.run.run_dir import resolve
 from tests.helpers.records import make_records
 
 STEP = {"kind": "step", "stage": 0, "tokens": 10, "loss": 1.0}
@@ -41,20 +40,26 @@ def write(run_dir: Path, sink: str, losses: list[float], *, kept: int = 0) -> No
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
+@pytest.mark.parametrize(
+    "command",
+    [["pretrain"], ["sweep", "--grid", "seed=0,1"], ["finetune"], ["finetune", "method.name=lora"]],
+    ids=["pretrain", "sweep", "grid of fine-tunings", "finetune"],
+)
 def test_a_library_that_is_not_installed_is_refused_before_anything_is_written(
-    name: str, tmp_path: Path
-) -> None:
+    command: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     if find_spec(name):
         pytest.skip(f"{name} is installed")
     text = (
         f"log.to: expected the library {name} to be installed, got none. Install it with pip"
         f' install "fedpipe[{name}]", or leave {name} out of log.to.'
     )
-    with pytest.raises(ConfigError) as caught:
-        overrides = [f"log.to=[tensorboard,{name}]"]
-        reserve(*resolve("pretrain", None, overrides, str(tmp_path / "run")))
-    assert str(caught.value) == text
-    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(forkserver, "ensure_running", lambda: pytest.fail("it starts processes"))
+    run_dir = tmp_path / "run"
+    assert main([*command, f"log.to=[tensorboard,{name}]", "--run-dir", str(run_dir)]) == 2
+    assert capsys.readouterr().err.endswith(f"{text}\n")
+    assert not run_dir.exists()
 
 
 def test_what_is_installed_is_not_refused() -> None:

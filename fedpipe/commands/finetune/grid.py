@@ -15,6 +15,7 @@ from fedpipe.config.finetune import FinetuneConfig, finetune_tree, load_finetune
 from fedpipe.config.tree import Node
 from fedpipe.distributed.signals import Signals
 from fedpipe.report.console import RunConsole
+from fedpipe.report.sinks import check_sinks
 from fedpipe.run.run_dir import RunDir
 
 EXAMPLE = ("method.name=lora,full",)
@@ -121,6 +122,17 @@ def check_tuning(run: RunDir, config: FinetuneConfig) -> None:
     run.check_content(deepspeed_of(config), partial(tuning_inputs, config))
 
 
+def load_cell(base: Node, overrides: Sequence[str]) -> FinetuneConfig:
+    """Load the configuration of a cell, and check what needs no torch.
+
+    Raises:
+        FedPipeError: The configuration cannot work.
+    """
+    config = load_finetune(base, overrides)
+    check_sinks(config.log.to)
+    return config
+
+
 TUNINGS = Runs(
     kind="finetune",
     study_kind="finetune grid",
@@ -128,7 +140,7 @@ TUNINGS = Runs(
     home=".",
     read_tree=finetune_tree,
     read=load_finetune,
-    load=load_finetune,
+    load=load_cell,
     check_content=check_tuning,
 )
 """What a grid consists of."""

@@ -13,6 +13,7 @@ from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import Watch
 from fedpipe.report.console import RunConsole, refused_lines
+from fedpipe.report.sinks import check_sinks
 from fedpipe.run.checkpoint import Checkpoint, Position
 from fedpipe.run.run_dir import RunDir
 
@@ -41,6 +42,7 @@ class FinetuningRanks(RankProgram):
         threads: int | None = None,
     ) -> FinetuneSetup:
         """See ``RankProgram``; the model is looked at, so this imports torch."""
+        check_sinks(found.config.log.to)
         on_checked()
         from fedpipe.commands.finetune.setup import set_up_finetune
 

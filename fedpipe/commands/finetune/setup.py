@@ -35,7 +35,6 @@ from fedpipe.models.lower import check_first_layer
 from fedpipe.models.peft import Counts, adapter_head, attach, load_adapter, trainable
 from fedpipe.models.tuned import build_model, check_family, is_head_of, saved_labels
 from fedpipe.models.tuned_stage import check_cut
-from fedpipe.report.sinks import check_sinks
 from fedpipe.run.checkpoint import Checkpoint
 from fedpipe.run.resume import Inputs
 from fedpipe.run.run_dir import RunDir, describe_environment
@@ -84,7 +83,6 @@ def set_up_finetune(
     started_at = time.monotonic()
     config = _settled(config)
     check_federation(config)
-    check_sinks(config.log.to)
     kind = kind_of(config)
     warnings = check_model_folder(config)
     tokenizer = load_tuning_tokenizer(config)

@@ -41,6 +41,7 @@ from fedpipe.files import write_text
 from fedpipe.printable import printable
 from fedpipe.report.drawing import render
 from fedpipe.report.format import number
+from fedpipe.report.sinks import check_sinks
 from fedpipe.run.run_dir import RunDir, describe_environment, inputs_of
 
 _SEED = "seed"
@@ -155,6 +156,7 @@ def check_cell(config: RunConfig) -> None:
             "pipeline.cut: expected a list, the same wherever a cell runs, got auto. Find one with "
             "fedpipe plan --measure."
         )
+    check_sinks(config.log.to)
     check_sources(config)
     build_plan(config)
 
