@@ -28,7 +28,7 @@ from fedpipe.errors import ConfigError
 PACKAGED_CONFIG = "quickstart.yaml"
 """What ``load_config`` reads when it is given neither preset nor file."""
 
-_AUTO = re.compile(r"auto(?::(\d+))?")
+_AUTO = re.compile(r"auto(?::([0-9]+))?")
 
 
 def load_config(

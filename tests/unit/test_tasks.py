@@ -448,6 +448,8 @@ BAD_ROWS: list[tuple[str, Callable[[Path], None], str]] = [
     ("rte", lines("rte", PAIR | {"text": {"a": 1}}, PAIR), "expected text in column 'text', got {"),
     ("rte", lines("rte", [1], PAIR), r"expected a JSON object per line, got '\[1\]' in"),
     ("stsb", lines("stsb", PAIR | {"label": True}, PAIR), "a number as label of stsb, got True"),
+    ("stsb", lines("stsb", PAIR | {"label": "1_0"}, PAIR), "a number as label of stsb, got '1_0'"),
+    ("stsb", lines("stsb", PAIR | {"label": "\uff13"}, PAIR), "a number as label of stsb, got '"),
     (
         "ncbi-disease",
         lines("ncbi-disease", TAGGED | {"tags": ["O", None]}, TAGGED),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ MAX_BAD_SHARE = 0.05
 """Of the rows of a split that may be left out; more is no accident, and the file is refused."""
 _KEY = "evaluation.data"
 _SHOWN = 60
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+"""Python's ``float`` takes more: underscores, digits of other scripts, words for infinity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,12 +439,10 @@ def _label(task: Task, value: Any, where: str) -> int | float:
     if text is None or text == "-1":
         raise _unlabelled(where)
     if task.kind == "regression":
-        try:
-            number = math.nan if isinstance(value, bool) else float(text)
-        except ValueError:
-            number = math.nan
-        if math.isfinite(number):
-            return number
+        if not isinstance(value, bool) and _NUMBER.fullmatch(text):
+            number = float(text)
+            if math.isfinite(number):
+                return number
         raise _unknown(task, value, "a number", where)
     if text in task.labels:
         return task.labels.index(text)
