@@ -13,7 +13,7 @@ from fedpipe.config.evaluation import Precision
 from fedpipe.config.federation import FederationConfig
 from fedpipe.config.load import build, dump_config, lay_over
 from fedpipe.config.paths import UserPath
-from fedpipe.config.require import above_zero, at_least, require
+from fedpipe.config.require import above_zero, at_least, folder_name, require
 from fedpipe.config.schema import (
     CheckpointConfig,
     DeepSpeedConfig,
@@ -267,6 +267,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         """Check the values that need several sections."""
+        folder_name(self.name)
         at_least(self, "", batch_size=1, hang_timeout_s=0)
         self._check_federation()
         if self.method.lora_average == "product":

@@ -39,6 +39,24 @@ def at_least(section: object, prefix: str, **bounds: float) -> None:
         require(value >= bound, f"{prefix}{name}", f"{bound} or more", value)
 
 
+def folder_name(value: str) -> None:
+    """Refuse a ``name`` that does not name one folder below ``runs``.
+
+    Args:
+        value: The name of a run.
+
+    Raises:
+        ConfigError: It is empty, names another place or has a character that cannot be shown.
+    """
+    require(
+        value not in ("", ".", "..") and "/" not in value and value.isprintable(),
+        "name",
+        "the name of one folder, for the default directory runs/NAME",
+        value,
+        "Choose another name; --run-dir takes any path.",
+    )
+
+
 def above_zero(section: object, prefix: str, *names: str) -> None:
     """Refuse values that are not above 0. ``None`` stands for a default and passes.
 

@@ -14,7 +14,7 @@ from fedpipe.config.families import FamilyName
 from fedpipe.config.federation import AverageConfig as AverageConfig
 from fedpipe.config.federation import FederationConfig as FederationConfig
 from fedpipe.config.paths import UserPath
-from fedpipe.config.require import above_zero, at_least, require
+from fedpipe.config.require import above_zero, at_least, folder_name, require
 
 PACKAGED = "packaged"
 """Value of ``data.train``, ``data.valid`` and ``data.tokenizer``: the text that fedpipe ships."""
@@ -398,6 +398,10 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+
+    def __post_init__(self) -> None:
+        """Check the values that no section holds."""
+        folder_name(self.name)
 
     @property
     def world_size(self) -> int:

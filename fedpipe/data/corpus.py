@@ -170,10 +170,14 @@ def find_prepared(config: RunConfig) -> PreparedData | None:
         config: The run.
 
     Returns:
-        The prepared text; None if there is none, or if a file is missing or has changed since.
+        The prepared text; None if there is none, or if a file has changed since.
+
+    Raises:
+        CorpusError: An entry of ``data.train`` or ``data.valid`` names no text.
     """
+    sources = _resolve(config)
     try:
-        sources, root = _resolve(config), cache_path(config)
+        root = cache_path(config)
         every = (*sources["data.train"], *sources["data.valid"])
         digests = cached_digests(every, root)
         if digests is None:
@@ -203,7 +207,14 @@ def _resolve(config: RunConfig) -> Sources:
         "data.train": resolve("data.train", data.train),
         "data.valid": resolve("data.valid", data.valid),
     }
-    places = {os.path.realpath(source.path): source for source in sources["data.train"]}
+    places: dict[str, Source] = {}
+    for source in sources["data.train"]:
+        first = places.setdefault(os.path.realpath(source.path), source)
+        if first is not source:
+            raise CorpusError(
+                f"data.train: expected every file once, got {source.path!r}, which is "
+                f"{first.path!r} again. Remove one of them."
+            )
     for source in sources["data.valid"]:
         if same := places.get(os.path.realpath(source.path)):
             raise _same_text(source, same)

@@ -59,6 +59,7 @@ OVERRIDES = [
     ("pipeline.colocate=1", "pipeline.colocate: expected true or false, got 1"),
     ("pipeline.cut=2", "pipeline.cut: expected a list, got 2 in an override. Write pipeline.cut=[2]."),
     ("pipeline.cut=null", "pipeline.cut: expected a list, got null"),
+    ("pipeline.cut=auto:\uff12", "pipeline.cut: expected a list, auto or auto:N"),
     ("pipeline.cut=[a]", "pipeline.cut[0]: expected a whole number, got 'a'"),
     ("optimizer.betas=[0.9,x]", "optimizer.betas[1]: expected a number, got 'x'"),
     ("federation=3", "federation: expected a section with keys, got 3"),
@@ -98,6 +99,12 @@ OVERRIDES = [
     ("log.every=0", "log.every: expected 1 or more"),
     ("log.to=[wandb,wandb]", "log.to: expected every name once, got ['wandb', 'wandb']"),
     ("log.to=[tensorbord]", "log.to[0]: expected one of tensorboard, wandb, mlflow, trackio, got 'tensorbord' in an override. Did you mean tensorboard?"),
+    # a name is a folder below runs/
+    ("name=../x", "name: expected the name of one folder, for the default directory runs/NAME, got '../x'. Choose another name"),
+    ("name=/tmp/x", "name: expected the name of one folder"),
+    ("name=..", "name: expected the name of one folder"),
+    ("name=''", "name: expected the name of one folder"),
+    ('name="a\\nb"', "name: expected the name of one folder"),
     # several sections
     ("pipeline.cut=[4]", "pipeline.cut: expected increasing layer indices in 1..3 (the model has 4 layers), got [4]."),
     ("pipeline.cut=[1,2,3,4]", "pipeline.cut: expected at most 4 stages (the model has 4 layers), got 5."),

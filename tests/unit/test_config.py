@@ -167,8 +167,7 @@ ODD_TEXTS = ["", "1e5", "null", "true", "0x1F", "a: b", "- x", "#", "'", '"', "\
 
 @every("text", ODD_TEXTS)
 def test_round_trip_through_yaml_is_exact_for_odd_texts(text: str, tmp_path: Path) -> None:
-    data = DataConfig(train=(text, "x"), text_column=text)
-    config = replace(RunConfig(), name=text, data=data)
+    config = replace(RunConfig(), data=DataConfig(train=(text, "x"), text_column=text))
     assert load_config(yaml_file(tmp_path, to_yaml(config)), []) == config
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedpipe.cli import main
+from fedpipe.commands.plan.plan import build_plan, render
 from fedpipe.commands.plan.text_facts import render_text, text_facts
 from fedpipe.commands.pretrain.report import write_report
 from fedpipe.config.load import load_config
@@ -72,7 +73,7 @@ def test_the_report_shows_the_text_of_every_client(data: PreparedData, tmp_path:
     assert "| 2 | - | 1 | 672 | 42 | 0 | 1 | 0 | 1 |" in report
 
 
-def test_the_plan_knows_text_that_was_prepared_before(
+def test_the_plan_knows_text_that_was_prepared_before_and_text_that_does_not_exist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("fedpipe.data.digests._SETTLED_S", -1.0)  # the files are new
@@ -93,3 +94,8 @@ def test_the_plan_knows_text_that_was_prepared_before(
         file.write("\n")
     assert main(arguments) == 0
     assert "to train on" not in capsys.readouterr().out
+    Path(config.data.train[0]).unlink()
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == render(build_plan(known)) + "\n"
+    assert "data.train: expected a file or folder, got " in said.err

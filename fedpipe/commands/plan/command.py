@@ -22,7 +22,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show the plan of a configuration, or of an existing run directory."""
+    """Show the plan of a configuration, or of an existing run directory.
+
+    Raises:
+        FedPipeError: The configuration cannot work, or, after the plan, its text does not exist.
+    """
     source = args.config
     if args.run_dir and not (args.config or args.preset):
         source = options.existing_run(args, "pretrain").saved
