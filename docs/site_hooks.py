@@ -69,6 +69,6 @@ def _help_sections() -> str:
     texts = re.split(r"^(?=usage: )", HELP.read_text(encoding="utf-8"), flags=re.MULTILINE)
     sections = []
     for text in texts:
-        if name := re.match(r"usage: (fedpipe(?: [a-z]+)?)", text):
+        if name := re.match(r"usage: (fedpipe(?: [a-z]+)*)", text):
             sections.append(f"## {name[1]}\n\n```text\n{text.rstrip()}\n```\n")
     return "\n".join(sections)

@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 from fedpipe import __version__
 from fedpipe.commands import options
-from fedpipe.errors import ConfigError, FedPipeError, LaunchError
+from fedpipe.commands.parsers import Formatter, Parser, add_commands
+from fedpipe.errors import FedPipeError, LaunchError
 from fedpipe.files import system_errors_named
 from fedpipe.terminal import prepare_output
 
@@ -58,35 +58,6 @@ Default < preset < --config < override; without preset and file the packaged qui
 """
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps every command and its summary on one line."""
-
-    def add_argument(self, action: argparse.Action) -> None:
-        super().add_argument(action)
-        if isinstance(action, argparse._SubParsersAction):
-            # Python 3.11 forgets that commands are indented below their title.
-            self._action_max_length += self._indent_increment
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports its errors as ours: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message}. See {self.prog} --help.")
-
-
-class _CommandParser(_Parser):
-    """Imports the module of its command when that command is the one that was asked for."""
-
-    module = ""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        command = import_module(f"fedpipe.commands.{self.module}")
-        command.add_arguments(self)
-        self.set_defaults(run=command.run)
-        return super().parse_known_args(args, namespace)
-
-
 def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
     """Run one command.
 
@@ -116,36 +87,21 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    # argparse stops collecting overrides at the first option that follows them.
-    for argument in rest:
-        if argument.startswith("-") or "=" not in argument:
-            parser.error(f"unknown argument {argument!r}")
-    args.overrides = [*args.overrides, *rest]
-    return args
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="fedpipe",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=_Formatter,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fedpipe {__version__}")
     options.add_launcher(parser)
-    commands = parser.add_subparsers(
-        title="commands", metavar="COMMAND", required=True, parser_class=_CommandParser
-    )
-    for name, (module, summary) in _COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=f"{summary[0].upper()}{summary[1:]}.",
-            formatter_class=_Formatter,
-            allow_abbrev=False,
-        )
-        command.module = module
-    return parser
+    add_commands(parser, _COMMANDS, _declare, title="commands", metavar="COMMAND")
+    args, rest = parser.parse_known_args(argv)
+    args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _declare(parser: argparse.ArgumentParser, command: Any) -> None:
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.run)

@@ -132,9 +132,7 @@ class _Launched(Peers):
         super().__init__(env)
         self.signals = StopSignals()
         self._request, self._job_id = request, job_id
-        self._view = View(
-            console=RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
-        )
+        self._view = View(console=RunConsole(interactive=False))
 
     @contextlib.contextmanager
     def set_up(self, program: RankProgram, watch: Watch) -> Iterator[Setup]:

@@ -99,6 +99,30 @@ class View:
             self.shows[kind](value)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobRun:
+    """A run that one job trains; it has been checked, and nothing is written yet."""
+
+    run_dir: Path
+    name: str
+    """Name of the job in the queue."""
+    grid: Grid
+    """The job's tasks."""
+    workers: int = 1
+    """Processes that each task starts itself."""
+    is_done: Callable[[], bool]
+    job: str
+    """What each task does: the module of its ranks' program, or MODULE:FUNCTION."""
+    options: Any = None
+    """Of the request, for the program."""
+    reserve: Callable[[], str]
+    """Writes the directory; returns the plan."""
+    view: Callable[[], View]
+    """Where the run is shown."""
+    closing: Callable[[], Sequence[str]]
+    """Returns what the finished run has to show."""
+
+
 class RankProgram(ABC):
     """What the ranks of a command do; setups are the command's own, and passed on as they are."""
 

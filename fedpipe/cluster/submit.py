@@ -15,17 +15,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import submitit
 
-from fedpipe.cluster.follow import STARTS, Closing, follow
+from fedpipe.cluster.follow import STARTS, follow
 from fedpipe.cluster.launched import run_launched
 from fedpipe.cluster.profile import SIGNAL_DELAY_S, JobShape, Profile, load_profile
-from fedpipe.cluster.rank import RankResult, RunRequest, View, load_program
+from fedpipe.cluster.rank import JobRun, RankResult, RunRequest, load_program
 from fedpipe.cluster.slurm import cells_in_queue, check_site, of_login_node, without_rank
 from fedpipe.distributed.env import detect
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
@@ -153,33 +152,24 @@ def own_gpu(environ: Mapping[str, str], *, local_rank: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": visible[local_rank]}
 
 
+def job_of(name: str, run_dir: Path, *, options: Any = None) -> Job:
+    """Return the job of a run whose directory is written.
+
+    Args:
+        name: What it does: the module of its ranks' program, or ``MODULE:FUNCTION`` of a command.
+        run_dir: Holds the configuration.
+        options: Of the request, for the program.
+    """
+    if ":" in name:
+        return CommandJob(name, str(run_dir))
+    return RankJob(name, RunRequest(run_dir=str(run_dir), options=options))
+
+
 # -- how it is submitted ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """A run that one job trains; it has been checked, and nothing is written yet."""
-
-    run_dir: Path
-    name: str
-    """Name of the job in the queue."""
-    grid: Grid
-    """The job's tasks."""
-    workers: int = 1
-    """Processes that each task starts itself."""
-    is_done: Callable[[], bool]
-    job: Job
-    """What each task does."""
-    reserve: Callable[[], str]
-    """Writes the directory; returns the plan."""
-    view: Callable[[], View]
-    """Where the run is shown."""
-    closing: Closing
-    """What the finished run has to show."""
-
-
 def submit(
-    run: Run,
+    run: JobRun,
     *,
     profile_path: str | None,
     cluster: Cluster,
@@ -224,7 +214,7 @@ def submit(
     else:
         show(run.reserve())
         (job,) = send(
-            [run.job],
+            [job_of(run.job, run_dir, options=run.options)],
             folder=run_dir / "logs",
             name=run.name,
             profile=profile,

@@ -27,9 +27,9 @@ class RunConsole:
     def __init__(
         self,
         *,
-        num_rounds: int,
-        steps_per_round: int,
-        num_stages: int,
+        num_rounds: int = 0,
+        steps_per_round: int = 0,
+        num_stages: int = 0,
         log_every: int = 10,
         stream: TextIO | None = None,
         interactive: bool | None = None,

@@ -20,12 +20,11 @@ from fedpipe.commands.finetune.grid import find_grid
 from fedpipe.commands.finetune.run import finetune
 from fedpipe.commands.finetune.setup import FinetuneSetup, set_up_finetune
 from fedpipe.commands.pretrain import ranks
-from fedpipe.commands.pretrain.command import pretrain
+from fedpipe.commands.pretrain.command import pipeline_run, pretrain
 from fedpipe.commands.pretrain.setup import set_up
 from fedpipe.commands.reproduce.setup import Reproduction, plan_reproduction
 from fedpipe.commands.study.study import Cell
 from fedpipe.commands.study.sweep import Sweep, set_up_sweep
-from fedpipe.commands.submit.command import pipeline_run
 from fedpipe.commands.throughput.command import throughput
 from fedpipe.commands.throughput.report import ThroughputSettings
 from fedpipe.config.finetune import FinetuneConfig, load_finetune

@@ -103,17 +103,26 @@ def test_the_launch_script_with_cluster_submits_and_says_what_is_wrong_before_it
             "--run-dir: expected a path without % and \\ and",
         ),
         (("sweep", "--run-dir", "a\\b", "--grid", "seed=0"), "--run-dir: expected a path without"),
-        (("pretrain", "--grid", "seed=0,1"), "--grid: expected submit sweep or finetune, got "),
-        (("evaluate", "--grid", "seed=0,1"), "--grid: expected submit sweep or finetune, got "),
-        (("sweep", "--seeds", "0"), "--seeds: expected submit evaluate or reproduce, got submit"),
-        (("evaluate", "--scale", "tiny"), "--scale: expected submit reproduce, got submit"),
-        (("reproduce", "--model", "x"), "--model: expected submit evaluate, got submit reproduce"),
-        (("reproduce", "--preset", "fedbert"), "--preset: expected none with submit reproduce"),
-        (("evaluate", "--preset", "fedbert"), "--preset: expected none with submit evaluate"),
+        *(
+            (
+                (task, option, "x"),
+                f"command line: unknown argument '{option}'. See fedpipe submit {task} --help.",
+            )
+            for task, option in (
+                ("pretrain", "--grid"),
+                ("throughput", "--grid"),
+                ("pretrain", "--steps"),
+                ("sweep", "--seeds"),
+                ("sweep", "--task-file"),
+                ("evaluate", "--scale"),
+                ("evaluate", "--preset"),
+                ("reproduce", "--model"),
+                ("reproduce", "--preset"),
+            )
+        ),
         (("evaluate", "--tasks", "rtee"), "evaluation.tasks: expected one of bc2gm"),
         (("evaluate", "--model", "nowhere"), "--model: "),
         (("evaluate", "--task-file", "none"), "--task-file: expected a readable YAML file, got"),
-        (("sweep", "--task-file", "x"), "--task-file: expected submit evaluate or finetune, got"),
         (("finetune", "--task-file", "a", "--task-file", "b"), "--task-file: expected one file"),
         (("finetune", "method.name=lorra"), "method.name: expected one of full"),
         (

@@ -26,7 +26,6 @@ COMMANDS = (
     "sweep",
     "evaluate",
     "reproduce",
-    "submit",
 )
 HEAVY = (
     "torch",
@@ -53,7 +52,9 @@ def test_help_is_the_recorded_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    for arguments in ([], *([command] for command in COMMANDS)):
+    tasks = ([], ["pretrain"], ["evaluate"])
+    helps = ([], *([command] for command in COMMANDS), *(["submit", *task] for task in tasks))
+    for arguments in helps:
         with pytest.raises(SystemExit) as ended:
             main([*arguments, "--help"])
         assert ended.value.code == 0
@@ -82,6 +83,9 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
         ["plan", "seed=x"],
         ["pretrain", "federation.num_round=3"],
         ["sweep", "--grid", "seed=x"],
+        ["submit", "--help"],
+        ["submit", "finetune", "--help"],
+        ["submit", "pretrain", "seed=x"],
     ],
 )
 def test_plan_help_and_configuration_errors_import_nothing_heavy(arguments: list[str]) -> None:
@@ -102,7 +106,10 @@ def test_plan_help_and_configuration_errors_import_nothing_heavy(arguments: list
 BAD_LINES = [
     ([], "command line: the following arguments are required: COMMAND. See fedpipe --help."),
     (["pln"], "invalid choice: 'pln' (choose from 'plan'"),
-    (["plan", "--confg", "x"], "command line: unknown argument '--confg'."),
+    (["plan", "--confg", "x"], "unknown argument '--confg'. See fedpipe plan --help."),
+    (["--confg", "plan"], "unknown argument '--confg'. See fedpipe --help."),
+    (["submit"], "arguments are required: TASK. See fedpipe submit --help."),
+    (["submit", "plan"], "argument TASK: invalid choice: 'plan' (choose from 'pretrain'"),
     (["plan", "--conf", "x"], "command line: unknown argument '--conf'."),
     (["plan", "--config"], "argument --config: expected one argument. See fedpipe plan --help."),
     (["plan", "seed=1", "--config", "x", "word"], "command line: unknown argument 'word'."),

@@ -11,7 +11,12 @@ from fedpipe.cluster.launched import note_attempt
 from fedpipe.cluster.local import fork_server
 from fedpipe.commands import options
 from fedpipe.commands.evaluate.report import outcome_text
-from fedpipe.commands.evaluate.setup import PRELOAD, read_evaluation, set_up_evaluation
+from fedpipe.commands.evaluate.setup import (
+    PRELOAD,
+    Evaluation,
+    read_evaluation,
+    set_up_evaluation,
+)
 from fedpipe.commands.study.pool import run_study
 from fedpipe.config.tree import Node
 from fedpipe.distributed.binding import bind
@@ -24,9 +29,7 @@ from fedpipe.terminal import show
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``fedpipe evaluate``."""
-    options.add_path(command, "--config", metavar="FILE", help="YAML with a section evaluation")
-    options.add_directory(command, default="runs/NAME-evaluation")
-    add_choice(command)
+    add_job_arguments(command)
     options.add_path(
         command,
         "--compare",
@@ -35,11 +38,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="differences between two evaluations (RUN:MODEL where one has several, RUN:MODEL,MODEL"
         " for one method with several seeds of pre-training); starts nothing",
     )
-    options.add_parallel(command)
 
 
-def add_choice(command: argparse.ArgumentParser) -> None:
-    """Declare which models are scored, on which tasks, with which seeds."""
+def add_job_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fedpipe submit evaluate``."""
+    options.add_path(command, "--config", metavar="FILE", help="YAML with a section evaluation")
+    options.add_directory(command, default="runs/NAME-evaluation")
     options.add_path(
         command,
         "--model",
@@ -61,9 +65,10 @@ def add_choice(command: argparse.ArgumentParser) -> None:
         help="folder with the tasks' files, or hf:NAME; default: a packaged slice",
     )
     options.add_seeds(command, text="fine-tune each once per seed; default: 0")
+    options.add_parallel(command)
 
 
-def choice_of(args: argparse.Namespace) -> dict[str, Any]:
+def _choice_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of ``EvaluationConfig`` that the arguments set."""
     chosen: dict[str, Any] = {}
     if args.model:
@@ -90,9 +95,15 @@ def run(args: argparse.Namespace) -> int:
         args.config,
         args.overrides,
         args.run_dir,
-        chosen=choice_of(args),
+        chosen=_choice_of(args),
         parallel=args.parallel,
     )
+
+
+def to_submit(args: argparse.Namespace) -> Evaluation:
+    """Check the evaluation that the arguments say, for jobs of its cells."""
+    asked = read_evaluation(args.config, args.overrides, args.run_dir, chosen=_choice_of(args))
+    return set_up_evaluation(*asked, notify=show)
 
 
 def _compare(runs: Sequence[str], run_dir: str | None) -> int:

@@ -6,15 +6,18 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from fedpipe.cluster.launched import note_attempt, position_of
 from fedpipe.cluster.local import set_up_here, supervise
+from fedpipe.cluster.rank import JobRun
 from fedpipe.commands import options
 from fedpipe.commands.finetune import ranks
-from fedpipe.commands.finetune.grid import find_grid
+from fedpipe.commands.finetune.grid import TuningGrid, check_tuning, find_grid
 from fedpipe.commands.study.pool import run_study
+from fedpipe.commands.study.study import ONE_TASK
 from fedpipe.config.finetune import FinetuneConfig, finetune_presets
 from fedpipe.config.tree import Node
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
@@ -26,11 +29,16 @@ from fedpipe.run.run_dir import RunDir, locked, resolve, way_back
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``fedpipe finetune``."""
-    options.add_run(command, presets=f"a published study: {', '.join(finetune_presets())}")
+    add_job_arguments(command)
     text = "count what every method trains on every family's base model; start nothing"
     command.add_argument("--count", action="store_true", help=text)
-    options.add_task_files(command)
     options.add_launcher(command)
+
+
+def add_job_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fedpipe submit finetune``."""
+    options.add_run(command, presets=f"a published study: {', '.join(finetune_presets())}")
+    options.add_task_files(command)
     options.add_grid(
         command,
         text="run every combination of the values, and compare them:"
@@ -43,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Fine-tune what the arguments say, be one rank of that, or count."""
     if args.count:
         return count_here()
-    args.overrides = [*args.overrides, *task_overrides(args.task_file)]
+    _add_task_file(args)
     if options.is_launched(args):
         from fedpipe.cluster.launched import start_rank
 
@@ -59,18 +67,49 @@ def run(args: argparse.Namespace) -> int:
     )
 
 
-def task_overrides(task_files: Sequence[str]) -> list[str]:
-    """Return ``--task-file`` as overrides.
+def _add_task_file(args: argparse.Namespace) -> None:
+    """Make ``--task-file`` an override.
 
     Raises:
         ConfigError: There are several.
     """
-    if len(task_files) > 1:
+    if len(args.task_file) > 1:
         raise ConfigError(
-            f"--task-file: expected one file with finetune, got {', '.join(task_files)}. Remove"
+            f"--task-file: expected one file with finetune, got {', '.join(args.task_file)}. Remove"
             " one, or run --grid task.file=A,B."
         )
-    return [f"task.file={json.dumps(path)}" for path in task_files]
+    own = (f"task.file={json.dumps(path)}" for path in args.task_file)
+    args.overrides = [*args.overrides, *own]
+
+
+def to_submit(args: argparse.Namespace) -> JobRun | TuningGrid:
+    """Check the fine-tuning that the arguments say, or a grid of them, for jobs of one task."""
+    _add_task_file(args)
+    check_library()
+    path, overrides, run_dir = args.config, args.overrides, args.run_dir
+    grid = find_grid(path, overrides, args.grid, run_dir, preset=args.preset)
+    if grid is not None:
+        return grid
+    found = ranks.PROGRAM.locate(options.request_of(args))
+    run, num_rounds = found.run, found.config.federation.num_rounds
+    check_tuning(run, found.config)
+
+    def write() -> str:
+        lines: list[str] = []
+        ranks.PROGRAM.set_up(found, notify=lines.append)
+        return "\n".join(lines)
+
+    return JobRun(
+        run_dir=run.path,
+        name=found.config.name,
+        grid=ONE_TASK,
+        workers=found.grid.world_size,
+        is_done=partial(run.is_done, num_rounds=num_rounds),
+        job=TuningGrid.job,
+        reserve=write,
+        view=partial(ranks.view, num_rounds=num_rounds),
+        closing=partial(ranks.PROGRAM.closing, run.path),
+    )
 
 
 def finetune(
@@ -102,7 +141,7 @@ def finetune(
         LaunchError: A process failed.
     """
     check_library()
-    console = ranks.plain_console()
+    console = RunConsole(interactive=False)
     signals = signals or Signals()
     grid = find_grid(config_path, overrides, axes, run_dir, preset=preset)
     if grid is not None:
@@ -136,7 +175,7 @@ def count_here() -> int:
     check_library()
     from fedpipe.commands.finetune.count import count_rows, count_table
 
-    ranks.plain_console().text(count_table(count_rows()))
+    RunConsole(interactive=False).text(count_table(count_rows()))
     return 0
 
 

@@ -102,7 +102,7 @@ class FinetuningRanks(RankProgram):
 
 def view(*, num_rounds: int) -> View:
     """Return a console of lines that shows the rounds and scores of a fine-tuning."""
-    console = plain_console()
+    console = RunConsole(interactive=False)
 
     def show_round(record: dict[str, Any]) -> None:
         for line in [_round_line(record, num_rounds), *refused_lines(record)]:
@@ -112,11 +112,6 @@ def view(*, num_rounds: int) -> View:
         console.text(_score_line(record, num_rounds))
 
     return View(console=console, shows={"round": show_round, "eval": show_score})
-
-
-def plain_console() -> RunConsole:
-    """Return a console of lines."""
-    return RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
 
 
 def _round_line(record: dict[str, Any], num_rounds: int) -> str:

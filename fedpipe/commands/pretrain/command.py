@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 
 from fedpipe.cluster.local import set_up_here, supervise
+from fedpipe.cluster.rank import JobRun, RunRequest
 from fedpipe.commands import options
 from fedpipe.commands.pretrain import ranks
+from fedpipe.commands.pretrain.setup import reserve
+from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.tree import Node
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.report.console import RunConsole
-from fedpipe.run.run_dir import RunDir, locked, resolve, way_back
+from fedpipe.run.run_dir import RunDir, inputs_of, locked, resolve, way_back
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``fedpipe pretrain``."""
-    options.add_run(command)
+    add_job_arguments(command)
     options.add_launcher(command)
+
+
+def add_job_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fedpipe submit pretrain``."""
+    options.add_run(command)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,6 +36,41 @@ def run(args: argparse.Namespace) -> int:
 
         return start_rank(ranks.PROGRAM, options.request_of(args))
     return pretrain(args.config, args.overrides, args.run_dir, preset=args.preset)
+
+
+def to_submit(args: argparse.Namespace) -> JobRun:
+    """Check the pre-training that the arguments say, for a job."""
+    return pipeline_run(ranks.PROGRAM, options.request_of(args))
+
+
+def pipeline_run(program: ranks.PretrainingRanks, request: RunRequest) -> JobRun:
+    """Check a pre-training, or what else its ranks can do, for a job with a rank per task.
+
+    Args:
+        program: What the ranks do.
+        request: As the user says it.
+
+    Returns:
+        The run; where the cut is to be measured, the job does that.
+
+    Raises:
+        FedPipeError: What the user can mend.
+    """
+    found = program.locate(request)
+    run, config, run_dir = found.run, found.config, found.run.path
+    run.check_content(deepspeed_config(config), partial(inputs_of, config))
+    steps = config.federation.num_local_steps  # the text, which may have fewer, is not ready
+    return JobRun(
+        run_dir=run_dir,
+        name=config.name,
+        grid=found.grid,
+        is_done=partial(run.is_done, num_rounds=config.federation.num_rounds),
+        job=program.name,
+        options=request.options,
+        reserve=partial(reserve, run, config),
+        view=partial(ranks.view, config, num_local_steps=steps),
+        closing=partial(program.closing, run_dir),
+    )
 
 
 def pretrain(
@@ -51,7 +95,7 @@ def pretrain(
         FedPipeError: What the user can mend; nothing has been started.
         LaunchError: A process failed.
     """
-    console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
+    console = RunConsole()
     signals = Signals()
     run: RunDir | None = None
     try:

@@ -12,10 +12,12 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fedpipe.cluster.launched import note_attempt, position_of
 from fedpipe.cluster.local import fork_server
+from fedpipe.cluster.rank import JobRun, View
 from fedpipe.commands import options
 from fedpipe.commands.evaluate.setup import PRELOAD, Evaluation, set_up_evaluation
 from fedpipe.commands.pretrain import ranks as pretraining
@@ -37,6 +39,7 @@ from fedpipe.commands.study.pool import (
     run_cells,
     save_when_the_parent_dies,
 )
+from fedpipe.commands.study.study import ONE_TASK
 from fedpipe.distributed.env import num_gpus
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.errors import LaunchError, error_in
@@ -44,6 +47,7 @@ from fedpipe.files import write_text
 from fedpipe.report.console import RunConsole
 from fedpipe.report.document import Figure, to_html, to_markdown
 from fedpipe.report.drawing import render
+from fedpipe.report.format import count
 from fedpipe.run.checkpoint import Position, find_latest
 from fedpipe.run.run_dir import locked
 
@@ -65,7 +69,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         choices=EXPERIMENTS,
         help=f"what to reproduce: {', '.join(EXPERIMENTS)}",
     )
-    add_scale(command)
+    add_job_arguments(command)
+
+
+def add_job_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fedpipe submit reproduce``."""
+    command.add_argument(
+        "--scale", choices=SCALES, help="of a reproduction; default: that of DIR, else tiny"
+    )
     options.add_path(
         command,
         "--data",
@@ -76,13 +87,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     options.add_directory(command, default="runs/EXPERIMENT-SCALE")
 
 
-def add_scale(command: argparse.ArgumentParser) -> None:
-    """Declare how large a reproduction is."""
-    command.add_argument(
-        "--scale", choices=SCALES, help="of a reproduction; default: that of DIR, else tiny"
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Reproduce what the arguments say."""
     return reproduce(
@@ -91,7 +95,40 @@ def run(args: argparse.Namespace) -> int:
         args.run_dir,
         scale=args.scale,
         data=args.data,
-        seeds=None if args.seeds is None else options.seeds(args.seeds),
+        seeds=_seeds_of(args),
+    )
+
+
+def _seeds_of(args: argparse.Namespace) -> tuple[int, ...] | None:
+    return None if args.seeds is None else options.seeds(args.seeds)
+
+
+def to_submit(args: argparse.Namespace) -> JobRun:
+    """Check the reproduction that the arguments say, for a job of one task that does all of it."""
+    plan = plan_reproduction(
+        EXPERIMENTS[0],
+        args.scale,
+        args.overrides,
+        args.run_dir,
+        data=args.data,
+        seeds=_seeds_of(args),
+    )
+
+    def write() -> str:
+        plan.write()
+        runs, tasks = count(len(plan.cells), plan.noun), plan.config.evaluation.tasks
+        return f"{plan.job_name}  {runs}, scored on {', '.join(tasks)}"
+
+    return JobRun(
+        run_dir=plan.directory,
+        name=plan.job_name,
+        grid=ONE_TASK,
+        workers=max(cell.grid.world_size for cell in plan.cells),
+        is_done=lambda: _is_reproduced(plan),
+        job=f"{__name__}:go_on",
+        reserve=write,
+        view=lambda: View(console=RunConsole(interactive=False)),
+        closing=partial(_reproduced_lines, plan),
     )
 
 
@@ -123,7 +160,7 @@ def reproduce(
         FedPipeError: What the user can mend; nothing has been started.
         LaunchError: A run failed; the others are done.
     """
-    console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
+    console = RunConsole()
     signals = signals or Signals()
     plan: Reproduction | None = None
     try:
@@ -137,7 +174,7 @@ def reproduce(
         return EXIT_INTERRUPTED
     finally:
         console.close()
-    console.text("\n".join(reproduced_lines(plan)))
+    console.text("\n".join(_reproduced_lines(plan)))
     return 0
 
 
@@ -156,14 +193,14 @@ def _position(directory: Path) -> Position:
     )
 
 
-def is_reproduced(plan: Reproduction) -> bool:
+def _is_reproduced(plan: Reproduction) -> bool:
     """Whether all of it is done, as its directory says."""
     if plan.pending() or not (plan.directory / RESULT_FILE).is_file():
         return False
     return bool(plan.content()["environment"]["repeat"] == _repeat(plan))
 
 
-def reproduced_lines(plan: Reproduction) -> list[str]:
+def _reproduced_lines(plan: Reproduction) -> list[str]:
     """Return what a finished reproduction has to show."""
     return [plan.gather(), f"report  {plan.page}"]
 

@@ -12,14 +12,11 @@ import submitit
 
 from fedpipe.cluster.follow import exit_code_of, state_of
 from fedpipe.cluster.profile import JobShape, Profile
-from fedpipe.cluster.rank import RunRequest
 from fedpipe.cluster.slurm import cells_in_queue
 from fedpipe.cluster.submit import (
     Cluster,
-    CommandJob,
-    Job,
-    RankJob,
     check_folder,
+    job_of,
     plan_job,
     result_here,
     send,
@@ -117,17 +114,6 @@ def submit_array(
     return 0
 
 
-def _job(study: Study[Any], cell: Cell[Any]) -> Job:
-    """Return what the job of a cell does: ranks, or a command that goes on with its directory."""
-    run_dir = str(cell.run_dir)
-    is_function = ":" in study.job
-    return (
-        CommandJob(study.job, run_dir)
-        if is_function
-        else RankJob(study.job, RunRequest(run_dir=run_dir))
-    )
-
-
 def _send(
     study: Study[Any],
     cells: Sequence[Cell[Any]],
@@ -138,7 +124,7 @@ def _send(
     parallel: int | None = None,
 ) -> list[Any]:
     return send(
-        [_job(study, cell) for cell in cells],
+        [job_of(study.job, cell.run_dir) for cell in cells],
         folder=study.directory / "logs",
         name=study.job_name,
         profile=profile,

@@ -267,7 +267,7 @@ def run_study(
     """
     if parallel < 1:
         raise ConfigError(f"--parallel: expected 1 or more, got {parallel}. 1 is usual.")
-    console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
+    console = RunConsole()
     signals = signals or Signals()
     study: Study[Any] | None = None
     refused: dict[str, FedPipeError] = {}

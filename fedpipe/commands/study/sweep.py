@@ -49,7 +49,7 @@ _SEED = "seed"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``fedpipe sweep``."""
+    """Declare the arguments of ``fedpipe sweep``, here and in ``fedpipe submit``."""
     options.add_run(command)
     options.add_grid(
         command,
@@ -59,14 +59,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     options.add_parallel(command)
 
 
+add_job_arguments = add_arguments
+
+
 def run(args: argparse.Namespace) -> int:
     """Run what is not done of the sweep that the arguments say."""
-    return run_study(
-        lambda console: set_up_sweep(
-            args.config, args.overrides, args.grid, args.run_dir, preset=args.preset
-        ),
-        parallel=args.parallel,
-    )
+    return run_study(lambda console: to_submit(args), parallel=args.parallel)
+
+
+def to_submit(args: argparse.Namespace) -> Sweep:
+    """Check the sweep that the arguments say."""
+    return set_up_sweep(args.config, args.overrides, args.grid, args.run_dir, preset=args.preset)
 
 
 @dataclass(frozen=True, kw_only=True)

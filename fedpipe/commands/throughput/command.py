@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedpipe.cluster.local import set_up_here, supervise
+from fedpipe.cluster.rank import JobRun, RunRequest
 from fedpipe.commands import options
+from fedpipe.commands.pretrain.command import pipeline_run
 from fedpipe.commands.study.pool import run_study
 from fedpipe.commands.study.study import (
     Cell,
@@ -47,9 +49,8 @@ from fedpipe.run.run_dir import RunDir, RunSetup, describe_environment, locked, 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``fedpipe throughput``."""
-    options.add_run(command)
+    add_job_arguments(command)
     options.add_launcher(command)
-    add_settings(command)
     options.add_grid(
         command,
         text="measure every combination of the values, one after the other, and compare them:"
@@ -57,8 +58,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_settings(command: argparse.ArgumentParser) -> None:
-    """Declare how to measure."""
+def add_job_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fedpipe submit throughput``."""
+    options.add_run(command)
     command.add_argument(
         "--repetitions", metavar="N", type=int, default=6, help="windows per schedule; default: 6"
     )
@@ -74,6 +76,10 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _request_of(args: argparse.Namespace) -> RunRequest:
+    return options.request_of(args, options=Measuring(settings=settings_of(args)))
+
+
 def settings_of(args: argparse.Namespace) -> ThroughputSettings:
     """Return how to measure, as the arguments say."""
     return ThroughputSettings(
@@ -86,8 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if options.is_launched(args):
         from fedpipe.cluster.launched import start_rank
 
-        how = Measuring(settings=settings_of(args))
-        return start_rank(ranks.PROGRAM, options.request_of(args, options=how))
+        return start_rank(ranks.PROGRAM, _request_of(args))
     return throughput(
         args.config,
         args.overrides,
@@ -96,6 +101,11 @@ def run(args: argparse.Namespace) -> int:
         axes=args.grid,
         settings=settings_of(args),
     )
+
+
+def to_submit(args: argparse.Namespace) -> JobRun:
+    """Check the measurement that the arguments say, for a job; every one begins anew."""
+    return replace(pipeline_run(ranks.PROGRAM, _request_of(args)), is_done=lambda: False)
 
 
 def throughput(
@@ -136,7 +146,7 @@ def throughput(
                 console=console,
             ),
         )
-    console = RunConsole(num_rounds=0, steps_per_round=0, num_stages=0)
+    console = RunConsole()
     signals = Signals()
     try:
         with signals.caught():

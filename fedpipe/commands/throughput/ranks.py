@@ -80,9 +80,7 @@ class MeasuringRanks(PretrainingRanks):
 
     def view(self, setup: RunSetup, *, interactive: bool | None = None) -> View:
         """Lines."""
-        return View(
-            console=RunConsole(num_rounds=0, steps_per_round=0, num_stages=0, interactive=False)
-        )
+        return View(console=RunConsole(interactive=False))
 
     def closing(self, run_dir: Path) -> list[str]:
         """See ``RankProgram``."""
