@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from fedpipe.cluster.peers import Peers
 from fedpipe.cluster.rank import (
-    Located,
+    LocatedRun,
     RankProgram,
     RankResult,
     RunRequest,
-    Setup,
     View,
     run_rank,
 )
@@ -43,7 +42,7 @@ from fedpipe.errors import FedPipeError, LaunchError
 from fedpipe.report.console import RunConsole
 from fedpipe.report.writer import METRICS_FILE, finite
 from fedpipe.run.checkpoint import Checkpoint, Position
-from fedpipe.run.run_dir import check_writable, locked
+from fedpipe.run.run_dir import Setup, check_writable, locked
 from fedpipe.terminal import reader_has_gone
 
 if TYPE_CHECKING:
@@ -139,13 +138,13 @@ class _Launched(Peers):
         env, notify, started_at = self._env, self._view.console.text, time.monotonic()
         threads = threads_per_process(env.local_world_size)
         with contextlib.ExitStack() as stack:
-            found: Located
+            found: LocatedRun
 
             def choose() -> Path:
                 nonlocal found
                 found = program.locate(self._request)
                 found.grid.check_world_size(env.world_size)
-                stack.enter_context(_new(found.run.path))
+                stack.enter_context(_new_directory(found.run.path))
                 return found.run.path
 
             def prepare() -> dict[str, Any]:
@@ -169,9 +168,9 @@ class _Launched(Peers):
             meeting.share_secret(choose)
             if meeting.board is not None:
                 watch.activity = partial(Activity, doing="preparing the text")
-                watch.meet(meeting.board)
+                watch.use_board(meeting.board)
             setup = program.from_message(meeting.from_rank_0(prepare), started_at=started_at)
-            self.know(program.grid(setup), timeout_s=setup.hang_timeout_s)
+            self.set_grid(program.grid(setup), timeout_s=setup.hang_timeout_s)
             for key, folder in program.folders(setup).items():
                 _check_shared(meeting, key, folder)
             self._view = program.view(setup, interactive=False)
@@ -181,7 +180,7 @@ class _Launched(Peers):
 
     def emit(self, kind: str, value: Any) -> None:
         if kind == "step":
-            self.saw(value)
+            self.record_step(value)
         else:
             self._view.show(kind, value)
 
@@ -197,7 +196,7 @@ class _Launched(Peers):
 
 
 @contextlib.contextmanager
-def _new(run_dir: Path) -> Iterator[None]:
+def _new_directory(run_dir: Path) -> Iterator[None]:
     """Make a directory, and remove it again if it is still empty."""
     made = not run_dir.exists()
     check_writable(run_dir)
@@ -277,14 +276,14 @@ def stopped_with_launcher() -> Iterator[None]:
     """
     parent, closed = os.getppid(), threading.Event()
 
-    def look() -> None:
+    def watch_parent() -> None:
         while not closed.wait(_LOOK_S):
             if os.getppid() != parent or reader_has_gone():
                 sys.stderr.write("what started this rank has gone: it saves and stops\n")
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
-    thread = threading.Thread(target=look, name="launcher", daemon=True)
+    thread = threading.Thread(target=watch_parent, name="launcher", daemon=True)
     thread.start()
     try:
         yield

@@ -28,9 +28,8 @@ from typing import Any
 
 from fedpipe.cluster.rank import (
     LOST_PEER,
-    Located,
+    LocatedRun,
     RankProgram,
-    Setup,
     View,
     load_program,
     run_rank,
@@ -39,11 +38,12 @@ from fedpipe.distributed.activity import Heartbeats
 from fedpipe.distributed.env import ProcessEnv, num_gpus, threads_per_process
 from fedpipe.distributed.signals import STOP_SIGNALS, Interrupted, Signals, StopSignals
 from fedpipe.distributed.topology import Grid, check_gpus
-from fedpipe.distributed.watch import Quiet, Watch
+from fedpipe.distributed.watch import PassiveObserver, Watch
 from fedpipe.errors import FedPipeError, LaunchError, TrainingError, error_in, is_users
 from fedpipe.files import system_errors_named
 from fedpipe.report.console import RunConsole
 from fedpipe.run.checkpoint import Position
+from fedpipe.run.run_dir import Setup
 from fedpipe.terminal import prepare_output
 
 REPORT_S = 2.0
@@ -61,7 +61,7 @@ _USERS_THREADS = os.environ.get("OMP_NUM_THREADS", "")
 # -- the supervisor --------------------------------------------------------------------------------
 
 
-def set_up_here(program: RankProgram, found: Located, *, console: RunConsole) -> Any:
+def set_up_here(program: RankProgram, found: LocatedRun, *, console: RunConsole) -> Any:
     """Set a run up, while the fork server makes the slow imports.
 
     Args:
@@ -256,7 +256,7 @@ class Ranks:
 # -- a rank ----------------------------------------------------------------------------------------
 
 
-class _Supervised(Quiet):
+class _Supervised(PassiveObserver):
     """Starter of a forked rank: all that the rank tells goes to the supervisor, who sees it end."""
 
     def __init__(self, setup: Setup, pipe: Connection) -> None:

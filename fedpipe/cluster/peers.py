@@ -52,7 +52,7 @@ class Peers:
         """Told on rank 0 of the latest step of every stage of every rank, about once a second."""
         self._env = env
         self._board: Board | None = None
-        self._looks, self._judged = True, False
+        self._watches, self._posted_verdict = True, False
         self._grid: Grid | None = None
         self._timeout_s = _AT_FIRST_S
         self._heartbeats = Heartbeats(timeout_s=self._timeout_s)
@@ -62,7 +62,7 @@ class Peers:
         self._lock = threading.Lock()
         self._steps: dict[int, Record] = {}
 
-    def know(self, grid: Grid, *, timeout_s: float) -> None:
+    def set_grid(self, grid: Grid, *, timeout_s: float) -> None:
         """Learn the grid and the time-out, which name ranks and find hung ones.
 
         Args:
@@ -72,16 +72,16 @@ class Peers:
         self._grid, self._timeout_s = grid, timeout_s
         self._heartbeats.timeout_s = timeout_s
 
-    def saw(self, record: Record) -> None:
+    def record_step(self, record: Record) -> None:
         """Take a step record of this rank; its last one goes to rank 0."""
         self._steps[record["stage"]] = record
 
     # -- what the watch tells ----------------------------------------------------------------
 
-    def meet(self, board: Board) -> None:
+    def on_board(self, board: Board) -> None:
         """Begin to post and to look."""
         self._board = board
-        threading.Thread(target=self._see_whether_it_answers, name="guard", daemon=True).start()
+        threading.Thread(target=self._watch_store, name="guard", daemon=True).start()
 
     def __call__(self, activity: Activity) -> None:
         """Tell the others, and look at them."""
@@ -89,7 +89,7 @@ class Peers:
         if not self._lock.acquire(blocking=False):
             return  # the watch is at it, and may wait for the store
         try:
-            if board is None or not self._looks or now - self._posted_at < _PERIOD_S:
+            if board is None or not self._watches or now - self._posted_at < _PERIOD_S:
                 return
             self._posted_at = now
             self._num_posted += 1
@@ -97,15 +97,15 @@ class Peers:
             board.post(f"alive/{self._env.rank}", [self._num_posted, asdict(activity), steps])
             verdict = board.posted([_VERDICT])
             if verdict is not None:
-                self._follow(*verdict[0])
+                self._obey(*verdict[0])
             elif self._env.rank == 0:
-                self._look(range(self._env.world_size), board, now)
+                self._read_posts(range(self._env.world_size), board, now)
             elif self._env.rank == 1 and self._timeout_s:
-                self._look(range(1), board, now)
+                self._read_posts(range(1), board, now)
         finally:
             self._lock.release()
 
-    def lost(self, failure: Exception, *, taking_part: Callable[[], bool]) -> None:
+    def on_store_lost(self, failure: Exception, *, taking_part: Callable[[], bool]) -> None:
         """End this rank, unless it ends by itself: its work may wait for ranks that have gone."""
         deadline = time.monotonic() + _LEAVE_S
         while time.monotonic() < deadline:
@@ -122,11 +122,11 @@ class Peers:
             tell=True,
         )
 
-    def leave(self) -> None:
+    def on_leave(self) -> None:
         """Look no more."""
-        self._looks = False
+        self._watches = False
 
-    def failed(self, error: BaseException) -> BaseException:
+    def on_error(self, error: BaseException) -> BaseException:
         """Tell the others why this rank ends; one whose neighbour has gone looks for that one."""
         board = self._board
         reported = isinstance(error, FedPipeError) and error.reported
@@ -136,29 +136,29 @@ class Peers:
         try:
             if neighbour:
                 error = self._find_lost(board) or error
-            self._tell(board, error)
+            self._post_error(board, error)
         except (ConnectionError, FedPipeError) as gone:
             if neighbour:
                 return LaunchError(f"{gone}. See its log; the same command resumes.")
         return error
 
-    def _tell(self, board: Board, error: BaseException) -> None:
+    def _post_error(self, board: Board, error: BaseException) -> None:
         kind, text = type(error).__name__, " ".join(str(error).split())[:1000]
         if isinstance(error, Exception) and not isinstance(error, FedPipeError):
             name = self._heartbeats.name(self._env.rank, self._grid)
             kind, text = "LaunchError", f"{name} failed: {kind}: {text}"
         if board.posted([_VERDICT]) is None:
-            self._judged = True
+            self._posted_verdict = True
             board.post(_VERDICT, [kind, text])
         if self._env.hosts_store:
             time.sleep(_TELL_S)
 
     # ----------------------------------------------------------------------------------------
 
-    def _see_whether_it_answers(self) -> None:
+    def _watch_store(self) -> None:
         """End this rank when a question to the store goes unanswered for too long."""
         ticks, question, since_s = Ticks(), 0, 0.0
-        while (board := self._board) is not None and self._looks:
+        while (board := self._board) is not None and self._watches:
             time.sleep(_PERIOD_S)
             now_s, before = ticks(time.monotonic()), question
             question = board.unanswered()
@@ -175,7 +175,7 @@ class Peers:
                     tell=True,
                 )
 
-    def _look(self, ranks: range, board: Board, now: float) -> None:
+    def _read_posts(self, ranks: range, board: Board, now: float) -> None:
         """Read what the ranks have posted."""
         posts = board.posted([f"alive/{rank}" for rank in ranks])
         if posts is None:
@@ -192,7 +192,7 @@ class Peers:
         hung = self._heartbeats.find_hung(ranks, clock_s=now)
         if hung is not None:
             name = self._heartbeats.name(hung[0], self._grid)
-            self._judge(
+            self._post_verdict(
                 board,
                 f"{name} hangs: {hung[1]}. See the launcher's log of this rank; the same command "
                 "resumes.",
@@ -223,21 +223,23 @@ class Peers:
                 )
         return None
 
-    def _judge(self, board: Board, text: str) -> None:
+    def _post_verdict(self, board: Board, text: str) -> None:
         """End the run."""
         board.post(_VERDICT, ["LaunchError", text])
         _say("LaunchError", text)
         time.sleep(_TELL_S)
         os._exit(1)  # the work itself waits for the rank that hangs
 
-    def _follow(self, kind: str, text: str) -> None:
+    def _obey(self, kind: str, text: str) -> None:
         """End this rank as a verdict says; its work may still end by itself, and say more."""
         deadline = time.monotonic() + _LEAVE_S
         while time.monotonic() < deadline:
-            if not self._looks:
+            if not self._watches:
                 return
             time.sleep(0.1)
-        self._end(kind, text, tell=self._env.rank == 0 and not self._judged)  # people look there
+        self._end(
+            kind, text, tell=self._env.rank == 0 and not self._posted_verdict
+        )  # people look there
 
     def _end(self, kind: str, text: str, *, tell: bool = False) -> None:
         if kind == "Interrupted":

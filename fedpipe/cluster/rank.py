@@ -24,10 +24,11 @@ from fedpipe.distributed.binding import bind
 from fedpipe.distributed.env import ProcessEnv, num_gpus
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, StopSignals
 from fedpipe.distributed.topology import Grid
-from fedpipe.distributed.watch import Report, Watch
+from fedpipe.distributed.watch import Watch, WatchObserver
 from fedpipe.files import system_errors_named
 from fedpipe.report.console import RunConsole
-from fedpipe.run.checkpoint import Checkpoint, Position
+from fedpipe.report.records import Emit
+from fedpipe.run.checkpoint import Position
 from fedpipe.run.run_dir import RunDir, resolve
 
 LOST_PEER = re.compile(r"Connection (closed|reset)|BrokenPipe|Broken pipe|peer")
@@ -35,8 +36,6 @@ LOST_PEER = re.compile(r"Connection (closed|reset)|BrokenPipe|Broken pipe|peer")
 
 Notify = Callable[[str], None]
 """Shows a line."""
-Emit = Callable[[str, Any], None]
-"""Takes what a rank tells: a record by its kind, ("note", line), ("training", whether it does)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +51,7 @@ class RunRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Located:
+class LocatedRun:
     """A run that is known from its configuration alone; nothing is written yet."""
 
     run: RunDir
@@ -60,25 +59,6 @@ class Located:
     """The configuration, of the command's own class."""
     grid: Grid
     """Its processes."""
-
-
-class Setup(Protocol):
-    """A run that is ready to start, as far as starters know it; picklable."""
-
-    @property
-    def run_dir(self) -> Path:
-        """Its directory."""
-
-    @property
-    def checkpoint(self) -> Checkpoint | None:
-        """Where it goes on."""
-
-    @property
-    def hang_timeout_s(self) -> float:
-        """Seconds without a sign of life after which a process is taken for hung."""
-
-    def to_message(self) -> dict[str, Any]:
-        """Return what JSON can hold of it, for other ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +120,7 @@ class RankProgram(ABC):
         """Name of the module that has the program as ``PROGRAM``."""
         return type(self).__module__
 
-    def locate(self, request: RunRequest) -> Located:
+    def locate(self, request: RunRequest) -> LocatedRun:
         """Return what a run will be, from the configuration alone, which is read once.
 
         Raises:
@@ -153,11 +133,11 @@ class RankProgram(ABC):
             request.run_dir,
             preset=request.preset,
         )
-        return self.located(run, config)
+        return self.located_run(run, config)
 
-    def located(self, run: RunDir, config: Any) -> Located:
+    def located_run(self, run: RunDir, config: Any) -> LocatedRun:
         """Return what a run of a configuration will be."""
-        return Located(run=run, config=config, grid=self.grid_of(config))
+        return LocatedRun(run=run, config=config, grid=self.grid_of(config))
 
     @abstractmethod
     def grid_of(self, config: Any) -> Grid:
@@ -166,7 +146,7 @@ class RankProgram(ABC):
     @abstractmethod
     def set_up(
         self,
-        found: Located,
+        found: LocatedRun,
         *,
         notify: Notify,
         progress: Callable[[str, int, int], None] | None = None,
@@ -239,7 +219,7 @@ def load_program(name: str) -> RankProgram:
     return program
 
 
-class Starter(Report, Protocol):
+class Starter(WatchObserver, Protocol):
     """What depends on who has started a rank. The watch of the rank reports to it, too."""
 
     @property
@@ -299,7 +279,7 @@ def run_rank(
     bind(env)
     log.setup(rank=env.rank)
     with (
-        Watch(signals=starter.signals, report=starter) as watch,
+        Watch(signals=starter.signals, observer=starter) as watch,
         starter.set_up(program, watch) as setup,
     ):
         try:

@@ -190,7 +190,9 @@ def without_rank(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def of_login_node(environ: Mapping[str, str], *, profile: Profile | None = None) -> dict[str, str]:
+def login_environment(
+    environ: Mapping[str, str], *, profile: Profile | None = None
+) -> dict[str, str]:
     """Return what the caller's environment would be on a login node, outside of any job or rank.
 
     sbatch takes its variables before what a job's script says, and a job inherits what the caller
@@ -279,7 +281,7 @@ def _ask(*command: str) -> str:
             text=True,
             timeout=_TIMEOUT_S,
             check=True,
-            env=of_login_node(os.environ),
+            env=login_environment(os.environ),
         )
     except subprocess.CalledProcessError as error:
         what = " ".join(error.stderr.split()) or f"exit code {error.returncode}"

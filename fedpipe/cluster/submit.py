@@ -25,7 +25,7 @@ from fedpipe.cluster.follow import STARTS, follow
 from fedpipe.cluster.launched import run_launched
 from fedpipe.cluster.profile import SIGNAL_DELAY_S, JobShape, Profile, load_profile
 from fedpipe.cluster.rank import JobRun, RankResult, RunRequest, load_program
-from fedpipe.cluster.slurm import cells_in_queue, check_site, of_login_node, without_rank
+from fedpipe.cluster.slurm import cells_in_queue, check_site, login_environment, without_rank
 from fedpipe.distributed.env import detect
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.distributed.topology import Grid
@@ -397,7 +397,7 @@ def _environment_of(cluster: Cluster, profile: Profile) -> Iterator[None]:
     """Hand a job the environment of a login node, or of this machine's user, not of a rank."""
     with _kept_environment():
         here = without_rank(os.environ)
-        clean = of_login_node(here, profile=profile) if cluster == "slurm" else here
+        clean = login_environment(here, profile=profile) if cluster == "slurm" else here
         os.environ.clear()
         os.environ.update(clean)
         yield

@@ -154,7 +154,7 @@ class ThreadStream:
         outer.wait_stream(self._stream)
 
 
-class Draws:
+class ThreadRandom:
     """The random numbers of a thread, which do not depend on what other threads draw.
 
     torch has one generator per process and device, and dropout uses no other. So a thread that

@@ -82,27 +82,27 @@ class StopPoint:
             self._changed.notify_all()
 
 
-class Report(Protocol):
-    """Takes what a watch sees."""
+class WatchObserver(Protocol):
+    """Is told what a watch sees."""
 
     def __call__(self, activity: Activity) -> None:
         """Take what the rank does, a few times a second and whenever it changes."""
 
-    def meet(self, board: Board) -> None:
+    def on_board(self, board: Board) -> None:
         """Take where the ranks leave texts for each other, as soon as that is there."""
 
-    def lost(self, failure: Exception, *, taking_part: Callable[[], bool]) -> None:
+    def on_store_lost(self, failure: Exception, *, taking_part: Callable[[], bool]) -> None:
         """Take that the others cannot be reached any more; may end the process."""
 
-    def leave(self) -> None:
+    def on_leave(self) -> None:
         """Take that this rank's part is over, and that the others may be gone."""
 
-    def failed(self, error: BaseException) -> BaseException:
+    def on_error(self, error: BaseException) -> BaseException:
         """Take what the rank's work ends with, before it does; return what is to be raised."""
 
 
-class Quiet:
-    """A report that nobody reads, or that a function takes."""
+class PassiveObserver:
+    """An observer that does nothing but tell a function what the rank does."""
 
     def __init__(self, tell: Callable[[Activity], None] = lambda activity: None) -> None:
         """Remember who is told."""
@@ -112,16 +112,16 @@ class Quiet:
         """Tell."""
         self._tell(activity)
 
-    def meet(self, board: Board) -> None:
+    def on_board(self, board: Board) -> None:
         """Nothing to do."""
 
-    def lost(self, failure: Exception, *, taking_part: Callable[[], bool]) -> None:
+    def on_store_lost(self, failure: Exception, *, taking_part: Callable[[], bool]) -> None:
         """A supervisor sees the ranks end."""
 
-    def leave(self) -> None:
+    def on_leave(self) -> None:
         """Nothing to do."""
 
-    def failed(self, error: BaseException) -> BaseException:
+    def on_error(self, error: BaseException) -> BaseException:
         """A supervisor hears of it otherwise."""
         return error
 
@@ -133,13 +133,15 @@ class Watch:
     every launcher, and the work itself never asks the store.
     """
 
-    def __init__(self, *, signals: StopSignals | None = None, report: Report | None = None) -> None:
+    def __init__(
+        self, *, signals: StopSignals | None = None, observer: WatchObserver | None = None
+    ) -> None:
         """Make a watch; ``with`` starts and ends its thread.
 
         Args:
             signals: Caught as soon as the rank has joined the run; None for a process that is not
                 asked itself.
-            report: Told what the rank does, by the watch's thread or another.
+            observer: Told what the rank does, by the watch's thread or another.
         """
         self.stop = StopPoint()
         self.stop_signal = 0
@@ -148,7 +150,7 @@ class Watch:
         """Where the ranks have met, before they join the run."""
         self.activity: Callable[[], Activity] = Activity
         """Says what the rank does; called in the watch's thread."""
-        self._signals, self._report = signals or StopSignals(), report or Quiet()
+        self._signals, self._observer = signals or StopSignals(), observer or PassiveObserver()
         self._catches = signals is not None
         self._comm: Comm | None = None
         self._left = False
@@ -168,21 +170,21 @@ class Watch:
         traceback: TracebackType | None,
     ) -> None:
         """End the thread; raises in the place of an error what explains it."""
-        known = error and self._report.failed(error)
+        known = error and self._observer.on_error(error)
         self._closed.set()
         self._thread.join(timeout=_PERIOD_S)  # it may wait for a store that has gone
         if known is not None and known is not error:
             raise known from None
 
-    def meet(self, board: Board) -> None:
+    def use_board(self, board: Board) -> None:
         """Watch the other ranks from now on: they are there, and sign what they say."""
         self.board = board
-        self._report.meet(board)
+        self._observer.on_board(board)
 
     def join_run(self, comm: Comm) -> None:
         """Take part in agreements from now on, and catch signals."""
         if self.board is None:
-            self.meet(comm.board)
+            self.use_board(comm.board)
         self._comm = comm
         if self._catches:
             self._signals.catch()
@@ -190,12 +192,12 @@ class Watch:
     def leave_run(self) -> None:
         """Take part in nothing more: the run is over and the others may be gone."""
         self._comm, self._left = None, True
-        self._report.leave()
+        self._observer.on_leave()
         self.activity = partial(Activity, doing="finishing")
 
     def beat(self) -> None:
         """Report now: what the rank does has just changed."""
-        self._report(self.activity())
+        self._observer(self.activity())
 
     def _run(self) -> None:
         while not self._closed.wait(_PERIOD_S):
@@ -208,7 +210,7 @@ class Watch:
                 # The store is gone, with the process that hosted it, or somebody else writes there.
                 self.stop.fail(failure)
                 self._comm = None
-                self._report.lost(failure, taking_part=self._takes_part)
+                self._observer.on_store_lost(failure, taking_part=self._takes_part)
 
     def _takes_part(self) -> bool:
         """Whether the rank's work is still under way."""

@@ -20,7 +20,7 @@ from fedpipe.config.federation import FederationConfig
 from fedpipe.distributed.comm import Comm, Pending
 from fedpipe.distributed.wire import TensorSpec
 from fedpipe.federation.rules import krum_select, median, squared_distances, trimmed_mean
-from fedpipe.federation.traffic import BLOCK, hosted_clients, padded
+from fedpipe.federation.traffic import BLOCK, hosted_clients, padded_numel
 
 BUCKET_ELEMENTS = 16 * 2**20
 """Elements per collective, 64 MiB of float32: large enough for full bandwidth."""
@@ -47,8 +47,8 @@ class Aggregator(ABC):
         """
         self._federation, self._stage_id, self._comm = federation, stage_id, comm
         self._replicas = federation.num_replicas
-        self._numel, self._padded = numel, padded(numel, federation=federation)
-        self.partial: dict[str, Tensor] = {}
+        self._numel, self._padded = numel, padded_numel(numel, federation=federation)
+        self.unfinished_round: dict[str, Tensor] = {}
         """The unfinished round, live: what a checkpoint in mid-round holds and writes back."""
         self.residuals: dict[str, Tensor] = {}
         """What this replica has rounded off and owes to the next round, live."""
@@ -112,7 +112,7 @@ class Mean(Aggregator):
     ) -> None:
         """Start with no client; see ``Aggregator``."""
         super().__init__(federation, stage_id=stage_id, numel=numel, comm=comm)
-        self._sum_N = self.partial["sum"] = self._zeros(numel)
+        self._sum_N = self.unfinished_round["sum"] = self._zeros(numel)
 
     def add(self, tensors: Iterable[Tensor], *, weight: float) -> None:
         """Add to a running sum."""
@@ -160,7 +160,7 @@ class CompressedMean(Mean):
     ) -> None:
         """Start with no client and nothing owed; see ``Aggregator``."""
         super().__init__(federation, stage_id=stage_id, numel=numel, comm=comm)
-        self._weight = self.partial["weight"] = torch.zeros((), dtype=torch.float64)
+        self._weight = self.unfinished_round["weight"] = torch.zeros((), dtype=torch.float64)
         self._change_P = self.residuals["change"] = self._zeros(self._padded)
         self._total_S = self.residuals["total"] = self._zeros(self._padded // self._replicas)
 
@@ -236,8 +236,10 @@ class RobustRule(Aggregator):
     ) -> None:
         """Start with no client; see ``Aggregator``."""
         super().__init__(federation, stage_id=stage_id, numel=numel, comm=comm)
-        self._rows_HP = self.partial["rows"] = self._zeros(hosted_clients(federation), self._padded)
-        self._count = self.partial["count"] = torch.zeros((), dtype=torch.int64)
+        self._rows_HP = self.unfinished_round["rows"] = self._zeros(
+            hosted_clients(federation), self._padded
+        )
+        self._count = self.unfinished_round["count"] = torch.zeros((), dtype=torch.int64)
 
     def add(self, tensors: Iterable[Tensor], *, weight: float) -> None:
         """Keep the client's weights; all clients weigh the same."""

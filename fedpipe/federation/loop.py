@@ -8,57 +8,47 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from fedpipe.config.finetune import FinetuneConfig
 from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
-from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import Moment, Watch
 from fedpipe.federation.cohort import RoundPlan, Turn, client_history
-from fedpipe.federation.refusal import NOTHING, Outcome, Refused, judge, not_finite_together
+from fedpipe.federation.refusal import (
+    NO_UPDATES,
+    Outcome,
+    Refused,
+    bad_average_error,
+    weigh_updates,
+)
 from fedpipe.federation.replica import Replica
 from fedpipe.models.split import pipeline_edges
 from fedpipe.pipeline.optimizer import learning_rate
 from fedpipe.pipeline.stage_engine import StepResult
+from fedpipe.report.records import Emit
 from fedpipe.report.writer import METRICS_FILE, MetricsWriter, read_metrics
-from fedpipe.run.checkpoint import Checkpoint, CheckpointWriter, Position
+from fedpipe.run.checkpoint import CheckpointWriter, Position
+from fedpipe.run.run_dir import Setup
 
-Emit = Callable[[str, Any], None]
-"""Tells whoever watches: ("step" | "round" | "eval" | "note", record), ("training", bool)."""
 Record = dict[str, Any]
 
 
-class Setup(Protocol):
-    """What a command has found before the run."""
-
-    @property
-    def run_dir(self) -> Path:
-        """Exists."""
-
-    @property
-    def checkpoint(self) -> Checkpoint | None:
-        """Where to resume, or None."""
-
-
 def run_rounds(
-    build: Callable[[Comm, Watch], FederatedRun],
+    kind: Callable[[Any, Emit, Comm, Watch], FederatedRun],
+    setup: Setup,
     *,
-    grid: Grid,
-    config: RunConfig | FinetuneConfig,
     env: ProcessEnv,
     emit: Emit,
-    watch: Watch | None,
+    watch: Watch | None = None,
 ) -> Position | None:
     """Train, average, validate and save until all rounds are done, or until asked to stop.
 
     Args:
-        build: Makes this process' view of the run, and resumes it.
-        grid: Of the processes.
-        config: Pipeline and rounds.
+        kind: The class of the run; made of the setup, it resumes or begins.
+        setup: The same on every rank.
         env: This process' place in the run.
         emit: Told of every step, round and validation.
         watch: Running; says when to stop. None makes one that learns it from the other ranks.
@@ -70,12 +60,13 @@ def run_rounds(
     """
     if watch is None:
         with Watch() as watch:
-            return run_rounds(build, grid=grid, config=config, env=env, emit=emit, watch=watch)
+            return run_rounds(kind, setup, env=env, emit=emit, watch=watch)
+    config: RunConfig | FinetuneConfig = setup.config
     pipeline = config.pipeline if isinstance(config, RunConfig) else config.stages
-    comm = Comm(grid, env, edges=pipeline_edges(pipeline), board=watch.board)
+    comm = Comm(setup.grid, env, edges=pipeline_edges(pipeline), board=watch.board)
     try:
         watch.join_run(comm)
-        run = build(comm, watch)
+        run = kind(setup, emit, comm, watch)
         emit("training", True)
         for round_id in range(run.position.round_id, config.federation.num_rounds):
             if not run.train_round(round_id):
@@ -101,7 +92,6 @@ class FederatedRun(ABC):
     def __init__(
         self,
         setup: Setup,
-        config: RunConfig | FinetuneConfig,
         replica: Replica,
         *,
         num_clients: int,
@@ -115,8 +105,7 @@ class FederatedRun(ABC):
         """Resume, or begin.
 
         Args:
-            setup: Directory and checkpoint.
-            config: Rounds, learning rate and checkpoints.
+            setup: Configuration, directory and checkpoint.
             replica: With the first weights.
             num_clients: Data owners.
             steps_per_round: By how much the learning rate's schedule advances in a round.
@@ -129,6 +118,7 @@ class FederatedRun(ABC):
         Collective: every process.
         """
         self.setup, self.replica, self.comm, self._emit = setup, replica, comm, emit
+        config: RunConfig | FinetuneConfig = setup.config
         self._settings, self._watch = config, watch
         self._steps_per_round = steps_per_round
         self._held_out, self._validate_every = held_out, validate_every
@@ -368,13 +358,13 @@ class FederatedRun(ABC):
         Collective: every rank.
         """
         if not turns:
-            return NOTHING, (0.0, 0)
+            return NO_UPDATES, (0.0, 0)
         started, sent, replica = time.monotonic(), 0, self.replica
         own = json.dumps([fault.record() for fault in replica.refused])
         told = self.comm.agree(not replica.refused, message=own)
         refused = [Refused(**fault) for text in told for fault in json.loads(text)]
         aggregation = self._settings.federation.aggregation
-        outcome = judge(turns, refused, aggregation=aggregation, round_id=round_id)
+        outcome = weigh_updates(turns, refused, aggregation=aggregation, round_id=round_id)
         replica.refused.clear()
         if outcome.is_averaged:
             sent = replica.synchronize(len(turns), left_out=outcome.left_out, share=outcome.share)
@@ -383,7 +373,7 @@ class FederatedRun(ABC):
         spoilt = replica.stages_not_finite()
         told = self.comm.agree(not spoilt, message=", ".join(spoilt))
         if told:
-            raise not_finite_together(told, round_id=round_id)
+            raise bad_average_error(told, round_id=round_id)
         return outcome, (time.monotonic() - started, sent)
 
     # -- record, validate, save --------------------------------------------------------------
@@ -442,7 +432,7 @@ class FederatedRun(ABC):
 
     def _activity(self) -> Activity:
         """What this process does; called in the watch's thread."""
-        doing = self.replica.doing()
+        doing = self.replica.computation()
         if doing is None:
             return Activity(doing=self._phase or "starting", client_id=self._client_id)
         where = ""

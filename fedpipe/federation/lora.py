@@ -113,10 +113,10 @@ class ProductSynchronizer(Synchronizer):
                 weight.copy_(state[name])
 
     @property
-    def partial(self) -> Mapping[str, Tensor]:
+    def unfinished_round(self) -> Mapping[str, Tensor]:
         """The unfinished round, live."""
         products = {f"product/{name}": total for name, total in self._sums.items()}
-        return {**super().partial, **products}
+        return {**super().unfinished_round, **products}
 
     @property
     def _weights(self) -> dict[str, Tensor]:

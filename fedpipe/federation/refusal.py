@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from fedpipe.config.federation import AggregationConfig
 from fedpipe.errors import TrainingError
+from fedpipe.federation.cohort import Turn
 
 NUMBERS = ("loss", "grad_norm", "weights")
 """The numbers of a client that must be finite, in the order in which one spoils the next."""
@@ -19,18 +20,6 @@ _WAY_OUT = (
     "Lower optimizer.lr or set optimizer.max_grad_norm in a new --run-dir; the checkpoints of this"
     " one hold finite weights."
 )
-
-
-class Turn(Protocol):
-    """A client's training in a round."""
-
-    @property
-    def client_id(self) -> int:
-        """The client that trains."""
-
-    @property
-    def weight(self) -> float:
-        """Its share of the round; those of all turns sum to 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,18 +71,18 @@ class Outcome:
     """False where fewer clients are left than the rule needs: the weights stay as they were."""
 
 
-NOTHING = Outcome(refused=(), left_out=frozenset(), share=1.0, weights=(), is_averaged=False)
+NO_UPDATES = Outcome(refused=(), left_out=frozenset(), share=1.0, weights=(), is_averaged=False)
 """The outcome of a round without turns."""
 
 
-def judge(
+def weigh_updates(
     turns: Sequence[Turn],
     refused: Iterable[Refused],
     *,
     aggregation: AggregationConfig,
     round_id: int,
 ) -> Outcome:
-    """Say what the updates of a round come to.
+    """Leave out bad updates, and give the others their weights in the average.
 
     Args:
         turns: Of the round, in the order of the cohort.
@@ -126,7 +115,7 @@ def judge(
     )
 
 
-def stopped(fault: Refused, *, round_id: int) -> TrainingError:
+def stop_error(fault: Refused, *, round_id: int) -> TrainingError:
     """Return the error with which ``federation.on_bad_update=stop`` ends a run."""
     return TrainingError(
         f"round {round_id + 1}: expected finite numbers with federation.on_bad_update=stop, got"
@@ -135,7 +124,7 @@ def stopped(fault: Refused, *, round_id: int) -> TrainingError:
     )
 
 
-def not_finite_together(stages: Sequence[str], *, round_id: int) -> TrainingError:
+def bad_average_error(stages: Sequence[str], *, round_id: int) -> TrainingError:
     """Return the error where finite updates have made weights that are not finite.
 
     Args:

@@ -17,7 +17,7 @@ from torch import nn
 from fedpipe.config.federation import AverageConfig, FederationConfig
 from fedpipe.distributed.comm import Comm
 from fedpipe.federation.cohort import Turn
-from fedpipe.federation.refusal import NO_FAULT, Refused, stopped
+from fedpipe.federation.refusal import NO_FAULT, Refused, stop_error
 from fedpipe.federation.synchronizer import Synchronizer, restore
 from fedpipe.models.stage import trainable
 from fedpipe.pipeline.stage_engine import StepResult
@@ -43,7 +43,7 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Doing:
+class Computation:
     """What a replica computes in this process."""
 
     what: str
@@ -132,20 +132,20 @@ class Replica(ABC):
         """
 
     @abstractmethod
-    def seed_draws(self, client_id: int, *, round_id: int) -> None:
+    def seed_dropout(self, client_id: int, *, round_id: int) -> None:
         """Seed dropout for a turn; nothing else draws from torch's generator."""
 
     @property
     @abstractmethod
-    def draws(self) -> dict[str, Any]:
+    def dropout_state(self) -> dict[str, Any]:
         """Where dropout goes on drawing, for ``torch.save``; may be set."""
 
-    @draws.setter
+    @dropout_state.setter
     @abstractmethod
-    def draws(self, state: dict[str, Any]) -> None: ...
+    def dropout_state(self, state: dict[str, Any]) -> None: ...
 
     @abstractmethod
-    def doing(self) -> Doing | None:
+    def computation(self) -> Computation | None:
         """Say what is computed now, in the watch's thread; None for nothing."""
 
     def sent(self) -> dict[str, int]:
@@ -172,7 +172,7 @@ class Replica(ABC):
                 self._turn_start[stage_id] = copy.deepcopy(engine.optimizer_state())
             else:
                 engine.load_optimizer_state(states[stage_id].get("optimizer"))
-        self.seed_draws(turn.client_id, round_id=round_id)
+        self.seed_dropout(turn.client_id, round_id=round_id)
 
     def set_weights(self, client_id: int, last_round: int | None) -> dict[int, dict[str, Any]]:
         """Set every stage to the global weights and a client's kept parts.
@@ -210,7 +210,7 @@ class Replica(ABC):
         fault = self._first_fault(turn, round_id)
         if fault is not None:
             if self.federation.on_bad_update == "stop":
-                raise stopped(fault, round_id=round_id)
+                raise stop_error(fault, round_id=round_id)
             self.refused.append(fault)
         for stage_id, engine in self.engines.items():
             synchronizer = self.synchronizers[stage_id]
@@ -344,7 +344,7 @@ class Replica(ABC):
         residuals = {s: dict(sync.residuals) for s, sync in self.synchronizers.items()}
         own: dict[str, Any] = {"residuals": residuals}
         if unfinished is not None:
-            own |= dict(unfinished) | {"rng": self.draws}
+            own |= dict(unfinished) | {"rng": self.dropout_state}
             own["stages"] = {s: self._unfinished_stage(s) for s in self.engines}
             own["refused"] = [fault.record() for fault in self.refused]
         if unfinished is not None or any(residuals.values()):
@@ -357,7 +357,7 @@ class Replica(ABC):
             # Without what DeepSpeed has hung on them, process groups among it.
             "parameters": {n: p.detach() for n, p in trainable(engine.stage).items()},
             "optimizer": engine.optimizer_state(),
-            "partial": dict(self.synchronizers[stage_id].partial),
+            "partial": dict(self.synchronizers[stage_id].unfinished_round),
             "faults": dict(engine.faults),
             "turn_start": self._turn_start.get(stage_id),
         }
@@ -390,7 +390,7 @@ class Replica(ABC):
         for stage_id in self.engines:
             self._load_unfinished_stage(stage_id, own["stages"][stage_id])
         self.refused = [Refused(**fault) for fault in own.get("refused", [])]
-        self.draws = own["rng"]
+        self.dropout_state = own["rng"]
         return dict(own)
 
     def _load_unfinished_stage(self, stage_id: int, state: Mapping[str, Any]) -> None:
@@ -399,7 +399,7 @@ class Replica(ABC):
             restore(trainable(engine.stage), state["parameters"])
         engine.weights_changed()
         engine.load_optimizer_state(state["optimizer"])
-        restore(self.synchronizers[stage_id].partial, state["partial"])
+        restore(self.synchronizers[stage_id].unfinished_round, state["partial"])
         engine.faults.update(state.get("faults", {}))
         if state.get("turn_start") is not None:
             self._turn_start[stage_id] = state["turn_start"]

@@ -16,7 +16,7 @@ from fedpipe.config.schema import PipelineConfig, RunConfig
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.wire import TensorSpec
 from fedpipe.federation.cohort import Turn
-from fedpipe.federation.replica import Doing, Replica
+from fedpipe.federation.replica import Computation, Replica
 from fedpipe.federation.synchronizer import Synchronizer
 from fedpipe.models.families import stable_seed
 from fedpipe.models.split import StageSpec, edges
@@ -152,21 +152,21 @@ class StageReplica(Replica):
         source = self.turn_source(turn, round_id=round_id, seen=seen)
         self.engine.train(steps, source=source, lr=lr, on_step=on_step, until=until)
 
-    def seed_draws(self, client_id: int, *, round_id: int) -> None:
+    def seed_dropout(self, client_id: int, *, round_id: int) -> None:
         """Seed the dropout of every thread, as if it were a process."""
         of_turn, rank = (self.seed, round_id, client_id), self.comm.data
-        self.engine.seed_draws(lambda stages: stable_seed(*of_turn, stages, rank))
+        self.engine.seed_dropout(lambda stages: stable_seed(*of_turn, stages, rank))
 
     @property
-    def draws(self) -> dict[str, Any]:
+    def dropout_state(self) -> dict[str, Any]:
         """Where the stages' dropout goes on drawing."""
-        return self.engine.draws
+        return self.engine.dropout_state
 
-    @draws.setter
-    def draws(self, state: dict[str, Any]) -> None:
-        self.engine.draws = state
+    @dropout_state.setter
+    def dropout_state(self, state: dict[str, Any]) -> None:
+        self.engine.dropout_state = state
 
-    def doing(self) -> Doing | None:
+    def computation(self) -> Computation | None:
         """The instruction under way; where a stage waits and another computes, the latter's."""
         under_way = [engine.doing for engine in self.stages if engine.doing is not None]
         if not under_way:
@@ -174,7 +174,7 @@ class StageReplica(Replica):
         # One that computes may be to blame; one that waits is not.
         step, instruction = min(under_way, key=lambda doing: doing[1].waits)
         what = f"{instruction.trace_name} of micro-batch {getattr(instruction, 'micro_batch', 0)}"
-        return Doing(what=what, step=step, waits=instruction.waits)
+        return Computation(what=what, step=step, waits=instruction.waits)
 
     # -- the ledger --------------------------------------------------------------------------
 

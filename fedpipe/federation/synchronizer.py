@@ -279,9 +279,9 @@ class Synchronizer:
         return self._aggregator.residuals if self._aggregator else {}
 
     @property
-    def partial(self) -> Mapping[str, Tensor]:
+    def unfinished_round(self) -> Mapping[str, Tensor]:
         """The unfinished round, live: what ``take_update`` has taken so far."""
-        return self._aggregator.partial if self._aggregator else {}
+        return self._aggregator.unfinished_round if self._aggregator else {}
 
 
 def restore(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ BLOCK = 1024
 _BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4.0 / BLOCK}
 
 
-def padded(numel: int, *, federation: FederationConfig) -> int:
+def padded_numel(numel: int, *, federation: FederationConfig) -> int:
     """Elements that travel for ``numel``: whole shards, one per replica, of whole blocks."""
     if federation.aggregation.rule != "mean":
         unit = federation.num_replicas
@@ -45,7 +45,7 @@ def averaging_bytes(numel: int, *, federation: FederationConfig) -> int:
     replicas, rule = federation.num_replicas, federation.aggregation.rule
     shards = 2 if rule == "mean" else hosted_clients(federation) + (2 if rule == "krum" else 1)
     wire = federation.wire if rule == "mean" else "fp32"
-    elements = shards * (replicas - 1) * padded(numel, federation=federation)
+    elements = shards * (replicas - 1) * padded_numel(numel, federation=federation)
     sent = int(elements * _BYTES[wire]) // replicas
     if rule == "krum" and numel:
         sent += 2 * (replicas - 1) * federation.clients_per_round**2 * 8 // replicas
@@ -62,7 +62,7 @@ def averaging_floats(numel: int, *, federation: FederationConfig) -> int:
         numel: Without what stays with the clients, and without a shared stage.
         federation: Rule, format, server optimizer and clients.
     """
-    size, moments = padded(numel, federation=federation), {"fedavg": 0, "fedavgm": 1}
+    size, moments = padded_numel(numel, federation=federation), {"fedavg": 0, "fedavgm": 1}
     floats = moments.get(federation.server_optimizer.name, 2) * numel
     if federation.aggregation.rule != "mean":
         return floats + hosted_clients(federation) * size

@@ -79,7 +79,7 @@ class Family:
 
 # The configuration classes are taken from the modeling modules: transformers 5.x imports
 # scikit-learn when it is asked for one of them.
-FAMILIES = {
+FAMILY_MODULES = {
     "roberta": Family(
         "roberta", "lm_head", roberta.RobertaConfig,
         roberta.RobertaEmbeddings, roberta.RobertaLayer, roberta.RobertaLMHead,
@@ -104,7 +104,7 @@ def hf_config(shape: ModelShape, *, pad_id: int, cls_id: int, sep_id: int) -> Pr
         A configuration with an untied decoder: stages are built one by one, and the caller ties
         the decoder of a stage to the word embedding where that is wanted.
     """
-    config = FAMILIES[shape.family].config_class(
+    config = FAMILY_MODULES[shape.family].config_class(
         **{name: getattr(shape, name) for name in _SHAPE_FIELDS},
         pad_token_id=pad_id,
         bos_token_id=cls_id,

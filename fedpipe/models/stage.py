@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 from fedpipe.distributed.device import same_draws
-from fedpipe.models.families import FAMILIES, Family, initialise, load_pretrained
+from fedpipe.models.families import FAMILY_MODULES, Family, initialise, load_pretrained
 from fedpipe.models.split import AUX_HEADS, StageSpec
 
 
@@ -160,7 +160,7 @@ class Stage(StageModule):
     ) -> None:
         """Build the stage with uninitialised weights (see ``build_stage``)."""
         super().__init__(spec, activation_checkpointing=activation_checkpointing)
-        self.family: Family = FAMILIES[config.model_type]
+        self.family: Family = FAMILY_MODULES[config.model_type]
         self.padded_after = padded_after
         self.hidden_size: int = config.hidden_size
         if spec.is_first:

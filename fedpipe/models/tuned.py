@@ -51,7 +51,7 @@ _DISENTANGLED = {
     "type_vocab_size": 0,
 }
 
-FAMILIES: dict[str, Published] = {
+TUNED_FAMILIES: dict[str, Published] = {
     "bert": Published("bert-base-uncased", {}),
     "albert": Published(
         "albert-base-v2",
@@ -95,10 +95,10 @@ def base_config(family: str, **changes: Any) -> PretrainedConfig:
     """Return the configuration of a family's published base model.
 
     Args:
-        family: A key of ``FAMILIES``.
+        family: A key of ``TUNED_FAMILIES``.
         **changes: Fields with other values.
     """
-    return AutoConfig.for_model(family, **dict(FAMILIES[family].values) | changes)
+    return AutoConfig.for_model(family, **dict(TUNED_FAMILIES[family].values) | changes)
 
 
 def check_family(model_type: str, kind: Kind, *, key: str = "model.path") -> None:
@@ -107,10 +107,10 @@ def check_family(model_type: str, kind: Kind, *, key: str = "model.path") -> Non
     Raises:
         ConfigError: The family is unknown, or has no head for the kind of task.
     """
-    if model_type not in FAMILIES:
+    if model_type not in TUNED_FAMILIES:
         raise ConfigError(
-            f"{key}: expected a model of {', '.join(FAMILIES)}, got {model_type!r}. Choose another"
-            " folder."
+            f"{key}: expected a model of {', '.join(TUNED_FAMILIES)}, got {model_type!r}. Choose"
+            " another folder."
         )
     reason = _UNSUPPORTED.get((model_type, kind), "")
     if kind == "causal-lm" and model_type not in _DECODERS:

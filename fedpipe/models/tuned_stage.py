@@ -13,9 +13,9 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedpipe.config.evaluation import Kind
-from fedpipe.config.families import FAMILIES as DECLARED
+from fedpipe.config.families import FAMILIES
 from fedpipe.errors import ConfigError
-from fedpipe.models.families import FAMILIES, roberta
+from fedpipe.models.families import FAMILY_MODULES, roberta
 from fedpipe.models.split import AUX_HEADS, StageSpec
 from fedpipe.models.stage import StageModule, place
 
@@ -45,17 +45,17 @@ def check_cut(config: PretrainedConfig, last_cut: int) -> None:
     Raises:
         ConfigError: The family cannot be cut, or the model has too few layers.
     """
-    if config.model_type not in FAMILIES:
+    if config.model_type not in FAMILY_MODULES:
         raise ConfigError(
-            f"pipeline.cut: expected a model of {' or '.join(FAMILIES)}, got {config.model_type}."
-            " Use another model.path, or pipeline.cut=[]."
+            f"pipeline.cut: expected a model of {' or '.join(FAMILY_MODULES)}, got"
+            f" {config.model_type}. Use another model.path, or pipeline.cut=[]."
         )
     if last_cut >= config.num_hidden_layers:
         raise ConfigError(
             f"pipeline.cut: expected layers below {config.num_hidden_layers}, got {last_cut}. Lower"
             " it: the last stage needs a layer."
         )
-    fixed = {name: value for name, (value, _) in DECLARED[config.model_type].fixed.items()}
+    fixed = {name: value for name, (value, _) in FAMILIES[config.model_type].fixed.items()}
     fixed["_attn_implementation"] = "sdpa"  # stages make the attention mask of this kernel
     for name, value in fixed.items():
         found = getattr(config, name, None)

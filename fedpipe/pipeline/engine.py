@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpipe.config.schema import PipelineConfig
-from fedpipe.distributed.device import Draws, ThreadStream
+from fedpipe.distributed.device import ThreadRandom, ThreadStream
 from fedpipe.models.split import placement
 from fedpipe.pipeline import schedule as ops
 from fedpipe.pipeline.p2p import QueueLink
@@ -38,24 +38,24 @@ class SplitPipelineEngine:
         self._streams = [ThreadStream(threads[0].device) for threads in self._threads]
         # Threads that draw random numbers take turns in their forward passes; without dropout none
         # draws.
-        several = len(self._threads) > 1 and any(map(_drops_out, stages))
-        self._drawing: list[tuple[Draws, tuple[int, ...]]] = []
+        several = len(self._threads) > 1 and any(map(_has_dropout, stages))
+        self._drawing: list[tuple[ThreadRandom, tuple[int, ...]]] = []
         """Every source of random numbers, with the ids of the stages that draw from it."""
         for together in self._threads:
             # In a stream a head at home lags behind the first stage and catches up where the run
             # stops. With random numbers in common, those of both would depend on where it stops.
             lags = pipeline.objective == "local_loss"
-            heads = [s for s in together if lags and s.spec.is_home_head and _drops_out(s)]
+            heads = [s for s in together if lags and s.spec.is_home_head and _has_dropout(s)]
             encoders = [stage for stage in together if stage not in heads]
             for group in (encoders, *([head] for head in heads)):
                 draws = group[0].draws
                 if several or heads:
-                    draws = Draws(group[0].device, shared=True)
+                    draws = ThreadRandom(group[0].device, shared=True)
                 for stage in group:
                     stage.draws = draws
                 self._drawing.append((draws, tuple(stage.spec.stage_id for stage in group)))
 
-    def seed_draws(self, seed: Callable[[tuple[int, ...]], int]) -> None:
+    def seed_dropout(self, seed: Callable[[tuple[int, ...]], int]) -> None:
         """Seed the random numbers of the stages, as if every thread were a process.
 
         Args:
@@ -65,13 +65,13 @@ class SplitPipelineEngine:
             draws.seed(seed(stage_ids))
 
     @property
-    def draws(self) -> dict[str, Any]:
+    def dropout_state(self) -> dict[str, Any]:
         """State of the stages' random numbers, for ``torch.save``."""
         states = [draws.state for draws, _ in self._drawing]
         return {"threads": states} if len(states) > 1 else states[0]
 
-    @draws.setter
-    def draws(self, state: dict[str, Any]) -> None:
+    @dropout_state.setter
+    def dropout_state(self, state: dict[str, Any]) -> None:
         states = state.get("threads", [state])
         for (draws, _), own in zip(self._drawing, states, strict=True):
             draws.state = own
@@ -209,6 +209,6 @@ class SplitPipelineEngine:
             raise failures[0]
 
 
-def _drops_out(stage: StageEngine) -> bool:
+def _has_dropout(stage: StageEngine) -> bool:
     """Whether a stage has dropout, which draws from torch's generator."""
     return any(isinstance(m, nn.Dropout) and m.p > 0 for m in stage.stage.modules())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedpipe.config.deepspeed import stage_precision
 from fedpipe.config.schema import PipelineConfig
-from fedpipe.distributed.device import Draws, Readout, autocast, synchronize, to_device
+from fedpipe.distributed.device import Readout, ThreadRandom, autocast, synchronize, to_device
 from fedpipe.models.stage import StageModule, trainable
 from fedpipe.pipeline import schedule as ops
 from fedpipe.pipeline.optimizer import clip_
@@ -132,7 +132,7 @@ class StageEngine:
         Collective: every data-parallel rank of the stage constructs it.
         """
         self.stage, self.links, self.device = stage.to(device), links, device
-        self.draws = Draws(device, shared=False)
+        self.draws = ThreadRandom(device, shared=False)
         """Random numbers of the thread that computes this stage."""
         self.spec = stage.spec
         self._pipeline = pipeline

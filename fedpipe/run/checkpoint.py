@@ -256,7 +256,7 @@ def _newest_of_each_client(files: Mapping[str, Any]) -> dict[str, Any]:
     return {name: files[name] for name in newest.values()}
 
 
-def set_aside_later(run_dir: Path, position: Position) -> list[str]:
+def set_aside_after(run_dir: Path, position: Position) -> list[str]:
     """Give the (damaged) checkpoints after the one that a run resumes from another name.
 
     Returns:

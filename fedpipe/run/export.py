@@ -24,7 +24,7 @@ from fedpipe.data.blocks import PreparedData, token_counts
 from fedpipe.data.masking import validation_batch
 from fedpipe.errors import CheckpointError
 from fedpipe.files import replace_folder, write_text
-from fedpipe.models.families import FAMILIES, hf_config
+from fedpipe.models.families import FAMILY_MODULES, hf_config
 from fedpipe.models.lengths import longest_input, num_positions
 from fedpipe.models.split import StageSpec, merge, model_stages, part_of
 from fedpipe.models.stage import Stage, build_stage, masked_lm_class
@@ -195,7 +195,7 @@ def _save(
     # that holds both names is read alike by both.
     tensors = {n: t.clone() for n, t in model.state_dict().items()}
     if model.config.tie_word_embeddings:
-        del tensors[FAMILIES[model_config.model_type].decoder]
+        del tensors[FAMILY_MODULES[model_config.model_type].decoder]
     model.save_pretrained(folder, state_dict=tensors)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(printable(card), encoding="utf-8")
@@ -237,7 +237,7 @@ def build_model(state: dict[str, Tensor], model_config: Any) -> PreTrainedModel:
         CheckpointError: A tensor is missing, is not the model's, or holds nan or inf.
     """
     check_finite(state)
-    family = FAMILIES[model_config.model_type]
+    family = FAMILY_MODULES[model_config.model_type]
     model_config = copy.deepcopy(model_config)
     model_config.tie_word_embeddings = family.decoder not in state
     model = masked_lm_class(model_config)(model_config)

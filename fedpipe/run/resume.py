@@ -104,7 +104,7 @@ def check_config(
         )
 
 
-def continued(directory: Path, before: Any, now: Any, *, may_change: Collection[str]) -> Any:
+def resumed_config(directory: Path, before: Any, now: Any, *, may_change: Collection[str]) -> Any:
     """Return the configuration that a run is resumed with.
 
     A fine-tuning must keep its number of replicas in two cases: in mid-round, because the round's

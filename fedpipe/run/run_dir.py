@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, Protocol, overload
 
 from fedpipe import __version__
 from fedpipe.config import load
@@ -36,10 +36,11 @@ from fedpipe.data.corpus import (
     prepared_under,
 )
 from fedpipe.data.digests import file_digests, model_files
+from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CheckpointError
 from fedpipe.files import retry_reads, write_text
 from fedpipe.report.writer import METRICS_FILE
-from fedpipe.run.checkpoint import CHECKPOINTS, Checkpoint, Position, find_latest, set_aside_later
+from fedpipe.run.checkpoint import CHECKPOINTS, Checkpoint, Position, find_latest, set_aside_after
 from fedpipe.run.resume import (
     DEEPSPEED_FILE,
     INPUTS_FILE,
@@ -48,7 +49,7 @@ from fedpipe.run.resume import (
     Inputs,
     check_deepspeed,
     check_inputs,
-    continued,
+    resumed_config,
 )
 
 VERSION = 1
@@ -86,9 +87,36 @@ _ADVICE: dict[Kind, str] = {"evaluation": "; --model names what is evaluated"}
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "submitit")
 
 
+class Setup(Protocol):
+    """What every process of a run needs to know; picklable, and handed to other hosts as JSON."""
+
+    @property
+    def config(self) -> Any:
+        """A ``RunConfig`` or a ``FinetuneConfig``."""
+
+    @property
+    def run_dir(self) -> Path:
+        """It exists."""
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """Where to resume, or None."""
+
+    @property
+    def grid(self) -> Grid:
+        """The processes."""
+
+    @property
+    def hang_timeout_s(self) -> float:
+        """Seconds without a sign of life after which a process is taken for hung."""
+
+    def to_message(self) -> dict[str, Any]:
+        """Return what JSON can hold of it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSetup:
-    """What every process of a run needs to know; picklable, and handed to other hosts as JSON."""
+    """The setup of a pre-training."""
 
     config: RunConfig
     run_dir: Path
@@ -100,12 +128,17 @@ class RunSetup:
     """``time.monotonic()`` when the user's command began."""
 
     @property
+    def grid(self) -> Grid:
+        """See ``Setup``."""
+        return Grid.from_config(self.config)
+
+    @property
     def hang_timeout_s(self) -> float:
-        """Seconds without a sign of life after which a process is taken for hung."""
+        """See ``Setup``."""
         return self.config.pipeline.hang_timeout_s
 
     def to_message(self) -> dict[str, Any]:
-        """What JSON can hold of it."""
+        """See ``Setup``."""
         checkpoint = self.checkpoint and self.checkpoint.to_message()
         return {
             "config": load.to_dict(self.config),
@@ -270,7 +303,7 @@ class RunDir:
         for line in passed_over:
             notify(f"warning: {line}; falling back to an earlier one")
         if checkpoint:
-            for name in set_aside_later(self.path, checkpoint.position):
+            for name in set_aside_after(self.path, checkpoint.position):
                 notify(f"kept as {self.path / name} until the run has got as far again")
             notify(f"resuming {self.path} from {checkpoint.path.name}")
         return checkpoint
@@ -459,17 +492,17 @@ def resolve(
     if run.has_begun:
         # What the run read may lie elsewhere now, so it is not checked.
         read: Callable[..., Any] = load_finetune if kind == "finetune" else read_config
-        config = continued(run.path, read(run.saved, []), config, may_change=run.may_change)
+        config = resumed_config(run.path, read(run.saved, []), config, may_change=run.may_change)
     return run, config
 
 
-def shared_freedom(runs: Iterable[RunDir]) -> tuple[str, ...]:
+def may_change_in_all(runs: Iterable[RunDir]) -> tuple[str, ...]:
     """Return the keys whose values may change in every one of several pre-trainings."""
     kept = [set(run.may_change) for run in runs]
     return tuple(key for key in MAY_CHANGE["pretrain"] if all(key in own for own in kept))
 
 
-def way_back(task: str, run: RunDir | None) -> str:
+def resume_hint(task: str, run: RunDir | None) -> str:
     """Say how an interrupted command is resumed.
 
     Args:

@@ -68,9 +68,10 @@ def _setup(config: RunConfig, folder: Path) -> RunSetup:
 
 
 def _pretrain(env: ProcessEnv, setup: RunSetup) -> None:
-    from fedpipe.commands.pretrain.run import pretrain
+    from fedpipe.commands.pretrain.run import Pretraining
+    from fedpipe.federation.loop import run_rounds
 
-    pretrain(setup, env=env, emit=lambda kind, record: None)
+    run_rounds(Pretraining, setup, env=env, emit=lambda kind, record: None)
 
 
 # ----------------------------------------------------------------------------------- the ledger

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fedpipe.commands.finetune.examples import DATA, TuningData
 from fedpipe.commands.finetune.export import export_finetuned
 from fedpipe.commands.finetune.report import result_table, write_finetune_report
-from fedpipe.commands.finetune.run import finetune
+from fedpipe.commands.finetune.run import Finetuning
 from fedpipe.commands.finetune.setup import FinetuneSetup, set_up_finetune
 from fedpipe.commands.finetune.turns import draw_round, plan_tuning_round
 from fedpipe.commands.finetune.whole import WholeReplica
@@ -30,6 +30,7 @@ from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import Moment, Watch
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError
 from fedpipe.federation.cohort import Turn
+from fedpipe.federation.loop import run_rounds
 from fedpipe.models.lower import LowerLayers
 from fedpipe.models.peft import lora_updates
 from fedpipe.report.writer import read_metrics
@@ -81,11 +82,11 @@ def run(
         if stop is not None:  # as the ranks agree upon when one is asked to
             watch.stop.freeze()
             watch.stop.settle(stop)
-        return finetune(setup, env=alone(), emit=emit, watch=watch)
+        return run_rounds(Finetuning, setup, env=alone(), emit=emit, watch=watch)
 
 
 def _on_rank(env: ProcessEnv, setup: FinetuneSetup) -> None:
-    finetune(setup, env=env, emit=lambda kind, value: None)
+    run_rounds(Finetuning, setup, env=env, emit=lambda kind, value: None)
 
 
 def records(run_dir: Path, *kinds: str) -> list[dict[str, Any]]:

@@ -18,13 +18,14 @@ from fedpipe.commands.finetune.examples import DATA, TuningData
 from fedpipe.commands.finetune.export import export_finetuned, learnt
 from fedpipe.commands.finetune.micro_batches import task_messages
 from fedpipe.commands.finetune.report import write_finetune_report
-from fedpipe.commands.finetune.run import finetune
+from fedpipe.commands.finetune.run import Finetuning
 from fedpipe.commands.finetune.setup import FinetuneSetup
 from fedpipe.commands.finetune.staged import StagedReplica
 from fedpipe.commands.finetune.turns import draw_round
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.errors import ConfigError
 from fedpipe.federation.cohort import Turn
+from fedpipe.federation.loop import run_rounds
 from fedpipe.models.split import stage_specs
 from fedpipe.models.tuned_stage import TunedStage
 from fedpipe.pipeline.stage_engine import StageEngine
@@ -67,7 +68,7 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, atol
 
 
 def _on_rank(env: ProcessEnv, setup: FinetuneSetup) -> None:
-    finetune(setup, env=env, emit=lambda kind, value: None)
+    run_rounds(Finetuning, setup, env=env, emit=lambda kind, value: None)
 
 
 def test_two_stages_in_two_processes_train_what_two_threads_train(

@@ -215,6 +215,7 @@ def _waits(env: ProcessEnv, folder: Path, data: Any, slow_s: float) -> tuple[Any
 
     from fedpipe.commands.pretrain import run as pretrain
     from fedpipe.distributed.comm import Comm
+    from fedpipe.federation.loop import run_rounds
     from fedpipe.run.run_dir import RunSetup
 
     c10d = dist.distributed_c10d
@@ -240,7 +241,7 @@ def _waits(env: ProcessEnv, folder: Path, data: Any, slow_s: float) -> tuple[Any
         federation={"clients_per_round": 1, "num_rounds": 1, "num_replicas": 2},
     )  # fmt: skip
     setup = RunSetup(config=config, run_dir=folder, data_dir="", checkpoint=None, started_at=0.0)
-    return pretrain.pretrain(setup, env=env, emit=lambda kind, record: None), limits
+    return run_rounds(pretrain.Pretraining, setup, env=env, emit=lambda kind, record: None), limits
 
 
 def test_a_replica_waits_for_a_healthy_one_however_long_that_takes(tmp_path: Path) -> None:

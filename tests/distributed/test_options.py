@@ -40,14 +40,15 @@ TIMES = ("seconds", "tokens_per_s", "sync_s", "memory_bytes")
 
 
 def _pretrain(env: ProcessEnv, setup: RunSetup, stop: Moment | None) -> Position | None:
-    from fedpipe.commands.pretrain.run import pretrain
+    from fedpipe.commands.pretrain.run import Pretraining
     from fedpipe.distributed.watch import Watch
+    from fedpipe.federation.loop import run_rounds
 
     with Watch() as watch:
         if stop is not None:  # as the ranks agree upon when one is asked to
             watch.stop.freeze()
             watch.stop.settle(stop)
-        return pretrain(setup, env=env, emit=lambda kind, record: None, watch=watch)
+        return run_rounds(Pretraining, setup, env=env, emit=lambda kind, record: None, watch=watch)
 
 
 def _run(
@@ -201,14 +202,15 @@ def test_every_pair_of_values_is_in_a_row_or_refused_by_name() -> None:
 
 
 def _finetune(env: ProcessEnv, setup: FinetuneSetup, stop: Moment | None) -> Position | None:
-    from fedpipe.commands.finetune.run import finetune
+    from fedpipe.commands.finetune.run import Finetuning
     from fedpipe.distributed.watch import Watch
+    from fedpipe.federation.loop import run_rounds
 
     with Watch() as watch:
         if stop is not None:
             watch.stop.freeze()
             watch.stop.settle(stop)
-        return finetune(setup, env=env, emit=lambda kind, record: None, watch=watch)
+        return run_rounds(Finetuning, setup, env=env, emit=lambda kind, record: None, watch=watch)
 
 
 def _tune(

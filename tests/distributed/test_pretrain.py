@@ -38,11 +38,12 @@ def _setup(config: RunConfig, data: PreparedData, run_dir: Path) -> RunSetup:
 
 
 def _pretrain(env: ProcessEnv, setup: RunSetup, patch: Callable[[], None] | None = None) -> None:
-    from fedpipe.commands.pretrain.run import pretrain
+    from fedpipe.commands.pretrain.run import Pretraining
+    from fedpipe.federation.loop import run_rounds
 
     if patch:
         patch()
-    pretrain(setup, env=env, emit=lambda kind, record: None)
+    run_rounds(Pretraining, setup, env=env, emit=lambda kind, record: None)
 
 
 def _run(
@@ -278,8 +279,9 @@ def _count_looks_back(env: ProcessEnv, setup: RunSetup) -> tuple[int, int]:
     """Pre-train; return how often the record was opened and how many cohorts were drawn."""
     import sys
 
-    from fedpipe.commands.pretrain.run import pretrain
+    from fedpipe.commands.pretrain.run import Pretraining
     from fedpipe.federation import cohort
+    from fedpipe.federation.loop import run_rounds
 
     opened, drawn, draw = [], [], cohort.draw_cohort
 
@@ -293,7 +295,7 @@ def _count_looks_back(env: ProcessEnv, setup: RunSetup) -> tuple[int, int]:
 
     sys.addaudithook(count)
     cohort.draw_cohort = drawn_again
-    pretrain(setup, env=env, emit=lambda kind, record: None)
+    run_rounds(Pretraining, setup, env=env, emit=lambda kind, record: None)
     return len(opened), len(drawn)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from fedpipe.cluster.rank import RunRequest
 from fedpipe.commands.finetune.export import export_finetuned
 from fedpipe.commands.finetune.grid import find_grid
-from fedpipe.commands.finetune.run import finetune
+from fedpipe.commands.finetune.run import Finetuning
 from fedpipe.commands.finetune.setup import FinetuneSetup, set_up_finetune
 from fedpipe.commands.pretrain import ranks
 from fedpipe.commands.pretrain.command import pipeline_run, pretrain
@@ -32,6 +32,7 @@ from fedpipe.config.schema import RunConfig
 from fedpipe.data import cache
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.errors import CheckpointError, ConfigError
+from fedpipe.federation.loop import run_rounds
 from fedpipe.report.writer import read_metrics
 from fedpipe.run.resume import INPUTS_FILE, MAY_CHANGE
 from fedpipe.run.run_dir import (
@@ -118,10 +119,11 @@ def until_round(number: int) -> Callable[[str, Any], None]:
 
 
 def _pretrain(env: ProcessEnv, setup: RunSetup, number: int) -> None:
-    from fedpipe.commands.pretrain.run import pretrain
+    from fedpipe.commands.pretrain.run import Pretraining
+    from fedpipe.federation.loop import run_rounds
 
     try:
-        pretrain(setup, env=env, emit=until_round(number))
+        run_rounds(Pretraining, setup, env=env, emit=until_round(number))
     except _Killed:
         return
 
@@ -347,7 +349,7 @@ def tune(setup: FinetuneSetup, *, killed_in_round: int = -1) -> None:
     alone = ProcessEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, rendezvous="")
     with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):
         try:
-            finetune(setup, env=alone, emit=until_round(killed_in_round))
+            run_rounds(Finetuning, setup, env=alone, emit=until_round(killed_in_round))
         except _Killed:
             return
 
@@ -442,7 +444,7 @@ WHOLE = (*(o for o in TUNING if not o.startswith("pipeline.")), "federation.num_
 
 
 def _tune_on_rank(env: ProcessEnv, setup: FinetuneSetup) -> None:
-    finetune(setup, env=env, emit=lambda kind, record: None)
+    run_rounds(Finetuning, setup, env=env, emit=lambda kind, record: None)
 
 
 @pytest.mark.matrix(sample=2)

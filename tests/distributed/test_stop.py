@@ -19,7 +19,7 @@ from fedpipe.distributed.activity import Activity, Heartbeats
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.signals import StopSignals
 from fedpipe.distributed.topology import Grid
-from fedpipe.distributed.watch import Quiet, Watch
+from fedpipe.distributed.watch import PassiveObserver, Watch
 from fedpipe.errors import CheckpointError
 from fedpipe.report.writer import read_metrics
 from fedpipe.run.checkpoint import CheckpointWriter, Position, find_latest
@@ -45,7 +45,8 @@ class Moment:
 
 def _pretrain(env: ProcessEnv, setup: RunSetup, moment: Moment | None) -> Position | None:
     from fedpipe.commands.pretrain.replica import Replica
-    from fedpipe.commands.pretrain.run import pretrain
+    from fedpipe.commands.pretrain.run import Pretraining
+    from fedpipe.federation.loop import run_rounds
 
     left = [moment.number if moment else 0]
     _, replica, _ = Grid.from_config(setup.config).coordinates(env.rank)
@@ -71,7 +72,7 @@ def _pretrain(env: ProcessEnv, setup: RunSetup, moment: Moment | None) -> Positi
     Replica.evaluate = announced("evaluate", Replica.evaluate)  # type: ignore[method-assign]
     CheckpointWriter.save = announced("save", CheckpointWriter.save)  # type: ignore[method-assign]
     with Watch(signals=StopSignals()) as watch:
-        return pretrain(setup, env=env, emit=emit, watch=watch)
+        return run_rounds(Pretraining, setup, env=env, emit=emit, watch=watch)
 
 
 def _pretrain_over_tcp(
@@ -240,7 +241,8 @@ def test_a_run_that_stops_when_only_the_averaging_is_left_averages_the_same(
 
 def _get_stuck(env: ProcessEnv, setup: RunSetup) -> list[tuple[float, Activity]]:
     """Stage 1 sleeps in a forward; what both ranks report meanwhile."""
-    from fedpipe.commands.pretrain.run import pretrain
+    from fedpipe.commands.pretrain.run import Pretraining
+    from fedpipe.federation.loop import run_rounds
     from fedpipe.models.stage import Stage
 
     reports: list[tuple[float, Activity]] = []
@@ -253,9 +255,9 @@ def _get_stuck(env: ProcessEnv, setup: RunSetup) -> list[tuple[float, Activity]]
         return forward(stage, *args)
 
     Stage.forward = sleeping  # type: ignore[method-assign]
-    report = Quiet(lambda activity: reports.append((time.monotonic(), activity)))
-    with Watch(report=report) as watch:
-        pretrain(setup, env=env, emit=lambda kind, record: None, watch=watch)
+    report = PassiveObserver(lambda activity: reports.append((time.monotonic(), activity)))
+    with Watch(observer=report) as watch:
+        run_rounds(Pretraining, setup, env=env, emit=lambda kind, record: None, watch=watch)
     return reports
 
 

@@ -69,7 +69,7 @@ def _rounds(
         history.append(state())
     comm.close()
     for sync in replica.synchronizers.values():
-        held = [*sync.partial.values(), *sync.residuals.values(), *sync.moments.values()]
+        held = [*sync.unfinished_round.values(), *sync.residuals.values(), *sync.moments.values()]
         numel = sum(p.numel() for n, p in sync.global_state().items() if n not in sync.kept_state())
         floats = averaging_floats(numel, federation=config.federation)
         assert sum(t.numel() for t in held if t.dim()) == floats

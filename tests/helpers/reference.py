@@ -32,7 +32,7 @@ from fedpipe.federation.rules import (
     trimmed_mean,
 )
 from fedpipe.federation.synchronizer import falsify
-from fedpipe.federation.traffic import BLOCK, padded
+from fedpipe.federation.traffic import BLOCK, padded_numel
 from fedpipe.models.families import hf_config, stable_seed
 from fedpipe.models.split import StageRole, model_stages, part_of, placement
 from fedpipe.models.stage import Stage, build_stage, trainable
@@ -357,7 +357,7 @@ class _Reference:
 
     def _nothing_owed(self, numel: int) -> tuple[Tensor, Tensor]:
         federation = self.config.federation
-        size = padded(numel, federation=federation)
+        size = padded_numel(numel, federation=federation)
         return torch.zeros(federation.num_replicas, size), torch.zeros(size)
 
     def _compressed_mean(

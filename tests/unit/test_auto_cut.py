@@ -98,7 +98,7 @@ def test_a_sweep_and_a_grid_of_measurements_want_a_list(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=expected):
         set_up_sweep(None, TINY, axes, str(tmp_path / "sweep"), preset=None)
     with pytest.raises(ConfigError, match=expected):
-        throughput(None, TINY, str(tmp_path / "tp"), axes=axes, settings=ThroughputSettings())
+        throughput(None, TINY, str(tmp_path / "tp"), grid_keys=axes, settings=ThroughputSettings())
     assert not list(tmp_path.iterdir())
 
 

@@ -31,7 +31,7 @@ from fedpipe.run.checkpoint import (
     client_files,
     find_latest,
     find_round,
-    set_aside_later,
+    set_aside_after,
 )
 from tests.helpers.cases import every
 from tests.helpers.distributed import run_distributed
@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(damage: str, tmp_path: Pa
     assert line.startswith("checkpoint round_000002 is damaged: ")
     assert problem in line
 
-    assert set_aside_later(tmp_path, position) == [f"{CHECKPOINTS}/damaged_round_000002"]
+    assert set_aside_after(tmp_path, position) == [f"{CHECKPOINTS}/damaged_round_000002"]
     assert _names(tmp_path) == ["damaged_round_000002", "latest", "round_000001"]
     assert (tmp_path / CHECKPOINTS / "latest").read_text() == "round_000001\n"
     writer = _writer(tmp_path)
@@ -176,7 +176,7 @@ def test_what_is_set_aside_keeps_its_client_files_and_its_predecessor_of_the_sam
     writer.save_client(name, _content("weights"))
     _save(writer, 3)
     (tmp_path / CHECKPOINTS / "damaged_round_000003").mkdir()
-    assert set_aside_later(tmp_path, first) == [f"{CHECKPOINTS}/damaged_round_000003_2"]
+    assert set_aside_after(tmp_path, first) == [f"{CHECKPOINTS}/damaged_round_000003_2"]
     _save(_writer(tmp_path), 2)
     assert (tmp_path / CLIENTS / name).is_file()
 

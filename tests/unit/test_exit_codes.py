@@ -28,7 +28,7 @@ from fedpipe.errors import (
     is_users,
 )
 from fedpipe.report.console import RunConsole
-from fedpipe.run.run_dir import RunDir, way_back
+from fedpipe.run.run_dir import RunDir, resume_hint
 
 GRID = Grid(num_stages=1, num_replicas=2, data_parallel_degree=1)
 
@@ -66,10 +66,10 @@ def test_the_command_that_goes_on_can_be_pasted_whatever_the_directory_is_called
 ) -> None:
     run_dir = tmp_path / "my run's $HOME"
     run = RunDir.at(run_dir, "pretrain").make()
-    assert way_back("pretrain", run) == "nothing was started: give the same command again"
+    assert resume_hint("pretrain", run) == "nothing was started: give the same command again"
     run.write("name: mine\n")
     failure = str(_ranks(run_dir, "ValueError: 3").failure())
-    ways = [failure, way_back("pretrain", run), way_back("finetune", run)]
+    ways = [failure, resume_hint("pretrain", run), resume_hint("finetune", run)]
     commands = [shlex.split(way[way.index("fedpipe ") :]) for way in ways]
     assert commands == [
         ["fedpipe", task, "--run-dir", str(run_dir)]
@@ -132,7 +132,7 @@ class _Forks(Study[Cell[None]]):
     def page(self) -> Path:
         return self.directory / "sweep.md"
 
-    def gather(self) -> str:
+    def write_tables(self) -> str:
         return ""
 
     def outcome(self, cell: Cell[None]) -> str:

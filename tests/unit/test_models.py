@@ -21,12 +21,12 @@ from transformers import (
     RobertaModel,
 )
 
-from fedpipe.config.families import FAMILIES as DECLARED
+from fedpipe.config.families import FAMILIES
 from fedpipe.config.load import load_config
 from fedpipe.config.model_shape import ModelShape, resolve
 from fedpipe.config.schema import ModelConfig, PipelineConfig
 from fedpipe.errors import CheckpointError, ConfigError
-from fedpipe.models.families import FAMILIES, hf_config, load_pretrained, stable_seed
+from fedpipe.models.families import FAMILY_MODULES, hf_config, load_pretrained, stable_seed
 from fedpipe.models.split import merge, stage_specs
 from fedpipe.models.stage import Stage, build_stage, gather_masked
 from fedpipe.run.export import build_model
@@ -192,9 +192,9 @@ def test_first_weights_have_the_scale_of_bert(family: str) -> None:
 @FAMILY
 def test_only_the_first_auxiliary_head_is_tied_to_the_embedding(family: str) -> None:
     stages = _stages(_config(family), (1, 3))
-    embedding = stages[0].get_parameter(FAMILIES[family].word_embeddings)
+    embedding = stages[0].get_parameter(FAMILY_MODULES[family].word_embeddings)
     first, middle = (stages[s].get_submodule(f"aux_heads.{s}.head.decoder").weight for s in (0, 1))
-    final = stages[2].get_parameter(FAMILIES[family].decoder)
+    final = stages[2].get_parameter(FAMILY_MODULES[family].decoder)
     assert first is embedding
     assert len({t.data_ptr() for t in (embedding, middle, final)}) == 3
     assert torch.equal(middle, embedding) and torch.equal(final, embedding)
@@ -248,7 +248,7 @@ def test_a_tied_decoder_is_exported_as_the_word_embedding(
     for stage in stages:
         _randomise(stage)
     state = _weights(stages)
-    assert FAMILIES[family].decoder not in state, "one tensor is trained and sent once"
+    assert FAMILY_MODULES[family].decoder not in state, "one tensor is trained and sent once"
     build_model(state, config).save_pretrained(tmp_path)
     model = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
     assert model.config.tie_word_embeddings is True and config.tie_word_embeddings is False
@@ -285,7 +285,7 @@ def test_the_loss_is_that_of_transformers_on_the_masked_tokens(family: str, head
     whole.num_hidden_layers = 2 + (head == "mlm+layer")
     model = MASKED_LM[family](whole).eval()
     state = {n: p for n, p in stage.named_parameters() if not n.startswith("aux_heads")}
-    prefix = FAMILIES[family].head_path
+    prefix = FAMILY_MODULES[family].head_path
     for name, parameter in stage.get_submodule("aux_heads.0.head").state_dict().items():
         state[f"{prefix}.{name}"] = parameter
     if head == "mlm+layer":
@@ -322,7 +322,7 @@ def _assert_equals(stages: list[Stage], model: PreTrainedModel) -> None:
         # An untied model of transformers 5.x has a second bias, and that one is used.
         other = expected.get(name.replace(".bias", ".decoder.bias"), expected.get(name))
         if other is None:
-            assert name == FAMILIES[model.config.model_type].decoder  # tied: one tensor there
+            assert name == FAMILY_MODULES[model.config.model_type].decoder  # tied: one tensor there
             other = model.get_input_embeddings().weight
         assert torch.equal(parameter, other), name
 
@@ -364,7 +364,7 @@ def test_a_bare_encoder_leaves_the_head_its_first_values_and_says_so(
     (client, client_missing), (server, server_missing) = (
         build_stage(s, config, seed=0, path=str(tmp_path)) for s in specs
     )
-    head = FAMILIES[family].head_path
+    head = FAMILY_MODULES[family].head_path
     names = {n for n, _ in server.named_parameters() if n.startswith(head)}
     assert set(server_missing) == names - {f"{head}.decoder.weight"}
     assert all(n.startswith("aux_heads.0.head.") for n in client_missing) and client_missing
@@ -415,7 +415,7 @@ def test_an_accepted_folder_has_the_logits_that_it_has_in_transformers(
     family: str, fields: dict[str, Any], extended: bool, tmp_path: Path
 ) -> None:
     """What config.json may say is computed exactly, wherever the model is cut."""
-    config = FAMILIES[family].config_class(**_config(family).to_dict() | fields)
+    config = FAMILY_MODULES[family].config_class(**_config(family).to_dict() | fields)
     config.max_position_embeddings = (config.pad_token_id + 1) * (family == "roberta") + LENGTH
     model = MASKED_LM[family](config)
     _randomise(model)
@@ -454,13 +454,15 @@ _SIZES = (
 def test_every_field_that_transformers_writes_by_default_is_accepted(
     family: str, tmp_path: Path
 ) -> None:
-    default = FAMILIES[family].config_class()
-    declared = DECLARED[family]  # type: ignore[index]
+    default = FAMILY_MODULES[family].config_class()
+    declared = FAMILIES[family]  # type: ignore[index]
     found = default.to_dict()
     assert {name: found.get(name) for name in declared.defaults} == declared.defaults
     assert found["pad_token_id"] == declared.pad_token_id
     assert all(value == found.get(name) for name, (value, _) in declared.fixed.items())
-    layer = {name for name, _ in FAMILIES[family].layer_class(_config(family)).named_parameters()}
+    layer = {
+        name for name, _ in FAMILY_MODULES[family].layer_class(_config(family)).named_parameters()
+    }
     renamed = {name for name in declared.layer_tensors if name.endswith(("gamma", "beta"))}
     assert layer == declared.layer_tensors - renamed and len(renamed) == 4
     _random_model(family, tied=True).save_pretrained(tmp_path)

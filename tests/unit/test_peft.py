@@ -27,7 +27,7 @@ from fedpipe.models.peft import (
     save_adapter,
     trainable,
 )
-from fedpipe.models.tuned import FAMILIES, base_config, build_model, check_family, head_names
+from fedpipe.models.tuned import TUNED_FAMILIES, base_config, build_model, check_family, head_names
 from tests.helpers.cases import every
 from tests.helpers.tuned import small_batch, small_config, small_model
 
@@ -67,7 +67,7 @@ def logits(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
 
 
 @every("name", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TUNED_FAMILIES)
 def test_every_method_trains_every_family_and_moves_nothing_else(family: str, name: str) -> None:
     model, batch = tuned(family, name), small_batch()
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -122,7 +122,7 @@ def test_the_adapter_is_read_by_the_library_alone(family: str, name: str, tmp_pa
     torch.testing.assert_close(logits(again, batch), logits(model, batch), atol=1e-6, rtol=0)
 
 
-STACKS = [family for family in FAMILIES if family not in NO_LAYER_STACK]
+STACKS = [family for family in TUNED_FAMILIES if family not in NO_LAYER_STACK]
 IN_LAYERS = [name for name in METHODS if name != "full" and not name.endswith("_inv")]
 
 
@@ -158,7 +158,7 @@ def test_lower_layers_that_a_model_has_not_are_refused(
 
 
 @every("name", MERGEABLE)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TUNED_FAMILIES)
 def test_a_merged_model_is_read_by_transformers_alone(
     family: str, name: str, tmp_path: Path
 ) -> None:
@@ -295,7 +295,7 @@ def test_the_head_of_a_model_folder_is_taken_for_the_same_labels_only(
 @pytest.mark.slow
 def test_every_method_of_every_base_model_is_counted() -> None:
     rows = list(count_rows())
-    assert [(row.family, row.method) for row in rows] == list(product(FAMILIES, METHODS))
+    assert [(row.family, row.method) for row in rows] == list(product(TUNED_FAMILIES, METHODS))
     lacking = {(row.family, row.method): row.reason for row in rows if row.counts is None}
     assert list(lacking) == [("llama", "compacter")]  # 576 / 32 is no multiple of its 4 blocks
     assert "`out_features`=18 is not divisble" in lacking["llama", "compacter"]

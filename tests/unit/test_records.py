@@ -16,7 +16,7 @@ from fedpipe.commands.pretrain.records import (
 )
 from fedpipe.config.federation import AggregationConfig
 from fedpipe.federation.cohort import Turn
-from fedpipe.federation.refusal import Refused, judge
+from fedpipe.federation.refusal import Refused, weigh_updates
 from fedpipe.federation.traffic import traffic_record
 from tests.helpers.tiny import tiny_config
 
@@ -29,7 +29,7 @@ def _turns() -> list[Turn]:
 
 
 def _round(steps: list[dict[str, Any]], *refused: Refused) -> dict[str, Any]:
-    outcome = judge(_turns(), refused, aggregation=AggregationConfig(), round_id=3)
+    outcome = weigh_updates(_turns(), refused, aggregation=AggregationConfig(), round_id=3)
     return round_record(
         3, turns=_turns(), outcome=outcome, steps=[{"client": 4} | step for step in steps],
         num_stages=2, seconds=2.0, sync=[(0.1, 10), (0.3, 20)],

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
 from fedpipe.config.federation import AggregationConfig
 from fedpipe.errors import TrainingError
-from fedpipe.federation.refusal import NO_FAULT, Refused, judge, not_finite_together, stopped
+from fedpipe.federation.cohort import Turn
+from fedpipe.federation.refusal import (
+    NO_FAULT,
+    Refused,
+    bad_average_error,
+    stop_error,
+    weigh_updates,
+)
 from fedpipe.report.console import refused_lines
 
 
-@dataclass
-class _Turn:
-    client_id: int
-    weight: float
+def _turn(client_id: int, weight: float) -> Turn:
+    return Turn(
+        client_id=client_id, replica_id=0, num_steps=1, num_examples=1, num_tokens=1, weight=weight
+    )
 
 
-TURNS = [_Turn(4, 0.2), _Turn(7, 0.3), _Turn(2, 0.5)]
+TURNS = [_turn(4, 0.2), _turn(7, 0.3), _turn(2, 0.5)]
 BAD = Refused(client=7, stage=1, step=4, what="loss")
 
 
@@ -35,11 +40,11 @@ def test_the_first_fault_of_a_client_has_the_least_code_and_is_read_back() -> No
 
 
 def test_the_weights_of_the_others_are_renormalised() -> None:
-    outcome = judge(TURNS, [BAD, BAD], aggregation=AggregationConfig(), round_id=0)
+    outcome = weigh_updates(TURNS, [BAD, BAD], aggregation=AggregationConfig(), round_id=0)
     assert outcome.refused == (BAD,) and outcome.left_out == {1}
     assert outcome.share == pytest.approx(0.7)
     assert outcome.weights == pytest.approx((0.2 / 0.7, 0.0, 0.5 / 0.7))
-    everyone = judge(TURNS, [], aggregation=AggregationConfig(), round_id=0)
+    everyone = weigh_updates(TURNS, [], aggregation=AggregationConfig(), round_id=0)
     assert (everyone.share, everyone.weights) == (1.0, (0.2, 0.3, 0.5)), "bit for bit"
 
 
@@ -60,9 +65,9 @@ def test_a_refused_client_is_one_of_those_that_a_robust_rule_withstands(
     aggregation = AggregationConfig(
         rule=rule, num_byzantine=num_byzantine, weighting="uniform"  # type: ignore[arg-type]
     )  # fmt: skip
-    turns = [_Turn(client_id, 1 / num_clients) for client_id in range(num_clients)]
+    turns = [_turn(client_id, 1 / num_clients) for client_id in range(num_clients)]
     refused = [Refused(client=c, stage=0, step=0, what="loss") for c in range(num_refused)]
-    outcome = judge(turns, refused, aggregation=aggregation, round_id=0)
+    outcome = weigh_updates(turns, refused, aggregation=aggregation, round_id=0)
     assert outcome.is_averaged == is_averaged
     assert sum(outcome.weights) == pytest.approx(float(is_averaged))
 
@@ -76,12 +81,12 @@ def test_errors_name_client_stage_and_step_and_a_way_out() -> None:
         rf" gradient norm of client 4 at local step 1, stage 0; {where}; gradient norm of client 2"
         r" at local step 1, stage 0\)\. Lower optimizer\.lr or set optimizer\.max_grad_norm in a",
     ):
-        judge(TURNS, [BAD, *others], aggregation=AggregationConfig(), round_id=2)
+        weigh_updates(TURNS, [BAD, *others], aggregation=AggregationConfig(), round_id=2)
     assert f"federation.on_bad_update=stop, got others (not finite: {where})" in str(
-        stopped(BAD, round_id=2)
+        stop_error(BAD, round_id=2)
     )
     assert "after the average of finite updates, got others (stage 0, stage 1)" in str(
-        not_finite_together(["stage 1", "stage 0", "stage 1"], round_id=2)
+        bad_average_error(["stage 1", "stage 0", "stage 1"], round_id=2)
     )
 
 

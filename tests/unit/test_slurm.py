@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpipe.cluster.profile import Profile
-from fedpipe.cluster.slurm import of_login_node, without_rank
+from fedpipe.cluster.slurm import login_environment, without_rank
 from tests.slurm.conftest import CALLER
 
 LOGIN = {
@@ -13,7 +13,7 @@ LOGIN = {
 
 
 def test_a_job_gets_the_environment_of_a_login_node_whatever_the_caller_is_part_of() -> None:
-    assert of_login_node(LOGIN | CALLER) == LOGIN
+    assert login_environment(LOGIN | CALLER) == LOGIN
 
 
 def test_a_job_of_this_machine_keeps_the_callers_cores_and_is_no_rank_of_the_callers() -> None:
@@ -24,10 +24,10 @@ def test_a_job_of_this_machine_keeps_the_callers_cores_and_is_no_rank_of_the_cal
 
 def test_gpus_that_a_user_has_chosen_outside_of_a_job_stay_chosen() -> None:
     chosen = LOGIN | {"CUDA_VISIBLE_DEVICES": "1"}
-    assert of_login_node(chosen) == chosen
+    assert login_environment(chosen) == chosen
 
 
 def test_a_users_account_counts_where_the_profile_names_none() -> None:
     own = {"SBATCH_ACCOUNT": "mine", "SBATCH_QOS": "low", "SBATCH_TIMELIMIT": "1"}
     profile = Profile(source="x.yaml", parameters={"slurm_qos": "high"})
-    assert of_login_node(own, profile=profile) == {"SBATCH_ACCOUNT": "mine"}
+    assert login_environment(own, profile=profile) == {"SBATCH_ACCOUNT": "mine"}

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from fedpipe.commands.finetune import ranks as tuning
-from fedpipe.commands.pretrain import ranks as pretraining
+from fedpipe.commands.finetune import ranks as finetune_ranks
+from fedpipe.commands.pretrain import ranks as pretrain_ranks
 
 OTHERS = {"sklearn", "scipy", "seqeval", "pandas", "datasets", "adapters"}
 """Packages that only other commands need."""
@@ -18,8 +18,8 @@ OTHERS = {"sklearn", "scipy", "seqeval", "pandas", "datasets", "adapters"}
 @pytest.mark.parametrize(
     ("modules", "unwanted"),
     [
-        (pretraining.PROGRAM.preload, OTHERS),
-        (tuning.PROGRAM.preload, OTHERS - {"adapters"}),
+        (pretrain_ranks.PROGRAM.preload, OTHERS),
+        (finetune_ranks.PROGRAM.preload, OTHERS - {"adapters"}),
         (("fedpipe.run.export",), OTHERS | {"deepspeed"}),
         (("fedpipe.cli",), OTHERS | {"numpy", "torch", "multiprocessing"}),
     ],

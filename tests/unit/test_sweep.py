@@ -13,7 +13,7 @@ import pytest
 from fedpipe.cli import main
 from fedpipe.commands.study.pool import divide
 from fedpipe.commands.study.report import MAX_DRAWN, Row, RunResult, Spread, draw_sweep, table
-from fedpipe.commands.study.study import Cell, parse_axes, prepare_texts
+from fedpipe.commands.study.study import Cell, parse_grid, prepare_texts
 from fedpipe.commands.study.sweep import Sweep, set_up_sweep
 from fedpipe.errors import CheckpointError, ConfigError, CorpusError, FedPipeError
 from fedpipe.run.run_dir import RunDir
@@ -47,7 +47,7 @@ def finish(cell: Cell[Any], *, losses: tuple[float | None, ...], seconds: float)
 
 def test_a_grid_is_split_at_the_commas_outside_of_brackets_and_quotes() -> None:
     axes = ["pipeline.cut=[2],[1, 3], []", "name='a,b',it's", "seed=0"]
-    assert parse_axes(axes) == (
+    assert parse_grid(axes) == (
         ("pipeline.cut", ("[2]", "[1, 3]", "[]")),
         ("name", ("'a,b'", "it's")),
         ("seed", ("0",)),
@@ -71,7 +71,7 @@ def test_a_grid_is_split_at_the_commas_outside_of_brackets_and_quotes() -> None:
 )  # fmt: skip
 def test_a_wrong_grid_is_refused(axes: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(expected)):
-        parse_axes(axes)
+        parse_grid(axes)
 
 
 def test_cells_are_the_product_with_readable_folders(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_mean_and_spread_are_those_of_the_runs(tmp_path: Path) -> None:
     finish(sweep.cells[0], losses=(6.0, 5.0), seconds=10.0)
     finish(sweep.cells[1], losses=(7.0, 5.5), seconds=12.0)
     finish(sweep.cells[2], losses=(8.0, 7.5, 7.0), seconds=20.0)
-    text = sweep.gather()
+    text = sweep.write_tables()
     assert [cell.name for cell in sweep.pending()] == ["cut=1-3_seed=1"]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     # std of (5, 5.5) = 0.5 / sqrt 2; 120 and 100 tokens/s: 110, 20 / sqrt 2; 4,000 B in 4 steps.
@@ -229,7 +229,7 @@ def test_json_has_every_cell_every_row_and_the_environment(tmp_path: Path) -> No
     sweep = set_up(tmp_path, *GRID)
     finish(sweep.cells[0], losses=(6.0, 5.0), seconds=10.0)
     finish(sweep.cells[1], losses=(7.0, 5.5), seconds=12.0)
-    sweep.gather()
+    sweep.write_tables()
     content = json.loads((tmp_path / "sweep.json").read_text("utf-8"))
     assert content["grid"] == list(GRID)
     assert [cell["done"] for cell in content["cells"]] == [True, True, False, False]
@@ -251,7 +251,7 @@ def test_without_seeds_there_is_no_spread(tmp_path: Path) -> None:
     sweep = set_up(tmp_path, "pipeline.cut=[2],[3]")
     for cell in sweep.cells:
         finish(cell, losses=(6.0, 5.0), seconds=10.0)
-    for line in sweep.gather().splitlines()[2:]:
+    for line in sweep.write_tables().splitlines()[2:]:
         assert re.search(r"\| +1 \| +5\.000 \| +- \| +- \|.*\| +120 \| +- \|", line), line
     row = json.loads((tmp_path / "sweep.json").read_text("utf-8"))["rows"][0]
     assert row["loss"] == {"mean": 5.0, "std": None, "min": None, "max": None, "n": 1}
@@ -260,12 +260,14 @@ def test_without_seeds_there_is_no_spread(tmp_path: Path) -> None:
 def test_a_sweep_of_seeds_alone_has_one_row(tmp_path: Path) -> None:
     sweep = set_up(tmp_path, "seed=0,1")
     finish(sweep.cells[0], losses=(6.0, 5.0), seconds=10.0)
-    assert [line.split("|")[1].strip() for line in sweep.gather().splitlines()[2:]] == ["1 of 2"]
+    assert [line.split("|")[1].strip() for line in sweep.write_tables().splitlines()[2:]] == [
+        "1 of 2"
+    ]
     assert (tmp_path / "sweep.png").is_file()
 
 
 def test_before_the_first_run_is_done_there_is_a_table_and_no_figure(tmp_path: Path) -> None:
-    text = set_up(tmp_path, *GRID).gather()
+    text = set_up(tmp_path, *GRID).write_tables()
     assert text.count("0 of 2") == 2
     assert not (tmp_path / "sweep.png").exists()
 
@@ -285,7 +287,7 @@ def test_runs_that_were_not_validated_have_a_row_and_a_figure(tmp_path: Path) ->
     sweep = set_up(tmp_path, "pipeline.cut=[2]", "seed=0,1")
     finish(sweep.cells[0], losses=(), seconds=10.0)
     finish(sweep.cells[1], losses=(None,), seconds=10.0)
-    assert "| [2] |    2 |               - |  - |        - |" in sweep.gather()
+    assert "| [2] |    2 |               - |  - |        - |" in sweep.write_tables()
     assert (tmp_path / "sweep.png").is_file()
 
 

@@ -132,7 +132,7 @@ class Evaluation(Study[ScoredCell]):
         """Fork a cell from the server that has imported torch and transformers."""
         return ForkedProcess(_score, cell.run_dir, slot, log, preload=PRELOAD)
 
-    def look(self, running: Sequence[str], console: RunConsole) -> None:
+    def show_progress(self, running: Sequence[str], console: RunConsole) -> None:
         """Show how many optimizer steps are done, of all that are to be made."""
         total = sum(cell.num_steps for cell in self.cells)
         done = 0
@@ -144,7 +144,7 @@ class Evaluation(Study[ScoredCell]):
         if 0 < done < total:
             console.preparing("fine-tuning, steps", done, total)
 
-    def gather(self) -> str:
+    def write_tables(self) -> str:
         """Write evaluation.json, .md, .html and .png of the cells that are done."""
         return terminal_text(gather(self))
 

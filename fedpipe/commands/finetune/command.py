@@ -24,7 +24,7 @@ from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.errors import ConfigError
 from fedpipe.report.console import RunConsole
 from fedpipe.run.checkpoint import find_latest
-from fedpipe.run.run_dir import RunDir, locked, resolve, way_back
+from fedpipe.run.run_dir import RunDir, locked, resolve, resume_hint
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         args.overrides,
         args.run_dir,
         preset=args.preset,
-        axes=args.grid,
+        grid_keys=args.grid,
         parallel=args.parallel,
     )
 
@@ -118,7 +118,7 @@ def finetune(
     run_dir: str | None,
     *,
     preset: str | None = None,
-    axes: Sequence[str] = (),
+    grid_keys: Sequence[str] = (),
     parallel: int = 1,
     signals: Signals | None = None,
 ) -> int:
@@ -129,7 +129,7 @@ def finetune(
         overrides: ``section.key=value``.
         run_dir: Directory of the run, or None.
         preset: What the YAML is laid over, or None.
-        axes: A grid, ``section.key=value,value``; every combination is a run of its own.
+        grid_keys: A grid, ``section.key=value,value``; every combination is a run of its own.
         parallel: Runs of a grid at a time; they share the cores.
         signals: Caught meanwhile; for whoever wants to know which one has come.
 
@@ -143,7 +143,7 @@ def finetune(
     check_library()
     console = RunConsole(interactive=False)
     signals = signals or Signals()
-    grid = find_grid(config_path, overrides, axes, run_dir, preset=preset)
+    grid = find_grid(config_path, overrides, grid_keys, run_dir, preset=preset)
     if grid is not None:
         for cell in grid.cells:
             if cell.is_done:
@@ -157,7 +157,7 @@ def finetune(
             run, config = resolve("finetune", config_path, overrides, run_dir, preset=preset)
             tune(run, config, console, signals)
     except Interrupted as where:
-        console.text(f"interrupted{where}; {way_back('finetune', run)}")
+        console.text(f"interrupted{where}; {resume_hint('finetune', run)}")
         return EXIT_INTERRUPTED
     for line in ranks.PROGRAM.closing(run.path):
         console.text(line)
@@ -195,7 +195,7 @@ def check_library() -> None:
 
 def tune(run: RunDir, config: FinetuneConfig, console: RunConsole, signals: Signals) -> None:
     """Run what is not done of one fine-tuning."""
-    setup = set_up_here(ranks.PROGRAM, ranks.PROGRAM.located(run, config), console=console)
+    setup = set_up_here(ranks.PROGRAM, ranks.PROGRAM.located_run(run, config), console=console)
     if run.is_done(num_rounds=config.federation.num_rounds):
         console.text(_done_line(run.path))
         return

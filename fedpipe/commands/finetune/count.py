@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fedpipe.config.finetune import MethodConfig
 from fedpipe.errors import ConfigError
 from fedpipe.models.peft import METHODS, Counts, attach
-from fedpipe.models.tuned import FAMILIES, base_config, build_model
+from fedpipe.models.tuned import TUNED_FAMILIES, base_config, build_model
 from fedpipe.report.format import bytes_text
 
 _BYTES = 4
@@ -50,7 +50,7 @@ def count_rows() -> Iterator[CountRow]:
 
     The models are built without weights, so this takes seconds and no memory.
     """
-    for family in FAMILIES:
+    for family in TUNED_FAMILIES:
         base = build_model(base_config(family), "classification", num_labels=_LABELS, device="meta")
         for name in METHODS:
             model = copy.deepcopy(base)
@@ -77,7 +77,7 @@ def count_table(rows: Iterable[CountRow]) -> str:
 
 
 def _line(row: CountRow) -> str:
-    model = FAMILIES[row.family].name
+    model = TUNED_FAMILIES[row.family].name
     if row.counts is None:
         return f"| {model} | {row.method} | - | - | - | {row.reason} | | |"
     counts = row.counts

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedpipe.commands.finetune import ranks
 from fedpipe.commands.study.pool import CommandProcess
-from fedpipe.commands.study.study import Cell, Runs, Slot, Study, read_axes, write_axes
+from fedpipe.commands.study.study import Cell, Runs, Slot, Study, read_grid, write_grid
 from fedpipe.config.finetune import FinetuneConfig, finetune_tree, load_finetune
 from fedpipe.config.tree import Node
 from fedpipe.distributed.signals import Signals
@@ -40,7 +40,7 @@ class TuningGrid(Study[Cell[FinetuneConfig]]):
     def reserve(self, cells: Sequence[Cell[Any]]) -> None:
         """Set the runs up: a job's errors are found before it is submitted."""
         for cell in cells:
-            found = ranks.PROGRAM.located(cell.run, cell.config)
+            found = ranks.PROGRAM.located_run(cell.run, cell.config)
             ranks.PROGRAM.set_up(found, notify=lambda line: None)
 
     def run(self, cell: Cell[FinetuneConfig], *, console: RunConsole, signals: Signals) -> None:
@@ -53,7 +53,7 @@ class TuningGrid(Study[Cell[FinetuneConfig]]):
         """Start the fine-tuning of a cell."""
         return CommandProcess("finetune", cell.run_dir, log)
 
-    def gather(self) -> str:
+    def write_tables(self) -> str:
         """Write the report that compares the runs that are done; return its table."""
         from fedpipe.commands.finetune.report import result_table, write_comparison
 
@@ -73,7 +73,7 @@ class TuningGrid(Study[Cell[FinetuneConfig]]):
 def find_grid(
     config_path: str | Node | None,
     overrides: Sequence[str],
-    axes: Sequence[str],
+    grid_keys: Sequence[str],
     run_dir: str | None,
     *,
     preset: str | None,
@@ -86,8 +86,8 @@ def find_grid(
     Args:
         config_path: YAML, or None.
         overrides: ``section.key=value``.
-        axes: See ``parse_axes``; nothing for those of the grid in the directory, or, if nothing
-            else is asked for, of the example.
+        grid_keys: See ``parse_grid``; nothing for those of the grid in the directory, or, if
+            nothing else is asked for, of the example.
         run_dir: Directory of the grid, or None.
         preset: What the YAML is laid over, or None.
 
@@ -100,12 +100,12 @@ def find_grid(
     """
     chosen = any(override.startswith("method.name=") for override in overrides)
     found = RunDir.at(run_dir, "finetune", "finetune grid") if run_dir else None
-    if not (config_path or preset or axes or chosen or (found and not found.is_new)):
-        axes = EXAMPLE
-    if not axes and (found is None or found.kind == "finetune"):
+    if not (config_path or preset or grid_keys or chosen or (found and not found.is_new)):
+        grid_keys = EXAMPLE
+    if not grid_keys and (found is None or found.kind == "finetune"):
         return None
-    run, grid, cells = read_axes(TUNINGS, config_path, overrides, axes, run_dir, preset=preset)
-    write_axes(run, grid, cells)
+    run, grid, cells = read_grid(TUNINGS, config_path, overrides, grid_keys, run_dir, preset=preset)
+    write_grid(run, grid, cells)
     return TuningGrid(directory=run.path, cells=cells)
 
 

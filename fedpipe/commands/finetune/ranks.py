@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpipe.cluster.rank import Emit, Located, Notify, RankProgram, View
+from fedpipe.cluster.rank import LocatedRun, Notify, RankProgram, View
 from fedpipe.config.finetune import FinetuneConfig, load_finetune
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import Watch
 from fedpipe.report.console import RunConsole, refused_lines
+from fedpipe.report.records import Emit
 from fedpipe.report.sinks import check_sinks
 from fedpipe.run.checkpoint import Checkpoint, Position
 from fedpipe.run.run_dir import RunDir
@@ -34,7 +35,7 @@ class FinetuningRanks(RankProgram):
 
     def set_up(
         self,
-        found: Located,
+        found: LocatedRun,
         *,
         notify: Notify,
         progress: Callable[[str, int, int], None] | None = None,
@@ -72,9 +73,10 @@ class FinetuningRanks(RankProgram):
         self, setup: FinetuneSetup, options: Any, *, env: ProcessEnv, emit: Emit, watch: Watch
     ) -> Position | None:
         """See ``RankProgram``."""
-        from fedpipe.commands.finetune.run import finetune
+        from fedpipe.commands.finetune.run import Finetuning
+        from fedpipe.federation.loop import run_rounds
 
-        return finetune(setup, env=env, emit=emit, watch=watch)
+        return run_rounds(Finetuning, setup, env=env, emit=emit, watch=watch)
 
     def write_results(self, setup: FinetuneSetup, *, notify: Notify) -> None:
         """Write the adapter and the model, and the report."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 from fedpipe.commands.finetune.examples import DATA, TuningData
 from fedpipe.commands.finetune.records import (
@@ -20,41 +19,12 @@ from fedpipe.commands.finetune.staged import StagedReplica
 from fedpipe.commands.finetune.turns import num_tuning_steps, plan_tuning_round
 from fedpipe.commands.finetune.whole import WholeReplica
 from fedpipe.distributed.comm import Comm
-from fedpipe.distributed.env import ProcessEnv
-from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import Watch
 from fedpipe.federation.cohort import RoundPlan
-from fedpipe.federation.loop import Emit, FederatedRun, Record, run_rounds
+from fedpipe.federation.loop import FederatedRun, Record
 from fedpipe.federation.refusal import Outcome
 from fedpipe.federation.traffic import traffic_record
-from fedpipe.run.checkpoint import Position
-
-
-def finetune(
-    setup: FinetuneSetup, *, env: ProcessEnv, emit: Emit, watch: Watch | None = None
-) -> Position | None:
-    """Fine-tune until all rounds are done, or until asked to stop; see ``run_rounds``.
-
-    Args:
-        setup: What ``set_up_finetune`` found, on every rank.
-        env: This process' place in the run.
-        emit: Told of every round and scoring.
-        watch: Running; says when to stop. None makes one that learns it from the other ranks.
-
-    Returns:
-        None when all rounds are done; otherwise where the run has stopped, saved.
-
-    Collective: every process of the run.
-    """
-    config = setup.config
-    return run_rounds(
-        partial(Finetuning, setup, emit),
-        grid=Grid.of(config.stages, config.federation),
-        config=config,
-        env=env,
-        emit=emit,
-        watch=watch,
-    )
+from fedpipe.report.records import Emit
 
 
 class Finetuning(FederatedRun):
@@ -76,7 +46,6 @@ class Finetuning(FederatedRun):
         held_out = [c for c, rows in enumerate(self.data.test_sequences) if len(rows)]
         super().__init__(
             setup,
-            self.config,
             self._tuned,
             num_clients=len(self._lengths),
             steps_per_round=max(num_tuning_steps(self.config, size) for size in sizes),

@@ -28,6 +28,7 @@ from fedpipe.data.lines import shown
 from fedpipe.data.tasks.prepare import FORMAT
 from fedpipe.data.tasks.registry import TaskSpec
 from fedpipe.data.tokenizer import FILES, SAMPLES, check_tokenizer
+from fedpipe.distributed.topology import Grid
 from fedpipe.errors import ConfigError, CorpusError
 from fedpipe.files import write_text
 from fedpipe.models.lengths import longest_input, num_positions
@@ -44,7 +45,7 @@ _QUICKSTART_EXPORT = Path("runs/quickstart/export")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneSetup:
-    """What every process of a fine-tuning needs to know; picklable."""
+    """The setup of a fine-tuning; see ``Setup``."""
 
     config: FinetuneConfig
     run_dir: Path
@@ -54,8 +55,13 @@ class FinetuneSetup:
     """``time.monotonic()`` when the user's command began."""
 
     @property
+    def grid(self) -> Grid:
+        """See ``Setup``."""
+        return Grid.of(self.config.stages, self.config.federation)
+
+    @property
     def hang_timeout_s(self) -> float:
-        """Seconds without a sign of life after which a process is taken for hung."""
+        """See ``Setup``."""
         return self.config.hang_timeout_s
 
     def to_message(self) -> dict[str, Any]:

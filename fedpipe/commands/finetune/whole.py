@@ -27,7 +27,7 @@ from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.device import autocast, rng_state, set_rng_state
 from fedpipe.federation.cohort import Turn
 from fedpipe.federation.lora import ProductSynchronizer
-from fedpipe.federation.replica import Doing, Replica
+from fedpipe.federation.replica import Computation, Replica
 from fedpipe.federation.synchronizer import Synchronizer
 from fedpipe.models.families import stable_seed
 from fedpipe.models.lower import LowerLayers
@@ -178,22 +178,22 @@ class WholeReplica(Replica):
         optimizer.step()
         return loss.detach(), norm
 
-    def seed_draws(self, client_id: int, *, round_id: int) -> None:
+    def seed_dropout(self, client_id: int, *, round_id: int) -> None:
         """Seed dropout for a turn."""
         torch.manual_seed(stable_seed(self.seed, "turn", round_id, client_id))
 
     @property
-    def draws(self) -> dict[str, Any]:
+    def dropout_state(self) -> dict[str, Any]:
         """Where dropout goes on drawing."""
         return rng_state(self.comm.device)
 
-    @draws.setter
-    def draws(self, state: dict[str, Any]) -> None:
+    @dropout_state.setter
+    def dropout_state(self, state: dict[str, Any]) -> None:
         set_rng_state(state, self.comm.device)
 
-    def doing(self) -> Doing | None:
+    def computation(self) -> Computation | None:
         """The batch that is computed now, or was computed last of a turn or a scoring."""
-        return Doing(what=f"batch {self._num_batches}") if self._computing else None
+        return Computation(what=f"batch {self._num_batches}") if self._computing else None
 
     def _forward(self, split: Encoded, sequences: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         self._num_batches += 1

@@ -15,7 +15,7 @@ from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.tree import Node
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.report.console import RunConsole
-from fedpipe.run.run_dir import RunDir, inputs_of, locked, resolve, way_back
+from fedpipe.run.run_dir import RunDir, inputs_of, locked, resolve, resume_hint
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -101,7 +101,7 @@ def pretrain(
     try:
         with signals.caught():
             run, config = resolve("pretrain", config_path, overrides, run_dir, preset=preset)
-            found = ranks.PROGRAM.located(run, config)
+            found = ranks.PROGRAM.located_run(run, config)
             setup = set_up_here(ranks.PROGRAM, found, console=console)
             console.close()
             if run.is_done(num_rounds=config.federation.num_rounds):
@@ -110,7 +110,7 @@ def pretrain(
             with locked(setup.run_dir):
                 supervise(ranks.PROGRAM, setup, signals=signals)
     except Interrupted as where:
-        console.text(f"interrupted{where}; {way_back('pretrain', run)}")
+        console.text(f"interrupted{where}; {resume_hint('pretrain', run)}")
         return EXIT_INTERRUPTED
     for line in ranks.PROGRAM.closing(setup.run_dir):
         console.text(line)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedpipe.cluster.rank import Emit, Located, Notify, RankProgram, View
+from fedpipe.cluster.rank import LocatedRun, Notify, RankProgram, View
 from fedpipe.commands.plan.cut import choose_cut, measure_here, measure_in_a_process
 from fedpipe.commands.pretrain.setup import set_up
 from fedpipe.config.schema import RunConfig
@@ -18,6 +18,7 @@ from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import Watch
 from fedpipe.federation.cohort import steps_per_round
 from fedpipe.report.console import RunConsole
+from fedpipe.report.records import Emit
 from fedpipe.report.sections import samples_text
 from fedpipe.run.checkpoint import Position
 from fedpipe.run.run_dir import RunSetup
@@ -36,7 +37,7 @@ class PretrainingRanks(RankProgram):
 
     def set_up(
         self,
-        found: Located,
+        found: LocatedRun,
         *,
         notify: Notify,
         progress: Callable[[str, int, int], None] | None = None,
@@ -70,9 +71,10 @@ class PretrainingRanks(RankProgram):
         self, setup: RunSetup, options: Any, *, env: ProcessEnv, emit: Emit, watch: Watch
     ) -> Position | None:
         """See ``RankProgram``."""
-        from fedpipe.commands.pretrain.run import pretrain
+        from fedpipe.commands.pretrain.run import Pretraining
+        from fedpipe.federation.loop import run_rounds
 
-        return pretrain(setup, env=env, emit=emit, watch=watch)
+        return run_rounds(Pretraining, setup, env=env, emit=emit, watch=watch)
 
     def write_results(self, setup: RunSetup, *, notify: Notify) -> None:
         """Export the model, let it fill in held-out words, write the report."""

@@ -4,52 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import partial
 
 from fedpipe.commands.pretrain.records import evaluation_record, round_record, write_timeline
 from fedpipe.commands.pretrain.replica import Replica
 from fedpipe.data.blocks import PreparedData, load_prepared
 from fedpipe.distributed.comm import Comm
-from fedpipe.distributed.env import ProcessEnv
-from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import Watch
 from fedpipe.federation.cohort import RoundPlan, Turn, plan_round, steps_per_round
-from fedpipe.federation.loop import Emit, FederatedRun, Record, run_rounds
+from fedpipe.federation.loop import FederatedRun, Record
 from fedpipe.federation.refusal import Outcome
 from fedpipe.federation.traffic import traffic_record
 from fedpipe.pipeline.stage_engine import StepResult
-from fedpipe.run.checkpoint import Position
+from fedpipe.report.records import Emit
 from fedpipe.run.run_dir import RunSetup
-
-
-def pretrain(
-    setup: RunSetup,
-    *,
-    env: ProcessEnv,
-    emit: Emit,
-    watch: Watch | None = None,
-) -> Position | None:
-    """Pre-train until all rounds are done, or until asked to stop; see ``run_rounds``.
-
-    Args:
-        setup: What ``set_up`` found, on every rank.
-        env: This process' place in the run.
-        emit: Told of every step, round and validation.
-        watch: Running; says when to stop. None makes one that learns it from the other ranks.
-
-    Returns:
-        None when all rounds are done; otherwise where the run has stopped, saved.
-
-    Collective: every process of the run.
-    """
-    return run_rounds(
-        partial(Pretraining, setup, emit),
-        grid=Grid.from_config(setup.config),
-        config=setup.config,
-        env=env,
-        emit=emit,
-        watch=watch,
-    )
 
 
 class Pretraining(FederatedRun):
@@ -70,7 +37,6 @@ class Pretraining(FederatedRun):
         mine = [c for c in range(comm.replica, len(valid), num_replicas) if valid[c].num_blocks]
         super().__init__(
             setup,
-            self.config,
             replica,
             num_clients=len(self.blocks),
             steps_per_round=steps_per_round(self.config, self.blocks),

@@ -20,7 +20,7 @@ from fedpipe.cluster.local import fork_server
 from fedpipe.cluster.rank import JobRun, View
 from fedpipe.commands import options
 from fedpipe.commands.evaluate.setup import PRELOAD, Evaluation, set_up_evaluation
-from fedpipe.commands.pretrain import ranks as pretraining
+from fedpipe.commands.pretrain import ranks as pretrain_ranks
 from fedpipe.commands.reproduce.config import EXPERIMENTS, SCALES
 from fedpipe.commands.reproduce.report import blocks, draw_losses, draw_scores
 from fedpipe.commands.reproduce.results import Content, read_curves, summarise, wanted_models
@@ -51,7 +51,7 @@ from fedpipe.report.format import count
 from fedpipe.run.checkpoint import Position, find_latest
 from fedpipe.run.run_dir import locked
 
-_PRELOAD = (*pretraining.PROGRAM.preload, *PRELOAD)
+_PRELOAD = (*pretrain_ranks.PROGRAM.preload, *PRELOAD)
 _EXPORT_LOG = "logs/models.log"
 _CAPTIONS = {
     "scores.png": "Score against pre-training time, one fine-tuning per round, task and seed; the "
@@ -170,7 +170,7 @@ def reproduce(
             with locked(plan.directory):
                 _run(plan, signals, console)
     except Interrupted:
-        console.text(plan.left() if plan else NOTHING_STARTED)
+        console.text(plan.interruption_message() if plan else NOTHING_STARTED)
         return EXIT_INTERRUPTED
     finally:
         console.close()
@@ -202,12 +202,12 @@ def _is_reproduced(plan: Reproduction) -> bool:
 
 def _reproduced_lines(plan: Reproduction) -> list[str]:
     """Return what a finished reproduction has to show."""
-    return [plan.gather(), f"report  {plan.page}"]
+    return [plan.write_tables(), f"report  {plan.page}"]
 
 
 def _run(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
     """Bring everything to its end, and write what was found."""
-    pending, way_out = plan.pending(), f"Run them again with: {plan.again()}"
+    pending, way_out = plan.pending(), f"Run them again with: {plan.resume_command()}"
     if pending:
         fork_server(_PRELOAD)
         plan.prepare(pending, progress=console.preparing)

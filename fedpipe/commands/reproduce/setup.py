@@ -30,7 +30,7 @@ from fedpipe.errors import FedPipeError
 from fedpipe.report.console import RunConsole
 from fedpipe.report.format import number
 from fedpipe.run.resume import check_config
-from fedpipe.run.run_dir import RunDir, locked, shared_freedom
+from fedpipe.run.run_dir import RunDir, locked, may_change_in_all
 
 CELLS, MODELS, EVALUATION = "cells", "models", "evaluation"
 UNTRAINED = "untrained"
@@ -108,7 +108,7 @@ class Reproduction(Study[SystemCell]):
 
     def run(self, cell: SystemCell, *, console: RunConsole, signals: Signals) -> None:
         """Pre-train a system, with its live display."""
-        found = ranks.PROGRAM.located(cell.run, cell.config)
+        found = ranks.PROGRAM.located_run(cell.run, cell.config)
         setup = set_up_here(ranks.PROGRAM, found, console=console)
         console.close()
         with locked(setup.run_dir):
@@ -120,7 +120,7 @@ class Reproduction(Study[SystemCell]):
         content: Content = json.loads(text)
         return content
 
-    def gather(self) -> str:
+    def write_tables(self) -> str:
         """Return what a terminal shows of a finished reproduction."""
         return terminal_text(self.content())
 
@@ -128,7 +128,7 @@ class Reproduction(Study[SystemCell]):
         """Say the loss that a finished run has reached."""
         return f"loss {number(read_result(cell.run_dir).loss, 3)}"
 
-    def again(self, *, parallel: int = 1) -> str:
+    def resume_command(self, *, parallel: int = 1) -> str:
         """Return the command that goes on with it."""
         words = ["fedpipe", "reproduce", self.experiment, "--run-dir", str(self.directory)]
         return shlex.join(words)
@@ -216,7 +216,7 @@ def _cell(directory: Path, variant: Variant, seed: int) -> SystemCell:
 
 def _check_same(directory: Path, before: ReproductionConfig, now: ReproductionConfig) -> None:
     """Refuse another reproduction than that of the directory; its evaluation may be another."""
-    free = shared_freedom(RunDir.at(path, "pretrain") for path in directory.glob(f"{CELLS}/*"))
+    free = may_change_in_all(RunDir.at(path, "pretrain") for path in directory.glob(f"{CELLS}/*"))
     check_config(
         directory,
         before,

@@ -100,7 +100,7 @@ def submit_array(
     except KeyboardInterrupt:
         show("the cells at work go on; the same command takes up the others")
         return EXIT_INTERRUPTED
-    show(study.gather())
+    show(study.write_tables())
     if study.page.is_file():
         show(f"report  {study.page}")
     if failed:

@@ -151,7 +151,7 @@ class Pool(Generic[CellT]):
                 process.wait()
         if asked and (self._waiting or self._num_failed):
             if self._gathers:
-                self._study.gather()
+                self._study.write_tables()
             raise Interrupted
         return self._refused
 
@@ -188,7 +188,7 @@ class Pool(Generic[CellT]):
         """Gather what is done, but not all the time."""
         begin = time.monotonic()
         if self._gathers and self._outdated and self._running and begin >= self._next_table:
-            self._study.gather()
+            self._study.write_tables()
             self._outdated = False
             self._next_table = begin + (time.monotonic() - begin) / _GATHER_SHARE
 
@@ -196,7 +196,9 @@ class Pool(Generic[CellT]):
         """Look how far the running cells are, but not all the time."""
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _PROGRESS_S
-            self._study.look([process.cell.name for process in self._running], self._console)
+            self._study.show_progress(
+                [process.cell.name for process in self._running], self._console
+            )
 
     def _say(self, cell: CellT, what: str) -> None:
         clock = time.strftime("%H:%M:%S")
@@ -236,7 +238,7 @@ def run_cells(
     for number, cell in enumerate(study.cells, start=1):
         if cell not in pending:
             continue
-        console.text(study.announce(cell, number))
+        console.text(study.start_message(cell, number))
         try:
             study.run(cell, console=console, signals=signals)
         except FedPipeError as error:
@@ -283,12 +285,12 @@ def run_study(
                         study, pending, parallel=parallel, console=console, signals=signals
                     )
     except Interrupted:
-        console.text(study.left(parallel=parallel) if study else NOTHING_STARTED)
+        console.text(study.interruption_message(parallel=parallel) if study else NOTHING_STARTED)
         return EXIT_INTERRUPTED
     finally:
         console.close()
-    console.text(study.gather())
-    way_out = f"Run them again with: {study.again(parallel=parallel)}"
+    console.text(study.write_tables())
+    way_out = f"Run them again with: {study.resume_command(parallel=parallel)}"
     check_all_done(study, way_out=way_out, refused=refused)
     if not study.in_foreground:
         nothing = "" if pending else "nothing to do: "

@@ -27,7 +27,7 @@ from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError
 from fedpipe.report.console import RunConsole
 from fedpipe.report.format import count
-from fedpipe.run.resume import continued
+from fedpipe.run.resume import resumed_config
 from fedpipe.run.run_dir import TITLES, Kind, RunDir
 
 ONE_TASK = Grid(num_stages=1, num_replicas=1, data_parallel_degree=1)
@@ -37,7 +37,7 @@ _MAX_NAME = 200
 
 MAX_CELLS = 1000
 
-Axes = tuple[tuple[str, tuple[str, ...]], ...]
+GridKeys = tuple[tuple[str, tuple[str, ...]], ...]
 """Dotted keys with their values, as YAML."""
 
 ConfigT = TypeVar("ConfigT")
@@ -51,7 +51,7 @@ class Cell(Generic[ConfigT]):
     """Of its folder and its log, ``cut=2_seed=0``."""
     run_dir: Path
     overrides: tuple[str, ...] = ()
-    """``section.key=value``, one per axis."""
+    """``section.key=value``, one per key of the grid."""
     config: ConfigT
     """All of its configuration."""
     kind: Kind = "pretrain"
@@ -164,28 +164,29 @@ class Study(ABC, Generic[CellT]):
         """Start the process of a cell, in a session of its own; what it says goes to a log."""
         raise NotImplementedError
 
-    def look(self, running: Sequence[str], console: RunConsole) -> None:
+    def show_progress(self, running: Sequence[str], console: RunConsole) -> None:
         """Show how far the running cells are; called now and then with their names."""
 
     @abstractmethod
-    def gather(self) -> str:
+    def write_tables(self) -> str:
         """Write the tables of what is done; return what a terminal shows of them."""
 
     @abstractmethod
     def outcome(self, cell: CellT) -> str:
         """Say what a finished cell has reached."""
 
-    def announce(self, cell: CellT, number: int) -> str:
+    def start_message(self, cell: CellT, number: int) -> str:
         """Say that a cell begins in the foreground; its number counts from 1."""
         return f"run     {number}/{len(self.cells)}  {cell.name}"
 
-    def left(self, *, parallel: int = 1) -> str:
+    def interruption_message(self, *, parallel: int = 1) -> str:
         """Say what is left of it, now that it was interrupted."""
         done = len(self.cells) - len(self.pending())
         cells = count(len(self.cells), self.noun)
-        return f"interrupted after {done} of {cells}; resume with: {self.again(parallel=parallel)}"
+        command = self.resume_command(parallel=parallel)
+        return f"interrupted after {done} of {cells}; resume with: {command}"
 
-    def again(self, *, parallel: int = 1) -> str:
+    def resume_command(self, *, parallel: int = 1) -> str:
         """Return the command that goes on with it."""
         several = ["--parallel", str(parallel)] if parallel > 1 else []
         return shlex.join(["fedpipe", self.task, "--run-dir", str(self.directory), *several])
@@ -223,11 +224,12 @@ def naming_cell(name: str) -> Iterator[None]:
 # -- a study of values on the command line ---------------------------------------------------------
 
 
-def parse_axes(axes: Sequence[str]) -> Axes:
-    """Take axes apart.
+def parse_grid(words: Sequence[str]) -> GridKeys:
+    """Read the keys of a grid and their values.
 
     Args:
-        axes: ``section.key=value,value``; a comma inside brackets or quotes belongs to its value.
+        words: ``section.key=value,value`` each; a comma inside brackets or quotes belongs to its
+            value.
 
     Returns:
         Every key with its values.
@@ -237,12 +239,12 @@ def parse_axes(axes: Sequence[str]) -> Axes:
             section, or there are too many cells.
     """
     grid: dict[str, tuple[str, ...]] = {}
-    for axis in axes:
-        key, equals, text = axis.partition("=")
+    for word in words:
+        key, equals, text = word.partition("=")
         values = _split(text)
         if not (equals and all(key.split(".")) and all(values)):
             raise ConfigError(
-                f"--grid: expected section.key=value,value, got {axis!r}. Write for example "
+                f"--grid: expected section.key=value,value, got {word!r}. Write for example "
                 "pipeline.cut=[2],[4] or seed=0,1,2."
             )
         if key in grid:
@@ -288,18 +290,18 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(value.strip() for value in values)
 
 
-def check_axes(axes: Axes, overrides: Sequence[str]) -> None:
-    """Refuse no axes, or one that an override sets.
+def check_grid(grid_keys: GridKeys, overrides: Sequence[str]) -> None:
+    """Refuse a grid without keys, or with one that an override sets.
 
     Raises:
-        ConfigError: There are none, or there is such a one.
+        ConfigError: There are none, or there is such a key.
     """
-    if not axes:
+    if not grid_keys:
         raise ConfigError(
             "--grid: expected section.key=value,value of a new sweep, got none. Write for example "
             "--grid pipeline.cut=[2],[4] seed=0,1,2, or name the --run-dir of a sweep."
         )
-    keys = {key for key, _ in axes}
+    keys = {key for key, _ in grid_keys}
     for override in overrides:
         if (key := override.partition("=")[0]) in keys:
             raise ConfigError(
@@ -330,29 +332,29 @@ class Runs(Generic[ConfigT]):
     """Refuses to go on with other content than a run has begun with."""
 
 
-def read_axes(
+def read_grid(
     runs: Runs[ConfigT],
     config_path: str | Node | None,
     overrides: Sequence[str],
-    axes: Sequence[str],
+    words: Sequence[str],
     run_dir: str | None,
     *,
     preset: str | None,
-) -> tuple[RunDir, Axes, tuple[Cell[ConfigT], ...]]:
-    """Find a study's directory, axes and cells, reading every file once; write nothing.
+) -> tuple[RunDir, GridKeys, tuple[Cell[ConfigT], ...]]:
+    """Find a study's directory, grid and cells, reading every file once; write nothing.
 
     Args:
         runs: What it consists of.
         config_path: YAML, or None for that of the study in the directory, else the packaged one.
         overrides: ``section.key=value``, of all cells.
-        axes: See ``parse_axes``; nothing for those of the study in the directory.
+        words: See ``parse_grid``; nothing for those of the study in the directory.
         run_dir: Its directory, or None for ``runs/NAME``.
         preset: What the YAML is laid over, or None.
 
     Raises:
         FedPipeError: Anything that a user can get wrong; a cell that cannot run is named.
     """
-    asked = parse_axes(axes)
+    asked = parse_grid(words)
     run = RunDir.at(run_dir, runs.study_kind) if run_dir else None
     saved = _read_saved(run) if run else None
     if saved and not (config_path or preset):
@@ -365,7 +367,7 @@ def read_axes(
         run = RunDir.at(Path("runs") / config.name, runs.study_kind)
         saved = _read_saved(run)
     asked = asked or (saved[0] if saved else ())
-    check_axes(asked, overrides)
+    check_grid(asked, overrides)
     cells = make_cells(
         asked, run.path / runs.home, lambda own: runs.load(base, [*overrides, *own]), kind=runs.kind
     )
@@ -374,47 +376,47 @@ def read_axes(
     if asked != saved[0]:
         raise CheckpointError(
             f"{run.path}: expected the grid of {runs.title} that is there,"
-            f" {shlex.join(words_of(saved[0]))}, got {shlex.join(words_of(asked))}. Continue it"
+            f" {shlex.join(grid_words(saved[0]))}, got {shlex.join(grid_words(asked))}. Continue it"
             " with --run-dir alone, or choose a new --run-dir."
         )
-    return run, asked, tuple(_continued(runs, saved[1], cell) for cell in cells)
+    return run, asked, tuple(_resumed_cell(runs, saved[1], cell) for cell in cells)
 
 
-def write_axes(run: RunDir, axes: Axes, cells: Sequence[Cell[Any]]) -> None:
-    """Write a study's axes and configuration, and the configuration of every cell."""
-    # The first cell's values of the axes stand for all: every cell has its own.
-    content = {"grid": words_of(axes), "config": load.to_dict(cells[0].config)}
+def write_grid(run: RunDir, grid_keys: GridKeys, cells: Sequence[Cell[Any]]) -> None:
+    """Write a study's grid and configuration, and the configuration of every cell."""
+    # The first cell's values of the grid's keys stand for all: every cell has its own.
+    content = {"grid": grid_words(grid_keys), "config": load.to_dict(cells[0].config)}
     run.make().write(dump(content))
     for cell in cells:
         cell.run.make().write(load.dump_config(cell.config))
 
 
-def words_of(axes: Axes) -> list[str]:
-    """Return axes as on a command line."""
-    return [f"{key}={','.join(values)}" for key, values in axes]
+def grid_words(grid_keys: GridKeys) -> list[str]:
+    """Return a grid as on a command line."""
+    return [f"{key}={','.join(values)}" for key, values in grid_keys]
 
 
 def make_cells(
-    axes: Axes, home: Path, configure: Callable[[Sequence[str]], ConfigT], *, kind: Kind
+    grid_keys: GridKeys, home: Path, configure: Callable[[Sequence[str]], ConfigT], *, kind: Kind
 ) -> tuple[Cell[ConfigT], ...]:
-    """Make the product of axes.
+    """Make a cell of every combination of a grid's values.
 
     Args:
-        axes: From ``parse_axes``.
+        grid_keys: From ``parse_grid``.
         home: Where the cells' folders are.
         configure: Makes a configuration of a cell's own overrides, and checks it.
         kind: Of the cells' directories.
 
     Returns:
-        The cells, the last axis varying fastest.
+        The cells, the last key varying fastest.
 
     Raises:
         FedPipeError: A cell cannot run; it is named. Or cells are the same run, or their folders
             collide or cannot be.
     """
-    keys = [key for key, _ in axes]
+    keys = [key for key, _ in grid_keys]
     cells = []
-    for values in itertools.product(*(values for _, values in axes)):
+    for values in itertools.product(*(values for _, values in grid_keys)):
         own = tuple(f"{key}={value}" for key, value in zip(keys, values, strict=True))
         name = _folder_name(keys, values, kind=kind)
         with naming_cell(name):
@@ -424,31 +426,31 @@ def make_cells(
     return tuple(cells)
 
 
-def _continued(runs: Runs[ConfigT], base: Node, cell: Cell[ConfigT]) -> Cell[ConfigT]:
+def _resumed_cell(runs: Runs[ConfigT], base: Node, cell: Cell[ConfigT]) -> Cell[ConfigT]:
     """Return a cell of a study that is there already, which may have begun."""
     with naming_cell(cell.name):
         run = cell.run
         own = run.saved if run.has_begun else None  # with what the study leaves open settled
         before = runs.read(own, ()) if own else runs.read(base, cell.overrides)
-        config = continued(run.path, before, cell.config, may_change=run.may_change)
+        config = resumed_config(run.path, before, cell.config, may_change=run.may_change)
         runs.check_content(run, config)
     return replace(cell, config=config)
 
 
-def _read_saved(run: RunDir) -> tuple[Axes, Node] | None:
-    """Read the axes and the configuration of the study in a directory, if there is one."""
+def _read_saved(run: RunDir) -> tuple[GridKeys, Node] | None:
+    """Read the grid and the configuration of the study in a directory, if there is one."""
     if run.saved is None:
         return None
     content = run.saved.value
-    axes, config = content.get("grid"), content.get("config")
-    if not (axes and isinstance(axes.value, list) and axes.value and config) or not isinstance(
+    words, config = content.get("grid"), content.get("config")
+    if not (words and isinstance(words.value, list) and words.value and config) or not isinstance(
         config.value, dict
     ):
         raise CheckpointError(
             f"{run.config_file}: expected the grid and the configuration of {TITLES[run.kind]}, got"
             f" {sorted(content)}. Restore the file, or choose a new --run-dir."
         )
-    return parse_axes([str(axis) for axis in axes.plain()]), config
+    return parse_grid([str(word) for word in words.plain()]), config
 
 
 def _folder_name(keys: Sequence[str], values: Sequence[str], *, kind: Kind) -> str:

@@ -20,16 +20,16 @@ from fedpipe.commands.plan.plan import build_plan
 from fedpipe.commands.study.pool import CommandProcess, run_study
 from fedpipe.commands.study.report import Row, draw_sweep, read_result, table
 from fedpipe.commands.study.study import (
-    Axes,
     Cell,
+    GridKeys,
     Runs,
     Slot,
     Study,
+    grid_words,
     naming_cell,
     prepare_texts,
-    read_axes,
-    words_of,
-    write_axes,
+    read_grid,
+    write_grid,
 )
 from fedpipe.config import load
 from fedpipe.config.deepspeed import deepspeed_config
@@ -79,7 +79,7 @@ class Sweep(Study[Cell[RunConfig]]):
     task = "sweep"
     job = "fedpipe.commands.pretrain.ranks"
     directory: Path
-    axes: Axes
+    grid_keys: GridKeys
     cells: tuple[Cell[RunConfig], ...]
 
     @property
@@ -101,7 +101,7 @@ class Sweep(Study[Cell[RunConfig]]):
         """Say the loss that a finished cell has reached."""
         return f"loss {number(read_result(cell.run_dir).loss, 3)}"
 
-    def gather(self) -> str:
+    def write_tables(self) -> str:
         """Write sweep.json, sweep.md and sweep.png from the cells that are done.
 
         Returns:
@@ -116,7 +116,7 @@ class Sweep(Study[Cell[RunConfig]]):
 def set_up_sweep(
     config_path: str | Node | None,
     overrides: Sequence[str],
-    axes: Sequence[str],
+    grid_keys: Sequence[str],
     run_dir: str | None,
     *,
     preset: str | None,
@@ -126,7 +126,7 @@ def set_up_sweep(
     Args:
         config_path: YAML, or None for that of the sweep in the directory, else the quick start.
         overrides: ``section.key=value``, of all cells.
-        axes: See ``parse_axes``; nothing for those of the sweep in the directory.
+        grid_keys: See ``parse_grid``; nothing for those of the sweep in the directory.
         run_dir: Directory of the sweep, or None for ``runs/NAME``.
         preset: What the YAML is laid over, or None.
 
@@ -136,9 +136,11 @@ def set_up_sweep(
     Raises:
         FedPipeError: Anything a user can get wrong; a cell that cannot run is named.
     """
-    run, grid, cells = read_axes(PRETRAININGS, config_path, overrides, axes, run_dir, preset=preset)
-    write_axes(run, grid, cells)
-    return Sweep(directory=run.path, axes=grid, cells=cells)
+    run, grid, cells = read_grid(
+        PRETRAININGS, config_path, overrides, grid_keys, run_dir, preset=preset
+    )
+    write_grid(run, grid, cells)
+    return Sweep(directory=run.path, grid_keys=grid, cells=cells)
 
 
 def checked_cell(base: Node, overrides: Sequence[str]) -> RunConfig:
@@ -206,7 +208,7 @@ def _gather(sweep: Sweep) -> str:
         for values, cells in groups.items()
     ]
     content = {
-        "grid": words_of(sweep.axes),
+        "grid": grid_words(sweep.grid_keys),
         "rows": [row.to_dict() for row in rows],
         "cells": [
             {"name": cell.name, "values": dict(map(_halves, cell.overrides))}
@@ -250,7 +252,7 @@ def _document(sweep: Sweep, text: str, content: dict[str, Any], done: set[Cell[R
         "--run-dir",
         f"{sweep.directory}-again",
         "--grid",
-        *words_of(sweep.axes),
+        *grid_words(sweep.grid_keys),
     ]
     lines = [
         f"# fedpipe sweep: {sweep.directory.resolve().name}",

@@ -16,9 +16,9 @@ from fedpipe.commands.study.pool import run_study
 from fedpipe.commands.study.study import (
     Cell,
     Study,
-    check_axes,
+    check_grid,
     make_cells,
-    parse_axes,
+    parse_grid,
     prepare_texts,
 )
 from fedpipe.commands.study.sweep import check_cell
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         args.overrides,
         args.run_dir,
         preset=args.preset,
-        axes=args.grid,
+        grid_keys=args.grid,
         settings=settings_of(args),
     )
 
@@ -114,7 +114,7 @@ def throughput(
     run_dir: str | None,
     *,
     preset: str | None = None,
-    axes: Sequence[str] = (),
+    grid_keys: Sequence[str] = (),
     settings: ThroughputSettings,
 ) -> int:
     """Measure every schedule on this machine; the whole of ``fedpipe throughput``.
@@ -124,7 +124,8 @@ def throughput(
         overrides: ``section.key=value``.
         run_dir: Directory of the run, or None; the report goes to ``throughput/`` in it.
         preset: What the YAML is laid over, or None.
-        axes: A grid, ``section.key=value,value``, whose points are measured one after the other.
+        grid_keys: A grid, ``section.key=value,value``, whose points are measured one after the
+            other.
         settings: How long to measure, and on what.
 
     Returns:
@@ -134,12 +135,12 @@ def throughput(
         FedPipeError: What the user can mend; nothing has been started.
         LaunchError: A process failed.
     """
-    if axes:
+    if grid_keys:
         return run_study(
             lambda console: _points(
                 config_path,
                 overrides,
-                axes,
+                grid_keys,
                 run_dir,
                 preset=preset,
                 settings=settings,
@@ -151,7 +152,7 @@ def throughput(
     try:
         with signals.caught():
             run, config = resolve("pretrain", config_path, overrides, run_dir, preset=preset)
-            found = ranks.PROGRAM.located(run, config)
+            found = ranks.PROGRAM.located_run(run, config)
             setup = set_up_here(ranks.PROGRAM, found, console=console)
             console.close()
             with locked(setup.run_dir):
@@ -177,7 +178,7 @@ class Points(Study[Cell[RunConfig]]):
     setup: RunSetup
     """Setup of the first point."""
     cells: tuple[Cell[RunConfig], ...]
-    axes: Sequence[str]
+    grid_keys: Sequence[str]
     settings: ThroughputSettings
     measured: list[Point] = field(default_factory=list)
     """Those that are done; a measurement is not resumed."""
@@ -207,7 +208,7 @@ class Points(Study[Cell[RunConfig]]):
         supervise(ranks.PROGRAM, own, how, signals=signals)
         self.measured.append((cell, read_report(self.directory / how.folder)))
         environment = describe_environment()
-        end = ["--grid", *self.axes]
+        end = ["--grid", *self.grid_keys]
         environment["repeat"] = repeating_command(self.setup, self.settings, end=end)
         write_documents(
             self.page.parent,
@@ -216,7 +217,7 @@ class Points(Study[Cell[RunConfig]]):
             content=content(self.measured, environment),
         )
 
-    def gather(self) -> str:
+    def write_tables(self) -> str:
         """Return the table over all points and what it says in one sentence."""
         if not self.measured:
             return "no point was measured"
@@ -227,16 +228,23 @@ class Points(Study[Cell[RunConfig]]):
         """Say nothing: the table does."""
         return ""
 
-    def announce(self, cell: Cell[RunConfig], number: int) -> str:
+    def start_message(self, cell: Cell[RunConfig], number: int) -> str:
         """Say which values are measured."""
         return f"point   {number}/{len(self.cells)}  {' '.join(cell.overrides)}"
 
-    def again(self, *, parallel: int = 1) -> str:
+    def resume_command(self, *, parallel: int = 1) -> str:
         """Return the command that measures all points again."""
-        words = ["fedpipe", "throughput", "--run-dir", str(self.directory), "--grid", *self.axes]
+        words = [
+            "fedpipe",
+            "throughput",
+            "--run-dir",
+            str(self.directory),
+            "--grid",
+            *self.grid_keys,
+        ]
         return shlex.join(words)
 
-    def left(self, *, parallel: int = 1) -> str:
+    def interruption_message(self, *, parallel: int = 1) -> str:
         """Say how many points were written."""
         num, points = len(self.measured), count(len(self.cells), "point")
         done = f"{num} of {points}" if num else "nothing"
@@ -246,7 +254,7 @@ class Points(Study[Cell[RunConfig]]):
 def _points(
     config_path: str | Node | None,
     overrides: Sequence[str],
-    axes: Sequence[str],
+    grid_keys: Sequence[str],
     run_dir: str | None,
     *,
     preset: str | None,
@@ -254,8 +262,8 @@ def _points(
     console: RunConsole,
 ) -> Points:
     """Check every point of a grid, and set the first one up."""
-    asked = parse_axes(axes)
-    check_axes(asked, overrides)
+    asked = parse_grid(grid_keys)
+    check_grid(asked, overrides)
     run = RunDir.at(run_dir, "pretrain") if run_dir else None
     own_file = run and run.saved and not (config_path or preset)
     source = None if own_file else load.run_tree(config_path, preset=preset)
@@ -268,5 +276,7 @@ def _points(
 
     cells = make_cells(asked, Path(FOLDER), configure, kind="pretrain")
     first = resolve("pretrain", source, [*overrides, *cells[0].overrides], run)
-    setup = set_up_here(ranks.PROGRAM, ranks.PROGRAM.located(*first), console=console)
-    return Points(directory=setup.run_dir, setup=setup, cells=cells, axes=axes, settings=settings)
+    setup = set_up_here(ranks.PROGRAM, ranks.PROGRAM.located_run(*first), console=console)
+    return Points(
+        directory=setup.run_dir, setup=setup, cells=cells, grid_keys=grid_keys, settings=settings
+    )

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedpipe.cluster.rank import Emit, Notify, View
+from fedpipe.cluster.rank import Notify, View
 from fedpipe.commands.pretrain.ranks import PretrainingRanks
 from fedpipe.commands.throughput.files import write_files
 from fedpipe.commands.throughput.page import terminal_text
@@ -28,6 +28,7 @@ from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import Watch
 from fedpipe.report.console import RunConsole
+from fedpipe.report.records import Emit
 from fedpipe.run.run_dir import RunSetup, describe_environment
 
 FOLDER = "throughput"
