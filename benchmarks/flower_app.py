@@ -28,8 +28,8 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from torch import Tensor, nn
 
-from fedpipe.commands.finetune.examples import DATA, TuningData
 from fedpipe.commands.finetune.model import attach_seeded, build_tuned
+from fedpipe.commands.finetune.prepared import DATA, TuningData
 from fedpipe.commands.finetune.turns import batches, num_tuning_steps
 from fedpipe.config.finetune import FinetuneConfig, load_finetune
 from fedpipe.data.tasks.batches import task_loss

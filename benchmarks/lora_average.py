@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fedpipe.commands.finetune.examples import DATA, TuningData
+from fedpipe.commands.finetune.prepared import DATA, TuningData
 from fedpipe.commands.finetune.setup import set_up_finetune
 from fedpipe.commands.finetune.turns import plan_tuning_round
 from fedpipe.commands.finetune.whole import WholeReplica

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedpipe.commands.finetune.examples import DATA, TuningData
 from fedpipe.commands.finetune.export import export_finetuned
+from fedpipe.commands.finetune.prepared import DATA, FinetuneSetup, TuningData
 from fedpipe.commands.finetune.report import result_table, write_finetune_report
 from fedpipe.commands.finetune.run import Finetuning
-from fedpipe.commands.finetune.setup import FinetuneSetup, set_up_finetune
+from fedpipe.commands.finetune.setup import set_up_finetune
 from fedpipe.commands.finetune.turns import draw_round, plan_tuning_round
 from fedpipe.commands.finetune.whole import WholeReplica
 from fedpipe.distributed.comm import Comm

@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedpipe.commands.finetune.examples import DATA, TuningData
 from fedpipe.commands.finetune.export import export_finetuned, learnt
 from fedpipe.commands.finetune.micro_batches import task_messages
+from fedpipe.commands.finetune.prepared import DATA, FinetuneSetup, TuningData
 from fedpipe.commands.finetune.report import write_finetune_report
 from fedpipe.commands.finetune.run import Finetuning
-from fedpipe.commands.finetune.setup import FinetuneSetup
 from fedpipe.commands.finetune.staged import StagedReplica
 from fedpipe.commands.finetune.turns import draw_round
 from fedpipe.distributed.env import ProcessEnv

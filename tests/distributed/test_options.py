@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedpipe.commands.finetune.examples import DATA, TuningData
-from fedpipe.commands.finetune.setup import FinetuneSetup, set_up_finetune
+from fedpipe.commands.finetune.prepared import DATA, FinetuneSetup, TuningData
+from fedpipe.commands.finetune.setup import set_up_finetune
 from fedpipe.commands.finetune.turns import plan_tuning_round
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
 from fedpipe.config.schema import RunConfig

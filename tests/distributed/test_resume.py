@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from fedpipe.cluster.rank import RunRequest
+from fedpipe.commands.finetune.command import find_grid
 from fedpipe.commands.finetune.export import export_finetuned
-from fedpipe.commands.finetune.grid import find_grid
+from fedpipe.commands.finetune.prepared import FinetuneSetup
 from fedpipe.commands.finetune.run import Finetuning
-from fedpipe.commands.finetune.setup import FinetuneSetup, set_up_finetune
+from fedpipe.commands.finetune.setup import set_up_finetune
 from fedpipe.commands.pretrain import ranks
 from fedpipe.commands.pretrain.command import pipeline_run, pretrain
 from fedpipe.commands.pretrain.setup import set_up

@@ -34,7 +34,7 @@ LIGHT = (
     "distributed/topology", "distributed/env", "distributed/binding",
     "models/split", "pipeline/messages", "pipeline/schedule", "pipeline/timeline",
     "commands/options", "commands/export", "commands/report", "commands/plan/command",
-    "commands/plan/plan", "commands/pretrain/command", "commands/finetune/grid",
+    "commands/plan/plan", "commands/pretrain/command",
     "commands/finetune/command", "commands/throughput/command", "commands/study/sweep",
     "commands/evaluate/command", "commands/reproduce/command", "commands/reproduce/config",
     "commands/submit/command", "data/tokenizer",

@@ -18,10 +18,10 @@ from fedpipe.cli import main
 from fedpipe.commands.evaluate import command as launcher
 from fedpipe.commands.evaluate.cell import run_cell
 from fedpipe.commands.evaluate.compare import compare, how_to_read, write_comparison
-from fedpipe.commands.evaluate.gather import gather
+from fedpipe.commands.evaluate.evaluation import Evaluation, gather
 from fedpipe.commands.evaluate.model_folder import check_models, read_models
 from fedpipe.commands.evaluate.report import draw_scores, notes, outcome_text, table
-from fedpipe.commands.evaluate.setup import Evaluation, read_evaluation, set_up_evaluation
+from fedpipe.commands.evaluate.setup import read_evaluation, set_up_evaluation
 from fedpipe.commands.evaluate.training import batches, drawn
 from fedpipe.config.load import from_dict
 from fedpipe.data import digests

@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
-from fedpipe.commands.finetune.command import check_library, count_here, finetune
-from fedpipe.commands.finetune.grid import find_grid
+from fedpipe.commands.finetune.command import (
+    check_library,
+    count_here,
+    find_grid,
+    finetune,
+)
 from fedpipe.config.finetune import finetune_presets, finetune_yaml, load_finetune
 from fedpipe.errors import CheckpointError, ConfigError
 from tests.helpers.cases import every

@@ -13,7 +13,7 @@ import pytest
 
 from fedpipe.cli import main
 from fedpipe.commands.evaluate.setup import read_evaluation, set_up_evaluation
-from fedpipe.commands.finetune.grid import find_grid
+from fedpipe.commands.finetune.command import find_grid
 from fedpipe.commands.pretrain.setup import reserve, set_up
 from fedpipe.commands.reproduce.setup import plan_reproduction
 from fedpipe.commands.study.sweep import set_up_sweep

@@ -18,8 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpipe.commands.evaluate.content import CellFile, CellResult
-from fedpipe.commands.evaluate.setup import CELL_FILE, RESULT_FILE
+from fedpipe.commands.evaluate.content import (
+    CELL_FILE,
+    RESULT_FILE,
+    STATISTICS_FILE,
+    CellFile,
+    CellResult,
+)
 from fedpipe.commands.evaluate.training import drawn, forward_of, load_model, train
 from fedpipe.data.tasks.batches import predict
 from fedpipe.data.tasks.encoding import Encoded, load_tokenizer
@@ -31,7 +36,6 @@ from fedpipe.report.writer import METRICS_FILE, MetricsWriter, finite
 from fedpipe.run.run_dir import locked
 
 PREDICTIONS_FILE = "predictions.jsonl.gz"
-STATISTICS_FILE = "statistics.npz"
 _SCORED_AT_A_TIME = 64
 """Sequences."""
 _ALSO = {"ner": ("entity_precision", "entity_recall")}

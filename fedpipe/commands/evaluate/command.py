@@ -10,13 +10,9 @@ from typing import Any
 from fedpipe.cluster.launched import note_attempt
 from fedpipe.cluster.local import fork_server
 from fedpipe.commands import options
+from fedpipe.commands.evaluate.evaluation import PRELOAD, Evaluation
 from fedpipe.commands.evaluate.report import outcome_text
-from fedpipe.commands.evaluate.setup import (
-    PRELOAD,
-    Evaluation,
-    read_evaluation,
-    set_up_evaluation,
-)
+from fedpipe.commands.evaluate.setup import read_evaluation, set_up_evaluation
 from fedpipe.commands.study.pool import run_study
 from fedpipe.config.tree import Node
 from fedpipe.distributed.binding import bind

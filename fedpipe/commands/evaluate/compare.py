@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpipe.commands.evaluate.content import (
+    JSON_FILE,
     CellFacts,
     Comparison,
     Content,
     Difference,
     DifferenceRow,
 )
-from fedpipe.commands.evaluate.gather import JSON_FILE, read_statistics
+from fedpipe.commands.evaluate.evaluation import read_statistics
 from fedpipe.commands.evaluate.intervals import (
     METHOD,
     MIN_SEEDS,

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NotRequired, TypedDict
 
-from fedpipe.commands.evaluate.intervals import EstimateFacts
 from fedpipe.config.evaluation import Precision
+
+CELL_FILE, RESULT_FILE, STATISTICS_FILE = "cell.json", "result.json", "statistics.npz"
+"""In the folder of a cell."""
+JSON_FILE = "evaluation.json"
+"""In the folder of the evaluation."""
 
 
 class Settings(TypedDict):
@@ -163,6 +167,16 @@ class Content(TypedDict):
     average: dict[str, Score | None]
     cells: list[CellFacts]
     environment: dict[str, Any]
+
+
+class EstimateFacts(TypedDict):
+    """An estimate in JSON."""
+
+    value: float
+    interval: tuple[float, float] | None
+    over: str | None
+    n: list[int]
+    p_value: float | None
 
 
 class Tested(EstimateFacts):

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import numpy as np
 
+from fedpipe.commands.evaluate.content import EstimateFacts
 from fedpipe.data.tasks.scoring import Array, Metric, draws
 
 # U = units (independent trainings), F = fine-tunings of each, B = resampled test sets
@@ -101,16 +101,6 @@ def mean_of(samples: Sequence[Sample]) -> Sample:
         scores=np.mean([each.scores for each in samples], axis=0),
         drawn=np.mean([each.drawn for each in samples], axis=0),
     )
-
-
-class EstimateFacts(TypedDict):
-    """An estimate in JSON."""
-
-    value: float
-    interval: tuple[float, float] | None
-    over: str | None
-    n: list[int]
-    p_value: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpipe.commands.finetune.prepared import ClientFacts
 from fedpipe.config.finetune import TaskConfig
 from fedpipe.data import partition
 from fedpipe.data.partition import Documents
@@ -29,20 +30,6 @@ class Labels:
     """(E, C) labels that an example carries: its class, or the tags of its words."""
     names: tuple[str, ...]
     """Of the C labels."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClientFacts:
-    """One row of the table of clients."""
-
-    client_id: int
-    num_examples: int
-    """Training examples."""
-    num_test_examples: int
-    entropy_bits: float
-    """Of the labels of its training examples."""
-    missing: tuple[str, ...]
-    """Labels that it has no training example of."""
 
 
 def class_labels(labels: NDArray[np.float64], names: Sequence[str]) -> Labels:

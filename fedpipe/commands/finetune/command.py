@@ -6,25 +6,38 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from fedpipe.cluster.launched import note_attempt, position_of
 from fedpipe.cluster.local import set_up_here, supervise
 from fedpipe.cluster.rank import JobRun
 from fedpipe.commands import options
 from fedpipe.commands.finetune import ranks
-from fedpipe.commands.finetune.grid import TuningGrid, check_tuning, find_grid
-from fedpipe.commands.study.pool import run_study
-from fedpipe.commands.study.study import ONE_TASK
-from fedpipe.config.finetune import FinetuneConfig, finetune_presets
+from fedpipe.commands.study.pool import CommandProcess, run_study
+from fedpipe.commands.study.study import (
+    ONE_TASK,
+    Cell,
+    Runs,
+    Slot,
+    Study,
+    read_grid,
+    write_grid,
+)
+from fedpipe.config.finetune import FinetuneConfig, finetune_presets, finetune_tree, load_finetune
 from fedpipe.config.tree import Node
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.errors import ConfigError
 from fedpipe.report.console import RunConsole
+from fedpipe.report.sinks import check_sinks
 from fedpipe.run.checkpoint import find_latest
 from fedpipe.run.run_dir import RunDir, locked, resolve, resume_hint
+
+_EXAMPLE = ("method.name=lora,full",)
+"""What is compared where the user asks for nothing."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -92,7 +105,7 @@ def to_submit(args: argparse.Namespace) -> JobRun | TuningGrid:
         return grid
     found = ranks.PROGRAM.locate(options.request_of(args))
     run, num_rounds = found.run, found.config.federation.num_rounds
-    check_tuning(run, found.config)
+    _check_tuning(run, found.config)
 
     def write() -> str:
         lines: list[str] = []
@@ -155,7 +168,7 @@ def finetune(
     try:
         with signals.caught():
             run, config = resolve("finetune", config_path, overrides, run_dir, preset=preset)
-            tune(run, config, console, signals)
+            _tune(run, config, console, signals)
     except Interrupted as where:
         console.text(f"interrupted{where}; {resume_hint('finetune', run)}")
         return EXIT_INTERRUPTED
@@ -193,15 +206,141 @@ def check_library() -> None:
         )
 
 
-def tune(run: RunDir, config: FinetuneConfig, console: RunConsole, signals: Signals) -> None:
+def _done_line(run_dir: Path) -> str:
+    return f"{run_dir} is done: see {run_dir / 'report.html'}"
+
+
+def _tune(run: RunDir, config: FinetuneConfig, console: RunConsole, signals: Signals) -> None:
     """Run what is not done of one fine-tuning."""
-    setup = set_up_here(ranks.PROGRAM, ranks.PROGRAM.located_run(run, config), console=console)
     if run.is_done(num_rounds=config.federation.num_rounds):
+        _check_tuning(run, config)
         console.text(_done_line(run.path))
         return
+    setup = set_up_here(ranks.PROGRAM, ranks.PROGRAM.located_run(run, config), console=console)
     with locked(setup.run_dir):
         supervise(ranks.PROGRAM, setup, signals=signals)
 
 
-def _done_line(run_dir: Path) -> str:
-    return f"{run_dir} is done: see {run_dir / 'report.html'}"
+# -- a grid ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningGrid(Study[Cell[FinetuneConfig]]):
+    """All fine-tunings of a grid."""
+
+    task = "finetune"
+    job = f"{__name__}:go_on"
+    in_foreground = True
+    directory: Path
+    cells: tuple[Cell[FinetuneConfig], ...]
+
+    @property
+    def page(self) -> Path:
+        """Its report."""
+        return self.directory / "report.html"
+
+    def reserve(self, cells: Sequence[Cell[Any]]) -> None:
+        """Set the runs up: a job's errors are found before it is submitted."""
+        for cell in cells:
+            found = ranks.PROGRAM.located_run(cell.run, cell.config)
+            ranks.PROGRAM.set_up(found, notify=lambda line: None)
+
+    def run(self, cell: Cell[FinetuneConfig], *, console: RunConsole, signals: Signals) -> None:
+        """Run a fine-tuning, and show its rounds."""
+        _tune(cell.run, cell.config, console, signals)
+
+    def start(self, cell: Cell[FinetuneConfig], slot: Slot, log: Path) -> CommandProcess:
+        """Start the fine-tuning of a cell."""
+        return CommandProcess("finetune", cell.run_dir, log)
+
+    def write_tables(self) -> str:
+        """Write the report that compares the runs that are done; return its table."""
+        from fedpipe.commands.finetune.report import result_table, write_comparison
+
+        runs = [cell.run_dir for cell in self.cells if cell.is_done]
+        if not runs:
+            return "no run is done yet"
+        write_comparison(self.directory, runs)
+        return result_table(runs)
+
+    def outcome(self, cell: Cell[FinetuneConfig]) -> str:
+        """Say the score that a finished run has reached."""
+        from fedpipe.commands.finetune.report import outcome_text
+
+        return outcome_text(cell.run_dir)
+
+
+def find_grid(
+    config_path: str | Node | None,
+    overrides: Sequence[str],
+    grid_keys: Sequence[str],
+    run_dir: str | None,
+    *,
+    preset: str | None,
+) -> TuningGrid | None:
+    """Find the grid that is asked for, checked cell by cell, and write it down.
+
+    A grid that is there already is gone on with: what may change in its runs may change, and what
+    they read must be what those that have begun began with.
+
+    Args:
+        config_path: YAML, or None.
+        overrides: ``section.key=value``.
+        grid_keys: See ``parse_grid``; nothing for those of the grid in the directory, or, if
+            nothing else is asked for, of the example.
+        run_dir: Directory of the grid, or None.
+        preset: What the YAML is laid over, or None.
+
+    Returns:
+        The grid; None where a single run is asked for.
+
+    Raises:
+        FedPipeError: What the user can mend; of a grid that is there, other values of keys that
+            may not change.
+    """
+    chosen = any(override.startswith("method.name=") for override in overrides)
+    found = RunDir.at(run_dir, "finetune", "finetune grid") if run_dir else None
+    if not (config_path or preset or grid_keys or chosen or (found and not found.is_new)):
+        grid_keys = _EXAMPLE
+    if not grid_keys and (found is None or found.kind == "finetune"):
+        return None
+    run, grid, cells = read_grid(_RUNS, config_path, overrides, grid_keys, run_dir, preset=preset)
+    write_grid(run, grid, cells)
+    return TuningGrid(directory=run.path, cells=cells)
+
+
+def _check_tuning(run: RunDir, config: FinetuneConfig) -> None:
+    """Refuse to go on with other examples, another base model, adapter or DeepSpeed JSON.
+
+    Raises:
+        FedPipeError: The content is another one, or cannot be read.
+    """
+    if not run.has_begun:  # what follows imports torch
+        return
+    from fedpipe.commands.finetune.setup import deepspeed_of, tuning_inputs
+
+    run.check_content(deepspeed_of(config), partial(tuning_inputs, config))
+
+
+def _load_cell(base: Node, overrides: Sequence[str]) -> FinetuneConfig:
+    """Load the configuration of a cell, and check what needs no torch.
+
+    Raises:
+        FedPipeError: The configuration cannot work.
+    """
+    config = load_finetune(base, overrides)
+    check_sinks(config.log.to)
+    return config
+
+
+_RUNS = Runs(
+    kind="finetune",
+    study_kind="finetune grid",
+    title="the fine-tunings",
+    home=".",
+    read_tree=finetune_tree,
+    read=load_finetune,
+    load=_load_cell,
+    check_content=_check_tuning,
+)
+"""What a grid consists of."""

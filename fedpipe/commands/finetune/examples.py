@@ -1,11 +1,9 @@
-"""The examples of a fine-tuning: read, tokenised, dealt out, and written for the workers."""
+"""The examples of a fine-tuning: read, tokenised and dealt out."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpipe.commands.finetune.clients import (
-    ClientFacts,
     Labels,
     class_labels,
     deal_out,
@@ -22,6 +19,7 @@ from fedpipe.commands.finetune.clients import (
     number_labels,
     tag_labels,
 )
+from fedpipe.commands.finetune.prepared import TuningData
 from fedpipe.config.evaluation import DEFAULT_TASK, Kind
 from fedpipe.config.finetune import CAUSAL_LM, FinetuneConfig, TaskConfig
 from fedpipe.data.digests import FileDigests, file_digests
@@ -43,79 +41,11 @@ from fedpipe.data.tasks.registry import SENTIMENT_TASKS, Task, TaskSpec, find_ta
 from fedpipe.data.tasks.task_file import is_known, own_tasks, read_task_file
 from fedpipe.data.values import name_of, text_of
 from fedpipe.errors import ConfigError, CorpusError
-from fedpipe.files import replace_folder
 
 _USED = ("train", "test")
 """Splits."""
 _TRAIN, _TEST = ("train",), ("test", "valid", "dev")
 """How the files of a language-model task are called."""
-DATA = "data"
-"""Folder of a run with its tokenised examples."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TuningData:
-    """Examples and whose they are."""
-
-    task: TaskSpec
-    train: Encoded
-    test: Encoded
-    train_sequences: list[NDArray[np.int64]]
-    """By client."""
-    test_sequences: list[NDArray[np.int64]]
-    """By client."""
-    facts: tuple[ClientFacts, ...]
-    """By client."""
-    left_out: tuple[str, ...] = ()
-    """Splits with rows that cannot be used, and how many."""
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return int(max(self.train.lengths().max(), self.test.lengths().max()))
-
-    def train_lengths(self) -> list[NDArray[np.int64]]:
-        """Return, by client, the tokens of each of its training sequences."""
-        lengths = self.train.lengths()
-        return [lengths[mine] for mine in self.train_sequences]
-
-    def save(self, folder: Path) -> None:
-        """Write everything into a folder."""
-        replace_folder(folder, self._write)
-
-    def _write(self, folder: Path) -> None:
-        folder.mkdir()
-        self.train.save(folder / "train.npz")
-        self.test.save(folder / "test.npz")
-        owners = {}
-        for name, owned in (("train", self.train_sequences), ("test", self.test_sequences)):
-            owners[name] = np.concatenate(owned)
-            owners[f"{name}_sizes"] = np.array([len(mine) for mine in owned])
-        np.savez(folder / "clients.npz", allow_pickle=False, **owners)
-        text = {"task": asdict(self.task), "facts": [asdict(fact) for fact in self.facts]}
-        text["left_out"] = list(self.left_out)
-        (folder / "data.json").write_text(json.dumps(text), encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> TuningData:
-        """Read what ``save`` wrote."""
-        text = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-        with np.load(folder / "clients.npz") as owners:
-            owned = {
-                name: np.split(owners[name], np.cumsum(owners[f"{name}_sizes"])[:-1])
-                for name in ("train", "test")
-            }
-        return cls(
-            task=TaskSpec.from_dict(text["task"]),
-            train=Encoded.load(folder / "train.npz"),
-            test=Encoded.load(folder / "test.npz"),
-            train_sequences=owned["train"],
-            test_sequences=owned["test"],
-            facts=tuple(
-                ClientFacts(**fact | {"missing": tuple(fact["missing"])}) for fact in text["facts"]
-            ),
-            left_out=tuple(text.get("left_out", ())),
-        )
 
 
 def tuning_task(config: FinetuneConfig) -> Task | None:

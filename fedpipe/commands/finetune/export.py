@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fedpipe.commands.finetune.examples import DATA, TuningData
 from fedpipe.commands.finetune.model import attach_seeded, build_tuned, load_tuning_tokenizer
+from fedpipe.commands.finetune.prepared import DATA, TuningData
 from fedpipe.commands.finetune.whole import WEIGHTS_FILE
 from fedpipe.config.finetune import load_finetune
 from fedpipe.data.tasks.registry import TaskSpec

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpipe.commands.finetune.examples import TuningData
+from fedpipe.commands.finetune.prepared import TuningData
 from fedpipe.config.deepspeed import autocast_dtype, engine_config
 from fedpipe.config.finetune import FinetuneConfig
 from fedpipe.config.schema import PipelineConfig

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpipe import __version__
-from fedpipe.commands.finetune.clients import ClientFacts
-from fedpipe.commands.finetune.examples import TuningData
 from fedpipe.commands.finetune.micro_batches import task_messages
+from fedpipe.commands.finetune.prepared import ClientFacts, TuningData
 from fedpipe.config.finetune import FinetuneConfig
 from fedpipe.distributed.topology import Grid
 from fedpipe.models.peft import Counts

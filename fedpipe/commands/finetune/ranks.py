@@ -19,7 +19,7 @@ from fedpipe.run.checkpoint import Checkpoint, Position
 from fedpipe.run.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from fedpipe.commands.finetune.setup import FinetuneSetup
+    from fedpipe.commands.finetune.prepared import FinetuneSetup
 
 
 class FinetuningRanks(RankProgram):
@@ -51,7 +51,7 @@ class FinetuningRanks(RankProgram):
 
     def from_message(self, message: Mapping[str, Any], *, started_at: float) -> FinetuneSetup:
         """See ``RankProgram``."""
-        from fedpipe.commands.finetune.setup import FinetuneSetup
+        from fedpipe.commands.finetune.prepared import FinetuneSetup
 
         run_dir, saved = Path(message["run_dir"]), message["checkpoint"]
         return FinetuneSetup(

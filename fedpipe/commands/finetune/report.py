@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from fedpipe.commands.finetune.clients import ClientFacts
+from fedpipe.commands.finetune.prepared import ClientFacts
 from fedpipe.files import write_text
 from fedpipe.report.document import (
     Block,

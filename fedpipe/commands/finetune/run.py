@@ -6,7 +6,7 @@ import resource
 import sys
 from collections.abc import Sequence
 
-from fedpipe.commands.finetune.examples import DATA, TuningData
+from fedpipe.commands.finetune.prepared import DATA, FinetuneSetup, TuningData
 from fedpipe.commands.finetune.records import (
     Scores,
     client_traffic,
@@ -14,7 +14,6 @@ from fedpipe.commands.finetune.records import (
     score_record,
     turn_records,
 )
-from fedpipe.commands.finetune.setup import FinetuneSetup
 from fedpipe.commands.finetune.staged import StagedReplica
 from fedpipe.commands.finetune.turns import num_tuning_steps, plan_tuning_round
 from fedpipe.commands.finetune.whole import WholeReplica

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedpipe.commands.finetune.examples import (
-    DATA,
-    TuningData,
     kind_of,
     prepare_examples,
     task_content,
@@ -20,6 +18,7 @@ from fedpipe.commands.finetune.examples import (
 )
 from fedpipe.commands.finetune.model import UNTRAINED, load_model_config, load_tuning_tokenizer
 from fedpipe.commands.finetune.plan import render_plan
+from fedpipe.commands.finetune.prepared import DATA, FinetuneSetup, TuningData
 from fedpipe.config.deepspeed import engine_config
 from fedpipe.config.finetune import QUICKSTART, FinetuneConfig, finetune_yaml
 from fedpipe.config.half_files import check_fetched, check_weights, read_json_object
@@ -28,7 +27,6 @@ from fedpipe.data.lines import shown
 from fedpipe.data.tasks.prepare import FORMAT
 from fedpipe.data.tasks.registry import TaskSpec
 from fedpipe.data.tokenizer import FILES, SAMPLES, check_tokenizer
-from fedpipe.distributed.topology import Grid
 from fedpipe.errors import ConfigError, CorpusError
 from fedpipe.files import write_text
 from fedpipe.models.lengths import longest_input, num_positions
@@ -36,38 +34,10 @@ from fedpipe.models.lower import check_first_layer
 from fedpipe.models.peft import Counts, adapter_head, attach, load_adapter, trainable
 from fedpipe.models.tuned import build_model, check_family, is_head_of, saved_labels
 from fedpipe.models.tuned_stage import check_cut
-from fedpipe.run.checkpoint import Checkpoint
 from fedpipe.run.resume import Inputs
 from fedpipe.run.run_dir import RunDir, describe_environment
 
 _QUICKSTART_EXPORT = Path("runs/quickstart/export")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneSetup:
-    """The setup of a fine-tuning; see ``Setup``."""
-
-    config: FinetuneConfig
-    run_dir: Path
-    checkpoint: Checkpoint | None
-    """Where to resume, or None."""
-    started_at: float
-    """``time.monotonic()`` when the user's command began."""
-
-    @property
-    def grid(self) -> Grid:
-        """See ``Setup``."""
-        return Grid.of(self.config.stages, self.config.federation)
-
-    @property
-    def hang_timeout_s(self) -> float:
-        """See ``Setup``."""
-        return self.config.hang_timeout_s
-
-    def to_message(self) -> dict[str, Any]:
-        """What JSON can hold of it; the configuration lies in the run directory."""
-        checkpoint = self.checkpoint and self.checkpoint.to_message()
-        return {"run_dir": str(self.run_dir), "checkpoint": checkpoint}
 
 
 def set_up_finetune(

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpipe.commands.finetune.examples import TuningData
 from fedpipe.commands.finetune.micro_batches import micro_batches, task_messages
 from fedpipe.commands.finetune.model import (
     attach_seeded,
@@ -18,6 +17,7 @@ from fedpipe.commands.finetune.model import (
     load_model_config,
     load_tuning_tokenizer,
 )
+from fedpipe.commands.finetune.prepared import TuningData
 from fedpipe.commands.finetune.turns import batches
 from fedpipe.config.deepspeed import engine_config
 from fedpipe.config.finetune import FinetuneConfig

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpipe.commands.finetune.examples import TuningData
 from fedpipe.commands.finetune.hidden_states import HiddenStateCache
 from fedpipe.commands.finetune.model import attach_seeded, build_tuned
+from fedpipe.commands.finetune.prepared import TuningData
 from fedpipe.commands.finetune.turns import batches
 from fedpipe.config.finetune import FinetuneConfig
 from fedpipe.data.tasks.batches import labelled_batch, predict, task_loss

@@ -19,7 +19,8 @@ from fedpipe.cluster.launched import note_attempt, position_of
 from fedpipe.cluster.local import fork_server
 from fedpipe.cluster.rank import JobRun, View
 from fedpipe.commands import options
-from fedpipe.commands.evaluate.setup import PRELOAD, Evaluation, set_up_evaluation
+from fedpipe.commands.evaluate.evaluation import PRELOAD, Evaluation
+from fedpipe.commands.evaluate.setup import set_up_evaluation
 from fedpipe.commands.pretrain import ranks as pretrain_ranks
 from fedpipe.commands.reproduce.config import EXPERIMENTS, SCALES
 from fedpipe.commands.reproduce.report import blocks, draw_losses, draw_scores

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from fedpipe.commands.evaluate.content import CellResult, Settings, Tested
-from fedpipe.commands.evaluate.gather import read_statistics
+from fedpipe.commands.evaluate.evaluation import Evaluation, ScoredCell, read_statistics
 from fedpipe.commands.evaluate.intervals import METHOD, Sample, estimate, holm, mean_of, sample
-from fedpipe.commands.evaluate.setup import Evaluation, ScoredCell
 from fedpipe.commands.reproduce.time_to_score import Race, race, speed_up
 from fedpipe.commands.reproduce.variants import Variant
 from fedpipe.data.tasks.scoring import METRICS

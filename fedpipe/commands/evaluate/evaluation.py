@@ -1,4 +1,4 @@
-"""What the cells of an evaluation have reached: means, intervals, table, files. No torch."""
+"""An evaluation: its cells, what they have reached, and the table and files of that. No torch."""
 
 from __future__ import annotations
 
@@ -7,37 +7,167 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedpipe.commands.evaluate.content import (
+    JSON_FILE,
+    RESULT_FILE,
+    STATISTICS_FILE,
     CellFacts,
     CellResult,
     Content,
     Score,
+    Settings,
     TableRow,
     TaskFacts,
 )
 from fedpipe.commands.evaluate.intervals import METHOD, Estimate, Sample, estimate, mean_of, sample
-from fedpipe.commands.evaluate.report import blocks, draw_scores
+from fedpipe.commands.evaluate.model_folder import ModelFolder
+from fedpipe.commands.evaluate.report import blocks, draw_scores, outcome_text, terminal_text
+from fedpipe.commands.study.pool import ForkedProcess
 from fedpipe.commands.study.report import Spread
+from fedpipe.commands.study.study import Cell, CellProcess, Slot, Study
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.tasks.files import TaskFiles
+from fedpipe.data.tasks.prepare import PreparedTask
+from fedpipe.data.tasks.registry import Task
 from fedpipe.data.tasks.scoring import METRICS, Array
+from fedpipe.distributed.env import num_gpus
 from fedpipe.files import write_text
+from fedpipe.report.console import RunConsole
 from fedpipe.report.document import Figure, to_html, to_markdown
 from fedpipe.report.drawing import render
 from fedpipe.report.format import is_number
-from fedpipe.run.run_dir import describe_environment
+from fedpipe.report.writer import METRICS_FILE
+from fedpipe.run.run_dir import Kind, describe_environment
 
-if TYPE_CHECKING:
-    from fedpipe.commands.evaluate.setup import Evaluation, ScoredCell
-
-STATISTICS_FILE = "statistics.npz"
 Results = dict[str, CellResult | None]
 """By name of the cell."""
-JSON_FILE = "evaluation.json"
 _FIGURE = "evaluation.png"
 _CAPTION = f"Mean scores with 95 % intervals, {METHOD}."
+
+PRELOAD = (
+    "fedpipe.commands.evaluate.cell",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.roberta.modeling_roberta",
+    "scipy.stats",
+    "seqeval.metrics",
+    "sklearn.metrics",
+)
+"""What the fork server imports before the first cell; other families are imported by theirs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredCell(Cell[RunConfig]):
+    """One fine-tuning."""
+
+    kind: Kind = "evaluation cell"
+    model: ModelFolder
+    task: Task
+    seed: int
+    key: str
+    """Of everything that its result depends on."""
+    settings: Settings
+    """The section ``evaluation`` as it is for this cell, every value in place."""
+    prepared: PreparedTask
+    """The tokenised task."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps; fewer where a part of the examples is drawn."""
+        share = self.settings["max_train_examples"] or self.prepared.examples["train"]
+        kept = min(1.0, share / self.prepared.examples["train"])
+        batches = -(-kept * self.prepared.sequences["train"] // self.settings["batch_size"])
+        return int(batches) * int(self.settings["num_epochs"])
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has a result of its own content and settings."""
+        return self.result() is not None
+
+    def result(self) -> CellResult | None:
+        """Read what it reached; None if that has not happened, or was of other content."""
+        try:
+            content = json.loads((self.run_dir / RESULT_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        known = isinstance(content, dict) and content.get("key") == self.key
+        return content if known else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Study[ScoredCell]):
+    """All fine-tunings of a run; every one has been checked."""
+
+    task = "evaluate"
+    job = "fedpipe.commands.evaluate.command:go_on"
+    directory: Path
+    config: RunConfig
+    models: tuple[ModelFolder, ...]
+    files: tuple[TaskFiles, ...]
+    """One per task."""
+    cells: tuple[ScoredCell, ...]
+    """Tasks in their order, for each all models, for each all seeds."""
+
+    @property
+    def job_name(self) -> str:
+        """Of its jobs, in the queue."""
+        return f"{self.config.name}-evaluation"
+
+    @property
+    def max_parallel(self) -> int | None:
+        """On a GPU, each cell has one."""
+        return num_gpus() or None
+
+    @property
+    def page(self) -> Path:
+        """Its report."""
+        return self.directory / "evaluation.html"
+
+    def start(self, cell: ScoredCell, slot: Slot, log: Path) -> CellProcess:
+        """Fork a cell from the server that has imported torch and transformers."""
+        return ForkedProcess(_score, cell.run_dir, slot, log, preload=PRELOAD)
+
+    def show_progress(self, running: Sequence[str], console: RunConsole) -> None:
+        """Show how many optimizer steps are done, of all that are to be made."""
+        total = sum(cell.num_steps for cell in self.cells)
+        done = 0
+        for cell in self.cells:
+            if cell.name in running:
+                done += _steps(cell.run_dir / METRICS_FILE)
+            elif cell.is_done:
+                done += cell.num_steps
+        if 0 < done < total:
+            console.preparing("fine-tuning, steps", done, total)
+
+    def write_tables(self) -> str:
+        """Write evaluation.json, .md, .html and .png of the cells that are done."""
+        return terminal_text(gather(self))
+
+    def outcome(self, cell: ScoredCell) -> str:
+        """Say the score that a finished cell has reached."""
+        return outcome_text(cell.result())
+
+
+def _score(run_dir: str, index: int) -> None:
+    from fedpipe.commands.evaluate.cell import run_cell
+
+    run_cell(Path(run_dir), local_rank=index)
+
+
+def _steps(path: Path) -> int:
+    """Read the last step of a record that is being written."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError):
+            continue
+    return 0
 
 
 def gather(evaluation: Evaluation) -> Content:
