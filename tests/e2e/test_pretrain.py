@@ -164,7 +164,7 @@ def test_a_second_identical_command_says_it_is_done(
     for repeated in ((), arguments):
         result = fedpipe("pretrain", "--run-dir", str(done), *repeated, folder=folder)
         assert (result.code, result.err) == (0, "")
-        assert f"{done} is done" in result.out
+        assert result.out == f"{done} is done: see {done / 'report.html'}\n"
     assert (done / "metrics.jsonl").read_bytes() == before
 
 

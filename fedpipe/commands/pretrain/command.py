@@ -101,12 +101,13 @@ def pretrain(
     try:
         with signals.caught():
             run, config = resolve("pretrain", config_path, overrides, run_dir, preset=preset)
+            if run.is_done(num_rounds=config.federation.num_rounds):
+                run.check_content(deepspeed_config(config), partial(inputs_of, config))
+                console.text(f"{run.path} is done: see {run.path / 'report.html'}")
+                return 0
             found = ranks.PROGRAM.located_run(run, config)
             setup = set_up_here(ranks.PROGRAM, found, console=console)
             console.close()
-            if run.is_done(num_rounds=config.federation.num_rounds):
-                console.text(f"{setup.run_dir} is done: see {setup.run_dir / 'report.html'}")
-                return 0
             with locked(setup.run_dir):
                 supervise(ranks.PROGRAM, setup, signals=signals)
     except Interrupted as where:
