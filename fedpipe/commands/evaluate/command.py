@@ -124,8 +124,8 @@ def evaluate(
     """Fine-tune and score what is not done yet; the whole of ``fedpipe evaluate``.
 
     Args:
-        config_path: YAML, or None.
-        overrides: ``section.key=value``.
+        config_path: Path of a YAML file, or None.
+        overrides: Values ``section.key=value``, which win over the file.
         run_dir: Directory of the evaluation, or None.
         chosen: Fields of ``EvaluationConfig`` that options set.
         parallel: Cells at a time; they share the cores, on a GPU each has one.
@@ -134,7 +134,7 @@ def evaluate(
         0 when all cells are done, 75 when the evaluation was interrupted and can be resumed.
 
     Raises:
-        FedPipeError: What the user can mend; nothing has been started.
+        FedPipeError: The user can correct the cause; nothing has been started.
         LaunchError: A cell failed; the others are done.
     """
     config, directory = read_evaluation(config_path, overrides, run_dir, chosen=dict(chosen or {}))

@@ -54,7 +54,7 @@ def read_evaluation(
 
     Args:
         config_path: YAML, or None for that of the evaluation in the directory.
-        overrides: ``section.key=value``.
+        overrides: Values ``section.key=value``, which win over the file.
         run_dir: Directory, or None for ``runs/NAME-evaluation``.
         chosen: Fields of ``EvaluationConfig`` that options set.
 
@@ -82,7 +82,7 @@ def set_up_evaluation(
     Args:
         config: From ``read_evaluation``.
         directory: Likewise.
-        notify: Shows a line to the user.
+        notify: Called with a line for the user.
         progress: Called while tasks are tokenised.
         on_checked: Called when all quick checks have passed.
 
@@ -90,7 +90,7 @@ def set_up_evaluation(
         The evaluation; nothing has been started.
 
     Raises:
-        FedPipeError: Anything a user can get wrong.
+        FedPipeError: The user can correct the cause; no process of the run has been started.
     """
     evaluation = config.evaluation
     tasks = choose_tasks(evaluation.tasks, evaluation.task_files, evaluation.data)

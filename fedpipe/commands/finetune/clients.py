@@ -1,4 +1,4 @@
-"""Whose an example is: labelled examples dealt out to clients, and how uneven that is. No torch."""
+"""Assign labelled examples to clients, and describe how uneven the assignment is. No torch."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from fedpipe.errors import CorpusError
 # E = examples of a split, K = clients, C = classes
 
 _BINS = 4
-"""Classes that numbers are sorted into: quartiles."""
+"""Number of classes that numeric labels are grouped into: their quartiles."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Labels:
-    """What a split must know about the examples of a task."""
+    """Labels of the examples of a task, as an assignment to clients needs them."""
 
     classes: NDArray[np.int64]
-    """(E,) the class by which an example is dealt out."""
+    """(E,) int, the class by which an example is assigned."""
     counts: NDArray[np.int64]
-    """(E, C) labels that an example carries: its class, or the tags of its words."""
+    """(E, C) int, how often an example has each label: its class, or the tags of its words."""
     names: tuple[str, ...]
-    """Of the C labels."""
+    """Names of the C labels."""
 
 
 def class_labels(labels: NDArray[np.float64], names: Sequence[str]) -> Labels:
-    """Describe examples of one class each."""
+    """Describe examples that have one class each."""
     classes = labels.astype(np.int64)
     return Labels(
         classes=classes, counts=np.eye(len(names), dtype=np.int64)[classes], names=tuple(names)
@@ -41,18 +41,18 @@ def class_labels(labels: NDArray[np.float64], names: Sequence[str]) -> Labels:
 
 
 def number_labels(labels: NDArray[np.float64], *, like: NDArray[np.float64]) -> Labels:
-    """Describe examples with a number each by the quartile of ``like`` that it lies in."""
+    """Describe examples with a numeric label by the quartile of ``like`` that contains it."""
     limits = np.quantile(like, np.arange(1, _BINS) / _BINS)
     names = tuple(f"quartile {index + 1}" for index in range(_BINS))
     return class_labels(np.searchsorted(limits, labels, side="right").astype(np.float64), names)
 
 
 def tag_labels(tags: Sequence[Sequence[int]], names: Sequence[str]) -> Labels:
-    """Describe sentences of tagged words; their class is the tag of their first entity, or none.
+    """Describe sentences of tagged words; the class of a sentence is the tag of its first entity.
 
     Args:
-        tags: By sentence, a tag per word; 0 is outside of entities.
-        names: Of the tags.
+        tags: By sentence, a tag per word; 0 is a word outside of entities.
+        names: Names of the tags.
     """
     counts = np.array([np.bincount(row, minlength=len(names)) for row in tags], dtype=np.int64)
     counts = counts.reshape(-1, len(names))
@@ -61,7 +61,7 @@ def tag_labels(tags: Sequence[Sequence[int]], names: Sequence[str]) -> Labels:
 
 
 def no_labels(num_examples: int) -> Labels:
-    """Describe texts without labels."""
+    """Describe texts that have no labels."""
     return class_labels(np.zeros(num_examples), ("text",))
 
 
@@ -74,19 +74,20 @@ def deal_out(
     seed: int,
     columns: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """Give every example an owner.
+    """Assign every example to a client.
 
     ``label_sorted`` sorts shuffled examples by class and cuts them into equal shards (Hilmkil et
     al. 2021, https://arxiv.org/abs/2102.00875, whose held-out examples are split the same way); for
     the others see ``fedpipe.data.partition``, with classes or the column's values as documents.
 
     Args:
-        task: How.
-        train: Training examples.
-        test: Held-out examples; a client is scored on its own, and may have none.
-        num_clients: Data owners.
-        seed: Of the run.
-        columns: With ``split=column`` its values of the training and of the held-out examples.
+        task: The task with ``split`` and its parameters.
+        train: Labels of the training examples.
+        test: Labels of the held-out examples; a client is scored on its own, and may have none.
+        num_clients: Number of clients.
+        seed: Seed of the run.
+        columns: With ``split=column``, the values of the column for the training examples and for
+            the held-out examples.
 
     Returns:
         By client, the indices of its training and of its held-out examples, ascending.
@@ -182,9 +183,9 @@ def describe(
     The entropy is ``-sum_c p_c log2 p_c`` over the labels of its training examples.
 
     Args:
-        labels: Of the training examples.
-        train: By client, from ``deal_out``.
-        test: By client, from ``deal_out``.
+        labels: Labels of the training examples.
+        train: By client, indices of its training examples from ``deal_out``.
+        test: By client, indices of its held-out examples from ``deal_out``.
     """
     facts = []
     for client_id, (mine, held_out) in enumerate(zip(train, test, strict=True)):

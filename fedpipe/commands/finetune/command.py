@@ -1,4 +1,4 @@
-"""``fedpipe finetune``: all workers on this machine; one run, or one after another over a grid."""
+"""``fedpipe finetune``: one fine-tuning on this machine, or all fine-tunings of a grid."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def add_job_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fine-tune what the arguments say, be one rank of that, or count."""
+    """Fine-tune as the arguments say, run one rank of a launcher, or count parameters."""
     if args.count:
         return count_here()
     _add_task_file(args)
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add_task_file(args: argparse.Namespace) -> None:
-    """Make ``--task-file`` an override.
+    """Turn ``--task-file`` into an override.
 
     Raises:
         ConfigError: There are several.
@@ -96,7 +96,7 @@ def _add_task_file(args: argparse.Namespace) -> None:
 
 
 def to_submit(args: argparse.Namespace) -> JobRun | TuningGrid:
-    """Check the fine-tuning that the arguments say, or a grid of them, for jobs of one task."""
+    """Check the fine-tuning of the arguments, or a grid of them, and return it for submission."""
     _add_task_file(args)
     check_library()
     path, overrides, run_dir = args.config, args.overrides, args.run_dir
@@ -135,22 +135,22 @@ def finetune(
     parallel: int = 1,
     signals: Signals | None = None,
 ) -> int:
-    """Fine-tune on this machine, or resume; the whole of ``fedpipe finetune``.
+    """Fine-tune on this machine, or resume a run. This is all that ``fedpipe finetune`` does.
 
     Args:
-        config_path: YAML, or None.
-        overrides: ``section.key=value``.
-        run_dir: Directory of the run, or None.
-        preset: What the YAML is laid over, or None.
-        grid_keys: A grid, ``section.key=value,value``; every combination is a run of its own.
-        parallel: Runs of a grid at a time; they share the cores.
-        signals: Caught meanwhile; for whoever wants to know which one has come.
+        config_path: Path of a YAML file, or None.
+        overrides: Values ``section.key=value``, which win over the file.
+        run_dir: Directory of the run, or None for the default one.
+        preset: Name of a packaged configuration that the YAML file overrides, or None.
+        grid_keys: A grid, ``section.key=value,value``; every combination is a run.
+        parallel: Number of runs of a grid at a time; they share the cores.
+        signals: Signals to catch meanwhile; a caller passes its own to learn which one came.
 
     Returns:
         0 when everything is done, 75 when it was interrupted and can be resumed.
 
     Raises:
-        FedPipeError: What the user can mend; nothing has been started.
+        FedPipeError: The user can correct the cause; nothing has been started.
         LaunchError: A process failed.
     """
     check_library()
@@ -178,13 +178,13 @@ def finetune(
 
 
 def go_on(run_dir: str, *, job_id: str, signals: Signals) -> int:
-    """Go on with a run, or begin it, in a job of one task; see ``finetune``."""
+    """Start or resume a run in a job of one task; see ``finetune``."""
     note_attempt(Path(run_dir), position_of(find_latest(Path(run_dir))[0]), job_id=job_id)
     return finetune(None, [], run_dir, signals=signals)
 
 
 def count_here() -> int:
-    """Print what every method trains on every family's base model; return 0."""
+    """Print the trained parameters of every method on the base model of every family; return 0."""
     check_library()
     from fedpipe.commands.finetune.count import count_rows, count_table
 
@@ -193,10 +193,12 @@ def count_here() -> int:
 
 
 def check_library() -> None:
-    """Refuse to start without the library, which pins transformers and so is an extra.
+    """Refuse to start without the adapters library.
+
+    It is an extra of fedpipe, because it pins the version of transformers.
 
     Raises:
-        ConfigError: It is not there.
+        ConfigError: The library is not installed.
     """
     # once imported it has no spec: its module replaces itself
     if "adapters" not in sys.modules and find_spec("adapters") is None:

@@ -1,4 +1,4 @@
-"""What every method trains and sends on the base model of every family, counted exactly."""
+"""Count the parameters that every method trains and sends, on the base model of every family."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ Source: https://github.com/FederatedAI/FATE-LLM, README of version 1.0.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CountRow:
-    """One family and one method."""
+    """The counts of one family and one method."""
 
     family: str
     method: str
     counts: Counts | None
-    """None where the family does not have the method."""
+    """Counts of parameters; None if the family does not support the method."""
     reason: str = ""
-    """Why not, in the library's words."""
+    """The library's message if the family does not support the method."""
 
 
 def count_rows() -> Iterator[CountRow]:
-    """Count every method on every family's base model with a head of two classes.
+    """Count every method on the base model of every family, with a head of two classes.
 
     The models are built without weights, so this takes seconds and no memory.
     """
@@ -66,7 +66,7 @@ def count_rows() -> Iterator[CountRow]:
 
 
 def count_table(rows: Iterable[CountRow]) -> str:
-    """Return counts as a Markdown table."""
+    """Write the counts as a Markdown table."""
     lines = [
         "| model | method | adapter | of the model | with head: trained and sent | per client and "
         "round, each way | FATE's image | FATE, exact |",

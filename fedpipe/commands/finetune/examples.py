@@ -43,16 +43,16 @@ from fedpipe.data.values import name_of, text_of
 from fedpipe.errors import ConfigError, CorpusError
 
 _USED = ("train", "test")
-"""Splits."""
+"""Splits that a fine-tuning reads."""
 _TRAIN, _TEST = ("train",), ("test", "valid", "dev")
 """How the files of a language-model task are called."""
 
 
 def tuning_task(config: FinetuneConfig) -> Task | None:
-    """Return the task of a configuration; None for texts without labels.
+    """Return the task of a configuration; None for a language-model task.
 
     Raises:
-        ConfigError: There is no such task, or its task file cannot be used.
+        ConfigError: The task does not exist, or its task file cannot be used.
     """
     asked = config.task
     name = asked.name
@@ -85,17 +85,17 @@ def tuning_task(config: FinetuneConfig) -> Task | None:
 
 
 def kind_of(config: FinetuneConfig) -> Kind:
-    """Return what the head of a configuration's task predicts."""
+    """Return the kind of output that the head of a configuration's task predicts."""
     task = tuning_task(config)
     return "causal-lm" if task is None else task.kind
 
 
 def prepare_examples(config: FinetuneConfig, tokenizer: Any) -> TuningData:
-    """Read the task, tokenise it and deal it out.
+    """Read the examples of the task, tokenise them and assign them to clients.
 
     Args:
-        config: Task, clients and seed.
-        tokenizer: Of transformers, a fast one with a pad token.
+        config: The run, for task, clients and seed.
+        tokenizer: Fast tokenizer of transformers with a pad token.
 
     Returns:
         The examples.
@@ -147,13 +147,13 @@ def prepare_examples(config: FinetuneConfig, tokenizer: Any) -> TuningData:
 
 
 def task_content(config: FinetuneConfig) -> dict[str, FileDigests]:
-    """Digest the files of a task, by the key that names them: its examples, and its task file.
+    """Compute the digests of a task's files, by configuration key: its examples and task file.
 
     Args:
-        config: Names the task, and where it lies.
+        config: The run, which names the task and the place of its files.
 
     Raises:
-        FedPipeError: There is no such task, or its files cannot be read.
+        FedPipeError: The task does not exist, or its files cannot be read.
     """
     task = tuning_task(config)
     with _named_as_task():
@@ -171,7 +171,7 @@ def task_content(config: FinetuneConfig) -> dict[str, FileDigests]:
 
 @contextmanager
 def _named_as_task() -> Iterator[None]:
-    """Name the key as it is called in fine-tuning."""
+    """Replace the key in an error by its name in the configuration of a fine-tuning."""
     try:
         yield
     except CorpusError as error:
@@ -226,15 +226,14 @@ def read_texts(
     """Read the texts of a language-model task.
 
     Args:
-        task: ``data`` is a folder with a train and a test, valid or dev file: ``*train*.jsonl`` and
-            the like, gzipped or not, with a column ``text``.
+        task: The task. ``data`` is a folder with a train file and a test, valid or dev file, such
+            as ``*train*.jsonl``, gzipped or not, with a column ``text``.
 
     Returns:
-        Examples of the training and of the held-out texts; with ``column`` its values; what was
-        left out.
+        Examples by split; with ``column``, its values by split; and the rows that were left out.
 
     Raises:
-        CorpusError: A file is missing, cannot be read, or has too many rows without text.
+        CorpusError: A file is missing or cannot be read, or too many of its rows have no text.
     """
     splits, columns = [], []
     left_out: LeftOut = {}
@@ -249,10 +248,10 @@ def read_texts(
 
 
 def text_files(task: TaskConfig) -> tuple[Path, Path]:
-    """Find the files of a language-model task: training texts, and held-out ones.
+    """Find the files of a language-model task: the training text and the held-out text.
 
     Raises:
-        CorpusError: One is missing.
+        CorpusError: A file is missing.
     """
     folder = Path(task.data)
     return _find(folder, _TRAIN), _find(folder, _TEST)
@@ -270,7 +269,7 @@ def _find(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _owners(path: Path, column: str, examples: Sequence[Example]) -> list[str]:
-    """Read a column of the rows that the examples are of."""
+    """Read a column of the rows from which the examples were made."""
     read = json_lines if ".jsonl" in path.name else csv_rows
     rows = dict(read(str(path), key="task.data"))
     chosen = ((rows[example.where], example.where) for example in examples)
@@ -314,13 +313,13 @@ def _cell(row: Mapping[str, Any], column: str, where: str) -> Any:
 def column_values(
     files: TaskFiles, split: str, column: str, examples: Sequence[Example]
 ) -> list[str]:
-    """Read a column of a split beside the task's own.
+    """Read a column of a split that the task itself does not use.
 
     Args:
-        files: Of the task.
+        files: Files of the task.
         split: Name of the split.
-        column: Of its rows.
-        examples: Of the split; rows without one are left out.
+        column: Name of the column.
+        examples: Examples of the split; rows that became no example are skipped.
 
     Raises:
         CorpusError: The files are neither JSON lines nor CSV, or a row does not have the column.

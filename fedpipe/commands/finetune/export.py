@@ -1,4 +1,4 @@
-"""From the last checkpoint of a fine-tuning to folders that adapters and transformers read."""
+"""Export a fine-tuning to folders that the adapters library and transformers read."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ ADAPTER_DIR, EXPORT_DIR, BASE_DIR = "adapter", "export", "base"
 
 
 def export_finetuned(run_dir: Path) -> list[Path]:
-    """Write what the newest checkpoint of a fine-tuning has learnt.
+    """Export the newest checkpoint of a fine-tuning.
 
-    ``RUN_DIR/adapter`` is in the format of the adapters library; with the method full there is
-    none. ``RUN_DIR/export`` is the whole model with its head, where the method can be merged. Where
-    the average of LoRA's products has changed frozen weights, ``RUN_DIR/base`` is the model that
+    ``RUN_DIR/adapter`` is in the format of the adapters library; the method full has no adapter.
+    ``RUN_DIR/export`` is the whole model with its head, if the adapter can be merged into it. If
+    averaging the products of LoRA has changed frozen weights, ``RUN_DIR/base`` is the model that
     the adapter belongs to.
 
     Args:
-        run_dir: A run directory with a checkpoint.
+        run_dir: Run directory with a checkpoint.
 
     Returns:
-        The folders.
+        The folders that were written.
 
     Raises:
         CheckpointError: There is no intact checkpoint.
@@ -75,7 +75,7 @@ def export_finetuned(run_dir: Path) -> list[Path]:
 
 
 def learnt(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Read what has been trained: of a whole model, or of stages without their local heads."""
+    """Read the trained tensors of a whole model, or of all stages without their local heads."""
     whole = checkpoint / WEIGHTS_FILE
     if whole.is_file():
         return load_file(whole)

@@ -18,22 +18,21 @@ from fedpipe.models.lower import LowerLayers
 
 
 class HiddenStateCache:
-    """Hidden states of a split's sequences, computed when they are first asked for.
+    """Hidden states of the sequences of a split; each is computed when it is first needed.
 
-    Each is computed alone, so that no bit of it depends on the other sequences of its batch.
-
-    The cache is a file without a name, which is removed with the process: float32, as long as the
-    tokens, and on disk only as far as it is filled. Every process has its own, because it trains
-    clients of its own.
+    Every sequence is computed alone, so that its values do not depend on the other sequences of a
+    batch. The cache is a file of float32 without a name, which the system removes when the process
+    ends. It takes disk space for computed sequences only. Every process has its own cache, because
+    every process trains other clients.
     """
 
     def __init__(self, lower: LowerLayers, split: Encoded, folder: Path) -> None:
-        """Make the file.
+        """Create the file of the cache.
 
         Args:
-            lower: Computes them.
-            split: Whose sequences.
-            folder: Where there is room.
+            lower: The frozen lower layers.
+            split: The split with the sequences.
+            folder: Folder for the file, on a disk with enough space.
         """
         self._lower, self._starts = lower, split.starts
         self._known = np.zeros(split.num_sequences, dtype=bool)
@@ -41,11 +40,11 @@ class HiddenStateCache:
         weakref.finalize(self, self._file.close)
 
     def hidden(self, sequences: NDArray[np.int64], inputs: dict[str, Tensor]) -> Tensor:
-        """Return the hidden states (B, T, D) of sequences; padding has zeros.
+        """Return the hidden states of sequences, (B, T, D) float32, with zeros at padding.
 
         Args:
-            sequences: Which.
-            inputs: Of the model for them, (B, T) each, padded at the end.
+            sequences: (B,) indices of the sequences in the split.
+            inputs: Inputs of the model for these sequences, (B, T) each, padded at the end.
         """
         for row in np.flatnonzero(~self._known[sequences]):
             num_tokens = self._seek(sequences[row])
@@ -60,7 +59,7 @@ class HiddenStateCache:
         return torch.from_numpy(hidden_BTD).to(ids.device)
 
     def _seek(self, sequence: int) -> int:
-        """Go to where a sequence lies; return its tokens."""
+        """Move to the position of a sequence in the file, and return its number of tokens."""
         first, end = map(int, self._starts[sequence : sequence + 2])
         self._file.seek(first * self._lower.hidden_size * np.dtype(np.float32).itemsize)
         return end - first

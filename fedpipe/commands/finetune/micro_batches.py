@@ -1,4 +1,4 @@
-"""The examples of a task as micro-batches of a pipeline, and what of them travels."""
+"""Micro-batches of labelled examples for a pipeline, and the messages that carry them."""
 
 # B = sequences, T = tokens per sequence, M = targets per sequence (T of tags, else 1)
 
@@ -34,19 +34,21 @@ def micro_batches(
     task: TaskSpec,
     length: int,
 ) -> MicroBatchSource:
-    """Return the micro-batches of some sequences per local step, the last ones filled up.
+    """Return the micro-batches of local steps; incomplete ones get sequences of weight 0.
 
-    The weights make the mean over the micro-batches that over the step's labels.
+    The weights of the targets make the mean over micro-batches equal to the mean over the labels of
+    the step.
 
     Args:
-        split: Holds the sequences.
-        steps: Sequences of every step, at most its batch.
-        pipeline: Sizes.
-        task: Of the task.
-        length: T.
+        split: The split with the sequences.
+        steps: By step, the indices of its sequences, at most a batch.
+        pipeline: Number and size of the micro-batches.
+        task: The task.
+        length: T, the number of tokens that every sequence is padded to.
 
     Returns:
-        Tokens and their types (2, B, T) int64, and the targets of a ``TunedStage``.
+        The source of micro-batches by step and index: tokens and their types, (2, B, T) int64, and the
+        targets of a ``TunedStage``.
     """
     size, num = pipeline.micro_batch_size, pipeline.num_micro_batches
 
@@ -66,7 +68,7 @@ def micro_batches(
 
 
 def _num_labels(split: Encoded, rows: NDArray[np.int64], task: TaskSpec) -> int:
-    """Count the labels of some sequences; at least 1."""
+    """Return the number of labels of some sequences, at least 1."""
     if task.kind != "ner":
         return len(rows)
     tags = (split.labels[split.starts[row] : split.starts[row + 1]] for row in rows)
@@ -80,7 +82,7 @@ def _targets(
     *,
     weight: float,
 ) -> NDArray[np.int32]:
-    """The planes of ``TaskTargets``, (3, B, M)."""
+    """Return the planes of ``TaskTargets``, (3, B, M)."""
     labels = labels if task.kind == "ner" else labels[:, None]
     known = labels != IGNORED if task.kind == "ner" else np.ones(labels.shape, dtype=bool)
     weights = np.where(known, weight, 0).astype(np.float32)

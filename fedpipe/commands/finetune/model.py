@@ -1,4 +1,4 @@
-"""The model of a fine-tuning: read from ``model.path``, built with its head, given its adapter."""
+"""The model of a fine-tuning: read from ``model.path``, with the task's head and an adapter."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ UNTRAINED = "untrained"
 
 
 def load_tuning_tokenizer(config: FinetuneConfig) -> Any:
-    """Read the tokenizer of ``model.path``; without a pad token its end token pads.
+    """Read the tokenizer of ``model.path``; without a pad token, its end token is used for padding.
 
     Raises:
-        ConfigError: There is none, or none that knows where words begin.
+        ConfigError: There is no tokenizer, or it cannot tell where words begin.
     """
     from transformers import AutoTokenizer
 
@@ -85,7 +85,7 @@ def load_model_config(config: FinetuneConfig, tokenizer: Any) -> Any:
 
 
 def build_tuned(config: FinetuneConfig, task: TaskSpec) -> Any:
-    """Build the model of a run with its head, before an adapter is attached."""
+    """Build the model of a run with the head of its task, without an adapter."""
     tokenizer = load_tuning_tokenizer(config)
     torch.manual_seed(stable_seed(config.seed, "head"))
     path = config.model.path
@@ -99,7 +99,7 @@ def build_tuned(config: FinetuneConfig, task: TaskSpec) -> Any:
 
 
 def attach_seeded(model: Any, config: FinetuneConfig, task: TaskSpec) -> Any:
-    """Attach the run's adapter with its first values."""
+    """Attach the adapter of the run with its first values, drawn from the seed."""
     torch.manual_seed(stable_seed(config.seed, "adapter"))
     split, causal = config.is_cut, task.kind == "causal-lm"
     counts = attach(model, config.method, causal=causal, split=split)

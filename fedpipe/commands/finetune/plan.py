@@ -1,4 +1,4 @@
-"""What a fine-tuning will do, for people."""
+"""The plan of a fine-tuning as text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedpipe.printable import printable
 from fedpipe.report.format import bytes_text, count
 
 _BYTES = 4
-"""Of a float32 that travels."""
+"""Bytes of a float32 that is sent."""
 
 
 def render_plan(
@@ -28,14 +28,14 @@ def render_plan(
     trained: Mapping[str, int],
     model_config: Any,
 ) -> str:
-    """Say what will happen, for people.
+    """Write the plan of a fine-tuning as lines of text.
 
     Args:
         config: The run.
-        data: Its examples.
-        counts: Parameters, without those of local heads.
-        trained: Sizes of what is trained of the model, by full name.
-        model_config: Of the model.
+        data: Examples of the run.
+        counts: Counts of parameters, without those of local heads.
+        trained: Number of elements of every trained tensor, by its full name.
+        model_config: Configuration of the model.
     """
     federation, scenario, task = config.federation, config.scenario, data.task
     stages: list[tuple[StageSpec, dict[str, int]]] = []
@@ -121,7 +121,7 @@ def _client_lines(config: FinetuneConfig, facts: Sequence[ClientFacts]) -> list[
 def _stages(
     config: FinetuneConfig, data: TuningData, trained: Mapping[str, int], model_config: Any
 ) -> list[tuple[StageSpec, dict[str, int]]]:
-    """Stages, and what is trained of each by the switch of ``federation.average``."""
+    """Write a row per stage, with its trained parameters by key of ``federation.average``."""
     specs = stage_specs(config.stages, num_hidden_layers=model_config.num_hidden_layers)
     held: list[dict[str, int]] = [{} for _ in specs]
     for name, numel in trained.items():

@@ -1,4 +1,4 @@
-"""What the ranks of a fine-tuning do, whatever has started them. No torch at the top."""
+"""The program of the ranks of a fine-tuning, for every launcher. Importing it imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class FinetuningRanks(RankProgram):
-    """A fine-tuning."""
+    """The program of a fine-tuning."""
 
     command = "finetune"
     kind = "finetune"
@@ -42,7 +42,7 @@ class FinetuningRanks(RankProgram):
         on_checked: Callable[[], object] = lambda: None,
         threads: int | None = None,
     ) -> FinetuneSetup:
-        """See ``RankProgram``; the model is looked at, so this imports torch."""
+        """See ``RankProgram``. This imports torch, because it inspects the model."""
         check_sinks(found.config.log.to)
         on_checked()
         from fedpipe.commands.finetune.setup import set_up_finetune
@@ -62,7 +62,7 @@ class FinetuningRanks(RankProgram):
         )
 
     def folders(self, setup: FinetuneSetup) -> Mapping[str, Path]:
-        """All that is read lies in the run directory."""
+        """Return no folder: all files of the ranks are in the run directory."""
         return {}
 
     def grid_of(self, config: FinetuneConfig) -> Grid:
@@ -79,7 +79,7 @@ class FinetuningRanks(RankProgram):
         return run_rounds(Finetuning, setup, env=env, emit=emit, watch=watch)
 
     def write_results(self, setup: FinetuneSetup, *, notify: Notify) -> None:
-        """Write the adapter and the model, and the report."""
+        """Export the adapter and the model, and write the report."""
         from fedpipe.commands.finetune.export import export_finetuned
         from fedpipe.commands.finetune.report import write_finetune_report
 
@@ -87,7 +87,7 @@ class FinetuningRanks(RankProgram):
         write_finetune_report(setup.run_dir)
 
     def view(self, setup: FinetuneSetup, *, interactive: bool | None = None) -> View:
-        """Lines."""
+        """Return a console of plain lines."""
         return view(num_rounds=setup.config.federation.num_rounds)
 
     def closing(self, run_dir: Path) -> list[str]:
@@ -103,7 +103,7 @@ class FinetuningRanks(RankProgram):
 
 
 def view(*, num_rounds: int) -> View:
-    """Return a console of lines that shows the rounds and scores of a fine-tuning."""
+    """Return a console of plain lines for the rounds and scores of a fine-tuning."""
     console = RunConsole(interactive=False)
 
     def show_round(record: dict[str, Any]) -> None:

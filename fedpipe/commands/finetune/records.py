@@ -1,4 +1,4 @@
-"""Records of a fine-tuning in metrics.jsonl: turns, rounds, traffic, and scores. Pure."""
+"""Records of a fine-tuning for metrics.jsonl: turns, rounds, traffic and scores."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fedpipe.federation.cohort import RoundPlan, Turn
 from fedpipe.federation.refusal import Outcome
 
 _BYTES = 4
-"""Of a float32 that travels."""
+"""Bytes of a float32 that is sent."""
 Scores = Mapping[int, Mapping[int, NDArray[np.float64]]]
-"""By stage and client, what the task's metric needs to know of each of its examples, (E, K)."""
+"""By stage and client, the statistics of the task's metric for its E examples, (E, K)."""
 
 
 def turn_records(
     plan: RoundPlan, round_id: int, *, steps: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Summarise every client's training; the loss is the last stage's.
+    """Summarise the turn of every client; its loss is that of the last stage.
 
     Args:
-        plan: Of the round.
-        round_id: From 0.
-        steps: Local steps of all clients and stages, in their order.
+        plan: Plan of the round.
+        round_id: Index of the round, from 0.
+        steps: Step records of all clients and stages, in order.
     """
     by_client: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for step in steps:
@@ -75,15 +75,15 @@ def round_record(
 ) -> dict[str, Any]:
     """Summarise a round.
 
-    A client whose update is refused is listed, and its loss does not count.
+    A client whose update is refused is listed, but its loss does not count.
 
     Args:
-        plan: Of the round.
-        round_id: From 0.
-        turns: What ``turn_records`` returned.
-        outcome: What the updates came to.
-        facts: By rank: "sync" (seconds and bytes of averaging) and "memory".
-        seconds: That the round took.
+        plan: Plan of the round.
+        round_id: Index of the round, from 0.
+        turns: Records from ``turn_records``.
+        outcome: Weights of the clients, and the refused updates.
+        facts: By rank, "sync" (seconds and bytes of averaging) and "memory" (bytes).
+        seconds: Duration of the round.
     """
     left_out = {fault.client for fault in outcome.refused}
     taken = [turn for turn in turns if turn["client"] not in left_out]
@@ -110,17 +110,18 @@ def round_record(
 def client_traffic(
     plan: RoundPlan, round_id: int, *, edges: Any, sent_numel: int, received_numel: int
 ) -> dict[str, Any]:
-    """Record what leaves and reaches the clients of a round: the parameters that are averaged.
+    """Record the averaged parameters that the clients of a round send and receive.
 
-    Every client that is drawn receives them; one that is lost sends nothing. Of a model that is cut
-    they are those of the client's stages, and what passes over every edge comes with them.
+    Every client of the cohort receives them; a client that is lost sends nothing. If the model is
+    cut, they are the parameters of the client's stages, and the record also lists the messages over
+    every edge.
 
     Args:
-        plan: Of the round.
-        round_id: From 0.
-        edges: Of the record of ``traffic_record``.
-        sent_numel: Parameters that a client sends.
-        received_numel: Parameters that a client receives.
+        plan: Plan of the round.
+        round_id: Index of the round, from 0.
+        edges: Edges from ``traffic_record``.
+        sent_numel: Number of parameters that a client sends.
+        received_numel: Number of parameters that a client receives.
     """
     up, down = sent_numel * _BYTES, received_numel * _BYTES
     return {
@@ -135,9 +136,10 @@ def client_traffic(
 
 
 def score_record(round_id: int, scores: Scores, task: TaskSpec) -> dict[str, Any]:
-    """Summarise a scoring: over all examples, by client, and the worst client.
+    """Summarise a scoring: the score of all examples, the score by client, and the worst client.
 
-    The score is that of the last stage; of the others' heads the score over all examples.
+    These are scores of the last stage. For the heads of the other stages, the record has the score
+    of all examples.
     """
     found = scores[max(scores)]
     clients = {client: from_statistics(task, rows) for client, rows in sorted(found.items())}

@@ -1,4 +1,4 @@
-"""The report of a fine-tuning, and the table that compares several."""
+"""The report of a fine-tuning, and the report that compares several fine-tunings."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_finetune_report(run_dir: Path) -> Path:
     """Write ``report.html``, ``report.md`` and the figures of a fine-tuning into its directory.
 
     Args:
-        run_dir: With metrics.jsonl and data/data.json.
+        run_dir: Run directory with metrics.jsonl and data/data.json.
 
     Returns:
         The path of ``report.html``.
@@ -72,8 +72,8 @@ def write_comparison(directory: Path, runs: Sequence[Path]) -> Path:
     """Write the report of several fine-tunings into the directory above them.
 
     Args:
-        directory: Of the grid.
-        runs: Directories of runs; those without a score are left out of the figure.
+        directory: Directory of the grid.
+        runs: Directories of the runs; a run without a score is left out of the figure.
 
     Returns:
         The path of ``report.html``.
@@ -96,7 +96,7 @@ def write_comparison(directory: Path, runs: Sequence[Path]) -> Path:
 
 
 def result_table(runs: Sequence[Path]) -> str:
-    """Return the table that compares runs, as text for a terminal."""
+    """Return the table that compares the runs, as text for a terminal."""
     rows = [list(_COLUMNS), *(_row(RunSummary.load(run)) for run in runs)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     return "\n".join(
@@ -109,7 +109,7 @@ def result_table(runs: Sequence[Path]) -> str:
 
 
 def outcome_text(run_dir: Path) -> str:
-    """Say what a finished run has reached, in a few words."""
+    """Return a short text with the score of a finished run."""
     return _row(RunSummary.load(run_dir))[1]
 
 
@@ -139,7 +139,7 @@ def _row(run: RunSummary) -> list[str]:
 
 
 def _trained(run: RunSummary) -> tuple[str, str]:
-    """Read what is trained out of the plan."""
+    """Return the trained parameters as the plan names them."""
     for line in run.plan.splitlines():
         if line.startswith("  method"):
             words = line.split()
@@ -245,7 +245,7 @@ def _both_ways(edge: dict[str, Any]) -> tuple[int, int]:
 
 
 def _stages(run: RunSummary) -> list[Block]:
-    """Show what passes over the edges of a model that is cut, and how its stages score alone."""
+    """Show the messages over the edges of a cut model, and the score of each stage's own head."""
     traffic = run.of_kind("traffic")
     edges = traffic[0].get("edges", []) if traffic else []
     if not edges:

@@ -1,4 +1,4 @@
-"""Federated fine-tuning, as every process executes it: who trains, and what is recorded."""
+"""Federated fine-tuning, as every process of the run executes it: its clients and its records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fedpipe.report.records import Emit
 
 
 class Finetuning(FederatedRun):
-    """One process' view of a fine-tuning."""
+    """A fine-tuning in one process."""
 
     shows_steps = False
     validation = "scoring"
@@ -60,7 +60,7 @@ class Finetuning(FederatedRun):
         return plan_tuning_round(self.config, round_id=round_id, lengths=self._lengths)
 
     def round_facts(self, round_id: int) -> Record:
-        """Return the process' memory, and what the clients of its stages send and receive."""
+        """Return the peak memory, and the number of parameters that a client sends and receives."""
         numel = self._tuned.sent_numel if self.comm.replica == 0 else 0
         return {"memory": peak_memory_bytes(), "numel": numel}
 
@@ -102,6 +102,6 @@ class Finetuning(FederatedRun):
 
 
 def peak_memory_bytes() -> int:
-    """Return the largest resident size that this process has had."""
+    """Return the peak resident memory of this process, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

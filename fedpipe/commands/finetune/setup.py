@@ -1,4 +1,4 @@
-"""A fine-tuning before it starts: checked, counted, examples dealt out, directory written."""
+"""Set a fine-tuning up before it starts: checks, parameter counts, examples, run directory."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ _QUICKSTART_EXPORT = Path("runs/quickstart/export")
 def set_up_finetune(
     run: RunDir, config: FinetuneConfig, *, notify: Callable[[str], None]
 ) -> FinetuneSetup:
-    """Refuse what cannot work, deal the examples out, write the directory.
+    """Check a fine-tuning, assign the examples to clients, and write the run directory.
 
     Args:
-        run: From ``resolve``.
-        config: Likewise.
-        notify: Shows a line to the user.
+        run: Directory from ``resolve``.
+        config: Configuration from ``resolve``.
+        notify: Called with a line for the user.
 
     Returns:
         The setup.
 
     Raises:
-        FedPipeError: Anything a user can get wrong.
+        FedPipeError: The user can correct the cause; no process of the run has been started.
     """
     started_at = time.monotonic()
     config = _settled(config)
@@ -97,7 +97,7 @@ def set_up_finetune(
 
 
 def tuning_inputs(config: FinetuneConfig) -> Inputs:
-    """Find out what a fine-tuning reads now: examples, base model with tokenizer, adapter.
+    """Compute the digests of all inputs of a fine-tuning: examples, base model, adapter.
 
     Raises:
         FedPipeError: A file cannot be read.
@@ -117,14 +117,14 @@ def tuning_inputs(config: FinetuneConfig) -> Inputs:
 
 
 def _settled(config: FinetuneConfig) -> FinetuneConfig:
-    """Name the task and the model that a configuration leaves open."""
+    """Fill in the task and the model if the configuration leaves them open."""
     if (task := tuning_task(config)) is not None:
         config = replace(config, task=replace(config.task, name=task.name))
     return replace(config, model=replace(config.model, path=_model_path(config)))
 
 
 def deepspeed_of(config: FinetuneConfig) -> dict[str, Any]:
-    """Return what the stages' engines are given; empty without a cut."""
+    """Return the DeepSpeed configuration of the stages; empty without a cut."""
     return engine_config(config.deepspeed.config, config.stages) if config.is_cut else {}
 
 
@@ -135,10 +135,10 @@ def _model_path(config: FinetuneConfig) -> str:
 
 
 def check_federation(config: FinetuneConfig) -> None:
-    """Refuse what the method and the federation cannot do together.
+    """Refuse a language-model task whose head is not averaged.
 
     Raises:
-        ConfigError: Nothing is left to average.
+        ConfigError: ``federation.average.final_head`` is false.
     """
     if config.task.name == "causal-lm" and not config.federation.average.final_head:
         raise ConfigError(
@@ -148,13 +148,13 @@ def check_federation(config: FinetuneConfig) -> None:
 
 
 def check_model_folder(config: FinetuneConfig) -> tuple[str, ...]:
-    """Refuse a folder whose files were not fetched whole, or whose vocabulary is another one's.
+    """Refuse a folder with incomplete files, or with the vocabulary of another tokenizer.
 
     Returns:
-        A line for every fault of a few entries of the vocabulary.
+        A warning for every fault that concerns only a few entries of the vocabulary.
 
     Raises:
-        CorpusError: The vocabulary does not fit its own rules.
+        CorpusError: The vocabulary does not fit the rules of the tokenizer.
         ConfigError: A file of the model or of its tokenizer is a pointer, empty or cut short.
     """
     folder = Path(config.model.path)
@@ -169,11 +169,11 @@ def check_model_folder(config: FinetuneConfig) -> tuple[str, ...]:
 
 
 def check_lengths(config: FinetuneConfig, data: TuningData, model_config: Any) -> None:
-    """Refuse sequences that the model has no positions for, and tokens that it does not know.
+    """Refuse sequences that are longer than the model's positions, and unknown token ids.
 
     Raises:
-        ConfigError: There are such sequences.
-        CorpusError: There are such tokens.
+        ConfigError: A sequence is too long.
+        CorpusError: A token id is not in the embedding of the model.
     """
     positions = num_positions(model_config.to_dict())
     longest = data.longest
@@ -191,7 +191,7 @@ def check_lengths(config: FinetuneConfig, data: TuningData, model_config: Any) -
 
 
 def new_heads(config: FinetuneConfig, task: TaskSpec) -> list[str]:
-    """Say which heads in the folders of a run are not the task's, and are not taken."""
+    """Name the heads in the folders of a run that do not fit the task and are replaced."""
     if task.kind == "causal-lm":
         return []
     found = []
@@ -216,14 +216,14 @@ def new_heads(config: FinetuneConfig, task: TaskSpec) -> list[str]:
 def count_parameters(
     config: FinetuneConfig, model_config: Any, data: TuningData
 ) -> tuple[Counts, dict[str, int]]:
-    """Count what is trained, on a model that allocates nothing.
+    """Count the trained parameters, on a model without memory for its weights.
 
     Returns:
-        All in all; and the sizes of what is trained, by full name.
+        The counts, and the number of elements of every trained tensor by its full name.
 
     Raises:
-        ConfigError: The family does not have the method.
-        CheckpointError: ``method.path`` is no adapter of this model.
+        ConfigError: The family does not support the method.
+        CheckpointError: ``method.path`` is not an adapter of this model.
     """
     task, split = data.task, config.is_cut
     model = build_model(model_config, task.kind, num_labels=task.num_outputs, device="meta")

@@ -1,4 +1,4 @@
-"""A replica of stages, of a fine-tuning with a cut: the engine of pre-training, on a task."""
+"""The replica of a fine-tuning with a cut: the stages of a pre-training, on a labelled task."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from fedpipe.pipeline.stage_engine import MicroBatchSource
 
 
 class StagedReplica(StageReplica):
-    """The stages in this process, and the examples of all clients."""
+    """The stages of a fine-tuning in this process, and the examples of all clients."""
 
     def __init__(
         self, config: FinetuneConfig, data: TuningData, *, comm: Comm, run_dir: Path
     ) -> None:
-        """Build the stages with their first values, those of the model that is not cut.
+        """Build the stages with the same first values as the uncut model has.
 
         Args:
             config: The run, with a cut.
             data: Examples and their owners.
-            comm: Of this process.
-            run_dir: Where clients keep what is theirs.
+            comm: Process groups of this process.
+            run_dir: Directory in which clients keep parts that are not averaged.
 
         Collective: every rank.
         """
@@ -67,7 +67,7 @@ class StagedReplica(StageReplica):
             for stage_id, synchronizer in self.synchronizers.items()
             if specs[stage_id].role is StageRole.CLIENT
         )
-        """Parameters of this process' stages that a client sends: those of the client's stages."""
+        """Number of parameters in the client's stages of this process, which a client sends."""
 
     def _build(self, spec: StageSpec) -> StageModule:
         config, task = self.config, self.data.task
@@ -82,11 +82,11 @@ class StagedReplica(StageReplica):
         )
 
     def residual_numel(self, num_clients: int) -> int:
-        """Parameters that a client receives beside those that it sends: none."""
+        """Return 0: a client receives no other parameters than those that it sends."""
         return 0
 
     def turn_source(self, turn: Turn, *, round_id: int, seen: int) -> MicroBatchSource | None:
-        """Micro-batches of a client's examples, in the order of the round."""
+        """Return the micro-batches of a client's examples, in the order of the round."""
         if not self.reads_text:
             return None
         mine = self.data.train_sequences[turn.client_id]
@@ -107,7 +107,7 @@ class StagedReplica(StageReplica):
         )
 
     def score(self, client_id: int) -> dict[int, NDArray[np.float64]]:
-        """Return what the task's metric needs to know of a client's held-out examples, by stage."""
+        """Return by stage the statistics of the task's metric for a client's held-out examples."""
         sequences = self.data.test_sequences[client_id]
         num = math.ceil(len(sequences) / self.pipeline.micro_batch_size)
         source = self._test_source(sequences) if self.reads_text else None

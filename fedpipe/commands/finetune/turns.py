@@ -1,4 +1,4 @@
-"""Who fine-tunes in a round, who is slow, who is lost: pure functions of the seed. No torch."""
+"""Draw the clients of a round, the stragglers and the lost clients from the seed. No torch."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _SCENARIO, _ORDER = 0x5CE2A, 0x0DDE2
 def draw_round(
     config: FinetuneConfig, round_id: int, num_clients: int
 ) -> tuple[list[int], set[int], list[int]]:
-    """Draw who comes back from a round, who of them is slow, and who is lost.
+    """Draw the clients that return an update in a round, the stragglers, and the lost clients.
 
-    A client's fate is drawn from the seed, the round and its id, so it does not depend on the
-    others.
+    A client is slow or lost as the seed, the round and its id decide, so that clients do not depend
+    on each other.
 
     Args:
-        config: Seed, cohort and scenario.
-        round_id: From 0.
-        num_clients: Data owners.
+        config: The run, for seed, cohort and scenario.
+        round_id: Index of the round, from 0.
+        num_clients: Number of clients.
 
     Returns:
-        Clients that come back, in cohort order; the stragglers among them; those that are lost.
+        Clients that return an update, in cohort order; the stragglers among them; lost clients.
     """
     scenario = config.scenario
     cohort = draw_cohort(
@@ -52,18 +52,18 @@ def draw_round(
 def plan_tuning_round(
     config: FinetuneConfig, *, round_id: int, lengths: Sequence[NDArray[np.int64]]
 ) -> RoundPlan:
-    """Plan a round: turns, steps and shares.
+    """Plan a round: turns, local steps and weights.
 
-    The shares are those of the clients that come back: their trained examples, their trained
-    tokens, or one each.
+    The weight of a client that returns an update is its number of trained examples or trained
+    tokens, or 1.
 
     Args:
-        config: Federation, scenario, batch and seed.
-        round_id: From 0.
-        lengths: By client, the tokens of each of its examples.
+        config: The run, for federation, scenario, batch and seed.
+        round_id: Index of the round, from 0.
+        lengths: By client, the number of tokens of each of its examples.
 
     Returns:
-        The round; without turns where too few clients come back for the aggregation rule.
+        The plan; it has no turns if too few clients return for the aggregation rule.
     """
     federation = config.federation
     back, slow, lost = draw_round(config, round_id, len(lengths))
@@ -99,12 +99,12 @@ def plan_tuning_round(
 
 
 def num_tuning_steps(config: FinetuneConfig, num_examples: int, *, slow: bool = False) -> int:
-    """Local steps of a client in a round, at least 1.
+    """Return the number of local steps of a client in a round, at least 1.
 
     Args:
-        config: ``federation.num_local_steps``, or ``num_local_epochs`` where that is set.
-        num_examples: What the client owns.
-        slow: It is a straggler.
+        config: The run, for ``federation.num_local_steps``, or ``num_local_epochs`` if it is set.
+        num_examples: Number of examples of the client.
+        slow: Whether the client is a straggler.
     """
     federation = config.federation
     steps = federation.num_local_steps
@@ -116,14 +116,16 @@ def num_tuning_steps(config: FinetuneConfig, num_examples: int, *, slow: bool = 
 def batches(
     config: FinetuneConfig, client_id: int, *, round_id: int, size: int, steps: int
 ) -> Iterator[NDArray[np.int64]]:
-    """Draw a client's batches of a round: passes in new orders, the last batch of one shorter.
+    """Draw the batches of a client in a round.
+
+    Every pass over the examples has a new order, and its last batch may be smaller.
 
     Args:
-        config: Batch size and seed.
-        client_id: Whose.
-        round_id: Of the round.
-        size: Examples that the client owns.
-        steps: Batches.
+        config: The run, for batch size and seed.
+        client_id: Id of the client.
+        round_id: Index of the round, from 0.
+        size: Number of examples of the client.
+        steps: Number of batches.
 
     Yields:
         Indices of the client's examples.

@@ -1,4 +1,4 @@
-"""A replica with a whole model, of a fine-tuning without a cut: a client's training and scoring."""
+"""The replica of a fine-tuning without a cut: a whole model trains and scores every client."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ModelEngine:
     """A whole model and its optimizer: the engine of a replica that is not cut."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Hold them; ``optimizer`` is that of what is trained of the model."""
+        """Take the model, and the optimizer of its trained parameters."""
         self.stage, self.optimizer = model, optimizer
         self.faults: dict[str, int] = {}
 
@@ -51,11 +51,11 @@ class ModelEngine:
         """Do nothing: the optimizer has no copy of the parameters."""
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Moments and counters of the optimizer."""
+        """Return the moments and counters of the optimizer."""
         return dict(self.optimizer.state_dict())
 
     def load_optimizer_state(self, state: dict[str, Any] | None) -> None:
-        """Take moments over from ``optimizer_state``; None starts afresh."""
+        """Load moments from ``optimizer_state``; None resets them."""
         if state is None:
             self.optimizer.state.clear()
         else:
@@ -63,7 +63,7 @@ class ModelEngine:
 
 
 class WholeReplica(Replica):
-    """A model, its synchronizer, and the examples of all clients, which lie on the disk's cache."""
+    """A whole model, its synchronizer, and the memory-mapped examples of all clients."""
 
     whole_model = WEIGHTS_FILE
 
@@ -75,8 +75,8 @@ class WholeReplica(Replica):
         Args:
             config: The run.
             data: Examples and their owners.
-            comm: Of this process.
-            run_dir: Where clients keep what is theirs.
+            comm: Process groups of this process.
+            run_dir: Directory in which clients keep parts that are not averaged.
         """
         self.config, self.data = config, data
         self.model = build_tuned(config, data.task).to(comm.device)
@@ -114,10 +114,10 @@ class WholeReplica(Replica):
             self._test_cache = HiddenStateCache(self._lower, data.test, run_dir)
         self._num_batches, self._computing = 0, False
         self.sent_numel = self.synchronizer.averaged_numel
-        """Parameters that a client sends."""
+        """Number of parameters that a client sends."""
 
     def residual_numel(self, num_clients: int) -> int:
-        """Parameters that a client receives beside those that it sends; see the synchronizer's."""
+        """Return the number of parameters that a client receives beside those that it sends."""
         return self.products.residual_numel(num_clients) if self.products and num_clients else 0
 
     # -- training ----------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class WholeReplica(Replica):
         on_step: Callable[[int, StepResult], None],
         until: Callable[[int], int],
     ) -> None:
-        """See ``Replica.train``. The numbers of the steps are read from the device at the end."""
+        """See ``Replica.train``. Losses and norms are read from the device after the last step."""
         self.model.train()
         mine = self.data.train_sequences[turn.client_id]
         order = list(
@@ -166,7 +166,7 @@ class WholeReplica(Replica):
             on_step(0, StepResult(step, loss, norm, lr(step), seconds))
 
     def _step(self, sequences: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Make a local step; return its loss and the norm of its gradients."""
+        """Run a local step, and return its loss and the norm of its gradients."""
         optimizer = self.engine.optimizer
         logits, labels = self._forward(self.data.train, sequences)
         loss = task_loss(logits, labels, kind=self.data.task.kind)
@@ -179,12 +179,12 @@ class WholeReplica(Replica):
         return loss.detach(), norm
 
     def seed_dropout(self, client_id: int, *, round_id: int) -> None:
-        """Seed dropout for a turn."""
+        """Seed the dropout of a turn."""
         torch.manual_seed(stable_seed(self.seed, "turn", round_id, client_id))
 
     @property
     def dropout_state(self) -> dict[str, Any]:
-        """Where dropout goes on drawing."""
+        """Return the state of the random generators that dropout draws from."""
         return rng_state(self.comm.device)
 
     @dropout_state.setter
@@ -192,7 +192,7 @@ class WholeReplica(Replica):
         set_rng_state(state, self.comm.device)
 
     def computation(self) -> Computation | None:
-        """The batch that is computed now, or was computed last of a turn or a scoring."""
+        """Return the batch of a turn or a scoring that is computed now or was computed last."""
         return Computation(what=f"batch {self._num_batches}") if self._computing else None
 
     def _forward(self, split: Encoded, sequences: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -219,7 +219,7 @@ class WholeReplica(Replica):
     # -- scoring -----------------------------------------------------------------------------
 
     def score(self, client_id: int) -> dict[int, NDArray[np.float64]]:
-        """Return what the task's metric needs to know of a client's held-out examples."""
+        """Return the statistics of the task's metric for a client's held-out examples."""
         self.model.eval()
         sequences = self.data.test_sequences[client_id]
         task, test = self.data.task, self.data.test

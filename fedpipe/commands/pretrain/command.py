@@ -1,4 +1,4 @@
-"""``fedpipe pretrain``: all processes of the grid on this machine, with a live display."""
+"""``fedpipe pretrain``: run all processes of the grid on this machine, with a live display."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_job_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Pre-train what the arguments say, or be one rank of that."""
+    """Pre-train as the arguments say, or run one rank if a launcher started this process."""
     if options.is_launched(args):
         from fedpipe.cluster.launched import start_rank
 
@@ -39,22 +39,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def to_submit(args: argparse.Namespace) -> JobRun:
-    """Check the pre-training that the arguments say, for a job."""
+    """Check the pre-training of the arguments, and return it as a job to submit."""
     return pipeline_run(ranks.PROGRAM, options.request_of(args))
 
 
 def pipeline_run(program: ranks.PretrainingRanks, request: RunRequest) -> JobRun:
-    """Check a pre-training, or what else its ranks can do, for a job with a rank per task.
+    """Check a run whose ranks are the tasks of one job: a pre-training or a measurement.
 
     Args:
-        program: What the ranks do.
-        request: As the user says it.
+        program: Program of the ranks.
+        request: Arguments of the user.
 
     Returns:
-        The run; where the cut is to be measured, the job does that.
+        The run. If ``pipeline.cut`` is auto, the job measures the cut when it starts.
 
     Raises:
-        FedPipeError: What the user can mend.
+        FedPipeError: The user can correct the cause.
     """
     found = program.locate(request)
     run, config, run_dir = found.run, found.config, found.run.path
@@ -80,19 +80,19 @@ def pretrain(
     *,
     preset: str | None = None,
 ) -> int:
-    """Pre-train on this machine, or resume; the whole of ``fedpipe pretrain``.
+    """Pre-train on this machine, or resume a run. This is all that ``fedpipe pretrain`` does.
 
     Args:
-        config_path: YAML, or None.
-        overrides: ``section.key=value``.
-        run_dir: Directory of the run, or None.
-        preset: What the YAML is laid over, or None.
+        config_path: Path of a YAML file, or None.
+        overrides: Values ``section.key=value``, which win over the file.
+        run_dir: Directory of the run, or None for the default one.
+        preset: Name of a packaged configuration that the YAML file overrides, or None.
 
     Returns:
         0 when the run is done, 75 when it was interrupted and can be resumed.
 
     Raises:
-        FedPipeError: What the user can mend; nothing has been started.
+        FedPipeError: The user can correct the cause; nothing has been started.
         LaunchError: A process failed.
     """
     console = RunConsole()

@@ -1,4 +1,4 @@
-"""What the ranks of a pre-training do, whatever has started them. No torch at the top."""
+"""The program of the ranks of a pre-training, for every launcher. Importing it imports no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fedpipe.run.run_dir import RunSetup
 
 
 class PretrainingRanks(RankProgram):
-    """A pre-training."""
+    """The program of a pre-training."""
 
     command = "pretrain"
     kind = "pretrain"
@@ -44,7 +44,7 @@ class PretrainingRanks(RankProgram):
         on_checked: Callable[[], object] = lambda: None,
         threads: int | None = None,
     ) -> RunSetup:
-        """See ``RankProgram``; a cut that is left open is measured."""
+        """See ``RankProgram``; if ``pipeline.cut`` is auto, the cut is measured and chosen."""
         measure = partial(measure_here, threads=threads) if threads else measure_in_a_process
         return set_up(
             found.run,
@@ -77,7 +77,7 @@ class PretrainingRanks(RankProgram):
         return run_rounds(Pretraining, setup, env=env, emit=emit, watch=watch)
 
     def write_results(self, setup: RunSetup, *, notify: Notify) -> None:
-        """Export the model, let it fill in held-out words, write the report."""
+        """Export the model, let it fill in masked words of held-out text, and write the report."""
         from fedpipe.commands.pretrain.report import write_report
         from fedpipe.run import export
 
@@ -104,11 +104,11 @@ class PretrainingRanks(RankProgram):
 
 
 def view(config: RunConfig, *, num_local_steps: int, interactive: bool | None = None) -> View:
-    """Return where a pre-training is shown.
+    """Return the console that shows a pre-training.
 
     Args:
         config: The run.
-        num_local_steps: Of a client in a round.
+        num_local_steps: Local steps of a client in a round.
         interactive: See ``RunConsole``.
     """
     federation = config.federation

@@ -1,4 +1,4 @@
-"""Records of metrics.jsonl that take more than one process' knowledge. Pure."""
+"""Records of metrics.jsonl and timeline.json that combine numbers of several processes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,18 @@ def round_record(
     seconds: float,
     sync: Sequence[tuple[float, int]],
 ) -> dict[str, Any]:
-    """Summarise a round: who trained, mean loss per stage, time, and the cost of averaging.
+    """Summarise a round: its clients, mean loss per stage, time, and the cost of averaging.
 
-    A client whose update is refused is listed, with weight 0, and its losses do not count.
+    A client whose update is refused is listed with weight 0, and its losses do not count.
+
+    Args:
+        round_id: Index of the round, from 0.
+        turns: Turns of all replicas.
+        outcome: Weights of the clients, and the refused updates.
+        steps: Step records of all replicas and stages.
+        num_stages: Number of stages with a loss.
+        seconds: Duration of the round, without validation.
+        sync: By rank, the seconds and the bytes that averaging took.
     """
     left_out = {fault.client for fault in outcome.refused}
     steps = [s for s in steps if s["client"] not in left_out]
@@ -53,11 +62,11 @@ def round_record(
 def evaluation_record(
     round_id: int, scores: Mapping[int, Mapping[int, tuple[float, int]]]
 ) -> dict[str, Any]:
-    """Summarise a validation: per stage the mean over all masked tokens, and the worst client.
+    """Summarise a validation: per stage the mean loss of all masked tokens, and the worst client.
 
     Args:
-        round_id: Of the round.
-        scores: stage -> client -> (summed loss in nats, masked tokens).
+        round_id: Index of the round, from 0.
+        scores: By stage and client, the summed loss in nats and the number of masked tokens.
     """
     stages, tokens = [], 0
     for stage in sorted(s for s in scores if scores[s]):
@@ -81,7 +90,12 @@ def evaluation_record(
 def write_timeline(
     run_dir: Path, events: Sequence[tuple[int, int, tuple[str, int, int, float, float]]]
 ) -> None:
-    """Write timeline.json, a Chrome trace: a process per replica, a thread per stage."""
+    """Write timeline.json, a Chrome trace with a process per replica and a thread per stage.
+
+    Args:
+        run_dir: Directory of the run.
+        events: Replica, stage and event: (name, micro_batch, step, start_s, end_s).
+    """
     if not events:
         return
     origin = min(event[3] for _, _, event in events)

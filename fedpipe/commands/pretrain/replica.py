@@ -1,4 +1,4 @@
-"""A pre-training's replica of the pipeline: its stages, and the text that the first one reads."""
+"""The replica of a pre-training: its stages, and the text that the first stage reads."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from fedpipe.pipeline.messages import edge_messages
 from fedpipe.pipeline.stage_engine import MicroBatchSource, StepResult
 
 EMBEDDING_LEDGER = "embedding"
-"""Entry of the traffic ledger."""
+"""Entry of the traffic ledger for the word embedding that the final decoder starts from."""
 TRACED_STEPS = range(2, 6)
 """Local steps of the first round whose instructions are timed for the timeline."""
 
 
 class Replica(StageReplica):
-    """The stages of a pre-training in this process, and the text that the first of them reads."""
+    """The stages of a pre-training in this process, and the text that the first stage reads."""
 
     def __init__(
         self, config: RunConfig, data: PreparedData, *, comm: Comm, run_dir: Path | None = None
@@ -41,9 +41,10 @@ class Replica(StageReplica):
 
         Args:
             config: The run.
-            data: Prepared text; opened by the first stage only.
-            comm: This process' groups.
-            run_dir: Where clients keep what is not averaged; None for a run without clients.
+            data: Prepared text; only the first stage opens it.
+            comm: Process groups of this process.
+            run_dir: Directory in which clients keep parts that are not averaged; None for a
+                measurement, which has no clients.
 
         Collective: every rank.
         """
@@ -102,7 +103,7 @@ class Replica(StageReplica):
         on_step: Callable[[int, StepResult], None],
         until: Callable[[int], int],
     ) -> None:
-        """See ``Replica.train``; the run's first turn is timed for the timeline."""
+        """See ``Replica.train``. The first turn of the run is timed for the timeline."""
         for stage in self.stages:
             first = round_id == 0 and not stage.trace.events
             stage.trace.steps = TRACED_STEPS if first else range(0)
@@ -111,7 +112,7 @@ class Replica(StageReplica):
         )
 
     def set_weights(self, client_id: int, last_round: int | None) -> dict[int, dict[str, Any]]:
-        """See ``Replica.set_weights``; a copied decoder gets the word embedding."""
+        """See ``Replica.set_weights``. A decoder that starts as a copy gets the word embedding."""
         states = super().set_weights(client_id, last_round)
         self._copy_embedding()
         return states
@@ -139,11 +140,11 @@ class Replica(StageReplica):
             engines[final.stage_id].weights_changed()
 
     def turn_source(self, turn: Turn, *, round_id: int, seen: int) -> MicroBatchSource | None:
-        """Masked micro-batches of a turn: the client's stream of blocks goes on."""
+        """Return the masked micro-batches of a turn; they continue the client's blocks."""
         return self.training_source(turn.client_id, start=seen)
 
     def training_source(self, client_id: int, *, start: int) -> MicroBatchSource | None:
-        """Masked micro-batches of a client from block ``start`` of its stream; first stage only."""
+        """Return a client's masked micro-batches from block ``start`` on; None on later stages."""
         if not self.reads_text:
             return None
         config = self.config
@@ -161,7 +162,7 @@ class Replica(StageReplica):
         return source
 
     def _feed(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
-        """What a ``MicroBatchSource`` returns."""
+        """Return the tensors of a micro-batch, as a ``MicroBatchSource`` does."""
         length = self.config.data.padded_length
         if length:
             batch = pad(batch, length=length, pad_id=self.data.pad_id)
@@ -174,7 +175,9 @@ class Replica(StageReplica):
         """Score a client's held-out text.
 
         Returns:
-            By stage with a head, the summed loss in nats, and the masked tokens.
+            By stage with a head, the summed loss in nats and the number of masked tokens.
+
+        Collective: every process of the replica.
         """
         num_blocks = self.num_valid_blocks(client_id)
         batches = math.ceil(num_blocks / self.config.pipeline.micro_batch_size)
@@ -186,7 +189,7 @@ class Replica(StageReplica):
         }
 
     def num_valid_blocks(self, client_id: int) -> int:
-        """Held-out blocks of a client that are scored."""
+        """Return the number of held-out blocks of a client that are scored."""
         limit = self.config.validation.max_blocks_per_client
         available = self.data.valid[client_id].num_blocks
         return min(available, limit) if limit else available

@@ -1,4 +1,4 @@
-"""The report of a run: what it reached, what it cost, what left the clients, how to repeat it."""
+"""The report of a pre-training: losses, speed, and the bytes that left the clients."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from fedpipe.report.summary import RunSummary, total
 from fedpipe.report.timeline_plot import write_timeline_plot
 
 _MAX_ROUND_ROWS = 60
-"""A longer table of rounds shows its end; metrics.jsonl has them all."""
+"""A longer table shows only the last rounds; metrics.jsonl has all of them."""
 
 
 def write_report(run_dir: Path) -> Path:
     """Write ``report.html``, ``report.md`` and the figures as PNG into a run directory.
 
-    Reads nothing but the files of the directory. Only metrics.jsonl must be there, and it may be
-    that of a run which is still going on.
+    It reads only the files of the directory. Only metrics.jsonl must exist, and the run may still
+    be in progress.
 
     Args:
         run_dir: The run directory.

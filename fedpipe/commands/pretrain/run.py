@@ -1,4 +1,4 @@
-"""Federated pre-training, as every process of the run executes it: who trains, what is recorded."""
+"""Federated pre-training, as every process of the run executes it: its clients and its records."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedpipe.run.run_dir import RunSetup
 
 
 class Pretraining(FederatedRun):
-    """One process' view of a pre-training."""
+    """A pre-training in one process."""
 
     shows_steps = True
     validation = "validation"
@@ -62,7 +62,7 @@ class Pretraining(FederatedRun):
         super().on_step(turn, round_id, stage_id, result)
 
     def round_facts(self, round_id: int) -> Record:
-        """Return when the first step ended, and the timeline of the run's first turn."""
+        """Return the time of the first step, and the trace of the first turn of the run."""
         traces = [
             (self.comm.replica, engine.spec.stage_id, event)
             for engine in (self._stages if self.comm.data == round_id == 0 else ())

@@ -1,4 +1,7 @@
-"""A pre-training before any of its processes: checks, prepared text, run directory. No torch."""
+"""Set a pre-training up before its processes start: checks, prepared text, run directory.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -28,21 +31,21 @@ def set_up(
     on_checked: Callable[[], object] = lambda: None,
     choose_cut: Callable[[RunConfig], tuple[int, ...]] = lambda even: tuple(even.pipeline.cut),
 ) -> RunSetup:
-    """Refuse what cannot work, write the directory, prepare the text.
+    """Check a pre-training, write its directory and prepare its text.
 
     Args:
-        run: From ``resolve``.
-        config: Likewise.
-        notify: Shows a line to the user.
-        progress: Shows the preparation of the text: (label, done, total).
-        on_checked: Called when all cheap checks have passed, before the text is prepared.
-        choose_cut: Called next where the cut is open.
+        run: Directory from ``resolve``.
+        config: Configuration from ``resolve``.
+        notify: Called with a line for the user.
+        progress: Called with (label, done, total) while the text is prepared.
+        on_checked: Called when all quick checks have passed, before the text is prepared.
+        choose_cut: Called after ``on_checked`` if ``pipeline.cut`` is auto; returns the cut.
 
     Returns:
         The setup.
 
     Raises:
-        FedPipeError: Anything a user can get wrong.
+        FedPipeError: The user can correct the cause; no process of the run has been started.
     """
     started_at = time.monotonic()
     plan = reserve(run, config, progress=progress)
@@ -69,18 +72,18 @@ def set_up(
 
 
 def reserve(run: RunDir, config: RunConfig, *, progress: Progress | None = None) -> str:
-    """Check a run and write its configuration down; whoever has the directory can then run it.
+    """Check a run and write its configuration, so that another process can start the run.
 
     Args:
-        run: From ``resolve``.
-        config: Likewise.
-        progress: Called while the files of a run that has begun are hashed.
+        run: Directory from ``resolve``.
+        config: Configuration from ``resolve``.
+        progress: Called while the files of a run with checkpoints are hashed.
 
     Returns:
-        The plan for people.
+        The plan as text.
 
     Raises:
-        FedPipeError: Anything that a user can get wrong, except the text of a new run.
+        FedPipeError: The user can correct the cause; the text of a new run is checked later.
     """
     load.check(config)
     check_sinks(config.log.to)

@@ -147,18 +147,18 @@ def reproduce(
 
     Args:
         experiment: Its name.
-        overrides: ``section.key=value``.
+        overrides: Values ``section.key=value``, which win over the file.
         run_dir: Directory, or None.
         scale: How large, or None.
         data: Folder with the tasks' files, or None.
         seeds: Of pre-training, or None.
-        signals: Caught meanwhile; for whoever wants to know which one has come.
+        signals: Signals to catch meanwhile; a caller passes its own to learn which one came.
 
     Returns:
         0 when all is done, 75 when it was interrupted and can be resumed.
 
     Raises:
-        FedPipeError: What the user can mend; nothing has been started.
+        FedPipeError: The user can correct the cause; nothing has been started.
         LaunchError: A run failed; the others are done.
     """
     console = RunConsole()

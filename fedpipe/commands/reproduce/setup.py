@@ -148,7 +148,7 @@ def plan_reproduction(
     Args:
         experiment: One of ``EXPERIMENTS``.
         scale: One of ``SCALES``, or None for that of the reproduction in the directory, else tiny.
-        overrides: ``section.key=value``.
+        overrides: Values ``section.key=value``, which win over the file.
         run_dir: Directory, or None for ``runs/EXPERIMENT-SCALE``.
         data: Folder with the files of the eight tasks, or None for what the settings say.
         seeds: Of pre-training, or None likewise.
@@ -157,7 +157,7 @@ def plan_reproduction(
         The reproduction.
 
     Raises:
-        FedPipeError: Anything a user can get wrong.
+        FedPipeError: The user can correct the cause; no process of the run has been started.
     """
     run = RunDir.at(run_dir or f"runs/{experiment}-{scale or 'tiny'}", "reproduction")
     directory, saved = run.path, run.saved

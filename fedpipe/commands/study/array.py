@@ -59,7 +59,7 @@ def submit_array(
         0 when all is submitted, or with ``follows`` done; 75 when cells were interrupted only.
 
     Raises:
-        FedPipeError: What the user can mend; nothing has been submitted.
+        FedPipeError: The user can correct the cause; nothing has been submitted.
         LaunchError: Cells have failed; the others are done.
     """
     check_folder(study.directory)

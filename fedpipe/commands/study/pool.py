@@ -258,13 +258,13 @@ def run_study(
     Args:
         make: Makes the study, and shows what it does meanwhile.
         parallel: Cells at a time.
-        signals: Caught meanwhile; for whoever wants to know which one has come.
+        signals: Signals to catch meanwhile; a caller passes its own to learn which one came.
 
     Returns:
         0 when all cells are done, 75 when the study was interrupted and can be resumed.
 
     Raises:
-        FedPipeError: What the user can mend; nothing has been started.
+        FedPipeError: The user can correct the cause; nothing has been started.
         LaunchError: A cell failed; the others are done.
     """
     if parallel < 1:

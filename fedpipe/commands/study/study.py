@@ -349,7 +349,7 @@ def read_grid(
         overrides: ``section.key=value``, of all cells.
         words: See ``parse_grid``; nothing for those of the study in the directory.
         run_dir: Its directory, or None for ``runs/NAME``.
-        preset: What the YAML is laid over, or None.
+        preset: Name of a packaged configuration that the YAML file overrides, or None.
 
     Raises:
         FedPipeError: Anything that a user can get wrong; a cell that cannot run is named.

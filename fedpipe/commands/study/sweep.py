@@ -128,7 +128,7 @@ def set_up_sweep(
         overrides: ``section.key=value``, of all cells.
         grid_keys: See ``parse_grid``; nothing for those of the sweep in the directory.
         run_dir: Directory of the sweep, or None for ``runs/NAME``.
-        preset: What the YAML is laid over, or None.
+        preset: Name of a packaged configuration that the YAML file overrides, or None.
 
     Returns:
         The sweep; nothing has been started.

@@ -120,10 +120,10 @@ def throughput(
     """Measure every schedule on this machine; the whole of ``fedpipe throughput``.
 
     Args:
-        config_path: YAML, or None.
-        overrides: ``section.key=value``.
+        config_path: Path of a YAML file, or None.
+        overrides: Values ``section.key=value``, which win over the file.
         run_dir: Directory of the run, or None; the report goes to ``throughput/`` in it.
-        preset: What the YAML is laid over, or None.
+        preset: Name of a packaged configuration that the YAML file overrides, or None.
         grid_keys: A grid, ``section.key=value,value``, whose points are measured one after the
             other.
         settings: How long to measure, and on what.
@@ -132,7 +132,7 @@ def throughput(
         0 when the report is written, 75 when the measurement was interrupted.
 
     Raises:
-        FedPipeError: What the user can mend; nothing has been started.
+        FedPipeError: The user can correct the cause; nothing has been started.
         LaunchError: A process failed.
     """
     if grid_keys:
