@@ -37,7 +37,7 @@ from fedpipe.run.checkpoint import find_latest
 from fedpipe.run.run_dir import RunDir, locked, resolve, resume_hint
 
 _EXAMPLE = ("method.name=lora,full",)
-"""What is compared where the user asks for nothing."""
+"""Grid that is compared if the user gives no arguments."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -213,7 +213,7 @@ def _done_line(run_dir: Path) -> str:
 
 
 def _tune(run: RunDir, config: FinetuneConfig, console: RunConsole, signals: Signals) -> None:
-    """Run what is not done of one fine-tuning."""
+    """Run the remaining rounds of a fine-tuning."""
     if run.is_done(num_rounds=config.federation.num_rounds):
         _check_tuning(run, config)
         console.text(_done_line(run.path))
@@ -228,7 +228,7 @@ def _tune(run: RunDir, config: FinetuneConfig, console: RunConsole, signals: Sig
 
 @dataclass(frozen=True, kw_only=True)
 class TuningGrid(Study[Cell[FinetuneConfig]]):
-    """All fine-tunings of a grid."""
+    """The fine-tunings of a grid."""
 
     task = "finetune"
     job = f"{__name__}:go_on"
@@ -238,17 +238,17 @@ class TuningGrid(Study[Cell[FinetuneConfig]]):
 
     @property
     def page(self) -> Path:
-        """Its report."""
+        """Path of the report of the grid."""
         return self.directory / "report.html"
 
     def reserve(self, cells: Sequence[Cell[Any]]) -> None:
-        """Set the runs up: a job's errors are found before it is submitted."""
+        """Set the runs up, so that their errors are found before a job is submitted."""
         for cell in cells:
             found = ranks.PROGRAM.located_run(cell.run, cell.config)
             ranks.PROGRAM.set_up(found, notify=lambda line: None)
 
     def run(self, cell: Cell[FinetuneConfig], *, console: RunConsole, signals: Signals) -> None:
-        """Run a fine-tuning, and show its rounds."""
+        """Run a fine-tuning in this process, and show its rounds."""
         _tune(cell.run, cell.config, console, signals)
 
     def start(self, cell: Cell[FinetuneConfig], slot: Slot, log: Path) -> CommandProcess:
@@ -256,7 +256,7 @@ class TuningGrid(Study[Cell[FinetuneConfig]]):
         return CommandProcess("finetune", cell.run_dir, log)
 
     def write_tables(self) -> str:
-        """Write the report that compares the runs that are done; return its table."""
+        """Write the report that compares the finished runs, and return its table."""
         from fedpipe.commands.finetune.report import result_table, write_comparison
 
         runs = [cell.run_dir for cell in self.cells if cell.is_done]
@@ -266,7 +266,7 @@ class TuningGrid(Study[Cell[FinetuneConfig]]):
         return result_table(runs)
 
     def outcome(self, cell: Cell[FinetuneConfig]) -> str:
-        """Say the score that a finished run has reached."""
+        """Return a text with the score of a finished run."""
         from fedpipe.commands.finetune.report import outcome_text
 
         return outcome_text(cell.run_dir)
@@ -280,25 +280,25 @@ def find_grid(
     *,
     preset: str | None,
 ) -> TuningGrid | None:
-    """Find the grid that is asked for, checked cell by cell, and write it down.
+    """Find the grid that the user asks for, check every cell, and write the grid.
 
-    A grid that is there already is gone on with: what may change in its runs may change, and what
-    they read must be what those that have begun began with.
+    A grid that exists already is resumed. Only the keys that may change in a resumed run may have
+    other values, and the files that the runs read must have the same content as before.
 
     Args:
-        config_path: YAML, or None.
-        overrides: ``section.key=value``.
+        config_path: Path of a YAML file, or None.
+        overrides: Values ``section.key=value``, which win over the file.
         grid_keys: See ``parse_grid``; nothing for those of the grid in the directory, or, if
             nothing else is asked for, of the example.
-        run_dir: Directory of the grid, or None.
-        preset: What the YAML is laid over, or None.
+        run_dir: Directory of the grid, or None for the default one.
+        preset: Name of a packaged configuration that the YAML file overrides, or None.
 
     Returns:
-        The grid; None where a single run is asked for.
+        The grid; None if the user asks for a single run.
 
     Raises:
-        FedPipeError: What the user can mend; of a grid that is there, other values of keys that
-            may not change.
+        FedPipeError: The user can correct the cause, such as another value of a key that may not
+            change in a resumed run.
     """
     chosen = any(override.startswith("method.name=") for override in overrides)
     found = RunDir.at(run_dir, "finetune", "finetune grid") if run_dir else None
@@ -315,7 +315,7 @@ def _check_tuning(run: RunDir, config: FinetuneConfig) -> None:
     """Refuse to go on with other examples, another base model, adapter or DeepSpeed JSON.
 
     Raises:
-        FedPipeError: The content is another one, or cannot be read.
+        FedPipeError: The content differs, or cannot be read.
     """
     if not run.has_begun:  # what follows imports torch
         return
@@ -345,4 +345,4 @@ _RUNS = Runs(
     load=_load_cell,
     check_content=_check_tuning,
 )
-"""What a grid consists of."""
+"""How the runs of a grid are read and checked."""

@@ -1,4 +1,4 @@
-"""The examples of a fine-tuning: read, tokenised and dealt out."""
+"""Read and tokenise the examples of a fine-tuning, and assign them to clients."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from fedpipe.errors import ConfigError, CorpusError
 _USED = ("train", "test")
 """Splits that a fine-tuning reads."""
 _TRAIN, _TEST = ("train",), ("test", "valid", "dev")
-"""How the files of a language-model task are called."""
+"""Words in the names of the files of a language-model task."""
 
 
 def tuning_task(config: FinetuneConfig) -> Task | None:

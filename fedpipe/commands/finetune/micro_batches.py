@@ -47,8 +47,8 @@ def micro_batches(
         length: T, the number of tokens that every sequence is padded to.
 
     Returns:
-        The source of micro-batches by step and index: tokens and their types, (2, B, T) int64, and the
-        targets of a ``TunedStage``.
+        The source of micro-batches by step and index: tokens and their types (2, B, T) int64, and
+        the targets of a ``TunedStage``.
     """
     size, num = pipeline.micro_batch_size, pipeline.num_micro_batches
 

@@ -18,7 +18,7 @@ from fedpipe.files import replace_folder
 from fedpipe.run.checkpoint import Checkpoint
 
 DATA = "data"
-"""Folder of a run with its tokenised examples."""
+"""Folder of the tokenised examples, in the directory of the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,7 @@ class FinetuneSetup:
     config: FinetuneConfig
     run_dir: Path
     checkpoint: Checkpoint | None
-    """Where to resume, or None."""
+    """Checkpoint to resume from, or None."""
     started_at: float
     """``time.monotonic()`` when the user's command began."""
 
@@ -43,7 +43,7 @@ class FinetuneSetup:
         return self.config.hang_timeout_s
 
     def to_message(self) -> dict[str, Any]:
-        """What JSON can hold of it; the configuration lies in the run directory."""
+        """Return the setup as JSON; the configuration is read from the run directory."""
         checkpoint = self.checkpoint and self.checkpoint.to_message()
         return {"run_dir": str(self.run_dir), "checkpoint": checkpoint}
 
@@ -54,17 +54,17 @@ class ClientFacts:
 
     client_id: int
     num_examples: int
-    """Training examples."""
+    """Number of training examples."""
     num_test_examples: int
     entropy_bits: float
-    """Of the labels of its training examples."""
+    """Entropy of the labels of its training examples."""
     missing: tuple[str, ...]
-    """Labels that it has no training example of."""
+    """Labels that none of its training examples has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TuningData:
-    """Examples and whose they are."""
+    """The tokenised examples of a task and their owners."""
 
     task: TaskSpec
     train: Encoded
@@ -76,20 +76,20 @@ class TuningData:
     facts: tuple[ClientFacts, ...]
     """By client."""
     left_out: tuple[str, ...] = ()
-    """Splits with rows that cannot be used, and how many."""
+    """By split with rows that cannot be used: their number and the first of them."""
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Number of tokens of the longest sequence."""
         return int(max(self.train.lengths().max(), self.test.lengths().max()))
 
     def train_lengths(self) -> list[NDArray[np.int64]]:
-        """Return, by client, the tokens of each of its training sequences."""
+        """Return, by client, the number of tokens of each of its training sequences."""
         lengths = self.train.lengths()
         return [lengths[mine] for mine in self.train_sequences]
 
     def save(self, folder: Path) -> None:
-        """Write everything into a folder."""
+        """Write the examples into a folder; ``load`` reads them."""
         replace_folder(folder, self._write)
 
     def _write(self, folder: Path) -> None:
