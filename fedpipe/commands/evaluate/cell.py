@@ -1,4 +1,4 @@
-"""One cell of an evaluation, from its folder to its result: trained, scored, written whole."""
+"""Run one cell of an evaluation: fine-tune a model on a task, score it, and write the result."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ from fedpipe.run.run_dir import locked
 
 PREDICTIONS_FILE = "predictions.jsonl.gz"
 _SCORED_AT_A_TIME = 64
-"""Sequences."""
+"""Sequences per batch when a model is scored."""
 _ALSO = {"ner": ("entity_precision", "entity_recall")}
-"""Metrics that are written down but not shown in the table."""
+"""Metrics that result.json has and the table does not show."""
 
 
 def run_cell(run_dir: Path, *, local_rank: int = 0) -> CellResult:
     """Fine-tune and score one model on one task with one seed.
 
-    Writes metrics.jsonl as it goes, then predictions.jsonl.gz, statistics.npz and, last of all,
-    result.json; each is complete or absent.
+    It writes metrics.jsonl while it trains, then predictions.jsonl.gz and statistics.npz, and
+    finally result.json. Each of these files is complete or absent.
 
     Args:
         run_dir: Folder of the cell, with its cell.json.
-        local_rank: Of this process on its node; each takes its own GPU, if there are any.
+        local_rank: Index of this process on its node, which chooses its GPU if there are any.
 
     Returns:
         The content of result.json.
 
     Raises:
-        FedPipeError: The model cannot be read, or another process works on the cell.
+        FedPipeError: The model cannot be read, or another process runs the cell.
     """
     with locked(run_dir):
         cell = json.loads((run_dir / CELL_FILE).read_text(encoding="utf-8"))
@@ -143,7 +143,7 @@ def _run(
 
 
 def gold_digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Identify the test examples and their labels, whatever files they came from."""
+    """Return a digest of the test examples and their labels, independent of their files."""
     gold = [[row["split"], row["example"], row["gold"]] for row in rows]
     return hashlib.sha256(json.dumps(gold).encode()).hexdigest()
 
@@ -173,7 +173,7 @@ def _write(
     statistics: Mapping[str, NDArray[np.float64]],
     rows: Sequence[dict[str, Any]],
 ) -> None:
-    """Write the files of a finished cell; result.json says that the others are there."""
+    """Write the files of a finished cell; result.json is the last one."""
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     packed = gzip.compress(lines.encode(), mtime=0)
     arrays = io.BytesIO()

@@ -1,4 +1,4 @@
-"""``fedpipe evaluate``: models, tasks and seeds on this machine, each cell a process of its own."""
+"""``fedpipe evaluate``: fine-tune and score models on this machine, with a process per cell."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def add_job_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _choice_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of ``EvaluationConfig`` that the arguments set."""
+    """Return the fields of ``EvaluationConfig`` that options of the command line set."""
     chosen: dict[str, Any] = {}
     if args.model:
         chosen["models"] = tuple(args.model)
@@ -81,7 +81,7 @@ def _choice_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate what the arguments say, run one cell again, or compare two evaluations."""
+    """Evaluate models as the arguments say, repeat one cell, or compare two evaluations."""
     if args.compare:
         return _compare(args.compare, args.run_dir)
     kinds: tuple[Kind, ...] = ("evaluation", "evaluation cell")
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def to_submit(args: argparse.Namespace) -> Evaluation:
-    """Check the evaluation that the arguments say, for jobs of its cells."""
+    """Check the evaluation of the arguments, and return it for submission."""
     asked = read_evaluation(args.config, args.overrides, args.run_dir, chosen=_choice_of(args))
     return set_up_evaluation(*asked, notify=show)
 
@@ -121,14 +121,14 @@ def evaluate(
     chosen: Mapping[str, Any] | None = None,
     parallel: int = 1,
 ) -> int:
-    """Fine-tune and score what is not done yet; the whole of ``fedpipe evaluate``.
+    """Run the cells that are not done yet. This is all that ``fedpipe evaluate`` does.
 
     Args:
         config_path: Path of a YAML file, or None.
         overrides: Values ``section.key=value``, which win over the file.
-        run_dir: Directory of the evaluation, or None.
+        run_dir: Directory of the evaluation, or None for the default one.
         chosen: Fields of ``EvaluationConfig`` that options set.
-        parallel: Cells at a time; they share the cores, on a GPU each has one.
+        parallel: Number of cells at a time; they share the cores, and each has a GPU of its own.
 
     Returns:
         0 when all cells are done, 75 when the evaluation was interrupted and can be resumed.
@@ -151,10 +151,10 @@ def evaluate(
 
 
 def run_one(run_dir: str) -> int:
-    """Run a cell again in this process: ``fedpipe evaluate --run-dir EVALUATION/cells/NAME``.
+    """Repeat a cell in this process, for ``fedpipe evaluate --run-dir EVALUATION/cells/NAME``.
 
     Args:
-        run_dir: With a cell.json.
+        run_dir: Folder of the cell, with its cell.json.
 
     Returns:
         0.
@@ -170,7 +170,7 @@ def run_one(run_dir: str) -> int:
 
 
 def go_on(run_dir: str, *, job_id: str, signals: Signals) -> int:
-    """Run a cell in a job of one task: there is nothing to save before it is done."""
+    """Run a cell in a job of one task; a cell saves nothing before it is done."""
     note_attempt(Path(run_dir), Position(), job_id=job_id)
     alone = ProcessEnv(rank=0, world_size=1, local_rank=0, local_world_size=1, rendezvous="")
     bind(alone)

@@ -1,4 +1,4 @@
-"""Two evaluations side by side: paired differences of their scores, with intervals. No torch."""
+"""Compare two evaluations: paired differences of their scores, with intervals. No torch."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ from fedpipe.report.sections import environment_rows
 from fedpipe.run.run_dir import RunDir, describe_environment
 
 Unit = int | str
-"""A training: the seed of a fine-tuning, or a model that stands for a seed of pre-training."""
+"""A training: a seed of fine-tuning, or the name of a model as a seed of pre-training."""
 Units = dict[Unit, Sample]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
-    """A model of an evaluation, or several that are one method with other seeds of pre-training."""
+    """A model of an evaluation, or several models of one method with different seeds."""
 
     directory: Path
     models: tuple[str, ...]
     content: Content
-    """Of its evaluation.json."""
+    """Content of evaluation.json."""
 
     @property
     def title(self) -> str:
-        """Its name in the table."""
+        """Name in the table."""
         return ",".join(self.models)
 
     def cells(self, task: str) -> list[CellFacts]:
-        """Return its finished cells of a task."""
+        """Return the finished cells of a task."""
         return [
             cell
             for cell in self.content["cells"]
@@ -72,7 +72,7 @@ class Side:
         ]
 
     def units(self, task: str, key: str, *, by_model: bool, num_draws: int) -> Units:
-        """Resample its scores by model, each the mean over its seeds, or by seed of fine-tuning."""
+        """Resample the scores by model (the mean over its seeds), or by seed of fine-tuning."""
         found: dict[Unit, list[tuple[str, float]]] = {}
         for cell in self.cells(task):
             score = cell["scores"][key]
@@ -91,20 +91,20 @@ class Side:
 
 
 def compare(first: str, second: str) -> Comparison:
-    """Compare two models, or two methods, on all tasks that both were scored on.
+    """Compare two models or two methods on all tasks that both have scores for.
 
     Args:
         first: Directory of an evaluation; ``DIR:MODEL`` where it has several models, and
             ``DIR:MODEL,MODEL,...`` where these are one method with several seeds of pre-training.
-        second: Likewise.
+        second: The other one, in the same form.
 
     Returns:
-        By task and metric the two means, their difference (first minus second), its interval, and
-        whether it stands out of the table by Holm's correction.
+        By task and metric, the two means, their difference (first minus second), its interval, and
+        whether it differs from 0 after Holm's correction.
 
     Raises:
-        ConfigError: A model is not named, or the two have no task in common.
-        CheckpointError: A directory holds no evaluation, or the test examples differ.
+        ConfigError: A model has to be named, or the two sides have no task in common.
+        CheckpointError: A directory has no evaluation, or the test examples differ.
     """
     sides = _side(first), _side(second)
     by_model = any(len(side.models) > 1 for side in sides)
@@ -160,7 +160,7 @@ def compare(first: str, second: str) -> Comparison:
 
 
 def _difference(one: Units, other: Units) -> Difference:
-    """Subtract two means, in pairs where both have the same seeds of fine-tuning."""
+    """Subtract two means, in pairs if both have the same seeds of fine-tuning."""
     if not one or not other:
         return {
             "first": None,
@@ -186,7 +186,7 @@ def _difference(one: Units, other: Units) -> Difference:
 
 
 def _averaged(tasks: Sequence[Units]) -> Units:
-    """Average tasks unit by unit, over the units that all of them have."""
+    """Average the tasks unit by unit, over the units that every task has."""
     shared = [unit for unit in tasks[0] if all(unit in units for units in tasks)]
     return {unit: mean_of([units[unit] for units in tasks]) for unit in shared}
 
@@ -195,7 +195,7 @@ def write_comparison(content: Comparison, directory: Path) -> None:
     """Write comparison.json, .md and .html.
 
     Raises:
-        CheckpointError: Something else lies in the directory, or it cannot be written.
+        CheckpointError: The directory has other files, or cannot be written.
     """
     RunDir.at(directory, "comparison").make()
     title = f"fedpipe comparison: {content['first']} and {content['second']}"
@@ -211,7 +211,7 @@ def write_comparison(content: Comparison, directory: Path) -> None:
 
 
 def comparison_table(content: Comparison) -> Table:
-    """Lay the differences out; one that Holm's correction leaves stands out."""
+    """Make the table of differences; those that remain after Holm's correction are emphasized."""
     rows = []
     for row in content["rows"]:
         rows.append(
@@ -246,12 +246,12 @@ def _units(row: Difference) -> str:
 
 
 def terminal_text(content: Comparison) -> str:
-    """Return what a terminal shows."""
+    """Return the comparison as text for a terminal."""
     return "\n".join([*aligned(comparison_table(content)), "", how_to_read(content)])
 
 
 def how_to_read(content: Comparison) -> str:
-    """Say what the numbers are, and how far they reach."""
+    """Explain the numbers of the table, and what they do not show."""
     shown = [*content["rows"], *filter(None, [content["average"]])]
     tested = sum(row["p_value"] is not None for row in shown)
     sentences = [

@@ -1,4 +1,4 @@
-"""What the JSON files of an evaluation hold: a cell's result, evaluation.json, comparison.json."""
+"""Types of the JSON files of an evaluation: cell.json, result.json, evaluation.json, ..."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ JSON_FILE = "evaluation.json"
 
 
 class Settings(TypedDict):
-    """How a model is fine-tuned on a task: ``EvaluationConfig`` with every value in place."""
+    """Settings of a fine-tuning: ``EvaluationConfig`` with a value for every field."""
 
     learning_rate: float
     batch_size: int
@@ -29,7 +29,7 @@ class Settings(TypedDict):
 
 
 class CellFile(TypedDict):
-    """The content of ``cells/NAME/cell.json``: what a process needs to know to run the cell."""
+    """The content of ``cells/NAME/cell.json``: everything that a process needs to run the cell."""
 
     key: str
     name: str
@@ -37,11 +37,11 @@ class CellFile(TypedDict):
     model_path: str
     task: str
     spec: dict[str, Any]
-    """The fields of ``TaskSpec``, without the pad token of the model."""
+    """Fields of ``TaskSpec``, without the id of the pad token, which belongs to the model."""
     seed: int
     settings: Settings
     data_dir: str
-    """Of the tokenised task."""
+    """Folder of the tokenised task."""
     test_split: str
 
 
@@ -49,25 +49,25 @@ class CellResult(TypedDict):
     """The content of ``cells/NAME/result.json``."""
 
     key: str
-    """Of everything that the result depends on."""
+    """Digest of everything that the result depends on."""
     model: str
     task: str
     seed: int
     scores: dict[str, float | None]
-    """By metric; of a second test set by ``METRIC:NAME``. None where a score is not defined."""
+    """By metric, or ``METRIC:NAME`` for a second test set; None if a score is not defined."""
     dev_scores: list[float | None]
-    """After every epoch; empty without a dev split."""
+    """Dev score after every epoch; empty without a dev split."""
     best_epoch: int
     num_steps: int
     diverged_at: int | None
-    """First step whose loss or gradients are not finite."""
+    """First recorded step whose loss or gradient norm is not finite; None if there is none."""
     num_train: int
-    """Examples."""
+    """Number of training examples."""
     num_test: dict[str, int]
-    """Examples, by test set."""
+    """Number of examples, by test set."""
     settings: Settings
     gold_digest: str
-    """Of the test examples and their labels."""
+    """Digest of the test examples and their labels."""
     seconds: float
     threads: int
     device: str
@@ -75,56 +75,56 @@ class CellResult(TypedDict):
 
 
 class Score(TypedDict, total=False):
-    """What a model reaches in a row of the table, over its seeds."""
+    """The scores of a model in a row of the table, over its seeds."""
 
     mean: float | None
     std: float | None
     min: float | None
     max: float | None
     n: int
-    """Seeds."""
+    """Number of seeds."""
     seeds: dict[int, float | None]
-    """By seed of fine-tuning; JSON has the seeds as text."""
+    """Score by seed of fine-tuning; keys are text, because JSON has no other keys."""
     interval: list[float] | None
-    """Of the mean, 95 %."""
+    """95 % interval of the mean."""
     over: str | None
-    """What the interval is over."""
+    """What varies in the interval: seeds and test examples, or test examples alone."""
 
 
 class TableRow(TypedDict):
-    """A metric of a task."""
+    """One row of the table: a metric of a task."""
 
     task: str
     metric: str
     title: str
     num_test: int | None
     cells: int
-    """Seeds that each model is to be trained with."""
+    """Number of seeds that each model is to be trained with."""
     models: dict[str, Score | None]
 
 
 class TaskFacts(TypedDict):
-    """A task, its data, and how models are fine-tuned on it."""
+    """A task, its examples, and the settings of the fine-tunings."""
 
     name: str
     format: str
     folder: str
     examples: dict[str, int]
     truncated: dict[str, dict[str, int]]
-    """By model and split, examples of which something did not fit."""
+    """By model and split, the number of examples that did not fit whole."""
     test_split: str
     left_out: dict[str, str]
-    """By split, the rows that cannot be used."""
+    """By split, a text about rows that cannot be used."""
     best_epoch_by: str
     num_train: int | None
     num_test: dict[str, int] | None
     settings: dict[str, Settings]
-    """By model."""
+    """Settings by model."""
     cites: str
 
 
 class ModelFacts(TypedDict):
-    """A model."""
+    """A model of an evaluation."""
 
     name: str
     path: str
@@ -132,7 +132,7 @@ class ModelFacts(TypedDict):
 
 
 class CellFacts(TypedDict):
-    """A fine-tuning, and what it reached."""
+    """A fine-tuning and its result."""
 
     name: str
     model: str
@@ -140,9 +140,9 @@ class CellFacts(TypedDict):
     seed: int
     done: bool
     tokenised: str
-    """Folder of the tokenised task in the cache."""
+    """Name of the folder of the tokenised task in the cache."""
     scores: NotRequired[dict[str, float | None]]
-    """This and what follows is that of its result, once it is done."""
+    """This field and those below are copied from the result of a finished cell."""
     best_epoch: NotRequired[int]
     num_steps: NotRequired[int]
     seconds: NotRequired[float]
@@ -170,7 +170,7 @@ class Content(TypedDict):
 
 
 class EstimateFacts(TypedDict):
-    """An estimate in JSON."""
+    """An ``Estimate`` as JSON."""
 
     value: float
     interval: tuple[float, float] | None
@@ -180,14 +180,14 @@ class EstimateFacts(TypedDict):
 
 
 class Tested(EstimateFacts):
-    """A difference, and whether it stands out of a table."""
+    """A difference that is tested together with the others of a table."""
 
     stands_out: bool
-    """By Holm's correction over the table."""
+    """Whether it differs from 0 after Holm's correction over the table."""
 
 
 class Difference(TypedDict):
-    """Of two means over trainings."""
+    """The difference of two means over trainings."""
 
     first: float | None
     second: float | None
@@ -198,11 +198,11 @@ class Difference(TypedDict):
     p_value: float | None
     paired: bool
     stands_out: bool
-    """By Holm's correction over the table."""
+    """Whether it differs from 0 after Holm's correction over the table."""
 
 
 class DifferenceRow(Difference):
-    """Of a metric of a task."""
+    """The differences of a metric of a task."""
 
     task: str
     metric: str

@@ -43,7 +43,7 @@ from fedpipe.report.writer import METRICS_FILE
 from fedpipe.run.run_dir import Kind, describe_environment
 
 Results = dict[str, CellResult | None]
-"""By name of the cell."""
+"""Results by name of the cell."""
 _FIGURE = "evaluation.png"
 _CAPTION = f"Mean scores with 95 % intervals, {METHOD}."
 
@@ -55,12 +55,12 @@ PRELOAD = (
     "seqeval.metrics",
     "sklearn.metrics",
 )
-"""What the fork server imports before the first cell; other families are imported by theirs."""
+"""Modules that the fork server imports before the first cell starts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredCell(Cell[RunConfig]):
-    """One fine-tuning."""
+    """One fine-tuning of an evaluation."""
 
     kind: Kind = "evaluation cell"
     model: ModelFolder
@@ -69,13 +69,13 @@ class ScoredCell(Cell[RunConfig]):
     key: str
     """Of everything that its result depends on."""
     settings: Settings
-    """The section ``evaluation`` as it is for this cell, every value in place."""
+    """Section ``evaluation`` for this cell, with a value for every field."""
     prepared: PreparedTask
     """The tokenised task."""
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps; fewer where a part of the examples is drawn."""
+        """Return the number of optimizer steps; ``max_train_examples`` may lower it."""
         share = self.settings["max_train_examples"] or self.prepared.examples["train"]
         kept = min(1.0, share / self.prepared.examples["train"])
         batches = -(-kept * self.prepared.sequences["train"] // self.settings["batch_size"])
@@ -83,11 +83,11 @@ class ScoredCell(Cell[RunConfig]):
 
     @property
     def is_done(self) -> bool:
-        """Whether it has a result of its own content and settings."""
+        """Whether there is a result for the present content and settings."""
         return self.result() is not None
 
     def result(self) -> CellResult | None:
-        """Read what it reached; None if that has not happened, or was of other content."""
+        """Read the result; None if there is none, or if it belongs to other content or settings."""
         try:
             content = json.loads((self.run_dir / RESULT_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -98,7 +98,7 @@ class ScoredCell(Cell[RunConfig]):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Study[ScoredCell]):
-    """All fine-tunings of a run; every one has been checked."""
+    """All fine-tunings of an evaluation; every one has been checked."""
 
     task = "evaluate"
     job = "fedpipe.commands.evaluate.command:go_on"
@@ -106,31 +106,31 @@ class Evaluation(Study[ScoredCell]):
     config: RunConfig
     models: tuple[ModelFolder, ...]
     files: tuple[TaskFiles, ...]
-    """One per task."""
+    """Files of the tasks, in their order."""
     cells: tuple[ScoredCell, ...]
-    """Tasks in their order, for each all models, for each all seeds."""
+    """Cells in the order of tasks, then models, then seeds."""
 
     @property
     def job_name(self) -> str:
-        """Of its jobs, in the queue."""
+        """Name of the jobs in the queue."""
         return f"{self.config.name}-evaluation"
 
     @property
     def max_parallel(self) -> int | None:
-        """On a GPU, each cell has one."""
+        """Number of GPUs, because a cell needs its own; None on a CPU."""
         return num_gpus() or None
 
     @property
     def page(self) -> Path:
-        """Its report."""
+        """Path of the report."""
         return self.directory / "evaluation.html"
 
     def start(self, cell: ScoredCell, slot: Slot, log: Path) -> CellProcess:
-        """Fork a cell from the server that has imported torch and transformers."""
+        """Start a cell as a fork of the server that has imported torch and transformers."""
         return ForkedProcess(_score, cell.run_dir, slot, log, preload=PRELOAD)
 
     def show_progress(self, running: Sequence[str], console: RunConsole) -> None:
-        """Show how many optimizer steps are done, of all that are to be made."""
+        """Show the number of optimizer steps that are done, and the number of all steps."""
         total = sum(cell.num_steps for cell in self.cells)
         done = 0
         for cell in self.cells:
@@ -142,11 +142,11 @@ class Evaluation(Study[ScoredCell]):
             console.preparing("fine-tuning, steps", done, total)
 
     def write_tables(self) -> str:
-        """Write evaluation.json, .md, .html and .png of the cells that are done."""
+        """Write evaluation.json, .md, .html and .png of the finished cells."""
         return terminal_text(gather(self))
 
     def outcome(self, cell: ScoredCell) -> str:
-        """Say the score that a finished cell has reached."""
+        """Return a text with the score of a finished cell."""
         return outcome_text(cell.result())
 
 
@@ -157,7 +157,7 @@ def _score(run_dir: str, index: int) -> None:
 
 
 def _steps(path: Path) -> int:
-    """Read the last step of a record that is being written."""
+    """Return the last step in a metrics.jsonl that is being written."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
@@ -171,10 +171,10 @@ def _steps(path: Path) -> int:
 
 
 def gather(evaluation: Evaluation) -> Content:
-    """Write evaluation.json, .md, .html and .png from the cells that are done.
+    """Write evaluation.json, .md, .html and .png of the finished cells.
 
     Args:
-        evaluation: Its cells may be at work meanwhile.
+        evaluation: The evaluation; its other cells may be running.
 
     Returns:
         The content of evaluation.json.
@@ -195,10 +195,10 @@ def gather(evaluation: Evaluation) -> Content:
 
 
 def summarise(evaluation: Evaluation) -> Content:
-    """Compute means, spreads and intervals of the cells that are done.
+    """Compute means, standard deviations and intervals of the finished cells.
 
     Args:
-        evaluation: Any.
+        evaluation: The evaluation, with any number of finished cells.
 
     Returns:
         The content of evaluation.json.
@@ -252,7 +252,7 @@ def summarise(evaluation: Evaluation) -> Content:
 
 
 def read_statistics(run_dir: Path, key: str) -> Array:
-    """Read what a metric needs of every test example of a finished cell."""
+    """Read the statistics of a metric for every test example of a finished cell."""
     with np.load(run_dir / STATISTICS_FILE) as arrays:
         return np.asarray(arrays[key])
 
@@ -265,7 +265,7 @@ def _keys(metrics: Sequence[str], cells: Sequence[ScoredCell]) -> list[str]:
 def _row(
     key: str, cells: Sequence[ScoredCell], results: Results, *, num_draws: int
 ) -> tuple[TableRow, dict[str, _Scored]]:
-    """One metric of one task, for every model: mean, spread and interval; and its samples."""
+    """Make the row of a metric of a task, with an entry per model, and return its samples too."""
     name, _, test_set = key.partition(":")
     metric = METRICS[name]
     models: dict[str, Score | None] = {}
@@ -300,14 +300,14 @@ def _row(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Scored:
-    """A model's sample of a task, by seed."""
+    """The sample of a model on a task, by seed."""
 
     seeds: tuple[int, ...]
     sample: Sample
 
 
 def _average(scored: Sequence[_Scored]) -> Score | None:
-    """Average tasks seed by seed, over the seeds that all of them have."""
+    """Average the tasks seed by seed, over the seeds that every task has."""
     shared = [seed for seed in scored[0].seeds if all(seed in each.seeds for each in scored)]
     if not shared:
         return None
@@ -317,7 +317,7 @@ def _average(scored: Sequence[_Scored]) -> Score | None:
 
 
 def _interval(found: Estimate, *, lowest: float) -> Score:
-    """Say how sure a mean is; no score is outside of what its metric can be."""
+    """Return the interval of a mean, cut to the range of the metric."""
     if found.interval is None:
         return {"interval": None, "over": None}
     low, high = np.clip(found.interval, lowest, 1.0)

@@ -1,13 +1,14 @@
-"""How sure a mean over seeds is: one 95 % interval, one p-value, and Holm's correction.
+"""Intervals and tests for means over seeds: 95 % intervals, p-values, and Holm's correction.
 
-What varies is what is counted. A system's units are its independent trainings: the seeds of
-pre-training where there are several, each the mean over its seeds of fine-tuning, else the seeds of
+The units of a system are its independent trainings. With several seeds of pre-training, a unit is
+the mean over the seeds of fine-tuning of one of them. Otherwise the units are the seeds of
 fine-tuning of the one model. All units are scored on the same test examples, so that two variances
-add up: that of the mean over units, which Student's t takes from the units themselves, and that of
-the test examples, which the bootstrap gives, less what the units' own variance holds of it.
+add up: the variance of the mean over units, which Student's t takes from the units, and the
+variance of the test examples, which the bootstrap estimates, minus the part of it that the variance
+of the units already contains.
 
-Fewer than ``MIN_SEEDS`` units do not show how trainings vary. Their interval is over test examples,
-speaks of these trainings alone, and has no p-value.
+Fewer than ``MIN_SEEDS`` units do not show how much trainings vary. Their interval covers test
+examples only, holds for these trainings only, and has no p-value.
 
 A test simulates trainings: from three seeds on the intervals of means and of differences cover 93
 to 97 of 100, and Holm's correction finds a difference between equal systems in 5 tables of 100.
@@ -30,12 +31,12 @@ from fedpipe.data.tasks.scoring import Array, Metric, draws
 # U = units (independent trainings), F = fine-tunings of each, B = resampled test sets
 
 MIN_SEEDS = 3
-"""Units that an interval over them needs: Student's t of two is 12.7 standard errors wide."""
+"""Least number of units for an interval over units: with two, Student's t is 12.7."""
 LEVEL = 0.95
 _NODES, _WEIGHTS = (np.stack(np.polynomial.legendre.leggauss(64)) + [[1], [0]]) / 2
-"""Of an integral from 0 to 1, by Gauss and Legendre."""
+"""Nodes and weights of the Gauss-Legendre quadrature from 0 to 1."""
 SEEDS, EXAMPLES = "seeds and test examples", "test examples"
-"""What an interval is over."""
+"""Values of ``Estimate.over``: what varies in an interval."""
 METHOD = (
     f"over seeds (Student's t) and test examples (bootstrap) from {MIN_SEEDS} seeds on, else over "
     "test examples alone, and of these trainings only"
@@ -44,26 +45,26 @@ METHOD = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """What a system scores, by unit; also a difference or a mean of such, unit by unit."""
+    """Scores of a system by unit, or a difference or mean of several samples, unit by unit."""
 
     scores: Array
-    """On the test set, (U,)."""
+    """(U,) scores on the test set."""
     drawn: Array
-    """On every resampled test set, (U, B)."""
+    """(U, B) scores on the resampled test sets."""
 
     def __sub__(self, other: Sample) -> Sample:
         """Subtract unit by unit, for units that share a seed."""
         return Sample(scores=self.scores - other.scores, drawn=self.drawn - other.drawn)
 
     def at(self, units: Sequence[int]) -> Sample:
-        """Keep some units, in this order."""
+        """Return the sample of some units, in this order."""
         return Sample(scores=self.scores[list(units)], drawn=self.drawn[list(units)])
 
     def per_unit(self, num_units: int) -> Sample:
-        """Take the means of equal runs of consecutive fine-tunings.
+        """Average consecutive fine-tunings, so that a pre-training is one unit.
 
         Args:
-            num_units: Pre-trainings, which divides the number of fine-tunings.
+            num_units: Number of pre-trainings; it divides the number of fine-tunings.
         """
         shape = (num_units, -1)
         return Sample(
@@ -78,17 +79,18 @@ def sample(
     """Score the resampled test sets of every unit.
 
     Args:
-        metric: What was computed.
-        scores: By unit.
-        statistics: By unit, what the metric needs of every test example.
-        num_draws: Resampled test sets; they are the same for every call with as many examples.
+        metric: The metric of the scores.
+        scores: Scores by unit.
+        statistics: By unit, the statistics of the metric for every test example.
+        num_draws: Number of resampled test sets. They are the same in every call with the same
+            number of examples.
     """
     drawn = draws(metric, statistics, num_draws=num_draws)
     return Sample(scores=np.asarray(scores, dtype=np.float64), drawn=drawn)
 
 
 def joined(samples: Sequence[Sample]) -> Sample:
-    """Put the units of several samples together."""
+    """Return one sample with the units of several samples."""
     return Sample(
         scores=np.concatenate([each.scores for each in samples]),
         drawn=np.concatenate([each.drawn for each in samples]),
@@ -96,7 +98,7 @@ def joined(samples: Sequence[Sample]) -> Sample:
 
 
 def mean_of(samples: Sequence[Sample]) -> Sample:
-    """Average several tasks or rounds, unit by unit."""
+    """Average samples of several tasks or rounds, unit by unit."""
     return Sample(
         scores=np.mean([each.scores for each in samples], axis=0),
         drawn=np.mean([each.drawn for each in samples], axis=0),
@@ -105,20 +107,20 @@ def mean_of(samples: Sequence[Sample]) -> Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """A mean over units, or the difference of two, and how sure it is."""
+    """A mean over units, or the difference of two means, with an interval and a p-value."""
 
     value: float
     interval: tuple[float, float] | None
-    """95 %, each by itself; None where too many resampled test sets have no score."""
+    """95 % interval, not corrected; None if too many resampled test sets have no score."""
     over: str | None
     """``SEEDS`` or ``EXAMPLES``; None without an interval."""
     n: tuple[int, ...]
-    """Units of each system; one number where they are paired by seed."""
+    """Number of units of each system; one number if the systems are paired by seed."""
     p_value: float | None
-    """Two-sided, of a true value of 0; None where the interval is not over seeds."""
+    """Two-sided p-value of the hypothesis 0; None if the interval is not over seeds."""
 
     def to_dict(self) -> EstimateFacts:
-        """Return everything for JSON."""
+        """Return the estimate as JSON."""
         return {
             "value": self.value,
             "interval": self.interval,
@@ -132,8 +134,8 @@ def estimate(first: Sample, second: Sample | None = None) -> Estimate:
     """Estimate a mean over units, or the difference of two systems' means.
 
     Args:
-        first: One system, or its paired difference to another one.
-        second: What to subtract where the two do not share their seeds; on the same test examples.
+        first: One system, or its paired difference to another system.
+        second: System to subtract if the two do not share seeds; on the same test examples.
     """
     groups = [first] if second is None else [first, second]
     means = [float(group.scores.mean()) for group in groups]
@@ -163,7 +165,7 @@ def estimate(first: Sample, second: Sample | None = None) -> Estimate:
 def _over_seeds(
     value: float, by_units: Sequence[float], rest: float, n: tuple[int, ...]
 ) -> Estimate:
-    """Combine Student's t (Welch's of two systems) over units with the normal over examples."""
+    """Combine Student's t over units (Welch's for two systems) with a normal over examples."""
     from scipy import special
 
     seeds = sum(by_units)
@@ -185,7 +187,7 @@ def _over_seeds(
 
 
 def _p_value(value: float, *, seeds: float, rest: float, freedom: float) -> float:
-    """Return the two-sided p-value of Behrens and Fisher, which keeps its level far out, too."""
+    """Return the two-sided p-value of Behrens and Fisher, which is exact in the tails too."""
     from scipy import special
 
     if seeds + rest == 0:
@@ -199,7 +201,7 @@ def _p_value(value: float, *, seeds: float, rest: float, freedom: float) -> floa
 
 
 def student_half_width(values: Sequence[float]) -> float | None:
-    """Return half of the 95 % interval of a mean over seeds; None of fewer than two."""
+    """Return half the width of the 95 % interval of a mean; None for fewer than two values."""
     from scipy import special
 
     if len(values) < 2:
@@ -209,10 +211,10 @@ def student_half_width(values: Sequence[float]) -> float | None:
 
 
 def holm(p_values: Sequence[float | None]) -> list[bool]:
-    """Tell which values of a table differ from 0 at a family-wise error of 5 %.
+    """Return which values of a table differ from 0 at a family-wise error rate of 5 %.
 
     Args:
-        p_values: Of all of the table; None never does, and does not count.
+        p_values: All p-values of the table; None is never significant and does not count.
     """
     ranked = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     found = [False] * len(p_values)

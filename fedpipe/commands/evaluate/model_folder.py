@@ -1,4 +1,4 @@
-"""A Hugging Face folder to fine-tune: what it holds, and whether it can be. No torch."""
+"""Find and check the Hugging Face folders that an evaluation fine-tunes. No torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.models.lengths import longest_input, num_positions
 
 DEFAULT = "runs/quickstart"
-"""Where ``make pretrain`` leaves a model."""
+"""Run directory of ``make pretrain``, the default model."""
 _EXPORT = "export"
 _FAST = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
-"""One of these, and transformers can make a tokenizer."""
+"""Files of which one is enough for transformers to make a tokenizer."""
 _USUAL_POSITIONS = 512
-"""Of a model whose configuration does not say."""
+"""Number of positions of a model whose configuration names none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,33 +26,34 @@ class ModelFolder:
     """A model that can be fine-tuned."""
 
     name: str
-    """In tables and folders; one of its own in a run."""
+    """Name in tables and folders, unique in an evaluation."""
     path: str
-    """The folder."""
+    """Path of the folder."""
     digest: str
-    """Of its configuration, weights and tokenizer."""
+    """Digest of configuration, weights and tokenizer."""
     tokenizer_digest: str
-    """Of its tokenizer."""
+    """Digest of the tokenizer."""
     vocab_size: int
-    """Rows of the embedding."""
+    """Number of rows of the embedding."""
     num_positions: int
-    """Tokens of the longest sequence it can read."""
+    """Number of tokens of the longest possible sequence."""
     usual_length: int
-    """Tokens to which its tokenizer cuts: later positions may never have been trained."""
+    """Number of tokens to which the tokenizer cuts; later positions may be untrained."""
 
 
 def check_models(paths: Sequence[str]) -> list[Path]:
-    """Find the folders that ``--model`` names; the weights themselves are not read.
+    """Find the folders that ``--model`` names, without reading the weights.
 
     Args:
-        paths: Hugging Face folders, or run directories with an export; none means the quick start.
+        paths: Hugging Face folders, or run directories with an export; an empty list means the
+            quick start.
 
     Returns:
-        A folder for each.
+        A folder for each path.
 
     Raises:
-        ConfigError: There is no model to evaluate.
-        CheckpointError: A folder holds no model, no weights or no tokenizer.
+        ConfigError: No model is named, and the quick start has none.
+        CheckpointError: A folder has no model, no weights or no tokenizer.
     """
     if not paths and not os.path.isfile(f"{DEFAULT}/{_EXPORT}/config.json"):
         raise ConfigError(
@@ -63,11 +64,11 @@ def check_models(paths: Sequence[str]) -> list[Path]:
 
 
 def read_models(folders: Sequence[Path], *, root: Path) -> tuple[ModelFolder, ...]:
-    """Digest the models.
+    """Compute the digests of the models.
 
     Args:
-        folders: From ``check_models``.
-        root: The cache directory, which remembers digests of files.
+        folders: Folders from ``check_models``.
+        root: Cache directory, which stores digests of files.
 
     Returns:
         A model for each folder.
@@ -80,15 +81,15 @@ def max_length_of(model: ModelFolder, *, wanted: int | None, usual: int) -> int:
     """Choose the longest sequence of a task.
 
     Args:
-        model: Whose positions are the limit.
+        model: The model, whose positions are the limit.
         wanted: ``evaluation.max_length``.
-        usual: The task's own, where the configuration says nothing.
+        usual: Length of the task, used if the configuration has none.
 
     Returns:
-        Tokens.
+        Number of tokens.
 
     Raises:
-        ConfigError: More are asked for than the model has positions.
+        ConfigError: The configuration asks for more tokens than the model has positions.
     """
     if wanted is None:
         return min(usual, model.usual_length)
@@ -143,7 +144,7 @@ def _read(folder: Path, name: str, *, root: Path) -> ModelFolder:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Name models after their folders, with as many parents as tell them apart."""
+    """Name models after their folders, with as many parent folders as make names unique."""
     parts = [_telling(folder) for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["-".join(part[-depth:]) for part in parts]
@@ -156,7 +157,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _telling(folder: Path) -> list[str]:
-    """Split the path of a folder without what says nothing of the model."""
+    """Split the path of a folder, without parts that every export has."""
     words = list(folder.resolve().parts)[1:]
     if words[-1:] == [_EXPORT]:
         words.pop()

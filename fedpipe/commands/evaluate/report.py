@@ -1,4 +1,4 @@
-"""An evaluation for people: the table of tasks and models, its page, and the figure. No torch."""
+"""The report of an evaluation: the table of tasks and models, the page and the figure. No torch."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ if TYPE_CHECKING:
 
 AVERAGE = "macro average"
 _LEGEND_WIDTH, _LEGEND_MARK = 105, 7
-"""Of the figure in characters, and what the mark beside a name takes of it."""
+"""Width of the legend in characters, and the part of it that a mark takes."""
 
 
 def percent(value: Any, digits: int = 1) -> str:
-    """Write a score, which is a share, times 100."""
+    """Write a score, which is a share, in percent."""
     return f"{100 * value:.{digits}f}" if is_number(value) else MISSING
 
 
 def signed(found: Difference | Tested) -> str:
-    """Write a difference of scores with its interval; one that stands out of a table is strong."""
+    """Write a difference of scores with its interval; a significant one is emphasized."""
     if not is_number(found["value"]):
         return MISSING
     text = f"{100 * found['value']:+.1f}"
@@ -57,7 +57,7 @@ def signed(found: Difference | Tested) -> str:
 
 
 def outcome_text(result: CellResult | CellFacts | None) -> str:
-    """Say what a cell has reached, in a few words."""
+    """Return a short text with the result of a cell."""
     if result is None:
         return "no score"
     scores = [
@@ -71,13 +71,13 @@ def outcome_text(result: CellResult | CellFacts | None) -> str:
 
 
 def table(content: Content) -> Table:
-    """Lay the scores out: a row per task and metric, a column per model.
+    """Make the table of scores: a row per task and metric, a column per model.
 
     Args:
-        content: Of evaluation.json.
+        content: Content of evaluation.json.
 
     Returns:
-        The table; a model that is the best one of a row stands out.
+        The table; the best model of a row is emphasized.
     """
     names = [model["name"] for model in content["models"]]
     rows: list[tuple[str, ...]] = []
@@ -110,7 +110,7 @@ def _cells(entries: Sequence[Score | None]) -> list[str]:
 
 
 def _score(entry: Score | None) -> str:
-    """Write ``82.1 sd 0.6 [80.2, 83.9]``: mean and spread over seeds, interval of the mean."""
+    """Write ``82.1 sd 0.6 [80.2, 83.9]``: mean and standard deviation, interval of the mean."""
     if entry is None or not is_number(entry["mean"]):
         return MISSING
     text = percent(entry["mean"])
@@ -127,7 +127,7 @@ def _count(value: Any) -> str:
 
 
 def _runs(row: TableRow) -> str:
-    """Say how many seeds are done of those that are to be."""
+    """Write the number of finished seeds, and the number of all seeds if it is larger."""
     done = [entry["n"] if entry else 0 for entry in row["models"].values()]
     planned = row["cells"]
     if all(number == planned for number in done):
@@ -136,7 +136,7 @@ def _runs(row: TableRow) -> str:
 
 
 def notes(content: Content) -> list[str]:
-    """Say what has to be known to read the table, one sentence each."""
+    """Return sentences that explain the table."""
     found = [
         "Scores times 100: mean over the seeds, sd their standard deviation (n - 1), in brackets a "
         f"95 % interval of the mean, {content['intervals']}; {content['num_draws']:,} resampled "
@@ -182,7 +182,7 @@ def notes(content: Content) -> list[str]:
 
 
 def _limits(task: TaskFacts) -> list[str]:
-    """Name what was left out of a task."""
+    """Return sentences about the examples that were left out of a task."""
     found = []
     settings = next(iter(task["settings"].values()))
     drawn = [
@@ -218,14 +218,14 @@ def _settings(content: Content, task: str) -> dict[str, Settings]:
 
 
 def blocks(content: Content, figures: Sequence[Figure] = ()) -> list[Block]:
-    """Make the page.
+    """Make the blocks of the page.
 
     Args:
-        content: Of evaluation.json.
-        figures: Of the scores.
+        content: Content of evaluation.json.
+        figures: Figures of the scores.
 
     Returns:
-        What ``to_html`` and ``to_markdown`` take.
+        Blocks for ``to_html`` and ``to_markdown``.
     """
     environment = dict(content["environment"])
     repeat = environment.pop("repeat")
@@ -294,15 +294,15 @@ def _runs_table(content: Content) -> Table:
 
 
 def terminal_text(content: Content) -> str:
-    """Return what a terminal shows at the end: the table, and how to read it."""
+    """Return the text for a terminal: the table and its explanation."""
     return "\n".join(["", *aligned(table(content)), "", *notes(content)])
 
 
 def draw_scores(content: Content) -> tuple[Draw, float] | None:
-    """Draw every task's score with its interval, a colour per model.
+    """Draw the score of every task with its interval, in a colour per model.
 
     Args:
-        content: Of evaluation.json.
+        content: Content of evaluation.json.
 
     Returns:
         The figure and its height in inches, or None before the first cell is done.

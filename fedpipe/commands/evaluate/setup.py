@@ -1,7 +1,7 @@
-"""An evaluation: a fine-tuning per model, task and seed, all checked before any starts. No torch.
+"""Set an evaluation up: a fine-tuning per model, task and seed, all checked first. No torch.
 
-A cell is done when its ``result.json`` carries the key that the content of its model and task and
-its settings give: whatever changes is run again, everything else is kept.
+A cell is done when its ``result.json`` has the key that its settings and the content of its model
+and task give. A cell with a changed key runs again, and all others are kept.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fedpipe.report.format import count
 from fedpipe.run.run_dir import RunDir, locked
 
 FORMAT = 1
-"""Raised with every change of how a cell is trained or scored: earlier results no longer count."""
+"""Version of training and scoring; results of an earlier version are not kept."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -50,16 +50,16 @@ def read_evaluation(
     *,
     chosen: dict[str, Any] | None = None,
 ) -> tuple[RunConfig, Path]:
-    """Find the configuration and the directory; writes nothing.
+    """Find the configuration and the directory; write nothing.
 
     Args:
-        config_path: YAML, or None for that of the evaluation in the directory.
+        config_path: Path of a YAML file, or None for that of the evaluation in the directory.
         overrides: Values ``section.key=value``, which win over the file.
         run_dir: Directory, or None for ``runs/NAME-evaluation``.
         chosen: Fields of ``EvaluationConfig`` that options set.
 
     Raises:
-        FedPipeError: The configuration is wrong, or something else lies in the directory.
+        FedPipeError: The configuration is wrong, or the directory has other files.
     """
     run = RunDir.at(run_dir, "evaluation") if run_dir else None
     config = load.load_config(config_path or (run.saved if run else None), overrides)
@@ -77,17 +77,17 @@ def set_up_evaluation(
     progress: Progress = lambda label, done, total: None,
     on_checked: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Check models and tasks, tokenise what is not cached, write the directory.
+    """Check models and tasks, tokenise tasks that are not cached, and write the directory.
 
     Args:
-        config: From ``read_evaluation``.
-        directory: Likewise.
+        config: Configuration from ``read_evaluation``.
+        directory: Directory from ``read_evaluation``.
         notify: Called with a line for the user.
         progress: Called while tasks are tokenised.
         on_checked: Called when all quick checks have passed.
 
     Returns:
-        The evaluation; nothing has been started.
+        The evaluation; no cell has been started.
 
     Raises:
         FedPipeError: The user can correct the cause; no process of the run has been started.
@@ -141,7 +141,7 @@ def set_up_evaluation(
 
 
 def settings_of(evaluation: EvaluationConfig, task: Task, model: ModelFolder) -> Settings:
-    """Put the published values in the place of what the configuration leaves open."""
+    """Fill in the published values for fields that the configuration leaves open."""
     usual = task.defaults
     return {
         "learning_rate": evaluation.learning_rate or usual.learning_rate,
@@ -203,7 +203,7 @@ def _cell(
 
 
 def _write(run: RunDir, config: RunConfig, cells: Sequence[ScoredCell]) -> None:
-    """Write the configuration of the evaluation, and what each cell needs to run by itself."""
+    """Write the configuration of the evaluation, and cell.json of every cell."""
     whole = load.to_dict(config)
     shared = {"name": config.name, "data": {"cache_dir": config.data.cache_dir}}
     run.write(dump(shared | {"evaluation": whole["evaluation"]}))

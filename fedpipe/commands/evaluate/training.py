@@ -1,8 +1,8 @@
-"""Fine-tuning in plain PyTorch: one model, one task, one seed; repeatable on a CPU.
+"""Fine-tune one model on one task with one seed, in plain PyTorch; repeatable on a CPU.
 
-The recipe of BERT (Devlin et al. 2019, appendix A.3): AdamW, no decay of biases and LayerNorms, a
-linear warm-up and a linear fall to 0, all weights trained. Sequences of like length share a batch,
-so that little of it is padding.
+The recipe is that of BERT (Devlin et al. 2019, appendix A.3): AdamW without decay of biases and
+LayerNorms, a linear warm-up, a linear decay to 0, and all weights trained. Sequences of similar
+length share a batch, so that a batch has little padding.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from fedpipe.models.tuned import read_model
 from fedpipe.pipeline.optimizer import make_optimizer
 
 _POOL = 50
-"""Batches whose sequences are sorted together: long enough to pad little, short enough to mix."""
+"""Number of batches whose sequences are sorted together: large for little padding, small to mix."""
 _JITTER = 0.1
-"""Lengths are blurred by this share, or a small task would have the same batches in every epoch."""
+"""Relative noise of the lengths; without it, a small task has the same batches in every epoch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """How a fine-tuning went."""
+    """The course of a fine-tuning."""
 
     best_epoch: int
-    """From 1; the last one where no dev split chooses."""
+    """Epoch of the final weights, from 1; the last one without a dev split."""
     dev_scores: tuple[float, ...]
-    """After every epoch; empty without a dev split."""
+    """Dev score after every epoch; empty without a dev split."""
     num_steps: int
     diverged_at: int | None = None
-    """The first recorded step whose loss or gradients are not finite; the weights stay so."""
+    """First recorded step whose loss or gradient norm is not finite; None if there is none."""
 
 
 Note = Callable[[dict[str, Any]], None]
@@ -54,19 +54,19 @@ Note = Callable[[dict[str, Any]], None]
 
 
 def load_model(folder: str, spec: TaskSpec, *, device: torch.device) -> torch.nn.Module:
-    """Read an encoder and put a new head on it, drawn from torch's generator.
+    """Read an encoder and add a new head, with weights from torch's random generator.
 
     Args:
         folder: Hugging Face folder.
-        spec: What the head predicts; its pad token is that of a model that knows none (decoders).
-        device: Where it is to be.
+        spec: The task of the head. Its pad token is used if the model has none, as decoders.
+        device: Device of the model.
 
     Returns:
         The model.
 
     Raises:
-        CheckpointError: transformers cannot read it, or has no such head for it.
-        ConfigError: Weights of the encoder are missing, or are not used.
+        CheckpointError: transformers cannot read the folder, or has no such head for the family.
+        ConfigError: Weights of the encoder are missing or unused.
     """
     auto: Any = AutoModelForSequenceClassification
     if spec.kind == "ner":
@@ -96,7 +96,7 @@ def load_model(folder: str, spec: TaskSpec, *, device: torch.device) -> torch.nn
 
 
 def forward_of(model: torch.nn.Module, spec: TaskSpec, *, precision: Precision) -> Forward:
-    """Return what runs a model on sequences of a task."""
+    """Return a function that runs a model on sequences of a task."""
     device: torch.device = next(model.parameters()).device
 
     def forward(split: Encoded, sequences: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -119,20 +119,20 @@ def train(
     dev_score: Callable[[], float] | None,
     note: Note,
 ) -> Trained:
-    """Fine-tune; afterwards the model has the weights of its best epoch.
+    """Fine-tune a model; afterwards it has the weights of its best epoch.
 
     Args:
-        model: From ``load_model``.
-        data: The training split.
-        settings: ``settings_of``.
-        kind: Of the task.
-        seed: Of order and dropout.
-        forward: Runs the model.
-        dev_score: Scores the model; None keeps the last epoch.
-        note: Takes records.
+        model: Model from ``load_model``.
+        data: Training split.
+        settings: Settings from ``settings_of``.
+        kind: Kind of the task.
+        seed: Seed of the order of batches and of dropout.
+        forward: Function from ``forward_of``.
+        dev_score: Returns the dev score of the model; None keeps the last epoch.
+        note: Called with records for metrics.jsonl.
 
     Returns:
-        How it went.
+        The course of the training.
     """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
@@ -202,7 +202,7 @@ def train(
 
 
 def drawn(data: Encoded, limit: int) -> NDArray[np.int64]:
-    """Choose the sequences of at most so many examples, the same ones every time; 0 means all."""
+    """Draw the sequences of at most ``limit`` examples, always the same ones; 0 means all."""
     wanted = np.arange(data.num_sequences)
     if not 0 < limit < data.num_examples:
         return wanted
@@ -213,15 +213,15 @@ def drawn(data: Encoded, limit: int) -> NDArray[np.int64]:
 def batches(
     lengths: NDArray[np.int64], *, batch_size: int, rng: np.random.Generator
 ) -> Iterator[NDArray[np.int64]]:
-    """Go once through all sequences in a random order, those of like length together.
+    """Yield all sequences once in random order, in batches of similar length.
 
     Args:
-        lengths: Tokens of every sequence.
-        batch_size: Sequences per batch; the last one may be smaller.
-        rng: Where the order comes from.
+        lengths: Number of tokens of every sequence.
+        batch_size: Sequences per batch; the last batch may be smaller.
+        rng: Random generator of the order.
 
     Yields:
-        Indices of sequences.
+        Indices of the sequences of a batch.
     """
     order = rng.permutation(len(lengths))
     blurred = lengths * rng.uniform(1 - _JITTER, 1 + _JITTER, size=len(lengths))
