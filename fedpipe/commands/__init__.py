@@ -1,1 +1,1 @@
-"""What a user does with fedpipe: a folder per command."""
+"""The commands of fedpipe, with a folder per command."""

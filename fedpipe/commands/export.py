@@ -1,4 +1,4 @@
-"""``fedpipe export``: the newest checkpoint of a run, as folders that other libraries read."""
+"""``fedpipe export``: write the newest checkpoint of a run in formats of other libraries."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export a run, and show the folders."""
+    """Export a run, and print the folders."""
     for folder in export(options.existing_run(args, "pretrain", "finetune")):
         show(str(folder))
     return 0
 
 
 def export(run: RunDir) -> list[Path]:
-    """Write the newest checkpoint of a run as folders that other libraries read; return them."""
+    """Export the newest checkpoint of a run to folders of other libraries; return the folders."""
     if run.kind == "finetune":
         from fedpipe.commands.finetune.export import export_finetuned
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what their values mean."""
+"""Options that several commands share, and the functions that read their values."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 def add_path(command: argparse.ArgumentParser, name: str, **keywords: Any) -> None:
-    """Add an option whose value is a path; ``~`` is a home directory, after ``=``, too."""
+    """Add an option whose value is a path; ``~`` is a home directory, also after ``=``."""
     command.add_argument(name, type=partial(expanded, key=name), **keywords)
 
 
 def add_run(command: argparse.ArgumentParser, *, presets: str = "") -> None:
-    """Add what says which run it is: preset, file, directory and overrides.
+    """Add the options that describe a run: preset, file, directory and overrides.
 
     Args:
         command: Parser of the command.
-        presets: What the presets are; default: the published systems of pre-training.
+        presets: Help text of ``--preset``; by default it lists the systems of pre-training.
     """
     presets = presets or f"a published system: {', '.join(preset_names())}"
     command.add_argument("--preset", metavar="NAME", help=presets)
@@ -41,7 +41,7 @@ def add_run(command: argparse.ArgumentParser, *, presets: str = "") -> None:
 
 
 def add_directory(command: argparse.ArgumentParser, *, default: str = "runs/NAME") -> None:
-    """Add the directory of the run, and the overrides."""
+    """Add the directory of the run and the overrides."""
     add_path(command, "--run-dir", metavar="DIR", help=f"directory of the run; default: {default}")
     command.add_argument(
         "overrides", metavar="section.key=value", nargs="*", help="wins over the file"
@@ -49,7 +49,7 @@ def add_directory(command: argparse.ArgumentParser, *, default: str = "runs/NAME
 
 
 def add_grid(command: argparse.ArgumentParser, *, text: str) -> None:
-    """Add a grid of values."""
+    """Add the option for a grid of values."""
     command.add_argument(
         "--grid",
         metavar="section.key=value,value",
@@ -61,14 +61,14 @@ def add_grid(command: argparse.ArgumentParser, *, text: str) -> None:
 
 
 def add_parallel(command: argparse.ArgumentParser) -> None:
-    """Add how many runs go on at a time."""
+    """Add the option for the number of runs at a time."""
     command.add_argument(
         "--parallel", metavar="N", type=int, default=1, help="runs at a time; default: 1"
     )
 
 
 def add_task_files(command: argparse.ArgumentParser) -> None:
-    """Add files that describe tasks of the user's own."""
+    """Add the option for files that describe the user's own tasks."""
     add_path(
         command,
         "--task-file",
@@ -80,15 +80,15 @@ def add_task_files(command: argparse.ArgumentParser) -> None:
 
 
 def add_seeds(command: argparse.ArgumentParser, *, text: str) -> None:
-    """Add a list of seeds, which ``seeds`` reads."""
+    """Add the option for a list of seeds, which ``seeds`` parses."""
     command.add_argument("--seeds", metavar="N,N", help=text)
 
 
 def seeds(text: str) -> tuple[int, ...]:
-    """Return the seeds of ``--seeds``.
+    """Parse the value of ``--seeds``.
 
     Raises:
-        ConfigError: They are no numbers.
+        ConfigError: A seed is not a whole number.
     """
     try:
         return tuple(int(word) for word in text.split(","))
@@ -99,10 +99,10 @@ def seeds(text: str) -> tuple[int, ...]:
 
 
 def existing_run(args: argparse.Namespace, *kinds: Kind) -> RunDir:
-    """Open the directory of a run that has been started, of one of some kinds.
+    """Open the directory of an existing run of one of the given kinds.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: The directory has no such run.
     """
     from fedpipe.run.run_dir import RunDir  # not at the top: help and plans need no numpy
 
@@ -113,7 +113,7 @@ def existing_run(args: argparse.Namespace, *kinds: Kind) -> RunDir:
 
 
 def add_launcher(command: argparse.ArgumentParser) -> None:
-    """Take what some launchers add to the arguments of a rank; the environment says it as well."""
+    """Accept the arguments that some launchers add; their environment variables say the same."""
     command.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
@@ -121,7 +121,7 @@ def is_launched(args: argparse.Namespace) -> bool:
     """Whether this process is a rank that a launcher has started.
 
     Raises:
-        ConfigError: It is, and a grid is asked for: all ranks of a launcher belong to one run.
+        ConfigError: It is a rank, and the arguments have a grid; a launcher runs one run only.
     """
     if not (args.launched or is_rank()):
         return False
@@ -134,7 +134,7 @@ def is_launched(args: argparse.Namespace) -> bool:
 
 
 def request_of(args: argparse.Namespace, *, options: Any = None) -> RunRequest:
-    """Return what the arguments ask of a run."""
+    """Return the arguments as a request for a run."""
     from fedpipe.cluster.rank import RunRequest
 
     return RunRequest(

@@ -1,4 +1,4 @@
-"""Parsers of the command line: errors in one line, and modules that are imported when asked for."""
+"""Parsers of the command line: they report errors in one line and import modules on demand."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 from fedpipe.errors import ConfigError
 
 Declare = Callable[[argparse.ArgumentParser, Any], None]
-"""Takes the parser and the module of a command; declares its arguments and what they call."""
+"""Declares the arguments of a command, from its parser and its module."""
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps every command and its summary on one line."""
+    """A formatter that keeps every command and its summary on one line."""
 
     def add_argument(self, action: argparse.Action) -> None:
-        """Make room for a command's name."""
+        """Widen the column for the name of a command."""
         super().add_argument(action)
         if isinstance(action, argparse._SubParsersAction):
             # Python 3.11 forgets that commands are indented below their title.
@@ -25,10 +25,10 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports its errors as ours: one line, exit code 2."""
+    """A parser that reports its errors like ours: one line and exit code 2."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse; what is left are overrides, at which argparse stops after an option."""
+        """Parse the arguments; the rest are overrides, where argparse stops after an option."""
         namespace, rest = super().parse_known_args(args, namespace)
         for argument in rest:
             if argument.startswith("-") or "=" not in argument:
@@ -36,12 +36,12 @@ class Parser(argparse.ArgumentParser):
         return namespace, rest
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse has to say."""
+        """Raise a message of argparse as an error of ours."""
         raise ConfigError(f"command line: {message}. See {self.prog} --help.")
 
 
 class _CommandParser(Parser):
-    """Imports the module of its command when that command is the one that was asked for."""
+    """A parser that imports the module of its command when the user asks for that command."""
 
     module: str
     declare: Declare
@@ -59,14 +59,14 @@ def add_commands(
     title: str,
     metavar: str,
 ) -> None:
-    """Let a parser choose among commands, and import the module of the chosen one only.
+    """Add commands to a parser; only the module of the chosen command is imported.
 
     Args:
-        parser: Of the program, or of a command that has commands of its own.
-        commands: By name, a module in ``fedpipe.commands``, and a line of the help.
+        parser: Parser of the program, or of a command with commands of its own.
+        commands: By name, a module in ``fedpipe.commands`` and a line of help.
         declare: Declares the arguments of a command.
-        title: Heads the commands in the help.
-        metavar: Stands for one of them.
+        title: Heading of the commands in the help.
+        metavar: Placeholder for a command in the help.
     """
     choice = parser.add_subparsers(
         title=title, metavar=metavar, required=True, parser_class=_CommandParser

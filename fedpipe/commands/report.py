@@ -1,4 +1,4 @@
-"""``fedpipe report``: report.html, report.md and the plots of a run."""
+"""``fedpipe report``: write report.html, report.md and the plots of a run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report of a run, and show where it is."""
+    """Write the report of a run, and print its path."""
     show(str(report(options.existing_run(args, "pretrain", "finetune"))))
     return 0
 
 
 def report(run: RunDir) -> Path:
-    """Write the report of a run; return its page."""
+    """Write the report of a run; return the path of report.html."""
     if run.kind == "finetune":
         from fedpipe.commands.finetune.report import write_finetune_report
 

@@ -1,7 +1,7 @@
-"""``fedpipe reproduce``: a published experiment on this machine, from text to figures.
+"""``fedpipe reproduce``: repeat a published experiment on this machine, from text to figures.
 
-Pre-training runs go one at a time, so that their clocks can be compared; then every model is
-fine-tuned and scored, a process per core or GPU. All processes are forked from one server.
+Pre-training runs run one at a time, so that their times can be compared. Then every model is
+fine-tuned and scored, with a process per core or GPU. All processes are forked from one server.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def add_job_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reproduce what the arguments say."""
+    """Run the experiment that the arguments name."""
     return reproduce(
         args.experiment,
         args.overrides,
@@ -105,7 +105,7 @@ def _seeds_of(args: argparse.Namespace) -> tuple[int, ...] | None:
 
 
 def to_submit(args: argparse.Namespace) -> JobRun:
-    """Check the reproduction that the arguments say, for a job of one task that does all of it."""
+    """Check the reproduction of the arguments, and return it as one job for submission."""
     plan = plan_reproduction(
         EXPERIMENTS[0],
         args.scale,
@@ -143,15 +143,15 @@ def reproduce(
     seeds: tuple[int, ...] | None = None,
     signals: Signals | None = None,
 ) -> int:
-    """Run what is not done of an experiment; the whole of ``fedpipe reproduce``.
+    """Run the remaining parts of an experiment. This is all that ``fedpipe reproduce`` does.
 
     Args:
-        experiment: Its name.
+        experiment: Name of the experiment.
         overrides: Values ``section.key=value``, which win over the file.
-        run_dir: Directory, or None.
-        scale: How large, or None.
-        data: Folder with the tasks' files, or None.
-        seeds: Of pre-training, or None.
+        run_dir: Directory of the reproduction, or None for the default one.
+        scale: Name of the packaged settings, or None.
+        data: Folder with the files of the tasks, or None.
+        seeds: Seeds of pre-training, or None.
         signals: Signals to catch meanwhile; a caller passes its own to learn which one came.
 
     Returns:
@@ -180,13 +180,13 @@ def reproduce(
 
 
 def go_on(run_dir: str, *, job_id: str, signals: Signals) -> int:
-    """Go on with an experiment, or begin it, in a job of one task; see ``reproduce``."""
+    """Start or resume an experiment in a job of one task; see ``reproduce``."""
     note_attempt(Path(run_dir), _position(Path(run_dir)), job_id=job_id)
     return reproduce(EXPERIMENTS[0], [], run_dir, signals=signals)
 
 
 def _position(directory: Path) -> Position:
-    """A number that grows with every round, step and scored cell, to see whether work goes on."""
+    """Return a position that grows with every round, step and scored cell, as proof of progress."""
     positions = [position_of(find_latest(run)[0]) for run in directory.glob("cells/*")]
     scored = len(list(directory.glob(f"{EVALUATION}/cells/*/result.json")))
     return Position(
@@ -195,19 +195,19 @@ def _position(directory: Path) -> Position:
 
 
 def _is_reproduced(plan: Reproduction) -> bool:
-    """Whether all of it is done, as its directory says."""
+    """Whether the directory shows that the whole experiment is done."""
     if plan.pending() or not (plan.directory / RESULT_FILE).is_file():
         return False
     return bool(plan.content()["environment"]["repeat"] == _repeat(plan))
 
 
 def _reproduced_lines(plan: Reproduction) -> list[str]:
-    """Return what a finished reproduction has to show."""
+    """Return the lines that a finished reproduction shows."""
     return [plan.write_tables(), f"report  {plan.page}"]
 
 
 def _run(plan: Reproduction, signals: Signals, console: RunConsole) -> None:
-    """Bring everything to its end, and write what was found."""
+    """Run the remaining pre-trainings and fine-tunings, and write the results."""
     pending, way_out = plan.pending(), f"Run them again with: {plan.resume_command()}"
     if pending:
         fork_server(_PRELOAD)
@@ -251,10 +251,10 @@ def _evaluation(
 
 
 def _export(plan: Reproduction, models: Sequence[tuple[SystemCell, int]]) -> None:
-    """Write models that are not there yet, in a process that has torch.
+    """Export the missing models, in a process that imports torch.
 
     Raises:
-        LaunchError: It failed.
+        LaunchError: The process failed.
     """
     missing = [
         (run.run_dir, round_id, plan.model(run, round_id))
@@ -283,7 +283,7 @@ def _export(plan: Reproduction, models: Sequence[tuple[SystemCell, int]]) -> Non
 
 
 def _work(missing: Sequence[tuple[Path, int, Path]], log: str) -> None:
-    """Export models in this process, which ends with it; what it says goes to its log."""
+    """Export models in this process, which ends afterwards; output goes to the log."""
     save_when_the_parent_dies()
     with redirect_output(log, anew=True):
         from fedpipe.commands.reproduce.models import export_models
@@ -311,7 +311,7 @@ def _write(plan: Reproduction, content: Content) -> None:
 
 
 def _repeat(plan: Reproduction) -> str:
-    """The command that repeats it in a new directory."""
+    """Return the command that repeats the experiment in a new directory."""
     return shlex.join(
         [
             "fedpipe",
@@ -327,7 +327,7 @@ def _repeat(plan: Reproduction) -> str:
 
 
 def _chosen(plan: Reproduction) -> list[str]:
-    """Overrides that lead from the packaged settings of the scale to this reproduction."""
+    """Return the overrides that turn the packaged settings into those of this reproduction."""
     from fedpipe.commands.reproduce.config import load_reproduction
     from fedpipe.config.load import diff, to_dict
 

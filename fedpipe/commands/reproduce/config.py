@@ -1,4 +1,4 @@
-"""The configuration of ``fedpipe reproduce``: a run, an evaluation, and what is compared."""
+"""The configuration of ``fedpipe reproduce``: a run, an evaluation, and the compared systems."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ SCALES = ("tiny", "small", "base")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparisonConfig:
-    """What is compared with what."""
+    """The systems that are compared."""
 
     scale: str = "tiny"
     """Name of the packaged settings."""
     cuts: tuple[int, ...] = (1, 2, 3)
-    """First layers of the server, one run of fedpipe each; labels stay at home."""
+    """First layer of the server in every run of fedpipe; labels stay with the client."""
     published_length: int = 0
-    """``data.padded_length`` of FedBERT as published."""
+    """Value of ``data.padded_length`` for FedBERT as published."""
     timed_rounds: int = 0
     """Some systems provably reach the same weights as another one. Such a system is trained for
     these rounds only: later rounds take the mean of their seconds, and the other system's scores.
     0 means all rounds."""
     seeds: tuple[int, ...] = (0,)
-    """Every variant is pre-trained once with each."""
+    """Seeds of pre-training; every variant is pre-trained once with each seed."""
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
@@ -51,13 +51,13 @@ class ComparisonConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReproductionConfig(RunConfig):
-    """The run that all variants are made of, and how they are scored."""
+    """The run from which all variants are made, and the settings of their evaluation."""
 
     reproduce: ComparisonConfig = field(default_factory=ComparisonConfig)
 
     @property
     def num_layers(self) -> int:
-        """Of the encoder."""
+        """Number of encoder layers."""
         length = self.data.sequence_length
         return resolve(self.model, vocab_size=1, sequence_length=length).num_hidden_layers
 

@@ -1,4 +1,4 @@
-"""The models after every round, as folders to fine-tune; in a process that has torch."""
+"""Export the models of all rounds as folders to fine-tune, in a process that imports torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fedpipe.run.run_dir import RunDir
 
 
 def export_models(wanted: Sequence[tuple[Path, int, Path]]) -> None:
-    """Write models.
+    """Export models to Hugging Face folders.
 
     Args:
-        wanted: Run directory, rounds that are done (0: none, the first weights) and folder of each.
+        wanted: By model, its run directory, number of rounds (0 for the first weights) and folder.
 
     Raises:
-        CheckpointError: A checkpoint is not there, or damaged.
+        CheckpointError: A checkpoint is missing or damaged.
     """
     for run_dir, num_rounds, target in wanted:
         checkpoint = find_round(run_dir, num_rounds) if num_rounds else None

@@ -1,7 +1,7 @@
-"""A reproduction for people: tables, the two figures of the paper, the published numbers. No torch.
+"""The report of a reproduction: tables, two figures, and the published numbers. No torch.
 
-Source of everything marked published: FedBioBERT, the abstract's speed-ups, and its chart
-base_performance.png (github.com/wzw1105/FedBioBERT at 612ae65), read off the picture.
+Source of the numbers that are marked as published: FedBioBERT, the abstract's speed-ups, and its
+chart base_performance.png (github.com/wzw1105/FedBioBERT at 612ae65), read off the picture.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _COLORS = {
 
 
 def speed_table(content: Content) -> Table:
-    """Lay out mean and peak speed-up of every run of fedpipe over every baseline."""
+    """Make the table of mean and peak speed-up of every run of fedpipe over every baseline."""
     baselines = [v for v in content["variants"] if v["kind"] != "fedpipe"]
     rows: list[tuple[str, ...]] = []
     for own in (v for v in content["variants"] if v["kind"] == "fedpipe"):
@@ -92,7 +92,7 @@ def _speed(pair: SpeedUpFacts, num_tasks: int) -> str:
 
 
 def variants_table(content: Content) -> Table:
-    """Lay out the pre-training runs: speed at equal tokens, and losses."""
+    """Make the table of pre-training runs: speed at equal tokens, and losses."""
     first = content["variants"][0]["seconds_per_round"]
     ours = next(v for v in content["variants"] if v["kind"] == "fedbert")["seconds_per_round"]
     rows = []
@@ -127,7 +127,7 @@ def variants_table(content: Content) -> Table:
 
 
 def times_table(content: Content, baseline: VariantFacts) -> Table:
-    """Lay out time to a baseline's best score, per task and run of fedpipe."""
+    """Make the table of times to the best score of a baseline, per task and run of fedpipe."""
     own = [v for v in content["variants"] if v["kind"] == "fedpipe"]
     pairs = [_pair(content, v, baseline) for v in own]
     rows: list[tuple[str, ...]] = []
@@ -164,7 +164,7 @@ def _time(seconds: float | None, ratio: float | None) -> str:
 
 
 def differences_table(content: Content) -> Table:
-    """Lay out fedpipe's scores minus FedBERT's after the same tokens."""
+    """Make the table of fedpipe's scores minus FedBERT's after the same tokens."""
     found = {(d["variant"], d["task"]): d for d in content["differences"]}
     compared = {variant for variant, _ in found}
     own = [v for v in content["variants"] if v["name"] in compared]
@@ -178,7 +178,7 @@ def differences_table(content: Content) -> Table:
 
 
 def scores_table(content: Content) -> Table:
-    """Lay out every score after every round."""
+    """Make the table of every score after every round."""
     titles = {v["name"]: v["title"] for v in content["variants"]}
     rows = []
     for task in content["tasks"]:
@@ -191,7 +191,7 @@ def scores_table(content: Content) -> Table:
 
 
 def settings_table(content: Content) -> Table:
-    """Lay out what the models were fine-tuned and scored on, and how."""
+    """Make the table of tasks and of the settings of their fine-tunings."""
     rows = []
     for task in content["tasks"]:
         own = task["settings"]
@@ -212,7 +212,7 @@ def settings_table(content: Content) -> Table:
 
 
 def notes(content: Content) -> list[str]:
-    """Say what has to be known to read the tables, one sentence each."""
+    """Return sentences that explain the tables."""
     variants = content["variants"]
     short = [v for v in variants if v["measured_rounds"] < content["num_rounds"]]
     titles = {v["name"]: v["title"] for v in variants}
@@ -251,7 +251,7 @@ def notes(content: Content) -> list[str]:
 
 
 def below(content: Content) -> str:
-    """Say on which tasks fedpipe differs from FedBERT at equal tokens, and how sure that is."""
+    """Return sentences on the tasks whose scores differ from FedBERT's at equal tokens."""
     titles = {v["name"]: v["title"] for v in content["variants"]}
     differences = content["differences"]
     last, over_all = ([(d, d["last"]) for d in differences], [(d, d["all"]) for d in differences])
@@ -291,7 +291,7 @@ def _leaves_out_0(found: Tested, sign: int) -> bool:
 
 
 def facts(content: Content) -> Facts:
-    """Name the speed-ups of the fastest cut, beside the published ones."""
+    """Return the speed-ups of the fastest cut, beside the published ones."""
     items = []
     for kind, title in (("published", "as published"), ("fedbert", "our kernels")):
         names = {v["name"]: v["title"] for v in content["variants"] if v["kind"] == kind}
@@ -307,14 +307,14 @@ def facts(content: Content) -> Facts:
 
 
 def blocks(content: Content, figures: Sequence[Figure]) -> list[Block]:
-    """Make the page.
+    """Make the blocks of the page.
 
     Args:
-        content: Of reproduce.json.
-        figures: The paper's two.
+        content: Content of reproduce.json.
+        figures: Figures of scores and losses.
 
     Returns:
-        What ``to_html`` and ``to_markdown`` take.
+        Blocks for ``to_html`` and ``to_markdown``.
     """
     environment = dict(content["environment"])
     repeat = environment.pop("repeat")
@@ -380,13 +380,13 @@ def _published() -> list[Block]:
 
 
 def terminal_text(content: Content) -> str:
-    """Return what a terminal shows at the end."""
+    """Return the text for a terminal."""
     lines = ["", *aligned(variants_table(content)), "", *aligned(speed_table(content)), ""]
     return "\n".join([*lines, below(content)])
 
 
 def draw_scores(content: Content) -> tuple[Draw, float]:
-    """Draw score against training time, a panel per task; also the height in inches."""
+    """Draw score against training time, with a panel per task; return the height in inches, too."""
     tasks = content["tasks"]
     columns = min(2, len(tasks))
     rows = -(-len(tasks) // columns)
@@ -414,7 +414,7 @@ def draw_scores(content: Content) -> tuple[Draw, float]:
 
 
 def draw_losses(content: Content) -> Draw:
-    """Draw the final head's loss against training time: of training, and on held-out text."""
+    """Draw training loss and held-out loss of the final head against training time."""
     unit, name = _unit(content)
     by_name = {v["name"]: v for v in content["variants"]}
 
@@ -437,7 +437,7 @@ def draw_losses(content: Content) -> Draw:
 def _rounds(
     axes: Axes, xs: Sequence[float], ys: Sequence[float], measured: int, style: dict[str, Any]
 ) -> None:
-    """Draw ends of rounds, hollow where the clock goes on without training."""
+    """Draw a mark at the end of every round; it is hollow for a round that was not trained."""
     axes.plot(xs, ys, linewidth=1.3, **style)
     dots = {"color": style["color"], "markersize": 3}
     axes.plot(xs[:measured], ys[:measured], "o", **dots)

@@ -1,4 +1,4 @@
-"""What a reproduction has found: clocks, losses, scores, speed-ups, differences. No torch."""
+"""Results of a reproduction: times, losses, scores, speed-ups and differences. No torch."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from fedpipe.commands.reproduce.setup import Reproduction, SystemCell
 
 AGREEMENT = 1e-3
-"""Relative difference of losses up to which two runs have trained the same weights."""
+"""Largest relative difference of losses at which two runs count as identical weights."""
 HELD_OUT = "held-out loss"
 
 
 class VariantFacts(TypedDict):
-    """A system, the mean over its seeds of pre-training."""
+    """A system; numbers are means over its seeds of pre-training."""
 
     name: str
     title: str
@@ -39,7 +39,7 @@ class VariantFacts(TypedDict):
     scored_as: str
     """The system whose models are scored for this one: itself, or one with identical weights."""
     loss_difference: float | None
-    """Largest relative difference of a round's loss from that of its twin."""
+    """Largest relative difference of the loss of a round from that of its twin."""
     clock: list[float]
     """Seconds of training at the end of every round."""
     seconds_per_round: float
@@ -52,23 +52,23 @@ class VariantFacts(TypedDict):
 
 
 class TaskScores(TypedDict):
-    """A task, and what the systems score on it."""
+    """A task, and the scores of the systems on it."""
 
     name: str
     metric: str
     title: str
     untrained: float
     scores: dict[str, list[float]]
-    """By system, after every round."""
+    """By system, the score after every round."""
     learnt: dict[str, bool]
-    """By system, whether its scores are above the untrained model's by more than chance."""
+    """By system, whether its scores are significantly above those of the untrained model."""
     num_train: int
     num_test: int
     settings: Settings
 
 
 class LossRace(TypedDict):
-    """When the held-out loss of a baseline is reached."""
+    """The time to the held-out loss of a baseline."""
 
     loss: float
     baseline_s: float
@@ -77,7 +77,7 @@ class LossRace(TypedDict):
 
 
 class RaceFacts(TypedDict):
-    """The fields of ``Race``, and its ratio."""
+    """The fields of ``Race`` and its ratio."""
 
     task: str
     target: float
@@ -88,7 +88,7 @@ class RaceFacts(TypedDict):
 
 
 class SpeedUpFacts(TypedDict):
-    """A run of fedpipe beside a baseline."""
+    """The speed-up of a run of fedpipe over a baseline."""
 
     variant: str
     baseline: str
@@ -98,20 +98,20 @@ class SpeedUpFacts(TypedDict):
     mean: float | None
     peak: float | None
     reached: int
-    """Tasks."""
+    """Tasks whose score is reached."""
     never: tuple[str, ...]
     unlearnt: tuple[str, ...]
 
 
 class ScoreDifference(TypedDict):
-    """Scores of fedpipe minus those of FedBERT on a task, after the same tokens."""
+    """Scores of fedpipe minus scores of FedBERT on a task, after the same tokens."""
 
     variant: str
     task: str
     last: Tested
-    """After the last round."""
+    """Difference after the last round."""
     all: Tested
-    """Mean over all rounds."""
+    """Mean difference over all rounds."""
 
 
 class Content(TypedDict):
@@ -135,32 +135,32 @@ class Content(TypedDict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """A pre-training run, by round."""
+    """The numbers of a pre-training run by round."""
 
     seconds: tuple[float, ...]
-    """Of training: local steps and averaging, without start-up, validation and checkpoints."""
+    """Seconds of local steps and averaging, without start-up, validation and checkpoints."""
     losses: tuple[float, ...]
-    """Of the final head, mean over the round's steps."""
+    """Loss of the final head, mean over the steps of the round."""
     held_out: tuple[float, ...]
-    """Of the final head on held-out text, after the round."""
+    """Loss of the final head on held-out text after the round."""
     tokens: tuple[int, ...]
 
     def clock(self, num_rounds: int) -> list[float]:
-        """Return training time at the end of each round, of those not trained by the mean."""
+        """Return the training time at each round's end; untrained rounds take the mean time."""
         mean = sum(self.seconds) / len(self.seconds)
         rest = [mean] * (num_rounds - len(self.seconds))
         return list(accumulate([*self.seconds, *rest]))
 
 
 Curves = dict[str, list[Curve]]
-"""By variant, one per seed."""
+"""By variant, a curve per seed."""
 
 
 def read_curve(run: SystemCell) -> Curve:
-    """Read the record of a finished run.
+    """Read the metrics of a finished run.
 
     Raises:
-        CheckpointError: It is damaged.
+        CheckpointError: metrics.jsonl is damaged.
     """
     summary = RunSummary.load(run.run_dir)
     rounds, scored = summary.of_kind("round"), summary.of_kind("eval")
@@ -178,19 +178,19 @@ def read_curve(run: SystemCell) -> Curve:
 
 
 def loss_difference(first: Curve, second: Curve) -> float:
-    """Return the largest relative difference of two runs' losses over the rounds of both."""
+    """Return the largest relative difference of the losses of two runs in common rounds."""
     pairs = [*zip(first.losses, second.losses, strict=False)]
     pairs += zip(first.held_out, second.held_out, strict=False)
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
 def read_curves(plan: Reproduction) -> Curves:
-    """Read the records of all runs, which must be done."""
+    """Read the metrics of all runs, which must be done."""
     return {v.name: [read_curve(run) for run in plan.of(v)] for v in plan.variants}
 
 
 def agreement(plan: Reproduction, curves: Curves) -> dict[str, float]:
-    """Return by variant that has a twin how far its losses are from the twin's."""
+    """Return, for every variant with a twin, the relative difference of their losses."""
     return {
         v.name: max(map(loss_difference, curves[v.name], curves[v.twin]))
         for v in plan.variants
@@ -199,13 +199,13 @@ def agreement(plan: Reproduction, curves: Curves) -> dict[str, float]:
 
 
 def scored_as(plan: Reproduction, curves: Curves) -> dict[str, str]:
-    """Return by variant the one whose models are scored for it, itself where they differ."""
+    """Return, for every variant, the variant whose models are scored for it."""
     far = agreement(plan, curves)
     return {v.name: v.twin if far.get(v.name, 1.0) <= AGREEMENT else v.name for v in plan.variants}
 
 
 def wanted_models(plan: Reproduction, curves: Curves) -> list[tuple[SystemCell, int]]:
-    """Return all models to score: run and rounds that are done, 0 for the untrained one."""
+    """Return all models to score: run and number of rounds, 0 for the untrained model."""
     scored = set(scored_as(plan, curves).values())
     runs = [run for run in plan.cells if run.variant.name in scored]
     found = plan.untrained()
@@ -216,21 +216,21 @@ def wanted_models(plan: Reproduction, curves: Curves) -> list[tuple[SystemCell, 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Scores:
-    """Finished cells of a task, by variant and round."""
+    """The finished cells of a task, by variant and round."""
 
     evaluation: Evaluation
     plan: Reproduction
     cells: dict[str, list[ScoredCell]]
-    """By folder of the model."""
+    """Cells by folder of the model."""
     key: str
-    """Of the metric."""
+    """Key of the metric."""
 
     def _cells(self, variant: Variant, round_id: int) -> list[ScoredCell]:
         runs = self.plan.of(variant)
         return [c for run in runs for c in self.cells[run.model_name(round_id)]]
 
     def sample(self, variant: Variant, round_id: int) -> Sample:
-        """Resample the scores after a round, by seed of pre-training; one not defined is 0."""
+        """Resample the scores after a round, by seed of pre-training; undefined scores are 0."""
         cells = self._cells(variant, round_id)
         scores = [finished(cell)["scores"][self.key] for cell in cells]
         found = sample(
@@ -244,22 +244,22 @@ class _Scores:
 
 
 def finished(cell: ScoredCell) -> CellResult:
-    """Return the result of a cell that is done."""
+    """Return the result of a finished cell."""
     result = cell.result()
     assert result is not None, cell.name
     return result
 
 
 def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Content:
-    """Compute everything that the page shows.
+    """Compute all numbers of the page.
 
     Args:
-        plan: All its runs are done.
-        evaluation: Of ``wanted_models``; all its cells are done.
-        curves: From ``read_curves``.
+        plan: Reproduction whose runs are all done.
+        evaluation: Evaluation of ``wanted_models`` whose cells are all done.
+        curves: Curves from ``read_curves``.
 
     Returns:
-        The content of reproduce.json.
+        Content of reproduce.json.
     """
     num_rounds = plan.config.federation.num_rounds
     source, far = scored_as(plan, curves), agreement(plan, curves)
@@ -331,9 +331,9 @@ def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Con
 
 
 def _is_learnt(rounds: Sequence[Sample], untrained: Sample) -> bool:
-    """Whether the scores of all rounds are in the mean above the untrained model's.
+    """Whether the mean score of all rounds is above that of the untrained model.
 
-    The best round would be chosen on the test examples that it is to be judged by.
+    The best round alone would be chosen on the same test examples that judge it.
     """
     found = estimate(mean_of(rounds) - untrained).interval
     return found is not None and found[0] > 0
@@ -372,7 +372,7 @@ def _variant(
 
 
 def _steps(run: SystemCell, clock: Sequence[float], points: int = 200) -> list[list[float]]:
-    """Return time and training loss of the final head along the first seed's run."""
+    """Return times and training losses of the final head in the run of the first seed."""
     summary = RunSummary.load(run.run_dir)
     tokens, losses = summary.training_loss(summary.num_stages - 1)
     after = summary.tokens_after_round()
@@ -386,7 +386,7 @@ def _steps(run: SystemCell, clock: Sequence[float], points: int = 200) -> list[l
 
 
 def _speed_ups(variants: Sequence[VariantFacts], tasks: Sequence[TaskScores]) -> list[SpeedUpFacts]:
-    """Compare every run of fedpipe with every baseline: all tasks, then the held-out loss."""
+    """Compare every run of fedpipe with every baseline, on all tasks and on held-out loss."""
     found: list[SpeedUpFacts] = []
     for own in (v for v in variants if v["kind"] == "fedpipe"):
         for baseline in (v for v in variants if v["kind"] != "fedpipe"):
@@ -451,7 +451,7 @@ def _loss_race(
 def _difference(
     variant: str, task: str, own: Sequence[Sample], theirs: Sequence[Sample]
 ) -> ScoreDifference:
-    """Subtract FedBERT's scores from fedpipe's at equal tokens: last round, and mean of all."""
+    """Subtract FedBERT's scores from fedpipe's at equal tokens: last round, and mean of rounds."""
     by_round = [first - second for first, second in zip(own, theirs, strict=True)]
     return {
         "variant": variant,

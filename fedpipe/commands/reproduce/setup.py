@@ -1,4 +1,4 @@
-"""A reproduction: all its pre-training runs, checked before any starts. No torch."""
+"""Set a reproduction up: all pre-training runs are checked before one starts. No torch."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ TASKS = (
     "bc2gm", "bc5cdr-chemical", "bc5cdr-disease", "ncbi-disease", "jnlpba", "ddi", "gad",
     "pubmedqa",
 )  # fmt: skip
-"""FedBioBERT's, in the order of its figure."""
+"""Tasks of FedBioBERT, in the order of its figure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SystemCell(Cell[RunConfig]):
-    """The pre-training of a system with a seed."""
+    """The pre-training of one system with one seed."""
 
     variant: Variant
     seed: int
 
     def model_name(self, round_id: int) -> str:
-        """Name the model after a round, 1 for the first; 0 is untrained, the same for all."""
+        """Name the model after a number of rounds; all systems share the untrained model, 0."""
         name = self.variant.name if round_id else UNTRAINED
         return f"{name}_seed{self.seed}_round{round_id:02d}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduction(Study[SystemCell]):
-    """All pre-trainings of a reproduction, which run one at a time: their clocks are compared."""
+    """All pre-trainings of a reproduction; they run one at a time, because times are compared."""
 
     task = "reproduce"
     noun = "pre-training run"
@@ -67,24 +67,24 @@ class Reproduction(Study[SystemCell]):
     config: ReproductionConfig
     variants: tuple[Variant, ...]
     cells: tuple[SystemCell, ...]
-    """Seed by seed, all variants."""
+    """All variants of the first seed, then of the next seed."""
 
     @property
     def job_name(self) -> str:
-        """Of its job, in the queue."""
+        """Name of the job in the queue."""
         return f"{self.experiment}-{self.config.reproduce.scale}"
 
     @property
     def page(self) -> Path:
-        """Its report."""
+        """Path of the report."""
         return self.directory / "reproduce.html"
 
     def of(self, variant: Variant) -> list[SystemCell]:
-        """Return the runs of a variant, in the order of the seeds."""
+        """Return the runs of a variant in the order of the seeds."""
         return [cell for cell in self.cells if cell.variant == variant]
 
     def untrained(self) -> list[tuple[SystemCell, int]]:
-        """Return what the models before any training are made of, one per seed."""
+        """Return the runs that give the untrained models, one per seed."""
         first = next(v for v in self.variants if v.kind == "fedbert")
         return [(cell, 0) for cell in self.of(first)]
 
@@ -93,21 +93,21 @@ class Reproduction(Study[SystemCell]):
         return self.directory / MODELS / cell.model_name(round_id)
 
     def write(self) -> None:
-        """Write reproduce.yaml and each run's config.yaml.
+        """Write reproduce.yaml, and config.yaml of every run.
 
         Raises:
-            FedPipeError: The directory cannot be written to.
+            FedPipeError: The directory cannot be written.
         """
         RunDir.at(self.directory, "reproduction").make().write(load.dump_config(self.config))
         for cell in self.cells:
             cell.run.make().write(load.to_yaml(cell.config))
 
     def prepare(self, cells: Sequence[SystemCell], *, progress: Progress | None = None) -> None:
-        """Prepare the texts of the runs."""
+        """Prepare the text of the runs."""
         prepare_texts(cells, progress=progress)
 
     def run(self, cell: SystemCell, *, console: RunConsole, signals: Signals) -> None:
-        """Pre-train a system, with its live display."""
+        """Pre-train a system in this process, with a live display."""
         found = ranks.PROGRAM.located_run(cell.run, cell.config)
         setup = set_up_here(ranks.PROGRAM, found, console=console)
         console.close()
@@ -115,21 +115,21 @@ class Reproduction(Study[SystemCell]):
             supervise(ranks.PROGRAM, setup, signals=signals)
 
     def content(self) -> Content:
-        """Return what reproduce.json holds."""
+        """Return the content of reproduce.json."""
         text = (self.directory / RESULT_FILE).read_text(encoding="utf-8")
         content: Content = json.loads(text)
         return content
 
     def write_tables(self) -> str:
-        """Return what a terminal shows of a finished reproduction."""
+        """Return the text of a finished reproduction for a terminal."""
         return terminal_text(self.content())
 
     def outcome(self, cell: SystemCell) -> str:
-        """Say the loss that a finished run has reached."""
+        """Return a text with the loss of a finished run."""
         return f"loss {number(read_result(cell.run_dir).loss, 3)}"
 
     def resume_command(self, *, parallel: int = 1) -> str:
-        """Return the command that goes on with it."""
+        """Return the command that resumes the reproduction."""
         words = ["fedpipe", "reproduce", self.experiment, "--run-dir", str(self.directory)]
         return shlex.join(words)
 
@@ -143,15 +143,15 @@ def plan_reproduction(
     data: str | None,
     seeds: tuple[int, ...] | None,
 ) -> Reproduction:
-    """Resolve and check every run; write nothing.
+    """Find and check every run; write nothing.
 
     Args:
         experiment: One of ``EXPERIMENTS``.
-        scale: One of ``SCALES``, or None for that of the reproduction in the directory, else tiny.
+        scale: One of ``SCALES``. None takes that of the reproduction in the directory, or tiny.
         overrides: Values ``section.key=value``, which win over the file.
         run_dir: Directory, or None for ``runs/EXPERIMENT-SCALE``.
-        data: Folder with the files of the eight tasks, or None for what the settings say.
-        seeds: Of pre-training, or None likewise.
+        data: Folder with the files of the eight tasks, or None for that of the settings.
+        seeds: Seeds of pre-training, or None for those of the settings.
 
     Returns:
         The reproduction.
@@ -183,7 +183,7 @@ def plan_reproduction(
 
 
 def check_tasks(config: RunConfig) -> list[Task]:
-    """Return the tasks; refuse those that there are not, or whose files are not at hand."""
+    """Return the tasks; refuse a task that does not exist, or whose files are missing."""
     evaluation = config.evaluation
     tasks = choose_tasks(evaluation.tasks, evaluation.task_files, evaluation.data)
     for task in tasks:
@@ -192,7 +192,7 @@ def check_tasks(config: RunConfig) -> list[Task]:
 
 
 def is_packaged(config: RunConfig) -> bool:
-    """Whether the tasks are the packaged slice."""
+    """Whether the files of the tasks are the packaged slice."""
     return config.evaluation.data == PACKAGED_TASKS
 
 
@@ -215,7 +215,7 @@ def _cell(directory: Path, variant: Variant, seed: int) -> SystemCell:
 
 
 def _check_same(directory: Path, before: ReproductionConfig, now: ReproductionConfig) -> None:
-    """Refuse another reproduction than that of the directory; its evaluation may be another."""
+    """Refuse another reproduction than that of the directory; its evaluation may differ."""
     free = may_change_in_all(RunDir.at(path, "pretrain") for path in directory.glob(f"{CELLS}/*"))
     check_config(
         directory,

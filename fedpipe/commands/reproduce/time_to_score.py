@@ -1,4 +1,4 @@
-"""How long a run takes to reach a score, and how many times sooner another one does. Pure."""
+"""The time that a run needs to reach a score, and the speed-up of another run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 
 
 def best(clock: Sequence[float], scores: Sequence[float]) -> tuple[float, float]:
-    """Return the best score and when it is reached first."""
+    """Return the best score and the time at which it is first reached."""
     score = max(scores)
     return score, clock[list(scores).index(score)]
 
 
 def time_to(target: float, clock: Sequence[float], scores: Sequence[float]) -> float | None:
-    """Return when a score is reached: between two rounds on the line, before round 1 never.
+    """Return the time at which a score is reached, linear between rounds and not before round 1.
 
     Args:
         target: The score.
         clock: Seconds of training at the end of every round, increasing.
-        scores: After every round.
+        scores: Score after every round.
 
     Returns:
-        Seconds; None where no round has that score.
+        Seconds of training; None if no round has that score.
     """
     for index, score in enumerate(scores):
         if score >= target:
@@ -37,21 +37,21 @@ def time_to(target: float, clock: Sequence[float], scores: Sequence[float]) -> f
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Race:
-    """One task: the best score of a baseline, and when another run reaches it."""
+    """The best score of a baseline on a task, and the time at which another run reaches it."""
 
     task: str
     target: float
     """The baseline's best score."""
     baseline_s: float
-    """Training time until then."""
+    """Training time of the baseline until then."""
     own_s: float | None
-    """The other run's; None: never."""
+    """Training time of the other run; None if it never reaches the score."""
     learnt: bool
-    """The baseline's best is above the untrained model's score by more than chance."""
+    """Whether the baseline's scores are significantly above the untrained model's."""
 
     @property
     def ratio(self) -> float | None:
-        """How many times sooner; None where the score is never reached, or needs no training."""
+        """Return the speed-up; None if the score is never reached, or needs no training."""
         if self.own_s is None or not self.learnt:
             return None
         return self.baseline_s / self.own_s
@@ -59,17 +59,17 @@ class Race:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeedUp:
-    """All tasks together."""
+    """The speed-up over all tasks."""
 
     mean: float | None
-    """Over the tasks whose score is reached; None where there is none."""
+    """Mean speed-up over the tasks whose score is reached; None if there is none."""
     peak: float | None
     reached: int
     """Tasks whose score is reached."""
     never: tuple[str, ...]
-    """Tasks whose score is not."""
+    """Tasks whose score is never reached."""
     unlearnt: tuple[str, ...]
-    """Tasks on which the baseline is at best as good as the untrained model, up to chance."""
+    """Tasks on which the baseline is not significantly better than the untrained model."""
 
 
 def race(
@@ -82,10 +82,10 @@ def race(
     """Compare two runs on a task.
 
     Args:
-        task: Its name.
-        learnt: Whether the baseline's best score is above the untrained model's.
-        baseline: Clock and scores.
-        own: Likewise, of the other run.
+        task: Name of the task.
+        learnt: Whether the baseline's scores are above the untrained model's.
+        baseline: Clock and scores of the baseline.
+        own: Clock and scores of the other run.
     """
     target, reached_s = best(*baseline)
     return Race(
@@ -98,7 +98,7 @@ def race(
 
 
 def speed_up(races: Sequence[Race]) -> SpeedUp:
-    """Put the tasks together."""
+    """Average the speed-ups of the tasks."""
     ratios = [race.ratio for race in races if race.ratio is not None]
     return SpeedUp(
         mean=sum(ratios) / len(ratios) if ratios else None,

@@ -1,4 +1,4 @@
-"""The systems that FedBioBERT's experiment compares, as runs of one engine. No torch."""
+"""The systems that the experiment of FedBioBERT compares, as runs of fedpipe. No torch."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ Kind = Literal["published", "fedbert", "fedpipe"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One line of the figures."""
+    """A system, which is a line in the figures."""
 
     name: str
-    """Of folders."""
+    """Name in folders."""
     title: str
-    """For people."""
+    """Name in tables and figures."""
     kind: Kind
-    """published: FedBERT as its code computes; fedbert: the same with our kernels."""
+    """published is FedBERT as its published code computes; fedbert is FedBERT with our kernels."""
     config: RunConfig
-    """Of its run, with the first seed."""
+    """Configuration of its run with the first seed."""
     twin: str = ""
     """Name of the variant that trains the same weights, up to rounding: of this one the first
     rounds may do. "" where there is none."""
 
     def with_seed(self, seed: int) -> RunConfig:
-        """Return the run of another seed."""
+        """Return the configuration with another seed."""
         return replace(self.config, seed=seed)
 
 
 def make_variants(config: ReproductionConfig) -> tuple[Variant, ...]:
-    """Return FedBERT cut at 0 and n/2, as published and with our kernels, and fedpipe.
+    """Return the variants: FedBERT cut at 0 and n/2, published and with our kernels, and fedpipe.
 
     Text, clients, cohorts, masks, first weights, sequences per step and learning rates are the same
-    in all of them. FedBERT has its sequences in one micro-batch, for it has one in flight. Neither
-    back-propagation nor a local loss sees on whose device a head is, and padding is hidden.
+    in all variants. FedBERT has one micro-batch per step, because it has one in flight. The place
+    of a head changes neither back-propagation nor a local loss, and padding is hidden from both.
     """
     base = _plain(config)
     layers, cuts = config.num_layers, config.reproduce.cuts
@@ -80,7 +80,7 @@ def make_variants(config: ReproductionConfig) -> tuple[Variant, ...]:
 
 
 def _plain(config: ReproductionConfig) -> RunConfig:
-    """Return the part of a pre-training run, saved and scored after every round."""
+    """Return the configuration of a pre-training that is saved and validated after every round."""
     whole = RunConfig(**{f.name: getattr(config, f.name) for f in fields(RunConfig)})
     tokenizer = tokenizer_info(whole)
     shape = resolve(
@@ -132,9 +132,9 @@ def _fedbert(base: RunConfig, cut: int, *, published_length: int) -> RunConfig:
 
 
 def _first_rounds(base: RunConfig, num_rounds: int) -> RunConfig:
-    """Return the first rounds of a run, with the learning rates that they have in the whole.
+    """Return the first rounds of a run, with the learning rates that they have in the whole run.
 
-    Warm-up and decay are lines, so the part of them that is trained is made of lines, too.
+    Warm-up and decay are linear, so the schedule of the first rounds is linear, too.
     """
     all_rounds = base.federation.num_rounds
     if num_rounds in (0, all_rounds):

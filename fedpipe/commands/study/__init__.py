@@ -1,1 +1,1 @@
-"""Many runs and one table: the cells of a study, run by a local pool or by a job array."""
+"""Studies: many runs and one table. A local pool or job arrays run the cells of a study."""

@@ -1,4 +1,4 @@
-"""The cells of a study as job arrays."""
+"""Run the cells of a study as job arrays."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fedpipe.report.format import count
 from fedpipe.run.run_dir import locked
 
 JOBS_FILE = "logs/jobs.json"
-"""The job that every cell was submitted in last, below the directory of the array."""
+"""File with the last job of every cell, in the directory of the array."""
 _PERIOD_S = 2.0
 _LOOK_S = 0.2
 
@@ -45,22 +45,23 @@ def submit_array(
     follows: bool,
     show: Callable[[str], None],
 ) -> int:
-    """Submit the cells that are neither done nor in the queue; gather what is done.
+    """Submit the cells that are neither done nor in the queue, and write the tables of the rest.
 
     Args:
-        study: Its cells have been checked.
-        profile_path: YAML of submitit's parameters; None only where there is no scheduler.
-        cluster: Where. Without a scheduler the command lasts as long as its cells.
-        parallel: Cells that may run at once; None sets no limit.
-        follows: Wait for all cells, and say how each has ended.
-        show: Shows a line.
+        study: The study, with checked cells.
+        profile_path: YAML file with parameters of submitit; None only without a scheduler.
+        cluster: slurm, local or debug. Without a scheduler the command lasts as long as its cells.
+        parallel: Number of cells that may run at once; None sets no limit.
+        follows: Wait for all cells, and show how each cell ends.
+        show: Called with a line for the user.
 
     Returns:
-        0 when all is submitted, or with ``follows`` done; 75 when cells were interrupted only.
+        0 when all cells are submitted, or with ``follows`` when all are done; 75 when some cells
+        were interrupted and none failed.
 
     Raises:
         FedPipeError: The user can correct the cause; nothing has been submitted.
-        LaunchError: Cells have failed; the others are done.
+        LaunchError: Some cells failed; the others are done.
     """
     check_folder(study.directory)
     jobs = _read_jobs(study.directory) if cluster == "slurm" else {}
@@ -142,7 +143,7 @@ def _run_here(
     parallel: int,
     show: Callable[[str], None],
 ) -> dict[str, FedPipeError]:
-    """Run cells as jobs of this machine, some at a time; return the errors of those that fail."""
+    """Run cells as jobs of this machine, some at a time; return the errors of failed cells."""
     waiting = [(cell, profile, shape) for cells, profile, shape in arrays for cell in cells]
     running: list[tuple[Cell[Any], Any]] = []
     failed: dict[str, FedPipeError] = {}
@@ -166,7 +167,7 @@ def _run_here(
 def _follow(
     study: Study[Any], jobs: dict[str, str], *, show: Callable[[str], None]
 ) -> dict[str, FedPipeError]:
-    """Wait for the cells in the queue; return the errors of those that have failed."""
+    """Wait for the cells in the queue; return the errors of failed cells."""
     waiting = {cell.name: cell for cell in study.pending()}
     failed: dict[str, FedPipeError] = {}
     while waiting:
@@ -186,9 +187,9 @@ def _follow(
 def _ended(
     study: Study[Any], cell: Cell[Any], job: Any, *, show: Callable[[str], None]
 ) -> int | FedPipeError | None:
-    """Say how a cell has ended: 0, 75, or its error; None if it has not, or nobody can tell now.
+    """Return the end of a cell: 0, 75, or its error; None if it runs or SLURM does not answer.
 
-    A job of this process is run to its end.
+    A job of the cluster "debug" runs to its end inside this call.
     """
     lines: list[str] = []
     code: int | FedPipeError

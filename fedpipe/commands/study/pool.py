@@ -1,4 +1,4 @@
-"""The cells of a study on this machine: several at a time in processes, or in the foreground."""
+"""Run the cells of a study on this machine: several processes at a time, or in the foreground."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from fedpipe.run.run_dir import locked
 
 _LIBC = ctypes.CDLL(None)
 _USERS_ERROR = 2
-"""A cell's exit code, as the command line's."""
+"""Exit code of a cell after an error of the user, as on the command line."""
 _LOOK_S = 0.1
 _PROGRESS_S = 1.0
-"""How often the progress of running cells is looked at."""
+"""Seconds between two looks at the progress of running cells."""
 _PATIENCE_S = 20.0
-"""How long a cell may take to stop at once before it is killed."""
+"""Seconds that a cell may take to stop at once before it is killed."""
 _MAX_NAMED = 8
-"""Cells that an error names."""
+"""Number of cells that an error names."""
 NOTHING_STARTED = "interrupted; nothing was started: give the same command again"
 _GATHER_SHARE = 0.05
-"""Of the time may go into tables between cells: with many of them, not every one gets a new one."""
+"""Largest share of the time for writing tables between cells; with many cells, some are skipped."""
 
 
 class _Running(Generic[CellT]):
-    """A cell at work."""
+    """A running cell."""
 
     def __init__(self, study: Study[CellT], cell: CellT, slot: Slot) -> None:
-        """Start it; Ctrl-C reaches it only through us."""
+        """Start the cell; the terminal's Ctrl-C does not reach it, and the pool forwards it."""
         self.cell, self.slot = cell, slot
         self.log = study.directory / "logs" / f"{cell.name}.log"
         self._started = time.monotonic()
@@ -64,20 +64,20 @@ class _Running(Generic[CellT]):
         return time.monotonic() - self._started
 
     def ask_to_stop(self) -> None:
-        """Ask it to save; asked again, it stops at once."""
+        """Ask the cell to save and stop; a second request stops it at once."""
         if self.code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGTERM)
 
     def wait(self) -> None:
-        """Wait for the end of a cell that was asked to stop, but not for ever."""
+        """Wait for the end of a cell that was asked to stop, and kill it after a time limit."""
         if not self._process.wait(_PATIENCE_S):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(None)
 
     def reason(self) -> str:
-        """Why it has failed, in one line."""
+        """Return the reason of a failure, in one line."""
         code = self.code
         assert code is not None, "it has ended"
         if code < 0:
@@ -86,7 +86,7 @@ class _Running(Generic[CellT]):
 
 
 class Pool(Generic[CellT]):
-    """Runs cells, several at a time; one that fails does not take the others along."""
+    """Runs cells, several at a time; the failure of a cell does not end the others."""
 
     def __init__(
         self,
@@ -97,14 +97,14 @@ class Pool(Generic[CellT]):
         console: RunConsole,
         gathers: bool = True,
     ) -> None:
-        """Start with none at work.
+        """Start without a running cell.
 
         Args:
-            study: The cells, how they are started, and what they end in.
-            pending: Those to run.
-            parallel: Cells at a time; they share the cores.
-            console: Shows what happens.
-            gathers: Tables are written between cells.
+            study: The study, which starts its cells.
+            pending: Cells to run.
+            parallel: Number of cells at a time; they share the cores.
+            console: Shows the course of the study.
+            gathers: Whether tables are written between cells.
         """
         self._study, self._console, self._gathers = study, console, gathers
         self._waiting = list(reversed(pending))
@@ -118,13 +118,14 @@ class Pool(Generic[CellT]):
         self._refused: dict[str, FedPipeError] = {}
 
     def run(self, signals: Signals) -> dict[str, FedPipeError]:
-        """Run all that wait.
+        """Run all pending cells.
 
         Returns:
-            What cells found that the user can mend, by their names.
+            Errors that the user can correct, by the name of the cell.
 
         Raises:
-            Interrupted: Asked to stop; the cells have. (Not where all of them were done by then.)
+            Interrupted: A signal asked to stop, and the cells have stopped. If all cells were done
+                by then, nothing is raised.
         """
         signals.patient = True
         asked = False
@@ -156,7 +157,7 @@ class Pool(Generic[CellT]):
         return self._refused
 
     def _fill(self) -> None:
-        """Start cells where cores are free."""
+        """Start cells on free cores."""
         used = {process.slot for process in self._running}
         for slot in [slot for slot in self._slots if slot not in used]:
             if not self._waiting:
@@ -166,7 +167,7 @@ class Pool(Generic[CellT]):
             self._say(cell, "started")
 
     def _reap(self, *, asked: bool) -> bool:
-        """Remove the cells that have ended, and say how; return whether there were any."""
+        """Remove finished cells and show how each ended; return whether there were any."""
         ended = [process for process in self._running if process.code is not None]
         for process in ended:
             self._running.remove(process)
@@ -185,7 +186,7 @@ class Pool(Generic[CellT]):
         return bool(ended)
 
     def _update_table(self) -> None:
-        """Gather what is done, but not all the time."""
+        """Write the tables of finished cells, unless that was done a short time ago."""
         begin = time.monotonic()
         if self._gathers and self._outdated and self._running and begin >= self._next_table:
             self._study.write_tables()
@@ -193,7 +194,7 @@ class Pool(Generic[CellT]):
             self._next_table = begin + (time.monotonic() - begin) / _GATHER_SHARE
 
     def _look(self) -> None:
-        """Look how far the running cells are, but not all the time."""
+        """Show the progress of running cells, unless that was done a short time ago."""
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _PROGRESS_S
             self._study.show_progress(
@@ -215,21 +216,21 @@ def run_cells(
     signals: Signals,
     gathers: bool = True,
 ) -> dict[str, FedPipeError]:
-    """Run cells on this machine; one that fails does not take the others along.
+    """Run cells on this machine; the failure of a cell does not end the others.
 
     Args:
-        study: What they belong to.
-        pending: Those to run.
-        parallel: At a time.
-        console: Shows what happens.
-        signals: Caught by the caller.
-        gathers: Tables are written between cells.
+        study: The study of the cells.
+        pending: Cells to run.
+        parallel: Number of cells at a time.
+        console: Shows the course of the study.
+        signals: Signals, which the caller catches.
+        gathers: Whether tables are written between cells.
 
     Returns:
-        What cells found that the user can mend, by their names.
+        Errors that the user can correct, by the name of the cell.
 
     Raises:
-        Interrupted: Asked to stop; the cells have.
+        Interrupted: A signal asked to stop, and the cells have stopped.
     """
     if not (study.in_foreground and parallel == 1):
         pool = Pool(study, pending, parallel=parallel, console=console, gathers=gathers)
@@ -253,11 +254,11 @@ def run_cells(
 def run_study(
     make: Callable[[RunConsole], Study[Any]], *, parallel: int = 1, signals: Signals | None = None
 ) -> int:
-    """Run what is not done of a study on this machine, and show its table.
+    """Run the remaining cells of a study on this machine, and show its table.
 
     Args:
-        make: Makes the study, and shows what it does meanwhile.
-        parallel: Cells at a time.
+        make: Makes the study; it shows its progress on the console.
+        parallel: Number of cells at a time.
         signals: Signals to catch meanwhile; a caller passes its own to learn which one came.
 
     Returns:
@@ -308,18 +309,18 @@ def check_all_done(
     task: str | None = None,
     what: str = "finished cell",
 ) -> None:
-    """Name the cells that are left.
+    """Raise an error that names the cells that are not done.
 
     Args:
-        study: What they belong to.
-        way_out: For those that failed.
-        refused: What cells found that the user can mend, by their names.
-        task: The command, if it is not the study's own.
-        what: One that is done is, for people.
+        study: The study of the cells.
+        way_out: Advice for failed cells.
+        refused: Errors that the user can correct, by the name of the cell.
+        task: Name of the command, if it is not that of the study.
+        what: Word for a finished cell in the message.
 
     Raises:
-        LaunchError: There are some.
-        FedPipeError: There are only some that the user can mend: the error of the first of them.
+        LaunchError: A cell is not done.
+        FedPipeError: All cells that are not done have errors of the user; it is the first one.
     """
     left, total = [cell.name for cell in study.pending()], len(study.cells)
     if not left:
@@ -335,25 +336,25 @@ def check_all_done(
 
 
 def divide(cores: list[int], num_slots: int) -> list[set[int]]:
-    """Give every slot cores of its own, or one that it shares where there are too few."""
+    """Give every slot its own cores, or a shared core if there are too few."""
     if len(cores) < num_slots:
         return [{cores[slot % len(cores)]} for slot in range(num_slots)]
     return [set(cores[slot::num_slots]) for slot in range(num_slots)]
 
 
 def last_line(log: Path) -> str | None:
-    """Return the last line of a log that says something, None if there is none."""
+    """Return the last line of a log that is not blank; None if there is none."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), None)
 
 
 @contextlib.contextmanager
 def redirect_output(log: str, *, anew: bool = False) -> Iterator[None]:
-    """Send what this process says to a log; an error of ours ends it with its code and one line.
+    """Redirect the output of this process to a log; our errors end it with a code and one line.
 
     Args:
-        log: The file; written to its end, or with ``anew`` from its beginning.
-        anew: Forget what it holds.
+        log: Path of the log, to which output is appended.
+        anew: Whether to empty the log first.
     """
     how = os.O_TRUNC if anew else os.O_APPEND
     output = os.open(log, os.O_WRONLY | os.O_CREAT | how, 0o644)
@@ -368,7 +369,7 @@ def redirect_output(log: str, *, anew: bool = False) -> Iterator[None]:
 
 
 class CommandProcess:
-    """A cell, started as a user would start it."""
+    """The process of a cell, started by the same command that a user gives."""
 
     def __init__(self, task: str, run_dir: Path, log: Path) -> None:
         """Start ``fedpipe TASK --run-dir RUN_DIR``, in a session of its own."""
@@ -384,16 +385,16 @@ class CommandProcess:
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Process id."""
         return self._process.pid
 
     @property
     def code(self) -> int | None:
-        """Its exit code, None while it runs."""
+        """Exit code; None while the process runs."""
         return self._process.poll()
 
     def wait(self, timeout_s: float | None) -> bool:
-        """Wait for its end; False if that has not come."""
+        """Wait for the end of the process; return False after the time limit."""
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -402,7 +403,7 @@ class CommandProcess:
 
 
 class ForkedProcess:
-    """A cell, forked from the server that has made its imports."""
+    """The process of a cell, forked from the server that has imported its modules."""
 
     def __init__(
         self,
@@ -413,13 +414,13 @@ class ForkedProcess:
         *,
         preload: Sequence[str],
     ) -> None:
-        """Start it, in a session of its own.
+        """Start the process in a session of its own.
 
         Args:
-            work: Takes the cell's directory and the index of its slot; of a module.
-            run_dir: Of the cell.
-            slot: Where it runs.
-            log: Takes what it says.
+            work: Function of a module; its arguments are the directory and the index of the slot.
+            run_dir: Directory of the cell.
+            slot: Slot with the cores of the cell.
+            log: Log for the output of the cell.
             preload: Modules that the server imports.
         """
         threads = num_threads(len(slot.cores))
@@ -432,17 +433,17 @@ class ForkedProcess:
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Process id."""
         return int(self._process.pid)
 
     @property
     def code(self) -> int | None:
-        """Its exit code, None while it runs."""
+        """Exit code; None while the process runs."""
         code: int | None = self._process.exitcode
         return code
 
     def wait(self, timeout_s: float | None) -> bool:
-        """Wait for its end; False if that has not come."""
+        """Wait for the end of the process; return False after the time limit."""
         self._process.join(timeout_s)
         return self.code is not None
 
@@ -455,7 +456,7 @@ def _work(
     cores: frozenset[int],
     threads: int,
 ) -> None:
-    """Run a cell in this process, which ends with it; what it says goes to its log."""
+    """Run a cell in this process, which ends with the cell; output goes to the log."""
     os.setsid()
     for number in stop_signals():
         signal.signal(number, signal.SIG_DFL)
@@ -470,6 +471,6 @@ def _work(
 
 
 def save_when_the_parent_dies() -> None:
-    """Ask Linux to send a cell SIGTERM when its parent is killed: nobody would wait for it."""
+    """Ask Linux to send this process SIGTERM when its parent dies; nobody would wait for it."""
     pr_set_pdeathsig = 1  # linux/prctl.h
     _LIBC.prctl(pr_set_pdeathsig, signal.SIGTERM)

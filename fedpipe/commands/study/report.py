@@ -1,4 +1,4 @@
-"""What the runs of a sweep reached: one row per combination, as a table and as a figure."""
+"""Results of the runs of a sweep: one row per combination, as a table and as a figure."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_DRAWN = 40
-"""Rows of the figure; of more, those with the lowest loss."""
+"""Largest number of rows in the figure; rows with the lowest loss are kept."""
 _MAX_LABEL = 40
-"""Characters; of a longer one the values are kept."""
+"""Largest number of characters of a label; a longer label keeps only the values."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """The numbers of one finished run; None is what it did not record."""
+    """The numbers of one finished run; None if the run did not record a number."""
 
     stage_losses: tuple[float | None, ...]
-    """Last validation loss of every stage's head, in nats; the last one is the final head's."""
+    """Last validation loss of every stage in nats; the last entry is the final head."""
     tokens: float
-    """Trained."""
+    """Number of trained tokens."""
     seconds: float
-    """In rounds, averaging included; start-up and validation are not."""
+    """Seconds of all rounds, with averaging, without start-up and validation."""
     bytes_forward_per_step: float | None
-    """Over all pipe edges, per local step of a replica."""
+    """Bytes over all pipe edges, per local step of a replica."""
     host: str
-    """Where it ran last."""
+    """Host of the last start of the run."""
 
     @property
     def loss(self) -> float | None:
-        """Of the final head."""
+        """Last validation loss of the final head, in nats."""
         return self.stage_losses[-1] if self.stage_losses else None
 
     @property
     def tokens_per_s(self) -> float | None:
-        """All replicas together."""
+        """Tokens per second of all replicas."""
         return self.tokens / self.seconds if self.seconds else None
 
     def to_dict(self) -> dict[str, object]:
@@ -63,7 +63,7 @@ class RunResult:
 
 
 class SpreadFacts(TypedDict):
-    """A spread in JSON."""
+    """A ``Spread`` as JSON."""
 
     mean: float
     std: float | None
@@ -74,29 +74,29 @@ class SpreadFacts(TypedDict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """Several runs' values of one number."""
+    """The values of one number in several runs."""
 
     values: tuple[float, ...]
     """One or more."""
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> Spread | None:
-        """Take what was recorded; None where nothing was."""
+        """Collect the recorded values; None if there are none."""
         known = tuple(value for value in values if is_number(value))
         return cls(values=known) if known else None
 
     @property
     def mean(self) -> float:
-        """Arithmetic."""
+        """Arithmetic mean."""
         return statistics.fmean(self.values)
 
     @property
     def std(self) -> float | None:
-        """Of the sample (n - 1); one run has none."""
+        """Standard deviation of the sample (n - 1); None for one run."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def to_dict(self) -> SpreadFacts:
-        """Return mean, spread and count for JSON."""
+        """Return mean, standard deviation and count as JSON."""
         ends = (min(self.values), max(self.values)) if len(self.values) > 1 else (None, None)
         low, high = ends
         return {"mean": self.mean, "std": self.std, "min": low, "max": high, "n": len(self.values)}
@@ -104,18 +104,18 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """Cells that differ in nothing but the seed."""
+    """Cells that differ in the seed only."""
 
     values: Mapping[str, str]
-    """Axis -> value as the user wrote it; without the seed."""
+    """By key of the grid, the value as the user wrote it, without the seed."""
     num_cells: int
-    """Runs that the row is to have."""
+    """Number of all runs of the row."""
     runs: tuple[RunResult, ...]
-    """Those that are done."""
+    """Results of the finished runs."""
 
     @property
     def label(self) -> str:
-        """Its name in the figure."""
+        """Name of the row in the figure."""
         names = short_names(list(self.values))
         values = [f"...{v[-20:]}" if len(v) > 24 else v for v in self.values.values()]
         text = ", ".join(map("=".join, zip(names, values, strict=True))) or "all runs"
@@ -124,11 +124,11 @@ class Row:
         return text if done in (0, planned) else f"{text} ({done} of {planned})"
 
     def spread(self, name: str) -> Spread | None:
-        """Collect a number of ``RunResult`` over the runs."""
+        """Collect a field of ``RunResult`` over the finished runs."""
         return Spread.of([getattr(run, name) for run in self.runs])
 
     def stage_losses(self) -> list[float | None]:
-        """Mean validation loss per stage."""
+        """Mean validation loss of every stage, in nats."""
         stages = zip(*(run.stage_losses for run in self.runs), strict=False)
         found = [Spread.of(losses) for losses in stages]
         return [spread.mean if spread else None for spread in found]
@@ -146,19 +146,19 @@ class Row:
 
 
 def short_names(keys: Sequence[str]) -> list[str]:
-    """Return the last word of every dotted key, or all of it where two keys share that word."""
+    """Return the last word of every dotted key, or the whole key if two keys share that word."""
     words = [key.rpartition(".")[2] for key in keys]
     return [key if words.count(word) > 1 else word for key, word in zip(keys, words, strict=True)]
 
 
 def read_result(run_dir: Path) -> RunResult:
-    """Read what a finished run reached.
+    """Read the numbers of a finished run.
 
     Args:
-        run_dir: Its directory.
+        run_dir: Directory of the run.
 
     Returns:
-        Its numbers.
+        The numbers of the run.
 
     Raises:
         CheckpointError: metrics.jsonl is damaged.
@@ -180,7 +180,7 @@ def read_result(run_dir: Path) -> RunResult:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Write the rows as a Markdown table whose columns are aligned for a terminal, too.
+    """Write the rows as a Markdown table with columns that are aligned in a terminal.
 
     Args:
         rows: In the order of the grid.
@@ -240,7 +240,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def draw_sweep(rows: Sequence[Row]) -> tuple[Draw, float] | None:
-    """Draw final loss and speed side by side, a line per row.
+    """Draw final loss and speed side by side, with a line per row.
 
     Args:
         rows: In the order of the grid.
@@ -272,7 +272,7 @@ def draw_sweep(rows: Sequence[Row]) -> tuple[Draw, float] | None:
 
 
 def _shown(rows: Sequence[Row]) -> list[Row]:
-    """Keep the order of the grid; leave out the highest losses where there are too many rows."""
+    """Leave out the rows with the highest losses if there are too many; keep the order."""
     spreads = [row.spread("loss") for row in rows]
     losses = [spread.mean if spread else float("inf") for spread in spreads]
     best = sorted(range(len(rows)), key=lambda index: losses[index])[:MAX_DRAWN]

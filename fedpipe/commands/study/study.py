@@ -1,7 +1,7 @@
-"""A study: many runs and one table, whoever runs them. No torch.
+"""A study: many runs and one table. No torch.
 
 A sweep, an evaluation, a grid of fine-tunings, a grid of measurements and a reproduction are
-studies. ``pool`` runs their cells on this machine, ``array`` as jobs.
+studies. ``pool`` runs their cells on this machine, and ``array`` runs them as jobs.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from fedpipe.run.resume import resumed_config
 from fedpipe.run.run_dir import TITLES, Kind, RunDir
 
 ONE_TASK = Grid(num_stages=1, num_replicas=1, data_parallel_degree=1)
-"""Of a job that starts its processes itself."""
+"""Grid of a job with one task, which starts its processes itself."""
 _MAX_NAME = 200
-"""Characters of a folder's name; file systems take 255 bytes."""
+"""Largest number of characters in the name of a folder; file systems allow 255 bytes."""
 
 MAX_CELLS = 1000
 
@@ -48,35 +48,35 @@ class Cell(Generic[ConfigT]):
     """One run of a study."""
 
     name: str
-    """Of its folder and its log, ``cut=2_seed=0``."""
+    """Name of its folder and its log, such as ``cut=2_seed=0``."""
     run_dir: Path
     overrides: tuple[str, ...] = ()
     """``section.key=value``, one per key of the grid."""
     config: ConfigT
-    """All of its configuration."""
+    """Whole configuration of the cell."""
     kind: Kind = "pretrain"
-    """Of its directory."""
+    """Kind of its directory."""
 
     @property
     def run(self) -> RunDir:
-        """Its directory."""
+        """Run directory of the cell."""
         return RunDir.at(self.run_dir, self.kind)
 
     @property
     def is_done(self) -> bool:
-        """Whether all its rounds are trained, and everything made of them is written."""
+        """Whether all rounds are trained, and the export and the report are written."""
         config: Any = self.config
         return self.run.is_done(num_rounds=config.federation.num_rounds)
 
     @property
     def grid(self) -> Grid:
-        """Tasks of its job."""
+        """Tasks of the job of the cell."""
         config: Any = self.config
         return Grid.from_config(config) if self.kind == "pretrain" else ONE_TASK
 
     @property
     def workers(self) -> int:
-        """Processes that each task of its job starts itself."""
+        """Number of processes that each task of the job starts itself."""
         config: Any = self.config
         tunes = self.kind == "finetune"
         return Grid.of(config.stages, config.federation).world_size if tunes else 1
@@ -84,119 +84,119 @@ class Cell(Generic[ConfigT]):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slot:
-    """Where a cell runs on this machine."""
+    """A place for a cell on this machine."""
 
     index: int
-    """From 0; cells at work at the same time have different ones."""
+    """Index from 0; cells that run at the same time have different indices."""
     cores: frozenset[int]
-    """Cores that are its own, or that it shares where there are too few."""
+    """Cores of the slot; slots share a core only if there are too few."""
 
 
 class CellProcess(Protocol):
-    """The process of a cell, however it was started; it leads a process group."""
+    """The process of a cell, which leads a process group."""
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Process id."""
 
     @property
     def code(self) -> int | None:
-        """Its exit code, None while it runs; -9 is killed by signal 9."""
+        """Exit code; None while the process runs, and -9 if signal 9 killed it."""
 
     def wait(self, timeout_s: float | None) -> bool:
-        """Wait for its end; False if that has not come."""
+        """Wait for the end of the process; return False after the time limit."""
 
 
 CellT = TypeVar("CellT", bound=Cell[Any])
 
 
 class Study(ABC, Generic[CellT]):
-    """Many runs and one table; every cell has been checked."""
+    """Many runs and one table. Every cell has been checked."""
 
     task: ClassVar[str]
-    """The command: sweep, evaluate, finetune, throughput, reproduce."""
+    """Name of the command: sweep, evaluate, finetune, throughput or reproduce."""
     noun: ClassVar[str] = "cell"
-    """What people call one of its cells."""
+    """Word for a cell in messages."""
     job: ClassVar[str] = ""
-    """What the job of a cell does: the module of its ranks' program, or MODULE:FUNCTION."""
+    """Work of the job of a cell: the module of its ranks' program, or MODULE:FUNCTION."""
     in_foreground: ClassVar[bool] = False
-    """Cells that run one after another run in this process, and are shown as they go."""
+    """Whether cells that run one after another run in this process, with their own display."""
     directory: Path
     cells: tuple[CellT, ...]
 
     @property
     def job_name(self) -> str:
-        """Of its jobs, in the queue."""
+        """Name of the jobs in the queue."""
         config: Any = self.cells[0].config
         return str(config.name)
 
     @property
     def max_parallel(self) -> int | None:
-        """Cells that this machine can run at a time; None for any number."""
+        """Number of cells that this machine can run at a time; None for any number."""
         return None
 
     @property
     @abstractmethod
     def page(self) -> Path:
-        """Its report."""
+        """Path of the report."""
 
     def pending(self) -> list[CellT]:
-        """Cells that are not done, in their order."""
+        """Return the cells that are not done, in their order."""
         return [cell for cell in self.cells if not cell.is_done]
 
     def prepare(self, cells: Sequence[CellT], *, progress: Progress | None = None) -> None:
-        """Make everything ready that several of the cells that are to run now read."""
+        """Prepare the files that several of the cells read."""
 
     def reserve(self, cells: Sequence[CellT]) -> None:
-        """Make everything ready for cells that are to be submitted."""
+        """Prepare the directories of cells before their jobs are submitted."""
         self.prepare(cells)
 
     def run(self, cell: CellT, *, console: RunConsole, signals: Signals) -> None:
         """Run a cell in the foreground.
 
         Raises:
-            LaunchError: It failed.
-            Interrupted: It was asked to stop, and is saved.
+            LaunchError: The cell failed.
+            Interrupted: A signal asked the cell to stop, and it is saved.
         """
         raise NotImplementedError
 
     def start(self, cell: CellT, slot: Slot, log: Path) -> CellProcess:
-        """Start the process of a cell, in a session of its own; what it says goes to a log."""
+        """Start the process of a cell in a session of its own; output goes to the log."""
         raise NotImplementedError
 
     def show_progress(self, running: Sequence[str], console: RunConsole) -> None:
-        """Show how far the running cells are; called now and then with their names."""
+        """Show the progress of the running cells."""
 
     @abstractmethod
     def write_tables(self) -> str:
-        """Write the tables of what is done; return what a terminal shows of them."""
+        """Write the tables of finished cells; return the text for a terminal."""
 
     @abstractmethod
     def outcome(self, cell: CellT) -> str:
-        """Say what a finished cell has reached."""
+        """Return a text with the result of a finished cell."""
 
     def start_message(self, cell: CellT, number: int) -> str:
-        """Say that a cell begins in the foreground; its number counts from 1."""
+        """Return the line for the start of a cell in the foreground; ``number`` counts from 1."""
         return f"run     {number}/{len(self.cells)}  {cell.name}"
 
     def interruption_message(self, *, parallel: int = 1) -> str:
-        """Say what is left of it, now that it was interrupted."""
+        """Return the line for a study that was interrupted."""
         done = len(self.cells) - len(self.pending())
         cells = count(len(self.cells), self.noun)
         command = self.resume_command(parallel=parallel)
         return f"interrupted after {done} of {cells}; resume with: {command}"
 
     def resume_command(self, *, parallel: int = 1) -> str:
-        """Return the command that goes on with it."""
+        """Return the command that resumes the study."""
         several = ["--parallel", str(parallel)] if parallel > 1 else []
         return shlex.join(["fedpipe", self.task, "--run-dir", str(self.directory), *several])
 
 
 def prepare_texts(cells: Iterable[Cell[RunConfig]], *, progress: Progress | None = None) -> None:
-    """Prepare the text of cells, once for all that share it, so that none does it beside another.
+    """Prepare the text of cells once, before several cells that share it start.
 
     Args:
-        cells: Those that are to run.
+        cells: Cells that are to run.
         progress: Called while files are hashed, checked and tokenised.
 
     Raises:
@@ -214,7 +214,7 @@ def prepare_texts(cells: Iterable[Cell[RunConfig]], *, progress: Progress | None
 
 @contextmanager
 def naming_cell(name: str) -> Iterator[None]:
-    """Let an error name the cell that it belongs to."""
+    """Put the name of the cell in front of an error."""
     try:
         yield
     except FedPipeError as error:
@@ -225,14 +225,14 @@ def naming_cell(name: str) -> Iterator[None]:
 
 
 def parse_grid(words: Sequence[str]) -> GridKeys:
-    """Read the keys of a grid and their values.
+    """Parse the keys of a grid and their values.
 
     Args:
-        words: ``section.key=value,value`` each; a comma inside brackets or quotes belongs to its
+        words: Words ``section.key=value,value``; a comma inside brackets or quotes is part of a
             value.
 
     Returns:
-        Every key with its values.
+        The values of every key.
 
     Raises:
         ConfigError: There is no key or value, a key is given twice, a value is not YAML or a
@@ -291,10 +291,10 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def check_grid(grid_keys: GridKeys, overrides: Sequence[str]) -> None:
-    """Refuse a grid without keys, or with one that an override sets.
+    """Refuse a grid without keys, or with a key that an override sets.
 
     Raises:
-        ConfigError: There are none, or there is such a key.
+        ConfigError: The grid is empty, or an override sets one of its keys.
     """
     if not grid_keys:
         raise ConfigError(
@@ -312,24 +312,24 @@ def check_grid(grid_keys: GridKeys, overrides: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runs(Generic[ConfigT]):
-    """The runs that a study of values consists of: what is asked of them, and how they are read."""
+    """How the runs of a grid of values are read and checked."""
 
     kind: Kind
-    """Of the directory of each."""
+    """Kind of the directory of a run."""
     study_kind: Kind
-    """Of the directory of all."""
+    """Kind of the directory of the study."""
     title: str
-    """All of them, for people."""
+    """Word for all runs in messages."""
     home: str
-    """Folder of the cells, in that of the study."""
+    """Folder of the cells, in the directory of the study."""
     read_tree: Callable[..., Node]
-    """Takes a path and a preset."""
+    """Reads the tree of a configuration from a path and a preset."""
     read: Callable[[Node, Sequence[str]], ConfigT]
-    """Takes a tree and overrides; without checks that need several sections."""
+    """Builds a configuration from a tree and overrides, without checks across sections."""
     load: Callable[[Node, Sequence[str]], ConfigT]
-    """The same with all checks that a command makes before a run starts."""
+    """Builds a configuration with all checks that a command makes before a run starts."""
     check_content: Callable[[RunDir, ConfigT], None]
-    """Refuses to go on with other content than a run has begun with."""
+    """Refuses to resume a run whose inputs have changed."""
 
 
 def read_grid(
@@ -341,18 +341,19 @@ def read_grid(
     *,
     preset: str | None,
 ) -> tuple[RunDir, GridKeys, tuple[Cell[ConfigT], ...]]:
-    """Find a study's directory, grid and cells, reading every file once; write nothing.
+    """Find the directory, the grid and the cells of a study; write nothing.
 
     Args:
-        runs: What it consists of.
-        config_path: YAML, or None for that of the study in the directory, else the packaged one.
-        overrides: ``section.key=value``, of all cells.
-        words: See ``parse_grid``; nothing for those of the study in the directory.
-        run_dir: Its directory, or None for ``runs/NAME``.
+        runs: How runs are read and checked.
+        config_path: Path of a YAML file. None takes the configuration of the study in the
+            directory, or the packaged one if the study is new.
+        overrides: Values ``section.key=value`` of all cells.
+        words: Grid for ``parse_grid``; empty for the grid of the study in the directory.
+        run_dir: Directory of the study, or None for ``runs/NAME``.
         preset: Name of a packaged configuration that the YAML file overrides, or None.
 
     Raises:
-        FedPipeError: Anything that a user can get wrong; a cell that cannot run is named.
+        FedPipeError: The user can correct the cause; the message names a cell that cannot run.
     """
     asked = parse_grid(words)
     run = RunDir.at(run_dir, runs.study_kind) if run_dir else None
@@ -383,7 +384,7 @@ def read_grid(
 
 
 def write_grid(run: RunDir, grid_keys: GridKeys, cells: Sequence[Cell[Any]]) -> None:
-    """Write a study's grid and configuration, and the configuration of every cell."""
+    """Write the grid and the configuration of a study, and the configuration of every cell."""
     # The first cell's values of the grid's keys stand for all: every cell has its own.
     content = {"grid": grid_words(grid_keys), "config": load.to_dict(cells[0].config)}
     run.make().write(dump(content))
@@ -392,27 +393,27 @@ def write_grid(run: RunDir, grid_keys: GridKeys, cells: Sequence[Cell[Any]]) -> 
 
 
 def grid_words(grid_keys: GridKeys) -> list[str]:
-    """Return a grid as on a command line."""
+    """Return a grid as words of a command line."""
     return [f"{key}={','.join(values)}" for key, values in grid_keys]
 
 
 def make_cells(
     grid_keys: GridKeys, home: Path, configure: Callable[[Sequence[str]], ConfigT], *, kind: Kind
 ) -> tuple[Cell[ConfigT], ...]:
-    """Make a cell of every combination of a grid's values.
+    """Make a cell for every combination of the values of a grid.
 
     Args:
-        grid_keys: From ``parse_grid``.
-        home: Where the cells' folders are.
-        configure: Makes a configuration of a cell's own overrides, and checks it.
-        kind: Of the cells' directories.
+        grid_keys: Grid from ``parse_grid``.
+        home: Folder of the cells.
+        configure: Builds and checks a configuration from the overrides of a cell.
+        kind: Kind of the directories of the cells.
 
     Returns:
-        The cells, the last key varying fastest.
+        The cells; the last key varies fastest.
 
     Raises:
-        FedPipeError: A cell cannot run; it is named. Or cells are the same run, or their folders
-            collide or cannot be.
+        FedPipeError: A cell cannot run, two cells are the same run, or the name of a folder is too
+            long or belongs to two cells. The message names the cell.
     """
     keys = [key for key, _ in grid_keys]
     cells = []
@@ -427,7 +428,7 @@ def make_cells(
 
 
 def _resumed_cell(runs: Runs[ConfigT], base: Node, cell: Cell[ConfigT]) -> Cell[ConfigT]:
-    """Return a cell of a study that is there already, which may have begun."""
+    """Return a cell of a study that exists; the cell may have checkpoints."""
     with naming_cell(cell.name):
         run = cell.run
         own = run.saved if run.has_begun else None  # with what the study leaves open settled
@@ -438,7 +439,7 @@ def _resumed_cell(runs: Runs[ConfigT], base: Node, cell: Cell[ConfigT]) -> Cell[
 
 
 def _read_saved(run: RunDir) -> tuple[GridKeys, Node] | None:
-    """Read the grid and the configuration of the study in a directory, if there is one."""
+    """Read the grid and the configuration of the study in a directory; None for a new one."""
     if run.saved is None:
         return None
     content = run.saved.value

@@ -1,7 +1,7 @@
-"""``fedpipe sweep``: a pre-training per combination of values, resumable one by one. No torch.
+"""``fedpipe sweep``: run a pre-training for every combination of values. No torch.
 
-A cell's run directory is an ordinary one that already has its config.yaml, so whoever starts cells
-(this machine, a job array) says ``fedpipe pretrain --run-dir CELL`` and nothing more.
+Every cell has an ordinary run directory with its config.yaml. This machine and job arrays start a
+cell with ``fedpipe pretrain --run-dir CELL``, which also resumes it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from fedpipe.report.sinks import check_sinks
 from fedpipe.run.run_dir import RunDir, describe_environment, inputs_of
 
 _SEED = "seed"
-"""Cells that differ in nothing else are repetitions of one row."""
+"""Key of the seed; cells that differ in the seed only share a row of the table."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -63,18 +63,18 @@ add_job_arguments = add_arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what is not done of the sweep that the arguments say."""
+    """Run the remaining cells of the sweep that the arguments describe."""
     return run_study(lambda console: to_submit(args), parallel=args.parallel)
 
 
 def to_submit(args: argparse.Namespace) -> Sweep:
-    """Check the sweep that the arguments say."""
+    """Check the sweep that the arguments describe, and return it for submission."""
     return set_up_sweep(args.config, args.overrides, args.grid, args.run_dir, preset=args.preset)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(Study[Cell[RunConfig]]):
-    """All pre-trainings of a sweep."""
+    """The pre-trainings of a sweep."""
 
     task = "sweep"
     job = "fedpipe.commands.pretrain.ranks"
@@ -84,13 +84,13 @@ class Sweep(Study[Cell[RunConfig]]):
 
     @property
     def page(self) -> Path:
-        """Its report."""
+        """Path of the table."""
         return self.directory / "sweep.md"
 
     def prepare(
         self, cells: Sequence[Cell[RunConfig]], *, progress: Progress | None = None
     ) -> None:
-        """Prepare the texts of the cells."""
+        """Prepare the text of the cells."""
         prepare_texts(cells, progress=progress)
 
     def start(self, cell: Cell[RunConfig], slot: Slot, log: Path) -> CommandProcess:
@@ -98,17 +98,17 @@ class Sweep(Study[Cell[RunConfig]]):
         return CommandProcess("pretrain", cell.run_dir, log)
 
     def outcome(self, cell: Cell[RunConfig]) -> str:
-        """Say the loss that a finished cell has reached."""
+        """Return a text with the loss of a finished cell."""
         return f"loss {number(read_result(cell.run_dir).loss, 3)}"
 
     def write_tables(self) -> str:
-        """Write sweep.json, sweep.md and sweep.png from the cells that are done.
+        """Write sweep.json, sweep.md and sweep.png of the finished cells.
 
         Returns:
             The table of sweep.md.
 
         Raises:
-            CheckpointError: The record of a cell is damaged.
+            CheckpointError: metrics.jsonl of a cell is damaged.
         """
         return _gather(self)
 
@@ -121,20 +121,21 @@ def set_up_sweep(
     *,
     preset: str | None,
 ) -> Sweep:
-    """Resolve and check every cell, then write sweep.yaml and each cell's config.yaml.
+    """Find and check every cell, then write sweep.yaml and config.yaml of every cell.
 
     Args:
-        config_path: YAML, or None for that of the sweep in the directory, else the quick start.
-        overrides: ``section.key=value``, of all cells.
-        grid_keys: See ``parse_grid``; nothing for those of the sweep in the directory.
+        config_path: Path of a YAML file. None takes the configuration of the sweep in the
+            directory, or the quick start if the sweep is new.
+        overrides: Values ``section.key=value`` of all cells.
+        grid_keys: Grid for ``parse_grid``; empty for the grid of the sweep in the directory.
         run_dir: Directory of the sweep, or None for ``runs/NAME``.
         preset: Name of a packaged configuration that the YAML file overrides, or None.
 
     Returns:
-        The sweep; nothing has been started.
+        The sweep; no cell has been started.
 
     Raises:
-        FedPipeError: Anything a user can get wrong; a cell that cannot run is named.
+        FedPipeError: The user can correct the cause; the message names a cell that cannot run.
     """
     run, grid, cells = read_grid(
         PRETRAININGS, config_path, overrides, grid_keys, run_dir, preset=preset
@@ -144,10 +145,11 @@ def set_up_sweep(
 
 
 def checked_cell(base: Node, overrides: Sequence[str]) -> RunConfig:
-    """Read the configuration of a cell, and make the quick checks of ``fedpipe pretrain``.
+    """Build the configuration of a cell, and make the quick checks of ``fedpipe pretrain``.
 
     Raises:
-        FedPipeError: It cannot run, or measures its cut: each cell could be cut elsewhere.
+        FedPipeError: The cell cannot run, or ``pipeline.cut`` is auto, which could give every cell
+            another cut.
     """
     config = load.load_config(base, overrides)
     check_cell(config)
@@ -167,10 +169,10 @@ def check_cell(config: RunConfig) -> None:
 
 
 def check_cells(cells: Iterable[Cell[RunConfig]]) -> None:
-    """Refuse to go on where a cell, done or not, has begun with other content than there is now.
+    """Refuse to resume a sweep if the inputs of a cell have changed since it started.
 
     Raises:
-        FedPipeError: There is such a cell; it is named.
+        FedPipeError: The inputs of the named cell have changed.
     """
     for cell in cells:
         with naming_cell(cell.name):
@@ -191,7 +193,7 @@ PRETRAININGS = Runs(
     load=checked_cell,
     check_content=_check_content,
 )
-"""What a sweep consists of."""
+"""How the runs of a sweep are read and checked."""
 
 
 def _gather(sweep: Sweep) -> str:

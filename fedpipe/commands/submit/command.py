@@ -1,8 +1,8 @@
-"""``fedpipe submit``: check a run or a study of another command, and send it as jobs.
+"""``fedpipe submit``: check a run or a study of another command, and submit it as jobs.
 
-A command that can be a job has two functions in its module: ``add_job_arguments(parser)`` declares
-what says which run it is, and ``to_submit(args)`` checks that run and returns it, a ``JobRun`` or a
-``Study``.
+The module of a command that can be a job has two functions. ``add_job_arguments(parser)`` declares
+the arguments that describe the run, and ``to_submit(args)`` checks that run and returns it as a
+``JobRun`` or a ``Study``.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _TASKS = {
     ),
     "reproduce": ("reproduce.command", "run a published experiment in one job on one node"),
 }
-"""Every command that can be a job: its module in ``fedpipe.commands``, and its line in the help."""
+"""Commands that can be jobs: module in ``fedpipe.commands``, and line of help."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``fedpipe submit``: a task, and those of the task."""
+    """Declare the arguments of ``fedpipe submit``: a command, and the arguments of that command."""
     command.epilog = "fedpipe submit TASK --help shows the options of a task."
     add_commands(command, _TASKS, _declare, title="tasks", metavar="TASK")
 
 
 def _declare(command: argparse.ArgumentParser, task: Any) -> None:
-    """Declare the arguments of a task, and those of its jobs."""
+    """Declare the arguments of a command and of its jobs."""
     task.add_job_arguments(command)
     options.add_path(
         command, "--profile", metavar="FILE", help="what a node of the site is; see slurm/profiles"
@@ -58,7 +58,7 @@ def _declare(command: argparse.ArgumentParser, task: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Submit what the arguments say."""
+    """Submit the run or the study that the arguments describe."""
     if args.run_dir:
         check_folder(Path(args.run_dir))
     what: JobRun | Study[Any] = args.to_submit(args)

@@ -1,4 +1,4 @@
-"""``fedpipe throughput``: one replica's processes to measure schedules on this machine."""
+"""``fedpipe throughput``: measure schedules with the processes of one replica on this machine."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ def _request_of(args: argparse.Namespace) -> RunRequest:
 
 
 def settings_of(args: argparse.Namespace) -> ThroughputSettings:
-    """Return how to measure, as the arguments say."""
+    """Return the settings of the measurement from the arguments."""
     return ThroughputSettings(
         repetitions=args.repetitions, num_steps=args.steps, emulate_ms=args.emulate_ms
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what the arguments say, or be one rank of that."""
+    """Measure as the arguments say, or run one rank if a launcher started this process."""
     if options.is_launched(args):
         from fedpipe.cluster.launched import start_rank
 
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def to_submit(args: argparse.Namespace) -> JobRun:
-    """Check the measurement that the arguments say, for a job; every one begins anew."""
+    """Check the measurement of the arguments, and return it as a job; every job starts anew."""
     return replace(pipeline_run(ranks.PROGRAM, _request_of(args)), is_done=lambda: False)
 
 
@@ -117,7 +117,7 @@ def throughput(
     grid_keys: Sequence[str] = (),
     settings: ThroughputSettings,
 ) -> int:
-    """Measure every schedule on this machine; the whole of ``fedpipe throughput``.
+    """Measure every schedule on this machine. This is all that ``fedpipe throughput`` does.
 
     Args:
         config_path: Path of a YAML file, or None.
@@ -126,7 +126,7 @@ def throughput(
         preset: Name of a packaged configuration that the YAML file overrides, or None.
         grid_keys: A grid, ``section.key=value,value``, whose points are measured one after the
             other.
-        settings: How long to measure, and on what.
+        settings: Settings of the measurement.
 
     Returns:
         0 when the report is written, 75 when the measurement was interrupted.
@@ -169,19 +169,19 @@ def throughput(
 
 @dataclass(frozen=True, kw_only=True)
 class Points(Study[Cell[RunConfig]]):
-    """The points of a grid, measured one after the other, for they share the machine."""
+    """The points of a grid, which are measured one after the other on the same machine."""
 
     task = "throughput"
     in_foreground = True
     directory: Path
-    """Of the run; a point's report is below it."""
+    """Directory of the run, with the reports of the points in folders below it."""
     setup: RunSetup
     """Setup of the first point."""
     cells: tuple[Cell[RunConfig], ...]
     grid_keys: Sequence[str]
     settings: ThroughputSettings
     measured: list[Point] = field(default_factory=list)
-    """Those that are done; a measurement is not resumed."""
+    """Points that are done; a measurement is not resumed."""
 
     @property
     def page(self) -> Path:
@@ -196,7 +196,7 @@ class Points(Study[Cell[RunConfig]]):
     def prepare(
         self, cells: Sequence[Cell[RunConfig]], *, progress: Progress | None = None
     ) -> None:
-        """Prepare the texts of the points."""
+        """Prepare the text of the points."""
         prepare_texts(cells, progress=progress)
 
     def run(self, cell: Cell[RunConfig], *, console: RunConsole, signals: Signals) -> None:
@@ -218,18 +218,18 @@ class Points(Study[Cell[RunConfig]]):
         )
 
     def write_tables(self) -> str:
-        """Return the table over all points and what it says in one sentence."""
+        """Return the table over all points, and its summary in one sentence."""
         if not self.measured:
             return "no point was measured"
         headline = points_headline(self.measured).replace("`", "")
         return "\n".join(["", *aligned(points_table(self.measured)), "", headline])
 
     def outcome(self, cell: Cell[RunConfig]) -> str:
-        """Say nothing: the table does."""
+        """Return an empty text, because the table has the results."""
         return ""
 
     def start_message(self, cell: Cell[RunConfig], number: int) -> str:
-        """Say which values are measured."""
+        """Return the line that names the values of a point."""
         return f"point   {number}/{len(self.cells)}  {' '.join(cell.overrides)}"
 
     def resume_command(self, *, parallel: int = 1) -> str:
@@ -245,7 +245,7 @@ class Points(Study[Cell[RunConfig]]):
         return shlex.join(words)
 
     def interruption_message(self, *, parallel: int = 1) -> str:
-        """Say how many points were written."""
+        """Return the line with the number of finished points."""
         num, points = len(self.measured), count(len(self.cells), "point")
         done = f"{num} of {points}" if num else "nothing"
         return f"interrupted; {done} {'were' if num > 1 else 'was'} written"

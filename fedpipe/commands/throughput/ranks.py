@@ -1,4 +1,4 @@
-"""What the ranks of a measurement do, whatever has started them. No torch at the top."""
+"""The program of the ranks of a measurement, for every launcher. Importing it imports no torch."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from fedpipe.report.records import Emit
 from fedpipe.run.run_dir import RunSetup, describe_environment
 
 FOLDER = "throughput"
-"""Of the reports, in the run directory."""
+"""Folder of the reports in the run directory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measuring:
-    """How to measure, and where the report goes."""
+    """Settings of a measurement, and the folder of its report."""
 
     settings: ThroughputSettings = field(default_factory=ThroughputSettings)
     folder: str = FOLDER
-    """Below the run directory."""
+    """Folder of the report, below the run directory."""
     overrides: tuple[str, ...] = ()
-    """What a point of a grid adds to the configuration."""
+    """Overrides of a point of a grid."""
 
 
 class MeasuringRanks(PretrainingRanks):
-    """A measurement on one replica of a pre-training."""
+    """The program of a measurement on one replica of a pre-training."""
 
     command = "throughput"
     stops = "at once"
@@ -59,7 +59,7 @@ class MeasuringRanks(PretrainingRanks):
     def run(
         self, setup: RunSetup, options: Any, *, env: ProcessEnv, emit: Emit, watch: Watch
     ) -> None:
-        """Measure; rank 0 writes the report."""
+        """Measure all schedules; rank 0 writes the report."""
         from fedpipe.commands.throughput.measure import measure
 
         how: Measuring = options or Measuring()
@@ -77,10 +77,10 @@ class MeasuringRanks(PretrainingRanks):
             _write(setup, measurement, how)
 
     def write_results(self, setup: RunSetup, *, notify: Notify) -> None:
-        """Nothing is left to do."""
+        """Do nothing, because ``run`` has written the report."""
 
     def view(self, setup: RunSetup, *, interactive: bool | None = None) -> View:
-        """Lines."""
+        """Return a console of plain lines."""
         return View(console=RunConsole(interactive=False))
 
     def closing(self, run_dir: Path) -> list[str]:
@@ -108,7 +108,7 @@ def _write(setup: RunSetup, measurement: Measurement, how: Measuring) -> None:
 
 
 def repeating_command(setup: RunSetup, settings: ThroughputSettings, *, end: Sequence[str]) -> str:
-    """Return what repeats a measurement with the configuration that it left behind."""
+    """Return the command that repeats a measurement with its own configuration."""
     words = [
         "fedpipe",
         "throughput",
