@@ -40,6 +40,7 @@ from fedpipe.distributed.signals import (
 from fedpipe.distributed.watch import Watch
 from fedpipe.errors import FedPipeError, LaunchError
 from fedpipe.report.console import RunConsole
+from fedpipe.report.records import ProgressRecord, StepRecord
 from fedpipe.report.writer import METRICS_FILE, finite
 from fedpipe.run.checkpoint import Checkpoint, Position
 from fedpipe.run.run_dir import Setup, check_writable, locked
@@ -253,7 +254,7 @@ class ProgressRecorder:
         self._path, self._view = run_dir / METRICS_FILE, view
         self._last = (-1, -1)
 
-    def __call__(self, records: list[dict[str, Any]]) -> None:
+    def __call__(self, records: list[StepRecord]) -> None:
         """Take the latest step record of every stage of every replica."""
         for record in records:
             self._view.show("step", record)
@@ -261,7 +262,11 @@ class ProgressRecorder:
         if moment <= self._last or moment[1] == 0:
             return
         self._last = moment
-        line = {"kind": "system", "event": "progress", "steps": [finite(r) for r in records]}
+        line: ProgressRecord = {
+            "kind": "system",
+            "event": "progress",
+            "steps": [finite(r) for r in records],
+        }
         with open(self._path, "ab", buffering=0) as file:  # one call, so lines stay whole
             file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
 

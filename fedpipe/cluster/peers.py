@@ -17,6 +17,7 @@ from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.signals import EXIT_INTERRUPTED
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import FedPipeError, LaunchError, error_named
+from fedpipe.report.records import StepRecord
 
 _PERIOD_S = 1.0
 _TELL_S = 2.5
@@ -29,8 +30,6 @@ _SILENT_S = 4.0
 _VERDICT = "verdict"
 _AT_FIRST_S = 120.0
 """``pipeline.hang_timeout_s`` by default, until the configuration is known here."""
-
-Record = dict[str, Any]
 
 
 class Peers:
@@ -48,7 +47,7 @@ class Peers:
         Args:
             env: This process' place in the run.
         """
-        self.on_steps: Callable[[list[Record]], None] | None = None
+        self.on_steps: Callable[[list[StepRecord]], None] | None = None
         """Told on rank 0 of the latest step of every stage of every rank, about once a second."""
         self._env = env
         self._board: Board | None = None
@@ -60,7 +59,7 @@ class Peers:
         self._posted_at = 0.0
         self._num_posted = 0
         self._lock = threading.Lock()
-        self._steps: dict[int, Record] = {}
+        self._steps: dict[int, StepRecord] = {}
 
     def set_grid(self, grid: Grid, *, timeout_s: float) -> None:
         """Learn the grid and the time-out, which name ranks and find hung ones.
@@ -72,7 +71,7 @@ class Peers:
         self._grid, self._timeout_s = grid, timeout_s
         self._heartbeats.timeout_s = timeout_s
 
-    def record_step(self, record: Record) -> None:
+    def record_step(self, record: StepRecord) -> None:
         """Take a step record of this rank; its last one goes to rank 0."""
         self._steps[record["stage"]] = record
 

@@ -6,7 +6,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -28,12 +28,13 @@ from fedpipe.federation.replica import Replica
 from fedpipe.models.split import pipeline_edges
 from fedpipe.pipeline.optimizer import learning_rate
 from fedpipe.pipeline.stage_engine import StepResult
-from fedpipe.report.records import Emit
+from fedpipe.report.records import Emit, Record, StepRecord
 from fedpipe.report.writer import METRICS_FILE, MetricsWriter, read_metrics
 from fedpipe.run.checkpoint import CheckpointWriter, Position
 from fedpipe.run.run_dir import Setup
 
-Record = dict[str, Any]
+Facts = dict[str, Any]
+"""What rank 0 learns of a process for the record of a round."""
 
 
 def run_rounds(
@@ -133,9 +134,9 @@ class FederatedRun(ABC):
         if comm.is_master():
             self._writer = MetricsWriter(setup.run_dir, sinks=config.log.to)
             self._writer.truncate(checkpoint.metrics_offset if checkpoint else 0)
-        self._new_steps: list[Record] = []
+        self._new_steps: list[StepRecord] = []
         """Steps of this process that rank 0 does not know of."""
-        self._steps: list[Record] = []
+        self._steps: list[StepRecord] = []
         """On rank 0, the steps of the round under way."""
         self._sent_before = Counter(replica.sent())
         if checkpoint:
@@ -160,7 +161,7 @@ class FederatedRun(ABC):
     def plan_round(self, round_id: int) -> RoundPlan:
         """Draw the cohort of a round; the same on every rank."""
 
-    def round_facts(self, round_id: int) -> Record:
+    def round_facts(self, round_id: int) -> Facts:
         """Return what rank 0 is to know of this process for ``round_records``."""
         return {}
 
@@ -171,8 +172,8 @@ class FederatedRun(ABC):
         round_id: int,
         *,
         outcome: Outcome,
-        steps: Sequence[Record],
-        facts: Sequence[Record],
+        steps: Sequence[StepRecord],
+        facts: Sequence[Facts],
         seconds: float,
     ) -> list[Record]:
         """Return what rank 0 writes down after a round; one of the records is of kind "round".
@@ -309,7 +310,7 @@ class FederatedRun(ABC):
 
     def on_step(self, turn: Turn, round_id: int, stage_id: int, result: StepResult) -> None:
         """Take note of a local step of a stage."""
-        record = {
+        record: StepRecord = {
             "kind": "step",
             "round": round_id,
             "step": result.step,
@@ -322,7 +323,7 @@ class FederatedRun(ABC):
             "tokens": turn.num_tokens // turn.num_steps,
             "seconds": result.seconds,
         }
-        self._new_steps.append(record | {"data": self.comm.data})
+        self._new_steps.append(record)
         if self.shows_steps and self.comm.data == 0:
             self._emit("step", record)
 
@@ -336,7 +337,7 @@ class FederatedRun(ABC):
             if self.shows_steps:
                 self._write(steps)
 
-    def _steps_of(self, round_id: int) -> list[Record]:
+    def _steps_of(self, round_id: int) -> list[StepRecord]:
         """Read the step records of a round that a resumed run goes on with."""
         return [
             record
@@ -415,7 +416,7 @@ class FederatedRun(ABC):
         if position == self.position:
             return
         self.position = position
-        unfinished: Record | None = None
+        unfinished: dict[str, Any] | None = None
         seconds, offset = 0.0, 0
         if position.step:
             unfinished = {"sent": self._sent_in_round()}
@@ -444,7 +445,7 @@ class FederatedRun(ABC):
             client_id=self._client_id,
         )
 
-    def _write(self, records: list[Record]) -> None:
+    def _write(self, records: Sequence[Record]) -> None:
         if self._writer is not None:
             self._writer.write(records)
             self._writer.flush()
@@ -455,15 +456,14 @@ class FederatedRun(ABC):
         return {name: sent[name] - self._sent_before[name] for name in sorted(names)}
 
 
-def _merge_data_ranks(records: Iterable[Mapping[str, Any]]) -> list[Record]:
+def _merge_data_ranks(steps: Iterable[StepRecord]) -> list[StepRecord]:
     """One record per stage and step: the loss is the mean over the data-parallel ranks."""
-    groups: dict[tuple[int, ...], list[Mapping[str, Any]]] = defaultdict(list)
-    for record in records:
-        key = tuple(record[k] for k in ("round", "step", "replica", "client", "stage"))
-        groups[key].append(record)
-    merged = []
+    groups: dict[tuple[int, ...], list[StepRecord]] = defaultdict(list)
+    for step in steps:
+        key = step["round"], step["step"], step["replica"], step["client"], step["stage"]
+        groups[key].append(step)
+    merged: list[StepRecord] = []
     for _, group in sorted(groups.items()):
-        losses = [r["loss"] for r in group if r["loss"] is not None]
-        record = {k: v for k, v in group[0].items() if k != "data"}
-        merged.append(record | {"loss": sum(losses) / len(losses) if losses else None})
+        losses = [step["loss"] for step in group if step["loss"] is not None]
+        merged.append({**group[0], "loss": sum(losses) / len(losses) if losses else None})
     return merged

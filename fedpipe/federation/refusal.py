@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Self
 
 from fedpipe.config.federation import AggregationConfig
 from fedpipe.errors import TrainingError
 from fedpipe.federation.cohort import Turn
+from fedpipe.report.records import RefusedUpdate
 
 NUMBERS = ("loss", "grad_norm", "weights")
 """The numbers of a client that must be finite, in the order in which one spoils the next."""
@@ -45,9 +46,11 @@ class Refused:
         step, what = divmod(rest, len(NUMBERS))
         return cls(client=client, stage=stage, step=step, what=NUMBERS[what])
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> RefusedUpdate:
         """Return its entry in the record of the round."""
-        return asdict(self)
+        return {
+            "client": self.client, "stage": self.stage, "step": self.step, "what": self.what
+        }  # fmt: skip
 
     def __str__(self) -> str:
         """Say it to people, who count steps from 1."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from fedpipe.config.federation import FederationConfig
 from fedpipe.config.schema import PipelineConfig
 from fedpipe.models.split import pipeline_edges
+from fedpipe.report.records import EdgeTraffic, TrafficRecord
 
 BLOCK = 1024
 """Elements of an int8 change that share a float32 scale: 0.4 % on top of a byte each."""
@@ -73,12 +73,12 @@ def averaging_floats(numel: int, *, federation: FederationConfig) -> int:
 
 def traffic_record(
     round_id: int, sent: Sequence[Mapping[str, int]], *, pipeline: PipelineConfig
-) -> dict[str, Any]:
+) -> TrafficRecord:
     """Sum what all processes sent in a round: bytes per pipe edge and per collective."""
     total: Counter[str] = Counter()
     for counts in sent:
         total.update(counts)
-    edges = [
+    edges: list[EdgeTraffic] = [
         {
             "from": source,
             "to": target,

@@ -8,11 +8,19 @@ from __future__ import annotations
 import math
 import sys
 import time
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from fedpipe.printable import printable
 from fedpipe.report.format import integer, number, tokens_per_s
 from fedpipe.report.progress import RunProgress
+from fedpipe.report.records import (
+    NOT_VALIDATED,
+    EvalRecord,
+    RefusedUpdate,
+    RoundRecord,
+    StepRecord,
+    TuningRoundRecord,
+)
 
 if TYPE_CHECKING:
     from fedpipe.report.live import LiveDisplay
@@ -86,7 +94,7 @@ class RunConsole:
             self._prepared[label] = share
             self._line(f"{label} {integer(done)}{f'/{integer(total)}' if total > 0 else ''}")
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: StepRecord) -> None:
         """Show a step record of any replica and stage."""
         self._progress.step(record)
         if self._live is not None:
@@ -100,16 +108,15 @@ class RunConsole:
             self._last_line = line
             self._line(self._step_text())
 
-    def round(self, record: dict[str, Any]) -> None:
+    def round(self, record: RoundRecord) -> None:
         """Show a round record."""
         self._progress.round(record)
         self._line(_round_text(record, self._progress.num_rounds))
         for line in refused_lines(record):
             self._line(line)
 
-    def evaluation(self, record: dict[str, Any]) -> None:
+    def evaluation(self, record: EvalRecord) -> None:
         """Show an eval record."""
-        self._progress.evaluation(record)
         self._line(_evaluation_text(record, self._progress))
 
     def close(self) -> None:
@@ -145,7 +152,7 @@ def _measured(value: float | None, digits: int, *, width: int) -> str:
     return number(value, digits, width=width)
 
 
-def refused_lines(record: dict[str, Any]) -> list[str]:
+def refused_lines(record: RoundRecord | TuningRoundRecord) -> list[str]:
     """Write a line per update that a round leaves out, and one if too few updates are left."""
     refused = record.get("refused") or []
     lines = [
@@ -159,7 +166,7 @@ def refused_lines(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def why(fault: dict[str, Any]) -> str:
+def why(fault: RefusedUpdate) -> str:
     """Write the reason why an update is left out; steps are counted from 1."""
     what = {"grad_norm": "gradient norm is", "weights": "weights are"}.get(fault["what"], "loss is")
     return f"its {what} not finite at local step {fault['step'] + 1}, stage {fault['stage']}"
@@ -171,7 +178,7 @@ def round_label(round_id: int | None, num_rounds: int) -> str:
     return f"round {shown:>{len(str(num_rounds))}}/{num_rounds}"
 
 
-def _round_text(record: dict[str, Any], num_rounds: int) -> str:
+def _round_text(record: RoundRecord, num_rounds: int) -> str:
     clients = record.get("clients") or []
     plural = "client " if len(clients) == 1 else "clients"
     losses = " ".join(number(loss, 3, width=6) for loss in record.get("loss") or [])
@@ -183,12 +190,12 @@ def _round_text(record: dict[str, Any], num_rounds: int) -> str:
     )
 
 
-def _evaluation_text(record: dict[str, Any], progress: RunProgress) -> str:
+def _evaluation_text(record: EvalRecord, progress: RunProgress) -> str:
     stages = {entry.get("stage"): entry for entry in record.get("stages") or []}
-    rows = [stages.get(stage_id, {}) for stage_id in range(progress.num_stages)]
+    rows = [stages.get(stage_id, NOT_VALIDATED) for stage_id in range(progress.num_stages)]
     losses = " ".join(number(row.get("loss"), 3, width=6) for row in rows)
     perplexities = " ".join(number(row.get("perplexity"), 1, width=8) for row in rows)
-    last = rows[-1] if rows else {}
+    last = rows[-1] if rows else NOT_VALIDATED
     worst = f"{number(last.get('worst_loss'), 3)} (client {integer(last.get('worst_client'))})"
     return (
         f"{round_label(record.get('round'), progress.num_rounds)} validation  loss {losses}  "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedpipe.report.drawing import (
     GREY,
@@ -16,6 +16,7 @@ from fedpipe.report.drawing import (
     whole_rounds,
 )
 from fedpipe.report.format import bytes_text, is_number, scale_bytes
+from fedpipe.report.records import TrafficRecord
 from fedpipe.report.summary import RunSummary, smooth
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def draw_loss(run: RunSummary) -> Draw | None:
             labels.append((smoothed[-1], f"stage {stage}", color))
             scored = [
                 (after[r] / scale, e["loss"])
-                for r, e in run.validations(stage)
+                for r, e in run.stage_scores(stage)
                 if r in after and is_number(e.get("loss"))
             ]
             axes.plot(
@@ -71,12 +72,12 @@ def draw_clients(run: RunSummary) -> Draw | None:
     stage = run.last_validated_stage
     series: dict[str, list[tuple[int, float]]] = {}
     mean: list[tuple[int, float]] = []
-    for round_id, entry in run.validations(stage) if stage is not None else []:
+    for round_id, entry in run.stage_scores(stage) if stage is not None else []:
         for client, loss in (entry.get("clients") or {}).items():
             if is_number(loss):
                 series.setdefault(client, []).append((round_id + 1, loss))
-        if is_number(entry.get("loss")):
-            mean.append((round_id + 1, entry["loss"]))
+        if is_number(loss := entry.get("loss")):
+            mean.append((round_id + 1, loss))
     if not series:
         return None
     named = len(series) <= _MAX_NAMED_CLIENTS
@@ -112,15 +113,16 @@ def draw_clients(run: RunSummary) -> Draw | None:
 
 def draw_traffic(run: RunSummary) -> Draw | None:
     """Draw bytes per round of every pipe edge (forward up, backward down) and every collective."""
-    records = run.of_kind("traffic")
+    records = run.traffic
     if not records:
         return None
     rounds = [(record.get("round") or 0) + 1 for record in records]
     edges: dict[str, dict[str, list[float]]] = {}
     for source, target in run.edges():
-        sums = edges.setdefault(f"stage {source} - {target}", {})
-        for name in ("forward", "backward"):
-            sums[name] = [_edge_bytes(r, source, target, f"bytes_{name}") for r in records]
+        edges[f"stage {source} - {target}"] = {
+            "forward": [_edge_bytes(r, source, target, "bytes_forward") for r in records],
+            "backward": [_edge_bytes(r, source, target, "bytes_backward") for r in records],
+        }
     collectives = {
         name: [(r.get("collectives") or {}).get(name) or 0.0 for r in records]
         for name in run.collectives()
@@ -194,7 +196,12 @@ def _mean_label(name: str, values: list[float]) -> str:
     return f"{name}, {bytes_text(sum(values) / len(values))}"
 
 
-def _edge_bytes(record: dict[str, Any], source: int, target: int, name: str) -> float:
+def _edge_bytes(
+    record: TrafficRecord,
+    source: int,
+    target: int,
+    name: Literal["bytes_forward", "bytes_backward"],
+) -> float:
     edges = record.get("edges") or []
     return sum(e.get(name) or 0 for e in edges if (e.get("from"), e.get("to")) == (source, target))
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from typing import Any
+from typing import Literal
 
 from fedpipe.report.format import integer, is_number
+from fedpipe.report.records import RoundRecord, StepRecord
 
 
 class RunProgress:
-    """Collects step, round and eval records into the numbers that a console shows.
+    """Collects step and round records into the numbers that a console shows.
 
     The step of the round is that of the replica that is furthest ahead, so it never decreases
     within a round.
@@ -32,15 +33,14 @@ class RunProgress:
         self.steps_per_round = steps_per_round
         self.num_stages = num_stages
         self.round_id: int | None = None
-        self.validation: dict[str, Any] = {}
         self._done_rounds = 0
         self._between_rounds = False
         self._window = max(window, 1)
         self._turns: dict[int, dict[int, int]] = {}  # replica -> client -> steps of its turn
-        self._latest: dict[tuple[int, int], dict[str, Any]] = {}  # (replica, stage) -> record
+        self._latest: dict[tuple[int, int], StepRecord] = {}  # (replica, stage) -> record
         self._speed: dict[int, deque[tuple[float, float]]] = {}  # replica -> (tokens, seconds)
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: StepRecord) -> None:
         """Add a step record of any replica and stage."""
         round_id, replica = record.get("round") or 0, record.get("replica") or 0
         if round_id != self.round_id or self._between_rounds:
@@ -56,15 +56,11 @@ class RunProgress:
             speed = self._speed.setdefault(replica, deque(maxlen=self._window))
             speed.append((record["tokens"], record["seconds"]))
 
-    def round(self, record: dict[str, Any]) -> None:
+    def round(self, record: RoundRecord) -> None:
         """Add a round record, which completes the round whatever the number of its steps."""
         self._start_round(record.get("round") or 0)
         self._done_rounds = (record.get("round") or 0) + 1
         self._between_rounds = True
-
-    def evaluation(self, record: dict[str, Any]) -> None:
-        """Add an eval record."""
-        self.validation = record
 
     @property
     def step_in_round(self) -> int:
@@ -115,7 +111,7 @@ class RunProgress:
         self._between_rounds = False
         self._turns.clear()
 
-    def _mean(self, name: str, stage_id: int) -> float | None:
+    def _mean(self, name: Literal["loss", "grad_norm"], stage_id: int) -> float | None:
         values = [r.get(name) for (_, stage), r in self._latest.items() if stage == stage_id]
         known = [value for value in values if isinstance(value, int | float)]
         if not all(map(is_number, known)):

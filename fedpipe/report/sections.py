@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from fedpipe.printable import printable
 from fedpipe.report.console import why
 from fedpipe.report.document import Block, Heading, Paragraph, Strong, Table
 from fedpipe.report.format import bytes_text, count, integer, is_number, number, tokens_per_s
+from fedpipe.report.records import NOT_VALIDATED, RoundRecord
 from fedpipe.report.summary import ClientText, Guess, RunSummary, Samples
-from fedpipe.report.writer import Record
 
 _COLLECTIVES = {
     "fedavg": "stage weights to and from the average (FedAvg)",
@@ -80,7 +81,7 @@ def _guesses(pairs: list[Guess]) -> str:
 
 def _final_loss(run: RunSummary) -> float | None:
     stage = run.last_validated_stage
-    loss = run.validations(stage)[-1][1].get("loss") if stage is not None else None
+    loss = run.stage_scores(stage)[-1][1].get("loss") if stage is not None else None
     return loss if is_number(loss) else None
 
 
@@ -143,11 +144,11 @@ def _owners(row: ClientText) -> str:
     return ", ".join([*names, *([f"{more:,} more"] if more > 0 else [])]) or "-"
 
 
-def rounds_table(run: RunSummary, rounds: list[Record]) -> Table:
+def rounds_table(run: RunSummary, rounds: Sequence[RoundRecord]) -> Table:
     """One row per round: who trained, the losses, the speed."""
     stages = range(run.num_stages)
     last = run.last_validated_stage
-    scored = dict(run.validations(last)) if last is not None else {}
+    scored = dict(run.stage_scores(last)) if last is not None else {}
     columns = (
         "round",
         "clients",
@@ -163,7 +164,7 @@ def rounds_table(run: RunSummary, rounds: list[Record]) -> Table:
     rows = []
     for record in rounds:
         round_id = record.get("round") or 0
-        entry = scored.get(round_id, {})
+        entry = scored.get(round_id, NOT_VALIDATED)
         losses = [*(record.get("loss") or []), *[None] * len(stages)][: len(stages)]
         rows.append(
             (
@@ -184,7 +185,7 @@ def rounds_table(run: RunSummary, rounds: list[Record]) -> Table:
 
 def refused_section(run: RunSummary) -> list[Block]:
     """Updates that no average has taken, and why; nothing where there are none."""
-    refused = [(r["round"], f) for r in run.of_kind("round") for f in r.get("refused") or []]
+    refused = [(r["round"], f) for r in run.rounds for f in r.get("refused") or []]
     if not refused:
         return []
     text = (
@@ -250,7 +251,7 @@ def _verdict(run: RunSummary) -> str:
     if not run.edges():
         return "The model is one stage: it has no cut, and only stage weights left the clients."
     backward = run.bytes_sent("backward")
-    rounds = count(len(run.of_kind("traffic")), "round")
+    rounds = count(len(run.traffic), "round")
     if backward == 0:
         lent = ""
         if run.collectives().get("embedding"):

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -173,7 +173,9 @@ def check_sinks(names: Sequence[str]) -> None:
 class Sinks:
     """Gives the numbers of records to all sinks of a run, against the tokens trained so far."""
 
-    def __init__(self, names: Sequence[str], run_dir: Path, kept: Iterable[dict[str, Any]]) -> None:
+    def __init__(
+        self, names: Sequence[str], run_dir: Path, kept: Iterable[Mapping[str, Any]]
+    ) -> None:
         """Open all.
 
         Args:
@@ -189,7 +191,7 @@ class Sinks:
             with self._left_out_if_it_fails(name):
                 self._sinks[name] = _KINDS[name](run_dir, kept_tokens=self._tokens.total)
 
-    def add(self, records: Iterable[dict[str, Any]]) -> None:
+    def add(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Show a batch of records."""
         points: list[Point] = []
         for record in records:
@@ -229,7 +231,7 @@ class TokenCount:
         """Start at zero."""
         self._per_stage: dict[int, int] = {}
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: Mapping[str, Any]) -> None:
         """Count a record; only a step, or a client's turn in fine-tuning, carries new tokens."""
         if record.get("kind") in ("step", "turn"):
             stage = record.get("stage") or 0
@@ -241,7 +243,7 @@ class TokenCount:
         return max(self._per_stage.values(), default=0)
 
 
-def scalars(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Name the scalars of a record; values may be ``None``."""
     kind = record.get("kind")
     if kind == "step":

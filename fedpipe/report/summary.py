@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from fedpipe.errors import CheckpointError
 from fedpipe.report.format import is_number
+from fedpipe.report.records import (
+    EvalRecord,
+    RoundRecord,
+    StageScore,
+    StartRecord,
+    StepRecord,
+    TrafficRecord,
+    TuningEvalRecord,
+    TuningRoundRecord,
+    TuningTrafficRecord,
+)
 from fedpipe.report.sinks import TokenCount
-from fedpipe.report.writer import METRICS_FILE, Record, read_metrics
+from fedpipe.report.writer import METRICS_FILE, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +93,7 @@ class RunSummary:
 
     run_dir: Path
     """The run directory."""
-    records: dict[str, list[Record]]
+    records: dict[str, list[Any]]
     """Records of metrics.jsonl by kind, in their order."""
     config: dict[str, Any] = field(default_factory=dict)
     """config.yaml."""
@@ -109,7 +121,7 @@ class RunSummary:
                 f"run directory: expected a {METRICS_FILE} to report on, got {run_dir}. "
                 "Pass the directory of a run that has started."
             )
-        by_kind: dict[str, list[Record]] = {}
+        by_kind: dict[str, list[Any]] = {}
         for record in read_metrics(path):
             by_kind.setdefault(str(record.get("kind")), []).append(record)
         plan = run_dir / "plan.txt"
@@ -124,16 +136,52 @@ class RunSummary:
             text=cast(TextFacts, _read_json(run_dir / TEXT_FILE)) or None,
         )
 
-    def of_kind(self, kind: str) -> list[Record]:
-        """Records of a kind, in the order in which they were written."""
-        return self.records.get(kind, [])
+    @property
+    def steps(self) -> list[StepRecord]:
+        """Local steps of a pre-training; like all records in the order in which they came."""
+        return self.records.get("step", [])
+
+    @property
+    def rounds(self) -> list[RoundRecord]:
+        """Rounds of a pre-training."""
+        return self.records.get("round", [])
+
+    @property
+    def validations(self) -> list[EvalRecord]:
+        """Validations of a pre-training."""
+        return self.records.get("eval", [])
+
+    @property
+    def traffic(self) -> list[TrafficRecord]:
+        """Traffic of a pre-training."""
+        return self.records.get("traffic", [])
+
+    @property
+    def starts(self) -> list[StartRecord]:
+        """How a pre-training started, and went on."""
+        return [r for r in self.records.get("system", []) if r.get("event") == "start"]
+
+    @property
+    def tuning_rounds(self) -> list[TuningRoundRecord]:
+        """Rounds of a fine-tuning."""
+        return self.records.get("round", [])
+
+    @property
+    def tuning_scores(self) -> list[TuningEvalRecord]:
+        """Scorings of a fine-tuning."""
+        return self.records.get("eval", [])
+
+    @property
+    def tuning_traffic(self) -> list[TuningTrafficRecord]:
+        """Traffic of a fine-tuning."""
+        return self.records.get("traffic", [])
 
     @property
     def num_stages(self) -> int:
         """Stages that left a record."""
-        stages = {r.get("stage") or 0 for r in self.of_kind("step")}
-        stages |= {e.get("stage") or 0 for r in self.of_kind("eval") for e in r.get("stages") or []}
-        lengths = [len(r.get("loss") or []) for r in self.of_kind("round")]
+        stages = {r.get("stage") or 0 for r in self.steps}
+        stages |= {e.get("stage") or 0 for r in self.validations for e in r.get("stages") or []}
+        lengths = [len(r.get("loss") or []) for r in self.rounds]
         return max([*(stage + 1 for stage in stages), *lengths], default=0)
 
     @property
@@ -161,14 +209,14 @@ class RunSummary:
     def tokens(self) -> int:
         """Tokens trained in all."""
         counter = TokenCount()
-        for record in self.of_kind("step"):
+        for record in self.steps:
             counter.add(record)
-        return counter.total or int(total(self.of_kind("round"), "tokens"))
+        return counter.total or int(total(r.get("tokens") for r in self.rounds))
 
     @property
     def train_seconds(self) -> float:
         """Time spent in rounds, without start-up and validation."""
-        return total(self.of_kind("round"), "seconds")
+        return total(r.get("seconds") for r in self.rounds)
 
     def training_loss(self, stage_id: int) -> tuple[list[float], list[float]]:
         """Trained tokens and loss of a stage, one point per local step, mean over the replicas.
@@ -177,7 +225,7 @@ class RunSummary:
         """
         points: dict[tuple[int, int], tuple[float, list[float]]] = {}
         position: dict[tuple[int, int], int] = {}
-        for record in self.of_kind("step"):
+        for record in self.steps:
             if (record.get("stage") or 0) != stage_id:
                 continue
             round_id, replica = record.get("round") or 0, record.get("replica") or 0
@@ -185,8 +233,8 @@ class RunSummary:
             position[round_id, replica] = index + 1
             tokens, losses = points.setdefault((round_id, index), (0.0, []))
             points[round_id, index] = (tokens + (record.get("tokens") or 0), losses)
-            if is_number(record.get("loss")):
-                losses.append(record["loss"])
+            if is_number(loss := record.get("loss")):
+                losses.append(loss)
         trained, xs, ys = 0.0, [], []
         for _, (tokens, losses) in sorted(points.items()):
             trained += tokens
@@ -198,16 +246,16 @@ class RunSummary:
     def tokens_after_round(self) -> dict[int, float]:
         """Trained tokens at the end of every round; 0 before the first."""
         trained, after = 0.0, {-1: 0.0}
-        for record in self.of_kind("round"):
+        for record in self.rounds:
             trained += record.get("tokens") or 0
             after[record.get("round") or 0] = trained
         return after
 
-    def validations(self, stage_id: int) -> list[tuple[int, dict[str, Any]]]:
+    def stage_scores(self, stage_id: int) -> list[tuple[int, StageScore]]:
         """Round and entry of every validation of a stage's head."""
         return [
             (record.get("round") or 0, entry)
-            for record in self.of_kind("eval")
+            for record in self.validations
             for entry in record.get("stages") or []
             if (entry.get("stage") or 0) == stage_id
         ]
@@ -215,13 +263,13 @@ class RunSummary:
     @property
     def last_validated_stage(self) -> int | None:
         """The last stage whose head was validated."""
-        stages = [e.get("stage") or 0 for r in self.of_kind("eval") for e in r.get("stages") or []]
+        stages = [e.get("stage") or 0 for r in self.validations for e in r.get("stages") or []]
         return max(stages, default=None)
 
     def edges(self) -> dict[tuple[int, int], dict[str, float]]:
         """Sums of the traffic ledger per pipe edge, in the order of the pipe."""
         sums: dict[tuple[int, int], dict[str, float]] = {}
-        for record in self.of_kind("traffic"):
+        for record in self.traffic:
             for edge in record.get("edges") or []:
                 entry = sums.setdefault((edge.get("from", 0), edge.get("to", 0)), {})
                 for name, value in edge.items():
@@ -232,7 +280,7 @@ class RunSummary:
     def collectives(self) -> dict[str, float]:
         """Bytes per collective, summed over the run."""
         sums: dict[str, float] = {}
-        for record in self.of_kind("traffic"):
+        for record in self.traffic:
             for name, value in (record.get("collectives") or {}).items():
                 sums[name] = sums.get(name, 0) + (value if is_number(value) else 0)
         return sums
@@ -242,9 +290,9 @@ class RunSummary:
         return sum(edge.get(f"bytes_{direction}", 0) for edge in self.edges().values())
 
 
-def total(records: list[Record], name: str) -> float:
-    """Sum a field over records, leaving out what is missing."""
-    return float(sum(record[name] for record in records if is_number(record.get(name))))
+def total(values: Iterable[Any]) -> float:
+    """Sum the numbers among the values of a field, leaving out what is missing."""
+    return float(sum(filter(is_number, values)))
 
 
 def smooth(values: list[float]) -> list[float]:

@@ -15,12 +15,11 @@ from typing import Any
 
 from fedpipe.errors import CheckpointError
 from fedpipe.files import with_file_name
+from fedpipe.report.records import Record
 from fedpipe.report.sinks import Sinks
 
 METRICS_FILE = "metrics.jsonl"
 """Name of the record inside a run directory."""
-
-Record = dict[str, Any]
 
 
 class MetricsWriter:
@@ -48,7 +47,7 @@ class MetricsWriter:
         """Bytes written so far; a checkpoint stores it, after ``flush``, for ``truncate``."""
         return os.fstat(self._fd).st_size
 
-    def write(self, records: list[Record]) -> None:
+    def write(self, records: Sequence[Record]) -> None:
         """Append a batch of records in one system call; NaN and infinity become null."""
         cleaned = [finite(record) for record in records]
         if self._sinks is None and self._names:
@@ -105,14 +104,17 @@ class MetricsWriter:
             self._sinks = None
 
 
-def read_metrics(path: Path | str) -> list[Record]:
+def read_metrics(path: Path | str) -> list[Any]:
     """Read the records of a ``metrics.jsonl``; a torn last line is left out.
+
+    Returns:
+        Each is a ``Record``; whoever asks for a kind knows of which class.
 
     Raises:
         CheckpointError: A line that is not the last one is no JSON object.
     """
     data = Path(path).read_bytes()
-    records: list[Record] = []
+    records: list[Any] = []
     for number, line in enumerate(data[: _complete_bytes(data)].splitlines(), start=1):
         try:
             record = json.loads(line)

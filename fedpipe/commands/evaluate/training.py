@@ -29,6 +29,7 @@ from fedpipe.distributed.device import autocast
 from fedpipe.errors import CheckpointError, ConfigError
 from fedpipe.models.tuned import read_model
 from fedpipe.pipeline.optimizer import make_optimizer
+from fedpipe.report.records import DevScoreRecord, TrainingStepRecord
 
 _POOL = 50
 """Number of batches whose sequences are sorted together: large for little padding, small to mix."""
@@ -49,7 +50,7 @@ class Trained:
     """First recorded step whose loss or gradient norm is not finite; None if there is none."""
 
 
-Note = Callable[[dict[str, Any]], None]
+Note = Callable[[TrainingStepRecord | DevScoreRecord], None]
 """Takes a record for metrics.jsonl."""
 
 

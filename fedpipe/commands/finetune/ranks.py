@@ -13,7 +13,7 @@ from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.topology import Grid
 from fedpipe.distributed.watch import Watch
 from fedpipe.report.console import RunConsole, refused_lines
-from fedpipe.report.records import Emit
+from fedpipe.report.records import Emit, TuningEvalRecord, TuningRoundRecord
 from fedpipe.report.sinks import check_sinks
 from fedpipe.run.checkpoint import Checkpoint, Position
 from fedpipe.run.run_dir import RunDir
@@ -106,17 +106,17 @@ def view(*, num_rounds: int) -> View:
     """Return a console of plain lines for the rounds and scores of a fine-tuning."""
     console = RunConsole(interactive=False)
 
-    def show_round(record: dict[str, Any]) -> None:
+    def show_round(record: TuningRoundRecord) -> None:
         for line in [_round_line(record, num_rounds), *refused_lines(record)]:
             console.text(line)
 
-    def show_score(record: dict[str, Any]) -> None:
+    def show_score(record: TuningEvalRecord) -> None:
         console.text(_score_line(record, num_rounds))
 
     return View(console=console, shows={"round": show_round, "eval": show_score})
 
 
-def _round_line(record: dict[str, Any], num_rounds: int) -> str:
+def _round_line(record: TuningRoundRecord, num_rounds: int) -> str:
     lost = f", {len(record['dropped'])} lost" if record["dropped"] else ""
     slow = f", {len(record['stragglers'])} slow" if record["stragglers"] else ""
     loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
@@ -128,7 +128,7 @@ def _round_line(record: dict[str, Any], num_rounds: int) -> str:
     )
 
 
-def _score_line(record: dict[str, Any], num_rounds: int) -> str:
+def _score_line(record: TuningEvalRecord, num_rounds: int) -> str:
     worst = "-" if record["worst"] is None else f"{record['worst']:.4f}"
     return (
         f"{time.strftime('%H:%M:%S')} round {record['round'] + 1:>{len(str(num_rounds))}}"

@@ -13,6 +13,14 @@ from fedpipe.data.tasks.registry import TaskSpec
 from fedpipe.data.tasks.scoring import from_statistics
 from fedpipe.federation.cohort import RoundPlan, Turn
 from fedpipe.federation.refusal import Outcome
+from fedpipe.report.records import (
+    EdgeTraffic,
+    StepRecord,
+    TuningEvalRecord,
+    TuningRoundRecord,
+    TuningTrafficRecord,
+    TurnRecord,
+)
 
 _BYTES = 4
 """Bytes of a float32 that is sent."""
@@ -21,8 +29,8 @@ Scores = Mapping[int, Mapping[int, NDArray[np.float64]]]
 
 
 def turn_records(
-    plan: RoundPlan, round_id: int, *, steps: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+    plan: RoundPlan, round_id: int, *, steps: Sequence[StepRecord]
+) -> list[TurnRecord]:
     """Summarise the turn of every client; its loss is that of the last stage.
 
     Args:
@@ -30,14 +38,14 @@ def turn_records(
         round_id: Index of the round, from 0.
         steps: Step records of all clients and stages, in order.
     """
-    by_client: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    by_client: dict[int, list[StepRecord]] = defaultdict(list)
     for step in steps:
         by_client[step["client"]].append(step)
     turns = sorted(plan.turns, key=lambda turn: turn.client_id)
     return [_turn_record(turn, round_id, by_client[turn.client_id]) for turn in turns]
 
 
-def _turn_record(turn: Turn, round_id: int, steps: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _turn_record(turn: Turn, round_id: int, steps: list[StepRecord]) -> TurnRecord:
     losses: dict[int, list[float]] = defaultdict(list)
     seconds: dict[int, float] = defaultdict(float)
     for step in steps:
@@ -46,7 +54,7 @@ def _turn_record(turn: Turn, round_id: int, steps: list[Mapping[str, Any]]) -> d
             losses[step["stage"]].append(step["loss"])
     means = {stage: float(np.mean(own)) for stage, own in sorted(losses.items())}
     last = max(means)
-    record = {
+    record: TurnRecord = {
         "kind": "turn",
         "round": round_id,
         "client": turn.client_id,
@@ -68,11 +76,11 @@ def round_record(
     plan: RoundPlan,
     round_id: int,
     *,
-    turns: Sequence[Mapping[str, Any]],
+    turns: Sequence[TurnRecord],
     outcome: Outcome,
     facts: Sequence[Mapping[str, Any]],
     seconds: float,
-) -> dict[str, Any]:
+) -> TuningRoundRecord:
     """Summarise a round.
 
     A client whose update is refused is listed, but its loss does not count.
@@ -108,8 +116,13 @@ def round_record(
 
 
 def client_traffic(
-    plan: RoundPlan, round_id: int, *, edges: Any, sent_numel: int, received_numel: int
-) -> dict[str, Any]:
+    plan: RoundPlan,
+    round_id: int,
+    *,
+    edges: list[EdgeTraffic],
+    sent_numel: int,
+    received_numel: int,
+) -> TuningTrafficRecord:
     """Record the averaged parameters that the clients of a round send and receive.
 
     Every client of the cohort receives them; a client that is lost sends nothing. If the model is
@@ -135,7 +148,7 @@ def client_traffic(
     }
 
 
-def score_record(round_id: int, scores: Scores, task: TaskSpec) -> dict[str, Any]:
+def score_record(round_id: int, scores: Scores, task: TaskSpec) -> TuningEvalRecord:
     """Summarise a scoring: the score of all examples, the score by client, and the worst client.
 
     These are scores of the last stage. For the heads of the other stages, the record has the score
@@ -146,7 +159,7 @@ def score_record(round_id: int, scores: Scores, task: TaskSpec) -> dict[str, Any
     known = {client: score for client, score in clients.items() if np.isfinite(score)}
     choose = max if task.metric == "loss" else min
     worst = choose(known, key=known.__getitem__) if known else None
-    record = {
+    record: TuningEvalRecord = {
         "kind": "eval",
         "round": round_id,
         "metric": task.metric,

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from fedpipe.commands.finetune.prepared import ClientFacts
 from fedpipe.files import write_text
@@ -32,6 +32,7 @@ from fedpipe.report.drawing import (
     whole_rounds,
 )
 from fedpipe.report.format import bytes_text, count, duration, integer, number
+from fedpipe.report.records import NOT_SCORED, EdgeTraffic, TuningEvalRecord
 from fedpipe.report.sections import environment_rows, refused_section
 from fedpipe.report.summary import RunSummary
 
@@ -120,8 +121,8 @@ _COLUMNS = (
 
 
 def _row(run: RunSummary) -> list[str]:
-    last = (run.of_kind("eval") or [{}])[-1]
-    traffic, rounds = run.of_kind("traffic"), run.of_kind("round")
+    last = _last_score(run)
+    traffic, rounds = run.tuning_traffic, run.tuning_rounds
     sent = sum(record["bytes_up"] + record["bytes_down"] for record in traffic)
     sent += sum(sum(_both_ways(edge)) for record in traffic for edge in record.get("edges", ()))
     trained, share = _trained(run)
@@ -152,18 +153,22 @@ def _name(run: RunSummary) -> str:
 
 
 def _title(run: RunSummary) -> str:
-    metric = str((run.of_kind("eval") or [{}])[-1].get("metric", "score"))
+    metric = _last_score(run)["metric"]
     return _TITLES.get(metric, metric)
 
 
-def _shown(record: dict[str, Any], value: Any) -> str:
+def _last_score(run: RunSummary) -> TuningEvalRecord:
+    return [NOT_SCORED, *run.tuning_scores][-1]
+
+
+def _shown(record: TuningEvalRecord, value: float | None) -> str:
     if record.get("metric") in _SHARES:
         return number(None if value is None else 100 * value, 2)
     return number(value, 4)
 
 
 def _headline(run: RunSummary) -> list[Block]:
-    rounds, traffic, scored = run.of_kind("round"), run.of_kind("traffic"), run.of_kind("eval")
+    rounds, traffic, scored = run.tuning_rounds, run.tuning_traffic, run.tuning_scores
     items: list[tuple[str, str, str]] = []
     if scored:
         last = scored[-1]
@@ -172,7 +177,8 @@ def _headline(run: RunSummary) -> list[Block]:
     trained, share = _trained(run)
     items.append(("trained parameters", trained, f"{share} of the model"))
     if traffic:
-        up, down = (sum(record[f"bytes_{way}"] for record in traffic) for way in ("up", "down"))
+        up = sum(record["bytes_up"] for record in traffic)
+        down = sum(record["bytes_down"] for record in traffic)
         each = f"{bytes_text(traffic[0]['client_bytes_up'])} per client and round"
         items.append(("bytes from the clients", bytes_text(up), each))
         items.append(
@@ -186,12 +192,12 @@ def _headline(run: RunSummary) -> list[Block]:
     return [Facts(items=tuple(items))]
 
 
-def _curve(run: RunSummary, name: str) -> list[tuple[int, float]]:
+def _curve(run: RunSummary, name: Literal["score", "worst"]) -> list[tuple[int, float]]:
     factor = 100 if _title(run) in {_TITLES.get(m, m) for m in _SHARES} else 1
     return [
-        (record["round"] + 1, factor * record[name])
-        for record in run.of_kind("eval")
-        if record[name] is not None
+        (record["round"] + 1, factor * score)
+        for record in run.tuning_scores
+        if (score := record[name]) is not None
     ]
 
 
@@ -212,7 +218,7 @@ def _lines(curves: dict[str, list[tuple[int, float]]], title: str) -> Draw:
 
 
 def _scores(run: RunSummary) -> list[Block]:
-    if not run.of_kind("eval"):
+    if not run.tuning_scores:
         return []
     all_clients, worst = _curve(run, "score"), _curve(run, "worst")
 
@@ -226,7 +232,7 @@ def _scores(run: RunSummary) -> list[Block]:
         left.set(xlabel="round", ylabel=_title(run))
         left.legend()
         whole_rounds(left)
-        traffic = run.of_kind("traffic")
+        traffic = run.tuning_traffic
         sent = [(r["bytes_up"] + r["bytes_down"]) / 2**20 for r in traffic]
         right.bar([record["round"] + 1 for record in traffic], sent, color=BLUE)
         right.set(xlabel="round", ylabel="MiB sent, up and down")
@@ -240,13 +246,13 @@ def _scores(run: RunSummary) -> list[Block]:
     return [Heading(text="Scores"), Figure(file="scores.png", svg=svg, caption=caption)]
 
 
-def _both_ways(edge: dict[str, Any]) -> tuple[int, int]:
+def _both_ways(edge: EdgeTraffic) -> tuple[int, int]:
     return edge["bytes_forward"], edge["bytes_backward"]
 
 
 def _stages(run: RunSummary) -> list[Block]:
     """Show the messages over the edges of a cut model, and the score of each stage's own head."""
-    traffic = run.of_kind("traffic")
+    traffic = run.tuning_traffic
     edges = traffic[0].get("edges", []) if traffic else []
     if not edges:
         return []
@@ -265,7 +271,7 @@ def _stages(run: RunSummary) -> list[Block]:
         Heading(text="Stages"),
         Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(1, 5))),
     ]
-    last = (run.of_kind("eval") or [{}])[-1]
+    last = _last_score(run)
     heads = tuple(
         (f"stage {stage}", _shown(last, score)) for stage, score in last.get("stages", {}).items()
     )
@@ -280,7 +286,7 @@ def _clients(run: RunSummary) -> list[Block]:
     if not path.is_file():
         return []
     facts = [ClientFacts(**fact) for fact in json.loads(path.read_text(encoding="utf-8"))["facts"]]
-    last = (run.of_kind("eval") or [{}])[-1]
+    last = _last_score(run)
     scores = last.get("clients") or {}
     middle = _spread(facts)
     rows = tuple(
@@ -320,11 +326,11 @@ def _spread(facts: list[ClientFacts]) -> Table:
 
 
 def _rounds(run: RunSummary) -> list[Block]:
-    scored = {record["round"]: record for record in run.of_kind("eval")}
-    traffic = {record["round"]: record for record in run.of_kind("traffic")}
+    scored = {record["round"]: record for record in run.tuning_scores}
+    traffic = {record["round"]: record for record in run.tuning_traffic}
     rows = []
-    for record in run.of_kind("round"):
-        score, sent = scored.get(record["round"], {}), traffic[record["round"]]
+    for record in run.tuning_rounds:
+        score, sent = scored.get(record["round"], NOT_SCORED), traffic[record["round"]]
         rows.append(
             (
                 str(record["round"] + 1),

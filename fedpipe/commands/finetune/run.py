@@ -20,10 +20,10 @@ from fedpipe.commands.finetune.whole import WholeReplica
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.watch import Watch
 from fedpipe.federation.cohort import RoundPlan
-from fedpipe.federation.loop import FederatedRun, Record
+from fedpipe.federation.loop import Facts, FederatedRun
 from fedpipe.federation.refusal import Outcome
 from fedpipe.federation.traffic import traffic_record
-from fedpipe.report.records import Emit
+from fedpipe.report.records import Emit, Record, StepRecord, TuningEvalRecord
 
 
 class Finetuning(FederatedRun):
@@ -59,7 +59,7 @@ class Finetuning(FederatedRun):
         """See ``FederatedRun``."""
         return plan_tuning_round(self.config, round_id=round_id, lengths=self._lengths)
 
-    def round_facts(self, round_id: int) -> Record:
+    def round_facts(self, round_id: int) -> Facts:
         """Return the peak memory, and the number of parameters that a client sends and receives."""
         numel = self._tuned.sent_numel if self.comm.replica == 0 else 0
         return {"memory": peak_memory_bytes(), "numel": numel}
@@ -70,8 +70,8 @@ class Finetuning(FederatedRun):
         round_id: int,
         *,
         outcome: Outcome,
-        steps: Sequence[Record],
-        facts: Sequence[Record],
+        steps: Sequence[StepRecord],
+        facts: Sequence[Facts],
         seconds: float,
     ) -> list[Record]:
         """See ``FederatedRun``."""
@@ -96,7 +96,7 @@ class Finetuning(FederatedRun):
         )
         return [*turns, record, traffic]
 
-    def validation_record(self, round_id: int, scores: Scores) -> Record:
+    def validation_record(self, round_id: int, scores: Scores) -> TuningEvalRecord:
         """See ``FederatedRun``."""
         return score_record(round_id, scores, self.data.task)
 

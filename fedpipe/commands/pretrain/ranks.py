@@ -120,7 +120,11 @@ def view(config: RunConfig, *, num_local_steps: int, interactive: bool | None = 
         log_every=config.log.every,
         interactive=interactive,
     )
-    shows = {"step": console.step, "round": console.round, "eval": console.evaluation}
+    shows: dict[str, Callable[[Any], None]] = {
+        "step": console.step,
+        "round": console.round,
+        "eval": console.evaluation,
+    }
     return View(console=console, shows=shows, log_every=max(config.log.every, 1))
 
 

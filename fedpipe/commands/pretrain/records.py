@@ -6,11 +6,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fedpipe.federation.cohort import Turn
 from fedpipe.federation.refusal import Outcome
 from fedpipe.files import write_text
+from fedpipe.report.records import EvalRecord, RoundRecord, StageScore, StepRecord
 
 
 def round_record(
@@ -18,11 +18,11 @@ def round_record(
     *,
     turns: Sequence[Turn],
     outcome: Outcome,
-    steps: Sequence[Mapping[str, Any]],
+    steps: Sequence[StepRecord],
     num_stages: int,
     seconds: float,
     sync: Sequence[tuple[float, int]],
-) -> dict[str, Any]:
+) -> RoundRecord:
     """Summarise a round: its clients, mean loss per stage, time, and the cost of averaging.
 
     A client whose update is refused is listed with weight 0, and its losses do not count.
@@ -61,14 +61,15 @@ def round_record(
 
 def evaluation_record(
     round_id: int, scores: Mapping[int, Mapping[int, tuple[float, int]]]
-) -> dict[str, Any]:
+) -> EvalRecord:
     """Summarise a validation: per stage the mean loss of all masked tokens, and the worst client.
 
     Args:
         round_id: Index of the round, from 0.
         scores: By stage and client, the summed loss in nats and the number of masked tokens.
     """
-    stages, tokens = [], 0
+    stages: list[StageScore] = []
+    tokens = 0
     for stage in sorted(s for s in scores if scores[s]):
         clients = {c: total / count for c, (total, count) in sorted(scores[stage].items())}
         tokens = sum(count for _, count in scores[stage].values())

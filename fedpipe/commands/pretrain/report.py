@@ -74,7 +74,7 @@ def write_report(run_dir: Path) -> Path:
 def _headline(run: RunSummary) -> list[Block]:
     items: list[tuple[str, str, str]] = []
     for stage_id in range(run.num_stages):
-        scored = run.validations(stage_id)
+        scored = run.stage_scores(stage_id)
         if not scored:
             continue
         entry = scored[-1][1]
@@ -88,14 +88,14 @@ def _headline(run: RunSummary) -> list[Block]:
                 f"perplexity {perplexity}, worst client {worst}",
             )
         )
-    rounds = run.of_kind("round")
+    rounds = run.rounds
     seconds = run.train_seconds
     items.append(("tokens trained", integer(run.tokens), f"in {count(len(rounds), 'round')}"))
     if rounds:
-        speed = tokens_per_s(total(rounds, "tokens") / seconds if seconds else None)
+        speed = tokens_per_s(total(r.get("tokens") for r in rounds) / seconds if seconds else None)
         items.append(("training time", duration(seconds), _start_up(run)))
         items.append(("tokens per second", speed, "all replicas, averaging included"))
-    if run.of_kind("traffic"):
+    if run.traffic:
         messages = sum(edge.get("messages_backward", 0) for edge in run.edges().values())
         forward = bytes_text(run.bytes_sent("forward"))
         items.append(("bytes forward", forward, "activations, stage to stage"))
@@ -110,9 +110,8 @@ def _headline(run: RunSummary) -> list[Block]:
 
 
 def _start_up(run: RunSummary) -> str:
-    for record in run.of_kind("system"):
-        if "seconds_to_first_step" in record:
-            return f"first step {duration(record['seconds_to_first_step'])} after the start"
+    for record in run.starts:
+        return f"first step {duration(record['seconds_to_first_step'])} after the start"
     return "start-up and validation excluded"
 
 
@@ -138,7 +137,7 @@ def _training(run: RunSummary) -> list[Block]:
 
 
 def _traffic(run: RunSummary) -> list[Block]:
-    if not run.of_kind("traffic"):
+    if not run.traffic:
         return []
     blocks = [Heading(text="What left the clients"), *ledger(run)]
     return blocks + _figure(
@@ -166,7 +165,7 @@ def _timeline(run: RunSummary) -> list[Block]:
 
 
 def _rounds(run: RunSummary) -> list[Block]:
-    rounds = run.of_kind("round")
+    rounds = run.rounds
     if not rounds:
         return []
     blocks: list[Block] = [Heading(text="Rounds"), rounds_table(run, rounds[-_MAX_ROUND_ROWS:])]

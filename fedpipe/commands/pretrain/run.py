@@ -11,11 +11,11 @@ from fedpipe.data.blocks import PreparedData, load_prepared
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.watch import Watch
 from fedpipe.federation.cohort import RoundPlan, Turn, plan_round, steps_per_round
-from fedpipe.federation.loop import FederatedRun, Record
+from fedpipe.federation.loop import Facts, FederatedRun
 from fedpipe.federation.refusal import Outcome
 from fedpipe.federation.traffic import traffic_record
 from fedpipe.pipeline.stage_engine import StepResult
-from fedpipe.report.records import Emit
+from fedpipe.report.records import Emit, EvalRecord, Record, StepRecord
 from fedpipe.run.run_dir import RunSetup
 
 
@@ -61,7 +61,7 @@ class Pretraining(FederatedRun):
             self._first_step_after = time.monotonic() - self._started_at
         super().on_step(turn, round_id, stage_id, result)
 
-    def round_facts(self, round_id: int) -> Record:
+    def round_facts(self, round_id: int) -> Facts:
         """Return the time of the first step, and the trace of the first turn of the run."""
         traces = [
             (self.comm.replica, engine.spec.stage_id, event)
@@ -76,8 +76,8 @@ class Pretraining(FederatedRun):
         round_id: int,
         *,
         outcome: Outcome,
-        steps: Sequence[Record],
-        facts: Sequence[Record],
+        steps: Sequence[StepRecord],
+        facts: Sequence[Facts],
         seconds: float,
     ) -> list[Record]:
         """See ``FederatedRun``."""
@@ -108,6 +108,6 @@ class Pretraining(FederatedRun):
 
     def validation_record(
         self, round_id: int, scores: dict[int, dict[int, tuple[float, int]]]
-    ) -> Record:
+    ) -> EvalRecord:
         """See ``FederatedRun``."""
         return evaluation_record(round_id, scores)

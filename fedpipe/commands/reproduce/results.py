@@ -163,7 +163,7 @@ def read_curve(run: SystemCell) -> Curve:
         CheckpointError: metrics.jsonl is damaged.
     """
     summary = RunSummary.load(run.run_dir)
-    rounds, scored = summary.of_kind("round"), summary.of_kind("eval")
+    rounds, scored = (summary.records.get(kind, []) for kind in ("round", "eval"))
     if not len(rounds) == len(scored) == run.config.federation.num_rounds:
         raise CheckpointError(
             f"{run.run_dir}: expected a record of {run.config.federation.num_rounds} "

@@ -19,8 +19,9 @@ from fedpipe.report.format import (
     number,
     tokens_per_s,
 )
+from fedpipe.report.records import EvalRecord, RoundRecord, TrafficRecord
 from fedpipe.report.summary import total
-from fedpipe.report.writer import METRICS_FILE, Record, read_metrics
+from fedpipe.report.writer import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -164,17 +165,18 @@ def read_result(run_dir: Path) -> RunResult:
         CheckpointError: metrics.jsonl is damaged.
     """
     records = read_metrics(run_dir / METRICS_FILE)
-    rounds = [r for r in records if r["kind"] == "round"]
-    edges = [e for r in records if r["kind"] == "traffic" for e in r["edges"]]
+    rounds: list[RoundRecord] = [r for r in records if r["kind"] == "round"]
+    traffic: list[TrafficRecord] = [r for r in records if r["kind"] == "traffic"]
+    edges = [edge for record in traffic for edge in record["edges"]]
     steps = sum(r["kind"] == "step" and r["stage"] == 0 for r in records)
-    stages: list[Record] = next((r["stages"] for r in reversed(records) if r["kind"] == "eval"), [])
+    evals: list[EvalRecord] = [r for r in records if r["kind"] == "eval"]
     environment = run_dir / "env.json"
     host = json.loads(environment.read_text("utf-8"))["host"] if environment.is_file() else ""
     return RunResult(
-        stage_losses=tuple(entry["loss"] for entry in stages),
-        tokens=total(rounds, "tokens"),
-        seconds=total(rounds, "seconds"),
-        bytes_forward_per_step=total(edges, "bytes_forward") / steps if steps else None,
+        stage_losses=tuple(entry["loss"] for entry in evals[-1]["stages"]) if evals else (),
+        tokens=total(r["tokens"] for r in rounds),
+        seconds=total(r["seconds"] for r in rounds),
+        bytes_forward_per_step=total(e["bytes_forward"] for e in edges) / steps if steps else None,
         host=host,
     )
 
