@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from fedpipe.models.families import hf_config
 from fedpipe.models.split import StageSpec, model_stages
 from fedpipe.models.stage import MaskedTargets, Stage, build_stage
 from fedpipe.pipeline.messages import edge_messages
-from fedpipe.pipeline.stage_engine import MicroBatchSource, StepResult
+from fedpipe.pipeline.stage_engine import MicroBatchSource
 
 EMBEDDING_LEDGER = "embedding"
 """Entry of the traffic ledger for the word embedding that the final decoder starts from."""
@@ -92,24 +91,12 @@ class Replica(StageReplica):
 
     # -- training ----------------------------------------------------------------------------
 
-    def train(
-        self,
-        turn: Turn,
-        steps: range,
-        *,
-        round_id: int,
-        seen: int,
-        lr: Callable[[int], float],
-        on_step: Callable[[int, StepResult], None],
-        until: Callable[[int], int],
-    ) -> None:
-        """See ``Replica.train``. The first turn of the run is timed for the timeline."""
+    def begin_turn(self, turn: Turn, *, round_id: int, last_round: int | None) -> None:
+        """See ``Replica.begin_turn``. The first turn of the run is timed for the timeline."""
+        super().begin_turn(turn, round_id=round_id, last_round=last_round)
         for stage in self.stages:
             first = round_id == 0 and not stage.trace.events
             stage.trace.steps = TRACED_STEPS if first else range(0)
-        super().train(
-            turn, steps, round_id=round_id, seen=seen, lr=lr, on_step=on_step, until=until
-        )
 
     def set_weights(self, client_id: int, last_round: int | None) -> dict[int, dict[str, Any]]:
         """See ``Replica.set_weights``. A decoder that starts as a copy gets the word embedding."""
