@@ -256,6 +256,7 @@ def test_a_sweep_reads_its_configuration_once_for_all_cells(
     with counted_reads(monkeypatch) as reads:
         set_up_sweep(str(own), *arguments, preset=None)
     assert reads["own.yaml"] == 1
+    (tmp_path / "sweep" / "cells" / "seed=1" / "metrics.jsonl").touch()  # this one has begun
     with counted_reads(monkeypatch) as reads:
         set_up_sweep(None, [], [], str(tmp_path / "sweep"), preset=None)
     assert (reads["sweep.yaml"], reads["config.yaml"]) == (1, 3)

@@ -24,8 +24,7 @@ from fedpipe.commands.study.study import (
     Runs,
     Slot,
     Study,
-    read_grid,
-    write_grid,
+    set_up_grid,
 )
 from fedpipe.config.finetune import FinetuneConfig, finetune_presets, finetune_tree, load_finetune
 from fedpipe.config.tree import Node
@@ -306,8 +305,7 @@ def find_grid(
         grid_keys = _EXAMPLE
     if not grid_keys and (found is None or found.kind == "finetune"):
         return None
-    run, grid, cells = read_grid(_RUNS, config_path, overrides, grid_keys, run_dir, preset=preset)
-    write_grid(run, grid, cells)
+    run, _, cells = set_up_grid(_RUNS, config_path, overrides, grid_keys, run_dir, preset=preset)
     return TuningGrid(directory=run.path, cells=cells)
 
 

@@ -332,7 +332,7 @@ class Runs(Generic[ConfigT]):
     """Refuses to resume a run whose inputs have changed."""
 
 
-def read_grid(
+def set_up_grid(
     runs: Runs[ConfigT],
     config_path: str | Node | None,
     overrides: Sequence[str],
@@ -341,7 +341,9 @@ def read_grid(
     *,
     preset: str | None,
 ) -> tuple[RunDir, GridKeys, tuple[Cell[ConfigT], ...]]:
-    """Find the directory, the grid and the cells of a study; write nothing.
+    """Find the directory, the grid and the cells of a study, and write them down.
+
+    Every file is read once.
 
     Args:
         runs: How runs are read and checked.
@@ -354,7 +356,9 @@ def read_grid(
 
     Raises:
         FedPipeError: The user can correct the cause; the message names a cell that cannot run.
+            Nothing has been written.
     """
+    config: Any
     asked = parse_grid(words)
     run = RunDir.at(run_dir, runs.study_kind) if run_dir else None
     saved = _read_saved(run) if run else None
@@ -364,7 +368,7 @@ def read_grid(
         base = runs.read_tree(config_path, preset=preset)
     if run is None:
         first = [f"{key}={values[0]}" for key, values in asked]
-        config: Any = runs.read(base, [*overrides, *first])
+        config = runs.read(base, [*overrides, *first])
         run = RunDir.at(Path("runs") / config.name, runs.study_kind)
         saved = _read_saved(run)
     asked = asked or (saved[0] if saved else ())
@@ -372,24 +376,24 @@ def read_grid(
     cells = make_cells(
         asked, run.path / runs.home, lambda own: runs.load(base, [*overrides, *own]), kind=runs.kind
     )
-    if saved is None:
-        return run, asked, cells
-    if asked != saved[0]:
+    if saved and asked != saved[0]:
         raise CheckpointError(
             f"{run.path}: expected the grid of {runs.title} that is there,"
             f" {shlex.join(grid_words(saved[0]))}, got {shlex.join(grid_words(asked))}. Continue it"
             " with --run-dir alone, or choose a new --run-dir."
         )
-    return run, asked, tuple(_resumed_cell(runs, saved[1], cell) for cell in cells)
-
-
-def write_grid(run: RunDir, grid_keys: GridKeys, cells: Sequence[Cell[Any]]) -> None:
-    """Write the grid and the configuration of a study, and the configuration of every cell."""
-    # The first cell's values of the grid's keys stand for all: every cell has its own.
-    content = {"grid": grid_words(grid_keys), "config": load.to_dict(cells[0].config)}
+    own_runs = [cell.run for cell in cells]
+    if saved:
+        cells = tuple(
+            _resumed_cell(runs, saved[1], cell, own)
+            for cell, own in zip(cells, own_runs, strict=True)
+        )
+    config = cells[0].config  # whose values of the grid's keys stand for all: each has its own
+    content = {"grid": grid_words(asked), "config": load.to_dict(config)}
     run.make().write(dump(content))
-    for cell in cells:
-        cell.run.make().write(load.dump_config(cell.config))
+    for cell, own in zip(cells, own_runs, strict=True):
+        own.make().write(load.dump_config(cell.config))
+    return run, asked, cells
 
 
 def grid_words(grid_keys: GridKeys) -> list[str]:
@@ -427,10 +431,11 @@ def make_cells(
     return tuple(cells)
 
 
-def _resumed_cell(runs: Runs[ConfigT], base: Node, cell: Cell[ConfigT]) -> Cell[ConfigT]:
-    """Return a cell of a study that exists; the cell may have checkpoints."""
+def _resumed_cell(
+    runs: Runs[ConfigT], base: Node, cell: Cell[ConfigT], run: RunDir
+) -> Cell[ConfigT]:
+    """Return a cell of a study that exists; its directory ``run`` may have checkpoints."""
     with naming_cell(cell.name):
-        run = cell.run
         own = run.saved if run.has_begun else None  # with what the study leaves open settled
         before = runs.read(own, ()) if own else runs.read(base, cell.overrides)
         config = resumed_config(run.path, before, cell.config, may_change=run.may_change)

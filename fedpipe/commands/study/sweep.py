@@ -28,8 +28,7 @@ from fedpipe.commands.study.study import (
     grid_words,
     naming_cell,
     prepare_texts,
-    read_grid,
-    write_grid,
+    set_up_grid,
 )
 from fedpipe.config import load
 from fedpipe.config.deepspeed import deepspeed_config
@@ -137,10 +136,9 @@ def set_up_sweep(
     Raises:
         FedPipeError: The user can correct the cause; the message names a cell that cannot run.
     """
-    run, grid, cells = read_grid(
+    run, grid, cells = set_up_grid(
         PRETRAININGS, config_path, overrides, grid_keys, run_dir, preset=preset
     )
-    write_grid(run, grid, cells)
     return Sweep(directory=run.path, grid_keys=grid, cells=cells)
 
 
