@@ -62,7 +62,7 @@ def draw_loss(run: RunSummary) -> Draw | None:
             )
         axes.set_xlim(0, 1.01 * max(tokens[-1] for tokens, _ in curves.values()) / scale)
         label_ends(axes, labels)
-        _loss_legend(axes)
+        _loss_legend(axes, validated=bool(run.validations))
 
     return draw
 
@@ -206,9 +206,10 @@ def _edge_bytes(
     return sum(e.get(name) or 0 for e in edges if (e.get("from"), e.get("to")) == (source, target))
 
 
-def _loss_legend(axes: Axes) -> None:
+def _loss_legend(axes: Axes, *, validated: bool) -> None:
     axes.plot([], [], color=GREY, linewidth=1.8, label="training, smoothed")
-    axes.plot([], [], "o", color=GREY, markeredgecolor=INK, markersize=5, label="validation")
+    if validated:
+        axes.plot([], [], "o", color=GREY, markeredgecolor=INK, markersize=5, label="validation")
     axes.legend(loc="upper right", ncols=2)
 
 

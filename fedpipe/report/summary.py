@@ -159,7 +159,7 @@ class RunSummary:
     @property
     def starts(self) -> list[StartRecord]:
         """How a pre-training started, and went on."""
-        return [r for r in self.records.get("system", []) if r.get("event") == "start"]
+        return [r for r in self.records.get("system", []) if "seconds_to_first_step" in r]
 
     @property
     def tuning_rounds(self) -> list[TuningRoundRecord]:

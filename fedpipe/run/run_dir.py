@@ -224,8 +224,8 @@ class RunDir:
             )
         if kinds and found not in kinds:
             raise CheckpointError(
-                f"--run-dir: expected the directory of {TITLES[kinds[0]]}, got that of"
-                f" {TITLES[found]}, {path}. Choose another directory."
+                f"--run-dir: expected the directory of {' or '.join(TITLES[k] for k in kinds)}, got"
+                f" that of {TITLES[found]}, {path}. {_way_to_run(path, kinds)}"
             )
         return cls(path, found, is_new=False)
 
@@ -419,6 +419,15 @@ def _read_kind(path: Path) -> Kind | None:
             " another directory."
         )
     return kind
+
+
+def _way_to_run(path: Path, kinds: Sequence[Kind]) -> str:
+    """Say what to name instead of a directory: a run of one of some kinds in it, if it has any."""
+    for file in sorted([*path.glob(f"*/{RUN_FILE}"), *path.glob(f"*/*/{RUN_FILE}")]):
+        with contextlib.suppress(CheckpointError):
+            if _read_kind(file.parent) in kinds:
+                return f"Name one of its runs, for example {file.parent}."
+    return "Choose another directory."
 
 
 def _check_new(path: Path) -> None:

@@ -8,11 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from fedpipe.commands.pretrain.report import write_report
 from fedpipe.errors import CheckpointError
 from fedpipe.report.document import Paragraph, Table
 from fedpipe.report.drawing import spread
+from fedpipe.report.plots import draw_loss
 from fedpipe.report.sections import ledger, refused_section
 from fedpipe.report.summary import RunSummary, smooth
 from fedpipe.report.timeline_plot import middle_window, write_timeline_plot
@@ -155,11 +157,20 @@ def test_a_run_that_has_just_started_has_a_report(tmp_path: Path) -> None:
     assert "No local step has been recorded yet." in page
 
 
-def test_a_run_inside_its_first_round_has_a_loss_figure(tmp_path: Path) -> None:
+def test_a_run_without_a_validation_has_a_loss_figure_that_speaks_of_none(
+    tmp_path: Path, page: str
+) -> None:
     steps = [r for r in make_records(num_rounds=1) if r["kind"] == "step"][:3]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in steps))
-    write_report(tmp_path)
+    alone = write_report(tmp_path).read_text(encoding="utf-8")
     assert (tmp_path / "loss.png").is_file()
+    assert "held-out text of all clients" in page
+    assert "held-out text of all clients" not in alone
+    draw, figure = draw_loss(RunSummary.load(tmp_path)), Figure()
+    assert draw is not None
+    draw(figure)
+    (legend,) = [axes.get_legend() for axes in figure.axes]
+    assert [text.get_text() for text in legend.get_texts()] == ["training, smoothed"]
 
 
 def test_updates_that_were_left_out_are_listed_with_the_reason(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_directory_without_run_json_is_refused_and_left_alone(tmp_path: Path, 
         ('{"kind": "dream", "version": 1}', "got dream of version 1 in"),
         ("{}", "run.json: expected the kind and the version of a directory, got '{}'. Restore"),
         ("", "run.json: expected the kind and the version of a directory, got ''. Restore"),
-        ('{"kind": "sweep", "version": 1}', "expected the directory of a pre-training, got that o"),
+        ('{"kind": "sweep", "version": 1}', "got that of a sweep, "),
         ('{"kind": ["pretrain"], "version": 1}', "got ['pretrain'] of version 1 in"),
         ('{"kind": "pretrain", "version": 1e999}', "run.json: expected the kind and the version"),
         ("\udcff\udcfe", "run.json: expected the kind and the version of a directory"),
@@ -155,6 +155,24 @@ def test_what_is_no_run_of_this_version_is_refused_in_one_line(
     assert main([command, "--run-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["export", "report"])
+@pytest.mark.parametrize(
+    ("kind", "title", "home"),
+    [("sweep", "a sweep", "cells/seed=0"), ("finetune grid", "a grid of fine-tunings", "lora")],
+)
+def test_who_asks_of_a_study_what_a_run_has_is_told_what_it_is_and_what_to_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, kind: Any, title: str,
+    home: str,
+) -> None:  # fmt: skip
+    RunDir.at(tmp_path, kind).make()
+    run = RunDir.at(tmp_path / home, "finetune").make()
+    assert main([command, "--run-dir", str(tmp_path)]) == 2
+    assert (
+        f"expected the directory of a pre-training or a fine-tuning, got that of {title},"
+        f" {tmp_path}. Name one of its runs, for example {run.path}.\n"
+    ) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", COMMANDS)

@@ -117,12 +117,14 @@ def _start_up(run: RunSummary) -> str:
 
 def _training(run: RunSummary) -> list[Block]:
     blocks: list[Block] = [Heading(text="Training")]
+    points = " Points: the averaged model on held-out text of all clients."
+    points = points if run.validations else ""
     blocks += _figure(
         run,
         draw_loss(run),
         "loss.png",
         "Loss of every stage's own head on masked words. Faint: every local step, mean over the "
-        "replicas. Points: the averaged model on held-out text of all clients.",
+        f"replicas.{points}",
     )
     blocks += _figure(
         run,
