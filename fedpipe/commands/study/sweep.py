@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from fedpipe.commands import options
 from fedpipe.commands.plan.plan import build_plan
 from fedpipe.commands.study.pool import CommandProcess, run_study
-from fedpipe.commands.study.report import Row, draw_sweep, read_result, table
+from fedpipe.commands.study.report import Row, RunResult, draw_sweep, read_result, table
 from fedpipe.commands.study.study import (
     Cell,
     GridKeys,
@@ -207,6 +207,7 @@ def _gather(sweep: Sweep) -> str:
         )
         for values, cells in groups.items()
     ]
+    environment = describe_environment()
     content = {
         "grid": grid_words(sweep.grid_keys),
         "rows": [row.to_dict() for row in rows],
@@ -216,7 +217,7 @@ def _gather(sweep: Sweep) -> str:
             | (results[cell].to_dict() if cell in results else {})
             for cell in sweep.cells
         ],
-        "environment": describe_environment(),
+        "environment": environment,
     }
     figure = draw_sweep(rows)
     if figure is not None:
@@ -224,7 +225,7 @@ def _gather(sweep: Sweep) -> str:
         render(draw, sweep.directory / "sweep.png", height=height)
     text = table(rows)
     write_text(sweep.directory / "sweep.json", json.dumps(content, indent=2) + "\n")
-    page = _document(sweep, text, content, set(results))
+    page = _document(sweep, text, results, environment)
     write_text(sweep.page, printable(page))
     return text
 
@@ -238,11 +239,15 @@ def _halves(override: str) -> tuple[str, str]:
     return key, value
 
 
-def _document(sweep: Sweep, text: str, content: dict[str, Any], done: set[Cell[RunConfig]]) -> str:
-    environment = content["environment"]
+def _document(
+    sweep: Sweep,
+    text: str,
+    results: Mapping[Cell[RunConfig], RunResult],
+    environment: Mapping[str, Any],
+) -> str:
     packages = environment["packages"]
-    hosts = sorted({cell["host"] for cell in content["cells"] if cell["done"] and cell["host"]})
-    missing = [f"`{cell.name}`" for cell in sweep.cells if cell not in done]
+    hosts = sorted({result.host for result in results.values() if result.host})
+    missing = [f"`{cell.name}`" for cell in sweep.cells if cell not in results]
     config = sweep.cells[0].run_dir / "config.yaml"
     again = [
         "fedpipe",
@@ -260,7 +265,7 @@ def _document(sweep: Sweep, text: str, content: dict[str, Any], done: set[Cell[R
         "Validation loss of the final head after the last round, in nats; sd is the standard "
         "deviation over the seeds (n - 1), a dash where there is one run. Training time and "
         "tokens/s count rounds with averaging, not start-up and validation.",
-        "![Final loss and speed of every row](sweep.png)" if done else "",
+        "![Final loss and speed of every row](sweep.png)" if results else "",
         f"Not done: {', '.join(missing)}." if missing else "",
         "## Repeat this sweep",
         f"```sh\n{shlex.join(again)}\n```",
