@@ -50,10 +50,11 @@ _EPILOG = """\
 exit codes:
   0   done
   1   a process of the run failed
-  2   an error of yours, in one line
+  2   a mistake that you can correct, named in one line
   75  interrupted; the same command with --run-dir DIR resumes
 
-Default < preset < --config < override; without preset and file the packaged quick start is used:
+An override wins over --config, --config over the preset, and the preset over the defaults. Without
+preset and file, the packaged quick start is used:
   fedpipe pretrain --preset fedbiobert-4-8 --config FILE --run-dir runs/mine optimizer.lr=5e-4
 """
 

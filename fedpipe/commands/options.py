@@ -35,7 +35,7 @@ def add_run(command: argparse.ArgumentParser, *, presets: str = "") -> None:
         command,
         "--config",
         metavar="FILE",
-        help="YAML, laid over the preset; default: the quick start",
+        help="YAML file, which overrides the preset; default: the quick start",
     )
     add_directory(command)
 
@@ -44,7 +44,7 @@ def add_directory(command: argparse.ArgumentParser, *, default: str = "runs/NAME
     """Add the directory of the run and the overrides."""
     add_path(command, "--run-dir", metavar="DIR", help=f"directory of the run; default: {default}")
     command.add_argument(
-        "overrides", metavar="section.key=value", nargs="*", help="wins over the file"
+        "overrides", metavar="section.key=value", nargs="*", help="value that overrides the file"
     )
 
 
@@ -63,7 +63,7 @@ def add_grid(command: argparse.ArgumentParser, *, text: str) -> None:
 def add_parallel(command: argparse.ArgumentParser) -> None:
     """Add the option for the number of runs at a time."""
     command.add_argument(
-        "--parallel", metavar="N", type=int, default=1, help="runs at a time; default: 1"
+        "--parallel", metavar="N", type=int, default=1, help="number of runs at a time; default: 1"
     )
 
 
@@ -75,7 +75,7 @@ def add_task_files(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help="YAML that describes a labelled task of your own, see docs/how-to/evaluate.md",
+        help="YAML file that describes your own labelled task, see docs/how-to/evaluate.md",
     )
 
 

@@ -250,7 +250,7 @@ def test_a_run_goes_on_from_an_adapter(tmp_path: Path, base: list[str]) -> None:
     set_up(tmp_path / "relabelled", base, adapter, notify=lines.append)
     assert (
         f"method.path: the head in {tmp_path / 'first/adapter'} is that of other labels, 'no, yes':"
-        " it is left there, and the task's head starts anew"
+        " it is not used, and the head of the task starts with random weights"
     ) in lines
     with pytest.raises(CheckpointError, match=r"^method.path: expected an adapter of method.name"):
         set_up(tmp_path / "third", base, adapter, "method.rank=4")

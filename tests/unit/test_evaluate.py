@@ -534,7 +534,7 @@ def test_the_page_says_how_tasks_are_scored(whole: Evaluation) -> None:
     assert "jnlpba is the packaged slice" not in found, "it has files of its own"
     for sentence in (
         "ddi: micro-F1 over the four positive classes", "all entity types mapped to one",
-        "ddi: there is no dev split; the last epoch", "did not fit into max_length: one 3.",
+        "ddi: there is no dev split, so the last epoch", "did not fit into max_length: one 3.",
         "ddi is the packaged slice", "No class is weighted",
     ):  # fmt: skip
         assert sentence in found

@@ -165,4 +165,4 @@ def test_the_page_names_what_holms_correction_leaves_and_says_where_seeds_are_to
     for each in content["differences"]:
         each["last"] |= {"p_value": None, "stands_out": False}
     text = below(content | {"seeds": [0]})
-    assert "too few to test anything" in text and "after correction" not in text
+    assert "too few seeds for a test" in text and "after correction" not in text

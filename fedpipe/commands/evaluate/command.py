@@ -31,36 +31,39 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--compare",
         metavar="RUN",
         nargs=2,
-        help="differences between two evaluations (RUN:MODEL where one has several, RUN:MODEL,MODEL"
-        " for one method with several seeds of pre-training); starts nothing",
+        help="show the differences between two evaluations; start nothing. Write RUN:MODEL if"
+        " RUN has several models, and RUN:MODEL,MODEL for one method with several seeds of"
+        " pre-training",
     )
 
 
 def add_job_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``fedpipe submit evaluate``."""
-    options.add_path(command, "--config", metavar="FILE", help="YAML with a section evaluation")
+    options.add_path(
+        command, "--config", metavar="FILE", help="YAML file with a section evaluation"
+    )
     options.add_directory(command, default="runs/NAME-evaluation")
     options.add_path(
         command,
         "--model",
         metavar="FOLDER",
         action="append",
-        help="Hugging Face folder, or a run with an export; several are compared in one table;"
-        " default: runs/quickstart",
+        help="Hugging Face folder, or run directory with an export; give it several times to"
+        " compare models; default: runs/quickstart",
     )
     command.add_argument(
         "--tasks",
         metavar="NAME,NAME",
-        help="tasks, see docs/how-to/evaluate.md; default: ncbi-disease",
+        help="names of tasks, see docs/how-to/evaluate.md; default: ncbi-disease",
     )
     options.add_task_files(command)
     options.add_path(
         command,
         "--data",
         metavar="DIR",
-        help="folder with the tasks' files, or hf:NAME; default: a packaged slice",
+        help="folder with the files of the tasks, or hf:NAME; default: a packaged slice",
     )
-    options.add_seeds(command, text="fine-tune each once per seed; default: 0")
+    options.add_seeds(command, text="fine-tune every model once per task and seed; default: 0")
     options.add_parallel(command)
 
 

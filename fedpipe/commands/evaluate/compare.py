@@ -262,19 +262,19 @@ def how_to_read(content: Comparison) -> str:
         named = [f"{row['task']}, {row['title']}" for row in content["rows"] if row["stands_out"]]
         named += [AVERAGE] if content["average"] and content["average"]["stands_out"] else []
         sentences.append(
-            f"After Holm's correction over the {count(tested, 'tested difference')} of the table, "
-            f"those stand out that are not 0 at a family-wise error of 5 %: "
+            f"Differences that are not 0 at a family-wise error rate of 5 %, after Holm's "
+            f"correction over the {count(tested, 'tested difference')} of the table: "
             f"{'; '.join(named) or 'none'}."
         )
     if tested < len(shown):
         sentences.append(
-            f"Fewer than {MIN_SEEDS} {content['unit']}: the interval is over the test examples "
-            "alone, does not cover how trainings vary, and nothing is tested."
+            f"With fewer than {MIN_SEEDS} {content['unit']}, the interval covers the test examples "
+            "only and not how trainings vary, and nothing is tested."
         )
     if content["unit"] == "fine-tunings":
         sentences.append(
-            "Each side is one pre-trained model: nothing is said of another that the same method "
-            "would train."
+            "Each side is one pre-trained model: the difference says nothing about other models "
+            "that the same methods would train."
         )
     return " ".join(sentences)
 

@@ -138,27 +138,28 @@ def _runs(row: TableRow) -> str:
 def notes(content: Content) -> list[str]:
     """Return sentences that explain the table."""
     found = [
-        "Scores times 100: mean over the seeds, sd their standard deviation (n - 1), in brackets a "
-        f"95 % interval of the mean, {content['intervals']}; {content['num_draws']:,} resampled "
-        "test sets. No class is weighted, as in the reference evaluations.",
-        "Each model is one pre-training: an interval says nothing of another that the same method "
-        "would train.",
+        "Scores are times 100. An entry is the mean over the seeds, their standard deviation sd "
+        f"(n - 1), and in brackets a 95 % interval of the mean, {content['intervals']}, from "
+        f"{content['num_draws']:,} resampled test sets. No class is weighted, as in the reference "
+        "evaluations.",
+        "Each model is one pre-training: an interval says nothing about other models that the same "
+        "method would train.",
     ]
     if len(content["models"]) > 1:
         found.append(
-            "The best mean of a row stands out, by however little; fedpipe evaluate --compare tests"
-            " differences."
+            "The best mean of a row is emphasized, however small its lead is. fedpipe evaluate "
+            "--compare tests differences."
         )
     tasks = content["tasks"]
     published = [task["name"] for task in tasks if task["test_split"] == "dev"]
     if published:
         found.append(
             f"{', '.join(published)}: no labelled test split is published, so the dev split is the "
-            "test, and the last epoch is scored: none is chosen on it."
+            "test split. The last epoch is scored, because the test split may not choose one."
         )
     last = [t["name"] for t in tasks if t["best_epoch_by"] == "last" and t["test_split"] == "test"]
     if last:
-        found.append(f"{', '.join(last)}: there is no dev split; the last epoch is scored.")
+        found.append(f"{', '.join(last)}: there is no dev split, so the last epoch is scored.")
     if any(task["name"] == "ddi" for task in tasks):
         found.append("ddi: micro-F1 over the four positive classes, as in BLURB.")
     if any(task["name"] == "jnlpba" for task in tasks):
@@ -168,8 +169,8 @@ def notes(content: Content) -> list[str]:
     for task in tasks:
         if task["folder"] == "packaged":
             found.append(
-                f"{task['name']} is the packaged slice, which shows that everything works: its "
-                "numbers compare with no published ones."
+                f"{task['name']} is the packaged slice, which shows that everything works. Its "
+                "scores cannot be compared with published ones."
             )
         found += _limits(task)
     diverged = [f"`{cell['name']}`" for cell in content["cells"] if cell.get("diverged_at")]
@@ -207,7 +208,7 @@ def _limits(task: TaskFacts) -> list[str]:
     ]
     if cut:
         found.append(
-            f"{task['name']}: test examples of which something did not fit into max_length: "
+            f"{task['name']}: number of test examples that did not fit into max_length: "
             f"{', '.join(cut)}."
         )
     return found

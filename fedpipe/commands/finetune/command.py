@@ -42,7 +42,7 @@ _EXAMPLE = ("method.name=lora,full",)
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``fedpipe finetune``."""
     add_job_arguments(command)
-    text = "count what every method trains on every family's base model; start nothing"
+    text = "count the trained parameters of every method and family; start nothing"
     command.add_argument("--count", action="store_true", help=text)
     options.add_launcher(command)
 

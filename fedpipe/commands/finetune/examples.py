@@ -133,7 +133,8 @@ def prepare_examples(config: FinetuneConfig, tokenizer: Any) -> TuningData:
     if not any(fact.num_test_examples for fact in facts):
         raise CorpusError(
             "task.split: expected held-out examples for at least one client, got none. Their values"
-            f" of {config.task.column!r} are no client's: correct the files, or use task.split=iid."
+            f" of {config.task.column!r} belong to no client. Correct the files, or set"
+            " task.split=iid."
         )
     return TuningData(
         task=TaskSpec.of(task, pad_id=int(tokenizer.pad_token_id)),

@@ -143,7 +143,7 @@ def check_federation(config: FinetuneConfig) -> None:
     if config.task.name == "causal-lm" and not config.federation.average.final_head:
         raise ConfigError(
             "federation.average.final_head: expected true with task.name=causal-lm, got False."
-            " A language model's head is not a task's."
+            " Set it to true: the head of a language model is part of the model."
         )
 
 
@@ -207,8 +207,8 @@ def new_heads(config: FinetuneConfig, task: TaskSpec) -> list[str]:
         if has_head and not is_head_of(saved, task.kind, task.labels):
             labels = shown(", ".join(saved_labels(saved)[:4]))
             lines.append(
-                f"{key}: the head in {path} is that of other labels, {labels}: it is left there,"
-                " and the task's head starts anew"
+                f"{key}: the head in {path} has other labels, {labels}: it is not used, and the"
+                " head of the task starts with random weights"
             )
     return lines
 

@@ -68,7 +68,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "experiment",
         metavar="EXPERIMENT",
         choices=EXPERIMENTS,
-        help=f"what to reproduce: {', '.join(EXPERIMENTS)}",
+        help=f"name of the experiment: {', '.join(EXPERIMENTS)}",
     )
     add_job_arguments(command)
 
@@ -76,7 +76,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def add_job_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``fedpipe submit reproduce``."""
     command.add_argument(
-        "--scale", choices=SCALES, help="of a reproduction; default: that of DIR, else tiny"
+        "--scale", choices=SCALES, help="size of the experiment; default: that of DIR, or tiny"
     )
     options.add_path(
         command,

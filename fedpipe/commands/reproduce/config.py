@@ -125,7 +125,7 @@ def _check(config: ReproductionConfig) -> None:
         require(
             kept,
             f"federation.average.{name}",
-            "true, for one model is scored",
+            "true, because one model is scored",
             kept,
             "Leave it out.",
         )

@@ -221,14 +221,15 @@ def notes(content: Content) -> list[str]:
         if v["scored_as"] != v["name"]:
             shared.setdefault(titles[v["scored_as"]], []).append(v["title"])
     found = [
-        "Time is that of training: local steps and averaging, each system's own, without start-up, "
+        "Times are training times of each system: local steps and averaging, without start-up, "
         "validation and checkpoints. Runs were made one at a time, on the same text, clients, "
         "cohorts, masks, first weights and learning rates.",
-        "A speed-up is FedBERT's time to its best score over the time in which fedpipe reaches "
-        "that score: on the line between two rounds, at the earliest after the first. Mean and "
-        "peak are over the tasks on which it does (their number in brackets). never: not within "
-        "the same tokens; not learnt: FedBERT's mean score over all rounds is not above the "
-        "untrained model's by a 95 % interval of their difference, of which none is chosen.",
+        "A speed-up is FedBERT's time to its best score, divided by the time in which fedpipe "
+        "reaches that score. This time is interpolated between two rounds, and the earliest is the "
+        "end of the first round. Mean and peak are over the tasks on which fedpipe reaches the "
+        "score (their number is in brackets). The word never means: not within the same tokens. "
+        "The words not learnt mean: the 95 % interval of FedBERT's mean score over all rounds, "
+        "minus the score of the untrained model, does not lie above 0.",
     ]
     if shared:
         who = "; ".join(f"{', '.join(names)} as {title}" for title, names in shared.items())
@@ -242,8 +243,8 @@ def notes(content: Content) -> list[str]:
         names = ", ".join(v["title"] for v in short)
         rounds = short[0]["measured_rounds"]
         found.append(
-            f"{names}: measured for {rounds} of {count(content['num_rounds'], 'round')}; every "
-            "round is the same work, so the clock goes on with the mean of these."
+            f"{names}: trained for {rounds} of {count(content['num_rounds'], 'round')}. Every "
+            "round is the same work, so the others take the mean time of these rounds."
         )
     if content["tasks_from"] == "packaged":
         found.append("The task is the packaged slice, which shows that everything works.")
@@ -263,13 +264,13 @@ def below(content: Content) -> str:
     )
     if tested:
         text += (
-            f"What stands out differs from 0 after Holm's correction over the {tested} differences "
-            "of the table."
+            f"Emphasized differences are not 0 after Holm's correction over the {tested} "
+            "differences of the table."
         )
     else:
         text += (
-            "The seeds are too few to test anything: the intervals are over test examples, of "
-            "these models alone."
+            "There are too few seeds for a test: the intervals cover the test examples only, and "
+            "hold for these models only."
         )
     for when, found in (("After the last round", last), ("Over all rounds", over_all)):
         parts = []

@@ -53,7 +53,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     options.add_grid(
         command,
         text="every combination of the values is a run: pipeline.cut=[2],[4] seed=0,1,2; default:"
-        " that of the sweep in DIR",
+        " the grid of the sweep in DIR",
     )
     options.add_parallel(command)
 

@@ -43,16 +43,21 @@ def _declare(command: argparse.ArgumentParser, task: Any) -> None:
     """Declare the arguments of a command and of its jobs."""
     task.add_job_arguments(command)
     options.add_path(
-        command, "--profile", metavar="FILE", help="what a node of the site is; see slurm/profiles"
+        command,
+        "--profile",
+        metavar="FILE",
+        help="YAML file that describes a node of the site; see slurm/profiles",
     )
     command.add_argument(
         "--cluster",
         choices=("slurm", "local", "debug"),
         default="slurm",
-        help="slurm (default), local: this machine, debug: this process",
+        help="where jobs run: slurm (default), local (this machine) or debug (this process)",
     )
     command.add_argument(
-        "--follow", action="store_true", help="show the progress; the exit code is the job's"
+        "--follow",
+        action="store_true",
+        help="show the progress until the end, and return the exit code of the job",
     )
     command.set_defaults(to_submit=task.to_submit)
 

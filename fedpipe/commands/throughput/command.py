@@ -62,17 +62,22 @@ def add_job_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``fedpipe submit throughput``."""
     options.add_run(command)
     command.add_argument(
-        "--repetitions", metavar="N", type=int, default=6, help="windows per schedule; default: 6"
+        "--repetitions",
+        metavar="N",
+        type=int,
+        default=6,
+        help="measurements of every schedule; default: 6",
     )
     command.add_argument(
-        "--steps", metavar="N", type=int, default=6, help="local steps per window; default: 6"
+        "--steps", metavar="N", type=int, default=6, help="local steps per measurement; default: 6"
     )
     command.add_argument(
         "--emulate-ms",
         metavar="MS",
         type=float,
         default=0.0,
-        help="a layer's forward sleeps this long instead of computing (backward twice that)",
+        help="instead of computing, sleep this long in the forward pass of a layer, and twice as"
+        " long in its backward pass",
     )
 
 
