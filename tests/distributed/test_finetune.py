@@ -249,7 +249,7 @@ def test_a_run_goes_on_from_an_adapter(tmp_path: Path, base: list[str]) -> None:
     lines: list[str] = []
     set_up(tmp_path / "relabelled", base, adapter, notify=lines.append)
     assert (
-        f"method.path: the head in {tmp_path / 'first/adapter'} is that of other labels, 'no, yes':"
+        f"method.path: the head in {tmp_path / 'first/adapter'} has other labels, 'no, yes':"
         " it is not used, and the head of the task starts with random weights"
     ) in lines
     with pytest.raises(CheckpointError, match=r"^method.path: expected an adapter of method.name"):
