@@ -39,6 +39,10 @@ _COMMANDS = {
         "reproduce.command",
         "run a published experiment with its baselines, and draw its figures",
     ),
+    "consortium": (
+        "consortium.command",
+        "be the coordinator of sites that share no cluster and train one model",
+    ),
     "submit": ("submit.command", "run one of these commands as jobs on SLURM, through submitit"),
 }
 """Every command: its module in ``fedpipe.commands``, and its line in the help."""

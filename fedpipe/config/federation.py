@@ -75,6 +75,8 @@ class ServerOptimizerConfig:
     by the root of a second moment."""
     lr: float = 1.0
     """Step along the averaged change."""
+    nesterov: bool = False
+    """fedavgm looks ahead: its step is that of the next momentum, as in DiLoCo."""
     betas: tuple[float, ...] = (0.9, 0.99)
     """Decay of the first moment (momentum) and of the second."""
     tau: float = 1e-3
@@ -83,6 +85,13 @@ class ServerOptimizerConfig:
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""
         above_zero(self, "federation.server_optimizer.", "lr", "tau")
+        require(
+            self.name == "fedavgm" or not self.nesterov,
+            "federation.server_optimizer.nesterov",
+            f"false with federation.server_optimizer.name={self.name}",
+            self.nesterov,
+            "Only momentum can look ahead: set federation.server_optimizer.name=fedavgm.",
+        )
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             "federation.server_optimizer.betas",

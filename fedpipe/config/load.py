@@ -300,6 +300,15 @@ def _check_federation(config: RunConfig) -> None:
     federation = config.federation
     if federation.server == "shared":
         _check_shared(config)
+    if config.outer.folder:
+        inner = config.outer.num_inner_rounds
+        require(
+            federation.num_rounds % inner == 0,
+            "federation.num_rounds",
+            f"a multiple of outer.num_inner_rounds ({inner})",
+            federation.num_rounds,
+            "It counts this site's rounds of all outer rounds.",
+        )
     if not deepspeed_config(config).get("zero_optimization", {}).get("stage", 0):
         return
     way_out = (

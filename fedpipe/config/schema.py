@@ -355,6 +355,25 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OuterConfig:
+    """Rounds between sites that share no cluster (see docs/how-to/consortium.md)."""
+
+    folder: UserPath = ""
+    """Folder in which outer rounds arrive, one folder ``round_000000`` each, and in which the run
+    leaves its updates. A run trains for the newest outer round and ends. Empty means that there are
+    no other sites."""
+    num_inner_rounds: int = 1
+    """Rounds of this site in an outer round. All outer rounds make federation.num_rounds."""
+    wire: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Format in which an update leaves the site. What bf16 and int8 round off is sent in a later
+    outer round (error feedback)."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        at_least(self, "outer.", num_inner_rounds=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
     """What is shown while the run goes on; metrics.jsonl always holds everything."""
 
@@ -396,6 +415,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    outer: OuterConfig = field(default_factory=OuterConfig)
     log: LogConfig = field(default_factory=LogConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 

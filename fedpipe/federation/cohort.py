@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -57,9 +57,21 @@ class ClientHistory:
             last[turn.client_id] = round_id
         return type(self)(examples_seen=tuple(seen), last_round=tuple(last))
 
+    def kept_in(self, last_rounds: Mapping[int, int]) -> Self:
+        """Take the rounds of files that clients keep for those in which they trained last.
+
+        An outer round may have ended without this site, in the middle of a round of its own.
+        """
+        last = [last_rounds.get(client, known) for client, known in enumerate(self.last_round)]
+        return type(self)(examples_seen=self.examples_seen, last_round=tuple(last))
+
 
 def client_history(
-    plan: Callable[[int], Sequence[Turn]], *, before: int, num_clients: int
+    plan: Callable[[int], Sequence[Turn]],
+    *,
+    before: int,
+    num_clients: int,
+    skipped: Sequence[tuple[int, int]] = (),
 ) -> ClientHistory:
     """Replay all rounds before ``before``; a run does so once, when it starts.
 
@@ -67,9 +79,11 @@ def client_history(
         plan: Returns the turns of a round.
         before: The first round that is not replayed.
         num_clients: Data owners.
+        skipped: Rounds, from and up to, that the run has not trained.
     """
     history = ClientHistory(examples_seen=(0,) * num_clients, last_round=(None,) * num_clients)
-    for round_id in range(before):
+    left_out = {round_id for first, end in skipped for round_id in range(first, end)}
+    for round_id in (r for r in range(before) if r not in left_out):
         history = history.after(plan(round_id), round_id=round_id)
     return history
 

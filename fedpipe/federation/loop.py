@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from fedpipe.config.finetune import FinetuneConfig
 from fedpipe.config.schema import RunConfig
@@ -16,6 +16,7 @@ from fedpipe.distributed.activity import Activity
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.watch import Moment, Watch
+from fedpipe.errors import FederationError
 from fedpipe.federation.cohort import RoundPlan, Turn, client_history
 from fedpipe.federation.refusal import (
     NO_UPDATES,
@@ -28,9 +29,10 @@ from fedpipe.federation.replica import Replica
 from fedpipe.models.split import pipeline_edges
 from fedpipe.pipeline.optimizer import learning_rate
 from fedpipe.pipeline.stage_engine import StepResult
-from fedpipe.report.records import Emit, Record, StepRecord
+from fedpipe.report.records import Emit, OuterRecord, Record, StepRecord
 from fedpipe.report.writer import METRICS_FILE, MetricsWriter, read_metrics
-from fedpipe.run.checkpoint import CheckpointWriter, Position
+from fedpipe.run.checkpoint import CheckpointWriter, Position, last_rounds
+from fedpipe.run.outer import OuterRound
 from fedpipe.run.run_dir import Setup
 
 Facts = dict[str, Any]
@@ -69,7 +71,7 @@ def run_rounds(
         watch.join_run(comm)
         run = kind(setup, emit, comm, watch)
         emit("training", True)
-        for round_id in range(run.position.round_id, config.federation.num_rounds):
+        for round_id in range(run.position.round_id, run.end_round):
             if not run.train_round(round_id):
                 return run.position
         emit("training", False)
@@ -102,6 +104,7 @@ class FederatedRun(ABC):
         comm: Comm,
         emit: Emit,
         watch: Watch,
+        outer: OuterRound | None = None,
     ) -> None:
         """Resume, or begin.
 
@@ -115,6 +118,7 @@ class FederatedRun(ABC):
             comm: Of this process.
             emit: Told of every step, round and validation.
             watch: Running.
+            outer: What to train for, where the clients are those of one of several sites.
 
         Collective: every process.
         """
@@ -126,6 +130,13 @@ class FederatedRun(ABC):
         checkpoint = setup.checkpoint
         self.position = checkpoint.position if checkpoint else Position()
         """Position of the checkpoint that was read or written last."""
+        self._outer = outer
+        self.end_round = outer.end_round if outer else config.federation.num_rounds
+        """The round before which the run ends."""
+        self._skipped = checkpoint.skipped if checkpoint else ()
+        if outer and self.position.round_id < outer.first_round:  # it has missed the rest
+            self._skipped += ((self.position.round_id, outer.first_round),)
+            self.position = Position(round_id=outer.first_round)
         self._resumed_at = self.position
         self._checkpoints = CheckpointWriter(
             setup.run_dir, comm=comm, keep_last=config.checkpoint.keep_last
@@ -140,7 +151,7 @@ class FederatedRun(ABC):
         """On rank 0, the steps of the round under way."""
         self._sent_before = Counter(replica.sent())
         if checkpoint:
-            unfinished = replica.load_checkpoint(checkpoint)
+            unfinished = replica.load_checkpoint(checkpoint, in_mid_round=self.position.step > 0)
             self._sent_before.subtract(unfinished.get("sent", {}))
             self._steps = unfinished.get("steps", [])
             if self.shows_steps and self.position.step and comm.is_master():
@@ -149,11 +160,16 @@ class FederatedRun(ABC):
             lambda round_id: self.plan_round(round_id).turns,
             before=self.position.round_id,
             num_clients=num_clients,
+            skipped=self._skipped,
         )
+        if checkpoint and self._skipped:
+            self._history = self._history.kept_in(last_rounds(checkpoint))
         self._round_started = time.monotonic()
         self._phase = ""
         self._client_id: int | None = None
         watch.activity = self._activity
+        if outer and self.position == Position(round_id=outer.first_round):
+            self._begin_outer_round(outer)
 
     # -- what a subclass says ----------------------------------------------------------------
 
@@ -208,12 +224,41 @@ class FederatedRun(ABC):
         outcome, sync = self._average(plan.turns, round_id)
         self._history = self._history.after(plan.turns, round_id=round_id)
         self._record(plan, round_id, outcome=outcome, sync=sync)
-        last = round_id + 1 == config.federation.num_rounds
+        last = round_id + 1 == self.end_round
         if last or (round_id + 1) % self._validate_every == 0:
             self._validate(round_id)
         if last or (round_id + 1) % config.checkpoint.every_rounds == 0:
             self._save(Position(round_id=round_id + 1))
         return True
+
+    def _begin_outer_round(self, outer: OuterRound) -> None:
+        """Take over the weights that come from the other sites, and score them.
+
+        Raises:
+            FederationError: They are of another model.
+
+        Collective: every process.
+        """
+        told = self.comm.agree(not (fault := self.base_fault(outer)), message=fault)
+        if told:
+            raise FederationError(told[0])
+        self.replica.load_averaged(outer.read_base())
+        spoilt = self.replica.stages_not_finite()
+        told = self.comm.agree(not spoilt, message=", ".join(spoilt))
+        if told:
+            raise FederationError(
+                f"{outer.folder}: expected finite weights, got NaN or infinity in"
+                f" {', '.join(sorted(set(told)))}. Ask the coordinator for others."
+            )
+        record = self._score(outer.first_round)
+        if record is not None:
+            of_others = cast(OuterRecord, {**record, "kind": "outer"})
+            self._write([of_others])
+            self._emit("outer", of_others)
+
+    def base_fault(self, outer: OuterRound) -> str:
+        """Say, on rank 0, why weights that came in cannot be this model's; "" if they can."""
+        return ""
 
     def _begin_round(self, round_id: int) -> None:
         self._phase = f"round {round_id + 1}"
@@ -395,21 +440,30 @@ class FederatedRun(ABC):
         self._emit("round", next(r for r in records if r["kind"] == "round"))
 
     def _validate(self, round_id: int) -> None:
-        """Score the averaged model on every client's held-out examples, shared by the replicas."""
+        """Write down how the averaged model scores."""
+        record = self._score(round_id)
+        if record is not None:
+            self._write([record])
+            self._emit("eval", record)
+
+    def _score(self, round_id: int) -> Record | None:
+        """Score the averaged model on every client's held-out examples, shared by the replicas.
+
+        Returns:
+            The record, on rank 0; None elsewhere, or where nobody has held-out examples.
+        """
         if self._held_out is None:
-            return
+            return None
         self._phase = f"{self.validation} after round {round_id + 1}"
         scores = self.replica.evaluate(self._held_out, last_rounds=self._history.last_round)
         gathered = self.comm.gather(scores)
         if gathered is None:
-            return
+            return None
         merged: dict[int, dict[int, Any]] = defaultdict(dict)
         for part in gathered:
             for stage_id, of_clients in part.items():
                 merged[stage_id] |= of_clients
-        record = self.validation_record(round_id, merged)
-        self._write([record])
-        self._emit("eval", record)
+        return self.validation_record(round_id, merged)
 
     def _save(self, position: Position) -> None:
         """Write a checkpoint, unless the run has not gone on since the last one."""
@@ -427,7 +481,14 @@ class FederatedRun(ABC):
             self._writer.flush()
             offset = self._writer.offset
         files = self.replica.checkpoint_files(unfinished)
-        self._checkpoints.save(position, files, metrics_offset=offset, seconds=seconds)
+        self._checkpoints.save(
+            position,
+            files,
+            metrics_offset=offset,
+            seconds=seconds,
+            skipped=self._skipped,
+            base_sha256=self._outer.sha256 if self._outer else "",
+        )
 
     # ----------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from fedpipe.federation.synchronizer import Synchronizer, restore
 from fedpipe.models.stage import trainable
 from fedpipe.pipeline.stage_engine import StepResult
 from fedpipe.run.checkpoint import CLIENTS, Checkpoint, CheckpointWriter, client_file, stage_file
+from fedpipe.run.tensor_file import TensorFile
 
 
 class Engine(Protocol):
@@ -362,8 +363,12 @@ class Replica(ABC):
             "turn_start": self._turn_start.get(stage_id),
         }
 
-    def load_checkpoint(self, checkpoint: Checkpoint) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint: Checkpoint, *, in_mid_round: bool) -> dict[str, Any]:
         """Take over what all replicas share and this rank's own state, the unfinished round's too.
+
+        Args:
+            checkpoint: To go on from.
+            in_mid_round: Go on with the round that it stands in; otherwise a new one begins.
 
         Returns:
             What ``checkpoint_files`` was given in mid-round, and more; empty between rounds.
@@ -385,13 +390,19 @@ class Replica(ABC):
         own = torch.load(path, map_location=device, weights_only=True)
         for stage_id, synchronizer in self.synchronizers.items():
             restore(synchronizer.residuals, own["residuals"][stage_id])
-        if not checkpoint.position.step:
+        if not in_mid_round:
             return {}
         for stage_id in self.engines:
             self._load_unfinished_stage(stage_id, own["stages"][stage_id])
         self.refused = [Refused(**fault) for fault in own.get("refused", [])]
         self.dropout_state = own["rng"]
         return dict(own)
+
+    def load_averaged(self, weights: TensorFile) -> None:
+        """Take global weights over, by full name, for all that is averaged or handed on."""
+        for synchronizer in self.synchronizers.values():
+            state = {n: torch.from_numpy(weights.read(n)) for n in synchronizer.averaged_names}
+            synchronizer.load_global_state(synchronizer.global_state() | state)
 
     def _load_unfinished_stage(self, stage_id: int, state: Mapping[str, Any]) -> None:
         engine = self.engines[stage_id]

@@ -66,14 +66,16 @@ class ServerOptimizer:
     """Takes the aggregate of a round as a gradient: ``delta = aggregate - weights``.
 
     - fedavg: ``w <- w + lr delta``
-    - fedavgm: ``v <- b1 v + delta``, ``w <- w + lr v``
+    - fedavgm: ``v <- b1 v + delta``, ``w <- w + lr v``; with ``nesterov``
+      ``w <- w + lr (b1 v + delta)``
     - fedadam: ``m <- b1 m + (1 - b1) delta``, ``v <- b2 v + (1 - b2) delta^2``,
       ``w <- w + lr m / (sqrt(v) + tau)``
     - fedyogi: the same with ``v <- v - (1 - b2) delta^2 sign(v - delta^2)``
 
     Moments start at m = 0 and v = tau^2; there is no bias correction.
-    Source: fedavgm, Hsu et al. 2019, section 3, https://arxiv.org/abs/1909.06335; the others, Reddi
-    et al. 2021, algorithm 2, https://arxiv.org/abs/2003.00295.
+    Source: fedavgm, Hsu et al. 2019, section 3, https://arxiv.org/abs/1909.06335; nesterov, DiLoCo,
+    Douillard et al. 2023, algorithm 1, https://arxiv.org/abs/2311.08105; the others, Reddi et al.
+    2021, algorithm 2, https://arxiv.org/abs/2003.00295.
     """
 
     def __init__(self, config: ServerOptimizerConfig, *, like: Tensor) -> None:
@@ -98,7 +100,9 @@ class ServerOptimizer:
             return
         delta_N, first_N = aggregate_N - weights_N, self.moments["first"]
         if config.name == "fedavgm":
-            weights_N.add_(first_N.mul_(beta1).add_(delta_N), alpha=config.lr)
+            first_N.mul_(beta1).add_(delta_N)
+            step_N = first_N.mul(beta1).add_(delta_N) if config.nesterov else first_N
+            weights_N.add_(step_N, alpha=config.lr)
             return
         first_N.lerp_(delta_N, 1 - beta1)
         second_N, square_N = self.moments["second"], delta_N.square_()

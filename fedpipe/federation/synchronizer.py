@@ -122,6 +122,11 @@ class Synchronizer:
         return bool(self._kept)
 
     @property
+    def averaged_names(self) -> list[str]:
+        """Full names of the parameters that do not stay with a client."""
+        return list(self._averaged)
+
+    @property
     def averaged_numel(self) -> int:
         """Parameters that are averaged, and so sent to and by every client."""
         return self._start_N.numel()

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.device import same_draws
 from fedpipe.models.families import FAMILY_MODULES, Family, initialise, load_pretrained
 from fedpipe.models.split import AUX_HEADS, StageSpec
@@ -356,6 +357,30 @@ def build_stage(
     if compiled:
         stage.compile_parts()
     return stage, missing
+
+
+def build_stages(
+    specs: Iterable[StageSpec], config: PretrainedConfig, run: RunConfig
+) -> list[Stage]:
+    """Build all stages of a pre-training with their first weights, in one process.
+
+    Args:
+        specs: All stages.
+        config: Configuration of the whole model.
+        run: Says what the first weights are.
+    """
+    stages: list[Stage] = []
+    for spec in specs:
+        stage, _ = build_stage(
+            spec,
+            config,
+            seed=run.seed,
+            path=run.model.path,
+            sinusoidal_positions=run.model.position_init == "sinusoidal",
+            word_embedding=stages[0].word_embedding if stages else None,
+        )
+        stages.append(stage)
+    return stages
 
 
 def _run(layer: nn.Module, hidden_BTD: Tensor, visible: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from fedpipe.report.progress import RunProgress
 from fedpipe.report.records import (
     NOT_VALIDATED,
     EvalRecord,
+    OuterRecord,
     RefusedUpdate,
     RoundRecord,
     StepRecord,
@@ -115,7 +116,7 @@ class RunConsole:
         for line in refused_lines(record):
             self._line(line)
 
-    def evaluation(self, record: EvalRecord) -> None:
+    def evaluation(self, record: EvalRecord | OuterRecord) -> None:
         """Show an eval record."""
         self._line(_evaluation_text(record, self._progress))
 
@@ -190,14 +191,13 @@ def _round_text(record: RoundRecord, num_rounds: int) -> str:
     )
 
 
-def _evaluation_text(record: EvalRecord, progress: RunProgress) -> str:
+def _evaluation_text(record: EvalRecord | OuterRecord, progress: RunProgress) -> str:
     stages = {entry.get("stage"): entry for entry in record.get("stages") or []}
     rows = [stages.get(stage_id, NOT_VALIDATED) for stage_id in range(progress.num_stages)]
     losses = " ".join(number(row.get("loss"), 3, width=6) for row in rows)
     perplexities = " ".join(number(row.get("perplexity"), 1, width=8) for row in rows)
     last = rows[-1] if rows else NOT_VALIDATED
     worst = f"{number(last.get('worst_loss'), 3)} (client {integer(last.get('worst_client'))})"
-    return (
-        f"{round_label(record.get('round'), progress.num_rounds)} validation  loss {losses}  "
-        f"ppl {perplexities}  worst {worst}"
-    )
+    label = round_label(record.get("round"), progress.num_rounds)
+    what = "validation" if record.get("kind") != "outer" else "begins with the weights of all sites"
+    return f"{label} {what}  loss {losses}  ppl {perplexities}  worst {worst}"

@@ -118,6 +118,16 @@ class EvalRecord(TypedDict):
     tokens: int
 
 
+class OuterRecord(TypedDict):
+    """A validation of weights that have come from other sites, when an outer round begins."""
+
+    kind: Literal["outer"]
+    round: int
+    """The round that begins."""
+    stages: list[StageScore]
+    tokens: int
+
+
 class TrafficRecord(TypedDict):
     """Bytes of a round, counted where they are sent."""
 
@@ -230,7 +240,7 @@ class DevScoreRecord(TypedDict):
 
 Record = (
     StepRecord | StartRecord | ProgressRecord
-    | RoundRecord | EvalRecord | TrafficRecord
+    | RoundRecord | EvalRecord | OuterRecord | TrafficRecord
     | TurnRecord | TuningRoundRecord | TuningEvalRecord | TuningTrafficRecord
     | TrainingStepRecord | DevScoreRecord
 )  # fmt: skip

@@ -16,10 +16,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,8 @@ T = TypeVar("T")
 
 STATE = "state.json"
 CHECKPOINTS = "checkpoints"
+STAGE = "stage_"
+"""Begins the name of a stage's global weights."""
 CLIENTS = "clients"
 DAMAGED = "damaged_"
 """Begins the name of a checkpoint that has been set aside."""
@@ -76,6 +79,10 @@ class Checkpoint:
     """Bytes of metrics.jsonl that belong to it."""
     seconds: float = 0.0
     """Seconds already spent in the unfinished round; 0 between rounds."""
+    skipped: tuple[tuple[int, int], ...] = ()
+    """Rounds, from and up to, that were not trained: those of outer rounds that the site missed."""
+    base_sha256: str = ""
+    """Of the weights that the latest outer round began with; "" without other sites."""
 
     def to_message(self) -> dict[str, Any]:
         """Return what JSON can hold of it."""
@@ -85,7 +92,9 @@ class Checkpoint:
     def from_message(cls, message: Mapping[str, Any]) -> Checkpoint:
         """Make it again from ``to_message``."""
         position = Position(**message["position"])
-        return cls(**{**message, "path": Path(message["path"]), "position": position})
+        skipped = tuple((int(first), int(end)) for first, end in message["skipped"])
+        path = Path(message["path"])
+        return cls(**{**message, "path": path, "position": position, "skipped": skipped})
 
 
 class CheckpointWriter:
@@ -128,6 +137,8 @@ class CheckpointWriter:
         *,
         metrics_offset: int,
         seconds: float = 0.0,
+        skipped: Sequence[tuple[int, int]] = (),
+        base_sha256: str = "",
     ) -> None:
         """Write a checkpoint and commit it.
 
@@ -136,6 +147,8 @@ class CheckpointWriter:
             files: This rank's files: name -> function that writes it to a path.
             metrics_offset: Size of metrics.jsonl; counts on rank 0.
             seconds: Already spent in the unfinished round; counts on rank 0.
+            skipped: Rounds that the run has not trained; counts on rank 0.
+            base_sha256: Of the weights of the latest outer round; counts on rank 0.
 
         Raises:
             OutputError: A rank could not write; no checkpoint appears then.
@@ -167,7 +180,9 @@ class CheckpointWriter:
         gathered = self._comm.gather(entries)
         if gathered is not None:
             try:
-                state = {"metrics_offset": metrics_offset, "seconds": seconds}
+                state: dict[str, Any] = {"metrics_offset": metrics_offset, "seconds": seconds}
+                if base_sha256:
+                    state |= {"skipped": list(skipped), "base_sha256": base_sha256}
                 self._commit(aside, folder, position, gathered, state)
             except OSError as error:
                 failure = f"rank 0: {error}"
@@ -235,7 +250,7 @@ class CheckpointWriter:
 
 def stage_file(stage_id: int) -> str:
     """Name of a stage's global weights."""
-    return f"stage_{stage_id:02d}.safetensors"
+    return f"{STAGE}{stage_id:02d}.safetensors"
 
 
 def client_file(client_id: int, stage_id: int, data: int, *, round_id: int) -> str:
@@ -247,6 +262,12 @@ def client_files(checkpoint: Checkpoint) -> list[str]:
     """Names, below ``clients``, of the files that belong to a checkpoint."""
     names = _listed(checkpoint.path)
     return [n.removeprefix(f"{CLIENTS}/") for n in names if n.startswith(f"{CLIENTS}/")]
+
+
+def last_rounds(checkpoint: Checkpoint) -> dict[int, int]:
+    """By client that keeps something, the round of its newest file in a checkpoint."""
+    found = (re.match(r"client_(\d+)/.*\.round_(\d+)\.pt$", n) for n in client_files(checkpoint))
+    return {int(match[1]): int(match[2]) for match in found if match}
 
 
 def _newest_of_each_client(files: Mapping[str, Any]) -> dict[str, Any]:
@@ -419,6 +440,8 @@ def _read(folder: Path) -> Checkpoint:
         position=Position(round_id=state["round_id"], step=state["step"]),
         metrics_offset=state["metrics_offset"],
         seconds=float(state.get("seconds", 0.0)),
+        skipped=tuple((first, end) for first, end in state.get("skipped", ())),
+        base_sha256=state.get("base_sha256", ""),
     )
 
 

@@ -22,12 +22,13 @@ from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, token_counts
 from fedpipe.data.masking import validation_batch
+from fedpipe.data.tokenizer import TokenizerInfo, tokenizer_info
 from fedpipe.errors import CheckpointError
 from fedpipe.files import replace_folder, write_text
 from fedpipe.models.families import FAMILY_MODULES, hf_config
 from fedpipe.models.lengths import longest_input, num_positions
-from fedpipe.models.split import StageSpec, merge, model_stages, part_of
-from fedpipe.models.stage import Stage, build_stage, masked_lm_class
+from fedpipe.models.split import StageSpec, merge, model_stages, part_of, split
+from fedpipe.models.stage import build_stages, masked_lm_class
 from fedpipe.printable import printable
 from fedpipe.report.format import count
 from fedpipe.report.summary import Guess, Sample, Samples
@@ -40,7 +41,10 @@ from fedpipe.run.checkpoint import (
     find_latest,
     stage_file,
 )
+from fedpipe.run.outer import GLOBAL
 from fedpipe.run.run_dir import RunDir, prepared_text
+from fedpipe.run.tensor_file import TensorFile
+from fedpipe.run.update import crosses_whole, described
 
 if TYPE_CHECKING:  # its module imports scipy if it is not fedpipe.models.families that imports it
     from transformers import PreTrainedModel
@@ -98,13 +102,21 @@ def export_checkpoint(
     model_config = hf_config(shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id)
     specs = model_stages(config, shape)
     if checkpoint is None:
-        parts = _first_weights(specs, model_config, config)
+        stages = build_stages(specs, model_config, config)
+        parts = [{n: p.detach() for n, p in stage.named_parameters()} for stage in stages]
     else:
         parts = [load_file(checkpoint.path / stage_file(s.stage_id)) for s in specs]
-    tokenizer = load_tokenizer(data)
+    tokenizer = load_tokenizer(Path(data.tokenizer_dir), data)
     cut_texts(tokenizer, _trained_length(config))
     num_rounds = checkpoint.position.round_id if checkpoint else 0
-    card = _model_card(run_dir, config, num_rounds, tied=specs[-1].decoder != "own")
+    federation = config.federation
+    card = _model_card(
+        config,
+        f"{federation.num_clients} clients whose text was not pooled: {count(num_rounds, 'round')},"
+        f" {federation.clients_per_round} clients per round",
+        score=_newest_score(run_dir, num_rounds),
+        tied=specs[-1].decoder != "own",
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
 
     def write(aside: Path) -> None:
@@ -119,6 +131,38 @@ def export_checkpoint(
     replace_folder(target, write)
 
 
+def export_global(folder: Path, config: RunConfig, target: Path, *, sites: int) -> bool:
+    """Write the weights of an outer round as a Hugging Face folder, in the place of what is there.
+
+    Args:
+        folder: Of the outer round.
+        config: What the runs of all sites have in common.
+        target: The folder; it has all of its files or is absent.
+        sites: Of the consortium.
+
+    Returns:
+        Whether it was written; it is not where a part of the model stays with the clients.
+    """
+    specs, model_config = described(config)
+    if not crosses_whole(config):
+        return False
+    weights = TensorFile(folder / GLOBAL)
+    state = merge(split({n: torch.from_numpy(weights.read(n)) for n in weights.layouts}, specs))
+    info = tokenizer_info(config)
+    tokenizer = load_tokenizer(Path(info.directory), info)
+    cut_texts(tokenizer, _trained_length(config))
+    rounds = count(int(folder.name.rpartition("_")[2]), "outer round")
+    card = _model_card(
+        config,
+        f"{count(sites, 'site')} that share no cluster and whose text was not pooled: {rounds}",
+        score="see the coordinator's report",
+        tied=specs[-1].decoder != "own",
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_folder(target, lambda aside: _save(state, model_config, aside, tokenizer, card))
+    return True
+
+
 def _trained_length(config: RunConfig) -> int:
     """Tokens up to which positions have been trained: by this run, or the model it continued."""
     length = config.data.sequence_length
@@ -128,23 +172,6 @@ def _trained_length(config: RunConfig) -> int:
     positions = num_positions(read_json_object(folder / "config.json", key="model.path"))
     before = longest_input(folder, key="model.path") or positions
     return max(length, min(before, positions))
-
-
-def _first_weights(
-    specs: Sequence[StageSpec], model_config: Any, config: RunConfig
-) -> list[dict[str, Tensor]]:
-    stages: list[Stage] = []
-    for spec in specs:
-        stage, _ = build_stage(
-            spec,
-            model_config,
-            seed=config.seed,
-            path=config.model.path,
-            sinusoidal_positions=config.model.position_init == "sinusoidal",
-            word_embedding=stages[0].word_embedding if stages else None,
-        )
-        stages.append(stage)
-    return [{name: p.detach() for name, p in stage.named_parameters()} for stage in stages]
 
 
 def _kept_in_model(
@@ -201,13 +228,12 @@ def _save(
     (folder / "README.md").write_text(printable(card), encoding="utf-8")
 
 
-def load_tokenizer(data: PreparedData) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, ids_of: PreparedData | TokenizerInfo) -> PreTrainedTokenizerBase:
     """Read the run's tokenizer; a folder with nothing but a tokenizer.json is enough."""
-    folder = Path(data.tokenizer_dir)
     if (folder / "tokenizer_config.json").is_file():
         return _auto_tokenizer(folder)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    ids = {"cls": data.cls_id, "sep": data.sep_id, "mask": data.mask_id, "pad": data.pad_id}
+    ids = {part: getattr(ids_of, f"{part}_id") for part in ("cls", "sep", "mask", "pad")}
     names = {f"{part}_token": tokenizer.convert_ids_to_tokens(i) for part, i in ids.items()}
     tokenizer.add_special_tokens(names)
     return tokenizer
@@ -272,17 +298,20 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
         )
 
 
-def _model_card(run_dir: Path, config: RunConfig, num_rounds: int, *, tied: bool) -> str:
-    """Describe the model after so many rounds."""
+def _newest_score(run_dir: Path, num_rounds: int) -> str:
+    """Say what a run's last validation before the end of so many rounds has found."""
     records = read_metrics(run_dir / "metrics.jsonl") if num_rounds else []
     evaluations = [
         r for r in records if r["kind"] == "eval" and r["stages"] and r["round"] < num_rounds
     ]
-    score = "not validated"
-    if evaluations:
-        last = evaluations[-1]["stages"][-1]
-        score = f"{last['loss']:.4f} nats, perplexity {last['perplexity']:.1f}"
-    federation = config.federation
+    if not evaluations:
+        return "not validated"
+    last = evaluations[-1]["stages"][-1]
+    return f"{last['loss']:.4f} nats, perplexity {last['perplexity']:.1f}"
+
+
+def _model_card(config: RunConfig, trained: str, *, score: str, tied: bool) -> str:
+    """Describe a model; ``trained`` says over whom, and how long."""
     decoder = "one tensor" if tied else "separate tensors (`tie_word_embeddings: false`)"
     return f"""---
 library_name: transformers
@@ -291,9 +320,7 @@ pipeline_tag: fill-mask
 # {config.name}
 
 A {config.model.family} masked language model, pre-trained with fedpipe {__version__} over
-{federation.num_clients} clients whose text was not pooled: {count(num_rounds, "round")},
-{federation.clients_per_round} clients per round, `{config.pipeline.objective}` over
-{config.pipeline.num_stages} pipeline stages.
+{trained}, `{config.pipeline.objective}` over {config.pipeline.num_stages} pipeline stages.
 
 - Held-out masked-LM loss of the final head, all clients: {score}
 - Sequence length: at most {config.data.sequence_length} tokens; longer text needs `truncation=True`

@@ -30,7 +30,7 @@ PATHS = {
 }
 """Keys that say where something lies: it may lie elsewhere, as long as its content is the same."""
 MAY_CHANGE = {
-    "pretrain": ("pipeline.hang_timeout_s", "data.cache_dir", *PATHS["pretrain"]),
+    "pretrain": ("pipeline.hang_timeout_s", "data.cache_dir", "outer.folder", *PATHS["pretrain"]),
     "finetune": ("hang_timeout_s", "federation.num_replicas", *PATHS["finetune"]),
 }
 """By command, the keys that may have other values when a run is resumed; no result depends on them,

@@ -41,6 +41,7 @@ from fedpipe.errors import CheckpointError
 from fedpipe.files import retry_reads, write_text
 from fedpipe.report.writer import METRICS_FILE
 from fedpipe.run.checkpoint import CHECKPOINTS, Checkpoint, Position, find_latest, set_aside_after
+from fedpipe.run.outer import OuterRound
 from fedpipe.run.resume import (
     DEEPSPEED_FILE,
     INPUTS_FILE,
@@ -65,6 +66,7 @@ Kind = Literal[
     "evaluation cell",
     "reproduction",
     "comparison",
+    "consortium",
 ]
 """What a directory is. A measurement is made in the directory of a pre-training."""
 TITLES: dict[Kind, str] = {
@@ -76,6 +78,7 @@ TITLES: dict[Kind, str] = {
     "evaluation cell": "a cell of an evaluation",
     "reproduction": "a reproduction",
     "comparison": "a comparison of evaluations",
+    "consortium": "a consortium",
 }
 """For people."""
 _CONFIG_FILES: dict[Kind, str] = {
@@ -126,6 +129,8 @@ class RunSetup:
     """Where to resume, or None."""
     started_at: float
     """``time.monotonic()`` when the user's command began."""
+    outer: OuterRound | None = None
+    """What to train for, where there are other sites."""
 
     @property
     def grid(self) -> Grid:
@@ -145,6 +150,7 @@ class RunSetup:
             "run_dir": str(self.run_dir),
             "data_dir": self.data_dir,
             "checkpoint": checkpoint,
+            "outer": self.outer and self.outer.to_message(),
         }
 
     @classmethod
@@ -159,13 +165,14 @@ class RunSetup:
             ConfigError: The message was made by another version.
         """
         config = load.from_dict(message["config"], source="the message of rank 0")
-        saved = message["checkpoint"]
+        saved, outer = message["checkpoint"], message["outer"]
         return cls(
             config=config,
             run_dir=Path(message["run_dir"]),
             data_dir=str(message["data_dir"]),
             checkpoint=Checkpoint.from_message(saved) if saved else None,
             started_at=started_at,
+            outer=OuterRound(**outer) if outer else None,
         )
 
 

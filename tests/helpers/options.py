@@ -364,6 +364,7 @@ PRETRAIN = Options(
         "data.train", "data.valid", "data.text_column", "data.tokenizer", "data.partition",
         "data.dirichlet_alpha", "data.cache_dir", "data.num_workers",  # read before a rank starts
         "pipeline.hang_timeout_s",  # read by who watches the ranks
+        "outer.",  # needs weights of other sites: tests/distributed/test_outer.py
         "model.size",  # sizes that the base has of its own
     ),
     alone={  # takes a compiler minutes, and draws dropout from a generator of its own

@@ -48,7 +48,7 @@ Result = dict[Step, tuple[float | None, float]]
 
 def train_plainly(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Result:
     """Return what every local step of every stage is."""
-    return _Reference(config, data).run()
+    return Reference(config, data).run()
 
 
 @dataclass
@@ -77,7 +77,9 @@ class _Travel(torch.autograd.Function):
         return ctx.back.decode(ctx.back.encode(grad)).float(), None, None
 
 
-class _Reference:
+class Reference:
+    """The whole run; ``weights`` are the global ones and may be set between rounds."""
+
     def __init__(self, config: RunConfig, data: PreparedData) -> None:
         self.config, self.data = config, data
         sizes = {"vocab_size": data.vocab_size, "sequence_length": config.data.num_positions}
@@ -145,9 +147,9 @@ class _Reference:
 
     # -- rounds ------------------------------------------------------------------------------
 
-    def run(self) -> Result:
-        for round_id in range(self.config.federation.num_rounds):
-            turns = self._turns(round_id)
+    def run(self, rounds: range | None = None) -> Result:
+        for round_id in rounds or range(self.config.federation.num_rounds):
+            turns = self.turns(round_id)
             replicas = self.config.federation.num_replicas
             updates: list[list[Tensor]] = []
             for first in range(0, len(turns), replicas):
@@ -160,7 +162,7 @@ class _Reference:
                     self._average(stage, turns, [update[stage] for update in updates])
         return self.result
 
-    def _turns(self, round_id: int) -> tuple[Turn, ...]:
+    def turns(self, round_id: int) -> tuple[Turn, ...]:
         return plan_round(self.config, round_id=round_id, blocks_per_client=self.blocks)
 
     def _worker(self, turn: Turn, round_id: int) -> _Worker:
@@ -193,7 +195,7 @@ class _Reference:
         config = self.config
         size, count = config.pipeline.micro_batch_size, config.pipeline.num_micro_batches
         ranks = config.federation.data_parallel_degree
-        history = client_history(self._turns, before=round_id, num_clients=len(self.blocks))
+        history = client_history(self.turns, before=round_id, num_clients=len(self.blocks))
         start = history.examples_seen[turn.client_id]
         reader = MaskedReader(
             self.data, turn.client_id, split="train", seed=config.seed,

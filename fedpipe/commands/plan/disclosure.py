@@ -25,7 +25,7 @@ Parts = Mapping[str, int]
 """Number of a stage's parameters for each key of ``federation.average``."""
 
 _MASTER = "process 0"
-_FORMATS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8 + scales"}
+FORMATS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8 + scales"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +160,7 @@ def _over_edge(
 
 
 def _form(tensor: WireTensor) -> str:
-    return f"{tensor.shape} {_FORMATS.get(tensor.wire, tensor.dtype)}"
+    return f"{tensor.shape} {FORMATS.get(tensor.wire, tensor.dtype)}"
 
 
 def _weights(config: RunConfig, parts: Parts) -> list[Transfer]:
@@ -181,7 +181,7 @@ def _weights(config: RunConfig, parts: Parts) -> list[Transfer]:
             direction=direction,
             what=f"weights: {', '.join(averaged)}",
             peer=peer,
-            form=f"{numel:,} parameters, {_FORMATS[wire]}",
+            form=f"{numel:,} parameters, {FORMATS[wire]}",
             nbytes=averaging_bytes(numel, federation=federation),
             when="round",
             entry="fedavg",

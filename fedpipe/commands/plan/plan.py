@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from fedpipe import __version__
-from fedpipe.commands.plan.disclosure import Transfer, client_rows, client_transfers, stays
+from fedpipe.commands.plan.disclosure import FORMATS, Transfer, client_rows, client_transfers, stays
 from fedpipe.commands.plan.flops import stage_flops
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
 from fedpipe.config.model_shape import ModelShape, resolve
@@ -29,6 +29,8 @@ Row = tuple[str, str, str]
 
 _FLOAT32 = 4
 """Bytes of a weight, a gradient and each of Adam's moments."""
+_BYTES_IN_UPDATE = {"fp32": 4, "bf16": 2, "int8": 1 + 4 / 1024}
+"""Bytes of a weight in the update of a site; int8 has one scale for 1,024 weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -269,6 +271,7 @@ def render(plan: Plan) -> str:
         *_memory_rows(plan),
         *_ideal_rows(plan),
         *client_rows(plan.transfers, plan.stays, config=plan.config),
+        *_site_rows(plan),
     ]
     warnings = [f"  warning  {text}" for text in plan.warnings]
     return "\n".join([_headline(plan), *aligned_rows(rows), *warnings])
@@ -388,6 +391,33 @@ def _ideal_rows(plan: Plan) -> list[Row]:
     mine = f"{own}: bubble {plan.ideal[own].bubble_pct:.1f} %"
     rest = ", ".join(f"{name}: {plan.ideal[name].bubble_pct:.1f} %" for name in others)
     return [("ideal", mine, rest)]
+
+
+def _site_rows(plan: Plan) -> list[Row]:
+    """Say what leaves and enters the site in an outer round, where there are other sites."""
+    outer = plan.config.outer
+    if not outer.folder:
+        return []
+    numel = sum(stage.averaged_parameters for stage in plan.stages)
+    size = bytes_text(int(numel * _BYTES_IN_UPDATE[outer.wire]))
+    every = f"per outer round ({count(outer.num_inner_rounds, 'round')})"
+    return [
+        (
+            "site",
+            f"leaves: change of {numel:,} weights, {FORMATS[outer.wire]}",
+            f"{size} {every}, to the coordinator",
+        ),
+        (
+            "site",
+            "leaves: trained tokens, losses by stage, seconds",
+            f"{every}, to the coordinator",
+        ),
+        (
+            "site",
+            f"enters: {numel:,} weights, float32",
+            f"{bytes_text(_FLOAT32 * numel)} {every}, from the coordinator",
+        ),
+    ]
 
 
 def _per_edge(values: list[int]) -> str:

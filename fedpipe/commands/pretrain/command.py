@@ -10,7 +10,7 @@ from fedpipe.cluster.local import set_up_here, supervise
 from fedpipe.cluster.rank import JobRun, RunRequest
 from fedpipe.commands import options
 from fedpipe.commands.pretrain import ranks
-from fedpipe.commands.pretrain.setup import reserve
+from fedpipe.commands.pretrain.setup import is_done, reserve
 from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.tree import Node
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
@@ -64,7 +64,7 @@ def pipeline_run(program: ranks.PretrainingRanks, request: RunRequest) -> JobRun
         run_dir=run_dir,
         name=config.name,
         grid=found.grid,
-        is_done=partial(run.is_done, num_rounds=config.federation.num_rounds),
+        is_done=partial(is_done, run, config),
         job=program.name,
         options=request.options,
         reserve=partial(reserve, run, config),
@@ -101,7 +101,7 @@ def pretrain(
     try:
         with signals.caught():
             run, config = resolve("pretrain", config_path, overrides, run_dir, preset=preset)
-            if run.is_done(num_rounds=config.federation.num_rounds):
+            if is_done(run, config):
                 run.check_content(deepspeed_config(config), partial(inputs_of, config))
                 console.text(f"{run.path} is done: see {run.path / 'report.html'}")
                 return 0

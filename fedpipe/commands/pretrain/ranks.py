@@ -11,6 +11,7 @@ from typing import Any
 from fedpipe.cluster.rank import LocatedRun, Notify, RankProgram, View
 from fedpipe.commands.plan.cut import choose_cut, measure_here, measure_in_a_process
 from fedpipe.commands.pretrain.setup import set_up
+from fedpipe.config.load import load_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import load_prepared
 from fedpipe.distributed.env import ProcessEnv
@@ -21,7 +22,8 @@ from fedpipe.report.console import RunConsole
 from fedpipe.report.records import Emit
 from fedpipe.report.sections import samples_text
 from fedpipe.run.checkpoint import Position
-from fedpipe.run.run_dir import RunSetup
+from fedpipe.run.outer import UPDATE, newest_round
+from fedpipe.run.run_dir import RunDir, RunSetup
 
 
 class PretrainingRanks(RankProgram):
@@ -61,7 +63,8 @@ class PretrainingRanks(RankProgram):
 
     def folders(self, setup: RunSetup) -> Mapping[str, Path]:
         """See ``RankProgram``."""
-        return {"data.cache_dir": Path(setup.data_dir)}
+        outer = {"outer.folder": setup.outer.path} if setup.outer else {}
+        return {"data.cache_dir": Path(setup.data_dir)} | outer
 
     def grid_of(self, config: RunConfig) -> Grid:
         """See ``RankProgram``."""
@@ -77,10 +80,17 @@ class PretrainingRanks(RankProgram):
         return run_rounds(Pretraining, setup, env=env, emit=emit, watch=watch)
 
     def write_results(self, setup: RunSetup, *, notify: Notify) -> None:
-        """Export the model, let it fill in masked words of held-out text, and write the report."""
+        """Write the report, and the model with samples, or what the site has learnt."""
         from fedpipe.commands.pretrain.report import write_report
         from fedpipe.run import export
 
+        if setup.outer:  # the model is the consortium's; this site has an update of it
+            from fedpipe.run.update import write_update
+
+            notify("writing the report and the update")
+            write_report(setup.run_dir)
+            write_update(setup.outer, setup.run_dir, setup.config)
+            return
         notify("writing the model folder and the report")
         export.export_run(setup.run_dir)
         data = load_prepared(setup.data_dir)
@@ -96,6 +106,10 @@ class PretrainingRanks(RankProgram):
 
     def closing(self, run_dir: Path) -> list[str]:
         """See ``RankProgram``."""
+        config = load_config(RunDir.open(run_dir, "pretrain").saved, [])
+        if config.outer.folder:
+            update = newest_round(config).path / UPDATE
+            return [f"update  {update}", f"report  {run_dir / 'report.html'}"]
         return [
             samples_text(run_dir),
             f"model   {run_dir / 'export'}",
@@ -124,6 +138,7 @@ def view(config: RunConfig, *, num_local_steps: int, interactive: bool | None = 
         "step": console.step,
         "round": console.round,
         "eval": console.evaluation,
+        "outer": console.evaluation,
     }
     return View(console=console, shows=shows, log_every=max(config.log.every, 1))
 

@@ -16,7 +16,10 @@ from fedpipe.federation.refusal import Outcome
 from fedpipe.federation.traffic import traffic_record
 from fedpipe.pipeline.stage_engine import StepResult
 from fedpipe.report.records import Emit, EvalRecord, Record, StepRecord
+from fedpipe.run.outer import GLOBAL, OuterRound
 from fedpipe.run.run_dir import RunSetup
+from fedpipe.run.tensor_file import first_difference
+from fedpipe.run.update import crossing_layouts
 
 
 class Pretraining(FederatedRun):
@@ -45,6 +48,7 @@ class Pretraining(FederatedRun):
             comm=comm,
             emit=emit,
             watch=watch,
+            outer=setup.outer,
         )
         if replica.missing and comm.data == 0 and comm.replica == 0:
             names = ", ".join(replica.missing)
@@ -60,6 +64,19 @@ class Pretraining(FederatedRun):
         if self._first_step_after is None:
             self._first_step_after = time.monotonic() - self._started_at
         super().on_step(turn, round_id, stage_id, result)
+
+    def base_fault(self, outer: OuterRound) -> str:
+        """See ``FederatedRun``."""
+        if not self.comm.is_master():
+            return ""
+        found = first_difference(crossing_layouts(self.config), outer.read_base().layouts)
+        if not found:
+            return ""
+        return (
+            f"{outer.path / GLOBAL}: expected the tensors of this site's model, got {found}. All"
+            " sites of a consortium have the same model and federation.average: ask its"
+            " coordinator."
+        )
 
     def round_facts(self, round_id: int) -> Facts:
         """Return the time of the first step, and the trace of the first turn of the run."""

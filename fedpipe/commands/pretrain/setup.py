@@ -19,6 +19,7 @@ from fedpipe.data.corpus import Progress, check_sources, prepare
 from fedpipe.files import write_text
 from fedpipe.report.sinks import check_sinks
 from fedpipe.report.summary import TEXT_FILE
+from fedpipe.run.outer import check_position, newest_round
 from fedpipe.run.run_dir import RunDir, RunSetup, describe_environment, inputs_of
 
 
@@ -53,7 +54,10 @@ def set_up(
     if config.pipeline.is_open:
         config = load.with_cut(config, choose_cut(config))
         plan = reserve(run, config)
+    outer = newest_round(config) if config.outer.folder else None
     checkpoint = run.checkpoint(notify=notify)
+    if outer:
+        check_position(checkpoint, outer, run_dir=run.path)
     notify(plan)
     data = prepare(config, progress=progress)
     run.record_inputs(inputs_of(config), notify=notify)
@@ -68,7 +72,19 @@ def set_up(
         data_dir=data.directory,
         checkpoint=checkpoint,
         started_at=started_at,
+        outer=outer,
     )
+
+
+def is_done(run: RunDir, config: RunConfig) -> bool:
+    """Whether a run has nothing to do now.
+
+    With ``outer.folder`` it has done all once the newest outer round has its update, and goes on
+    when the next one arrives.
+    """
+    if config.outer.folder:
+        return newest_round(config).is_done
+    return run.is_done(num_rounds=config.federation.num_rounds)
 
 
 def reserve(run: RunDir, config: RunConfig, *, progress: Progress | None = None) -> str:

@@ -1,0 +1,349 @@
+"""A coordinator: hand weights out, take updates in, make the next weights, until all is done.
+
+Everything that is decided is a file before it is acted upon, so the same command goes on wherever
+it was killed. In an outer round's folder ``global.safetensors`` and ``global.json`` are the weights
+that its sites start from, ``updates/SITE`` holds what has come in, and ``round.json`` says, once
+and for all, whose updates make the next weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict
+
+from fedpipe.commands.consortium.config import (
+    ConsortiumConfig,
+    read_consortium,
+    settings_for,
+)
+from fedpipe.config.load import dump_config, to_dict
+from fedpipe.config.schema import RunConfig
+from fedpipe.config.tree import dump, merge, parse, parse_override, read_text
+from fedpipe.errors import ConfigError, FederationError
+from fedpipe.federation.cohort import draw_cohort
+from fedpipe.files import sync, write_atomically, write_text
+from fedpipe.report.format import bytes_text, count, integer, number
+from fedpipe.run.outer import (
+    GLOBAL,
+    GLOBAL_FACTS,
+    UPDATE,
+    UPDATE_FACTS,
+    UpdateFacts,
+    round_name,
+)
+from fedpipe.run.resume import check_config
+from fedpipe.run.run_dir import RunDir
+
+ROUNDS, UPDATES, ROUND_FILE = "rounds", "updates", "round.json"
+SHARED_FILE = "pretrain.yaml"
+"""What a site gives to ``fedpipe pretrain --config``, beside its outer rounds."""
+LOOK_S = 0.5
+"""How often is looked for updates."""
+
+Show = Callable[[str], None]
+
+
+class SiteRecord(TypedDict):
+    """What a coordinator knows of a site's part in an outer round."""
+
+    facts: UpdateFacts
+    bytes: int
+    """Of the update."""
+    answered_s: float
+    """From the hand-out to the arrival; the rest of it that is not training is waiting."""
+
+
+class RoundRecord(TypedDict):
+    """The content of ``round.json``."""
+
+    round: int
+    sites: dict[str, SiteRecord]
+    """Whose updates make the next weights."""
+    refused: dict[str, str]
+    """Whose updates must not be averaged, and why."""
+    absent: list[str]
+    """Who had not answered when the deadline came."""
+    seconds: float
+    """Of the outer round."""
+
+
+class Consortium:
+    """The directory of a consortium, and what is left to do in it."""
+
+    def __init__(self, run: RunDir, config: ConsortiumConfig, pretrain: RunConfig) -> None:
+        """Take what ``locate`` has found; nothing is written."""
+        self.run_dir, self.config, self.pretrain = run, config, pretrain
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        return self.run_dir.path
+
+    @property
+    def num_rounds(self) -> int:
+        """Outer rounds in all."""
+        return self.config.federation.num_rounds
+
+    def round_dir(self, index: int) -> Path:
+        """Folder of an outer round; that after the last one holds the model."""
+        return self.path / ROUNDS / round_name(index)
+
+    def inbox(self, site: str, index: int) -> Path:
+        """Folder of an outer round in the exchange with a site."""
+        return Path(self.config.exchange) / site / round_name(index)
+
+    def record(self, index: int) -> RoundRecord | None:
+        """What an outer round was decided to be; None before."""
+        try:
+            text = (self.round_dir(index) / ROUND_FILE).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        record: RoundRecord = json.loads(text)
+        return record
+
+    @property
+    def records(self) -> list[RoundRecord]:
+        """All outer rounds that were decided."""
+        found = [self.record(index) for index in range(self.num_rounds)]
+        return [record for record in found if record is not None]
+
+    @property
+    def num_done(self) -> int:
+        """Outer rounds whose next weights are there."""
+        done = (
+            index
+            for index in range(self.num_rounds)
+            if (self.round_dir(index + 1) / GLOBAL_FACTS).is_file()
+        )
+        return max(done, default=-1) + 1
+
+    @property
+    def model_dir(self) -> Path:
+        """The Hugging Face folder of the newest weights."""
+        return self.path / "export"
+
+    # -- the work of a coordinator -----------------------------------------------------------
+
+    def begin(self) -> None:
+        """Write the directory, the first weights, and what every site's run has in common."""
+        self.run_dir.make()
+        text = dump(to_dict_of(self.config) | {"pretrain": to_dict(self.pretrain)})
+        self.run_dir.write(text)
+        first = self.round_dir(0)
+        first.mkdir(parents=True, exist_ok=True)
+        if not (first / GLOBAL_FACTS).is_file():
+            from fedpipe.federation.outer import write_first_global
+
+            write_first_global(first, self.pretrain)
+        for site in self.config.federation.sites:
+            folder = Path(self.config.exchange) / site
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / SHARED_FILE).is_file():
+                write_text(folder / SHARED_FILE, dump(settings_for(site, self.pretrain)))
+
+    def train_round(self, index: int, *, show: Show) -> None:
+        """Hand an outer round out, wait for its sites, and make the next weights.
+
+        Raises:
+            FederationError: Too few of the updates can be averaged, and nobody else will answer.
+        """
+        record = self.record(index)
+        if record is None:
+            invited = self.invited(index)
+            for site in invited:
+                self._hand_out(site, index)
+            show(f"{self._label(index)} handed out to {', '.join(invited)}")
+            record = self._collect(index, invited, show=show)
+            write_text(self.round_dir(index) / ROUND_FILE, json.dumps(record, indent=1) + "\n")
+        self._aggregate(index, record)
+        names = count(len(record["sites"]), "site")
+        tokens = sum(site["facts"]["tokens"] for site in record["sites"].values())
+        show(f"{self._label(index)} made the next weights of {names}, {integer(tokens)} tokens")
+
+    def invited(self, index: int) -> list[str]:
+        """Sites of an outer round, in the order of their names; a function of the seed."""
+        sites = sorted(self.config.federation.sites)
+        drawn = draw_cohort(
+            self.config.seed,
+            round_id=index,
+            num_clients=len(sites),
+            clients_per_round=self.config.federation.num_drawn,
+        )
+        return [sites[k] for k in sorted(drawn)]
+
+    def _label(self, index: int) -> str:
+        width = len(str(self.num_rounds))
+        return f"{time.strftime('%H:%M:%S')} outer round {index + 1:>{width}}/{self.num_rounds}"
+
+    def _hand_out(self, site: str, index: int) -> None:
+        """Copy the weights into the exchange; what says that they are there comes last."""
+        folder = self.inbox(site, index)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (GLOBAL, GLOBAL_FACTS):
+            if not (folder / GLOBAL_FACTS).is_file():
+                source = self.round_dir(index) / name
+                write_atomically(folder / name, partial(shutil.copyfile, source))
+                sync(folder)
+
+    def _collect(self, index: int, invited: list[str], *, show: Show) -> RoundRecord:
+        """Take updates in until all have answered, or enough have when the deadline comes."""
+        from fedpipe.federation.outer import read_update
+        from fedpipe.run.tensor_file import TensorFile
+
+        federation = self.config.federation
+        handed_out = (self.inbox(invited[0], index) / GLOBAL_FACTS).stat().st_mtime
+        base = json.loads((self.round_dir(index) / GLOBAL_FACTS).read_text(encoding="utf-8"))
+        layouts = TensorFile(self.round_dir(index) / GLOBAL).layouts
+        sites: dict[str, SiteRecord] = {}
+        refused: dict[str, str] = {}
+        while True:
+            for site in (s for s in invited if s not in sites and s not in refused):
+                if not (self.inbox(site, index) / UPDATE_FACTS).is_file():
+                    continue
+                folder = self._take_in(site, index)
+                answered_s = (folder / UPDATE_FACTS).stat().st_mtime - handed_out
+                try:
+                    facts = read_update(site, folder, base, layouts).facts
+                except FederationError as error:
+                    refused[site] = str(error)
+                    show(f"{self._label(index)} {error}")
+                    continue
+                size = (folder / UPDATE).stat().st_size
+                sites[site] = {"facts": facts, "bytes": size, "answered_s": max(0.0, answered_s)}
+                show(f"{self._label(index)} {site}: {_answer(facts, size)}")
+            late = 0 < federation.deadline_s < time.time() - handed_out
+            everyone = len(sites) + len(refused) == len(invited)
+            if len(sites) >= federation.quorum and (everyone or late):
+                break
+            if everyone:
+                raise FederationError(
+                    f"outer round {index + 1}: expected {federation.quorum} updates or more that"
+                    f" can be averaged, got {len(sites)}: {'; '.join(refused.values())} Remove the"
+                    f" update.json of those sites in {self.config.exchange} once they are mended,"
+                    " then give the same command again."
+                )
+            time.sleep(LOOK_S)
+        absent = [s for s in invited if s not in sites and s not in refused]
+        for site in absent:
+            show(f"{self._label(index)} {site}: no answer before the deadline")
+        return {
+            "round": index,
+            "sites": sites,
+            "refused": refused,
+            "absent": absent,
+            "seconds": time.time() - handed_out,
+        }
+
+    def _take_in(self, site: str, index: int) -> Path:
+        """Copy an update out of the exchange, which is the site's, into our own folder."""
+        folder = self.round_dir(index) / UPDATES / site
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (UPDATE, UPDATE_FACTS):
+            source = self.inbox(site, index) / name
+            if source.is_file():  # read_update says so where it is not
+                write_atomically(folder / name, partial(shutil.copy2, source))
+        sync(folder)
+        return folder
+
+    def _aggregate(self, index: int, record: RoundRecord) -> None:
+        from fedpipe.federation.outer import SiteUpdate, write_next_global
+        from fedpipe.run.tensor_file import TensorFile
+
+        folder = self.round_dir(index) / UPDATES
+        updates = [
+            SiteUpdate(site=site, facts=of_site["facts"], file=TensorFile(folder / site / UPDATE))
+            for site, of_site in record["sites"].items()
+        ]
+        target = self.round_dir(index + 1)
+        target.mkdir(exist_ok=True)
+        write_next_global(
+            target,
+            self.round_dir(index),
+            updates,
+            index=index,
+            aggregation=self.config.federation.aggregation,
+            optimizer=self.config.federation.server_optimizer,
+            config=self.pretrain,
+        )
+
+    def site_state(self, site: str, index: int) -> str:
+        """Say how far a site is in an outer round, as its folder in the exchange shows it."""
+        folder = self.inbox(site, index)
+        if (folder / UPDATE_FACTS).is_file():
+            return "has answered"
+        return "has not answered" if (folder / GLOBAL_FACTS).is_file() else "is not handed out"
+
+    def export(self) -> Path | None:
+        """Write the newest weights as a Hugging Face folder; return it.
+
+        Returns:
+            None where a part of the model stays with the clients, so that there is no single one.
+        """
+        from fedpipe.run.export import export_global
+
+        newest = self.round_dir(self.num_done)
+        is_whole = export_global(
+            newest, self.pretrain, self.model_dir, sites=len(self.config.federation.sites)
+        )
+        return self.model_dir if is_whole else None
+
+
+def locate(config_path: str | None, overrides: list[str], run_dir: str | None) -> Consortium:
+    """Find a consortium from its file, or from its directory.
+
+    Raises:
+        FedPipeError: Anything that a user can get wrong.
+    """
+    run = RunDir.at(run_dir, "consortium") if run_dir else None
+    if config_path:
+        tree, source = parse(read_text(config_path), source=config_path), config_path
+    elif run and run.saved:
+        tree, source = run.saved, str(run.config_file)
+    else:
+        raise ConfigError(
+            "--config: expected the file of a consortium, got none. See"
+            " docs/how-to/consortium.md for one, or name the --run-dir of one that has begun."
+        )
+    for override in overrides:
+        tree = merge(tree, parse_override(override))
+    config, pretrain = read_consortium(tree, source=source)
+    run = run or RunDir.at(Path("runs") / config.name, "consortium")
+    if not config.exchange:
+        raise ConfigError(
+            "exchange: expected the folder that connects coordinator and sites, got none. Write"
+            " exchange: DIR."
+        )
+    if run.saved and config_path:
+        saved = read_consortium(run.saved, source=str(run.config_file))
+        _check_same(run.path, saved, (config, pretrain))
+    return Consortium(run, config, pretrain)
+
+
+def _check_same(directory: Path, before: Any, now: Any) -> None:
+    way_out = "Go on with --run-dir alone, or choose a new --run-dir."
+    may_change = ("exchange", "federation.deadline_s", "federation.min_sites")
+    for old, new in zip(before, now, strict=True):
+        check_config(directory, old, new, may_change=may_change, what="consortium", way_out=way_out)
+
+
+def to_dict_of(config: ConsortiumConfig) -> dict[str, Any]:
+    """Return a consortium's own part as plain data."""
+    plain: dict[str, Any] = parse(dump_config(config), source="consortium").plain()
+    return plain
+
+
+def _answer(facts: Mapping[str, Any], size: int) -> str:
+    """Say what a site has sent."""
+    before, after = (
+        number(facts[key][-1], 3) if facts[key] else "-"
+        for key in ("base_valid_loss", "valid_loss")
+    )
+    return (
+        f"{integer(facts['tokens'])} tokens, held-out loss {before} before and {after} after,"
+        f" {bytes_text(size)}"
+    )

@@ -1,0 +1,265 @@
+"""Updates of sites: what is refused, and how the others become the next weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedpipe.commands.plan.plan import build_plan
+from fedpipe.config.federation import AggregationConfig, ServerOptimizerConfig
+from fedpipe.config.load import load_config
+from fedpipe.config.schema import RunConfig
+from fedpipe.errors import FederationError
+from fedpipe.federation.outer import SiteUpdate, read_update, write_next_global
+from fedpipe.federation.rules import (
+    ServerOptimizer,
+    krum_select,
+    median,
+    squared_distances,
+    trimmed_mean,
+)
+from fedpipe.run.outer import (
+    GLOBAL,
+    GLOBAL_FACTS,
+    UPDATE,
+    UPDATE_FACTS,
+    VERSION,
+    UpdateFacts,
+    digest_of,
+)
+from fedpipe.run.tensor_file import Layout, TensorFile, write_tensors
+from fedpipe.run.update import crossing_layouts, encode, encoded_layout, write_global
+
+LAYOUTS = {"a.weight": Layout("F32", (3, 4)), "b.bias": Layout("F32", (5,))}
+SITES = ("alpha", "beta", "delta", "gamma", "omega")
+TOKENS = {name: 100 * (index + 1) for index, name in enumerate(SITES)}
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return load_config(None, [])
+
+
+def _draw(seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        name: (scale * rng.standard_normal(layout.shape)).astype(np.float32)
+        for name, layout in LAYOUTS.items()
+    }
+
+
+def _flat(tensors: dict[str, np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([t.ravel() for t in tensors.values()]))
+
+
+def _write_base(folder: Path, config: RunConfig) -> dict[str, np.ndarray]:
+    folder.mkdir(parents=True)
+    base = _draw(99)
+    write_global(folder, 0, LAYOUTS, iter(base.values()), config=config)
+    return base
+
+
+def _write_update(
+    folder: Path, base: Path, change: dict[str, np.ndarray], *, tokens: int, wire: str = "fp32"
+) -> None:
+    folder.mkdir(parents=True)
+    layouts = {name: encoded_layout(layout, wire) for name, layout in LAYOUTS.items()}
+    write_tensors(folder / UPDATE, layouts, (encode(t, wire) for t in change.values()))
+    facts: dict[str, Any] = {
+        "version": VERSION, "round": 0, "base_sha256": digest_of(base / GLOBAL), "wire": wire,
+        "sha256": digest_of(folder / UPDATE), "tokens": tokens, "train_loss": [],
+        "base_valid_loss": [], "valid_loss": [], "valid_tokens": 0, "seconds": 1.0, "fedpipe": "x",
+    }  # fmt: skip
+    (folder / UPDATE_FACTS).write_text(json.dumps(facts))
+
+
+def _read(site: str, folder: Path, base: Path) -> SiteUpdate:
+    return read_update(site, folder, json.loads((base / GLOBAL_FACTS).read_text()), LAYOUTS)
+
+
+def _weights(folder: Path) -> torch.Tensor:
+    file = TensorFile(folder / GLOBAL)
+    return _flat({name: file.read(name) for name in file.layouts})
+
+
+def _combined(rule: str, changes: torch.Tensor) -> torch.Tensor:
+    """The same of whole vectors, (sites, all weights)."""
+    if rule == "median":
+        return median(changes)
+    if rule == "trimmed_mean":
+        return trimmed_mean(changes, num_byzantine=1)
+    if rule == "krum":
+        return changes[krum_select(squared_distances(changes), num_byzantine=1)].mean(0)
+    shares = torch.tensor([TOKENS[name] for name in SITES]) / sum(TOKENS.values())
+    return (shares[:, None] * changes).sum(0)
+
+
+@pytest.mark.parametrize("rule", ["mean", "median", "trimmed_mean", "krum"])
+@pytest.mark.parametrize("order", [SITES, SITES[::-1]])
+def test_updates_are_combined_as_whole_vectors_are_in_any_order(
+    tmp_path: Path, config: RunConfig, rule: Any, order: tuple[str, ...]
+) -> None:
+    base = _write_base(tmp_path / "base", config)
+    changes = {name: _draw(index) for index, name in enumerate(SITES)}
+    for name in SITES:
+        _write_update(tmp_path / name, tmp_path / "base", changes[name], tokens=TOKENS[name])
+    robust = rule != "mean"
+    aggregation = AggregationConfig(
+        rule=rule, weighting="uniform" if robust else "tokens", num_byzantine=int(robust)
+    )
+    (tmp_path / "next").mkdir()
+    facts = write_next_global(
+        tmp_path / "next",
+        tmp_path / "base",
+        [_read(name, tmp_path / name, tmp_path / "base") for name in order],
+        index=0,
+        aggregation=aggregation,
+        optimizer=ServerOptimizerConfig(),
+        config=config,
+    )
+    assert (facts["round"], facts["sha256"]) == (1, digest_of(tmp_path / "next" / GLOBAL))
+    rows = torch.stack([_flat(changes[name]) for name in SITES])
+    torch.testing.assert_close(_weights(tmp_path / "next"), _flat(base) + _combined(rule, rows))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ServerOptimizerConfig(name="fedavgm", lr=0.7, nesterov=True),
+        ServerOptimizerConfig(name="fedadam", lr=0.1),
+        ServerOptimizerConfig(name="fedyogi", lr=0.1),
+    ],
+)
+def test_the_moments_of_an_outer_optimizer_go_on_from_round_to_round(
+    tmp_path: Path, config: RunConfig, optimizer: ServerOptimizerConfig
+) -> None:
+    folder = tmp_path / "round_0"
+    expected = _flat(_write_base(folder, config))
+    whole = ServerOptimizer(optimizer, like=expected)
+    for index in range(3):
+        change, target = _draw(index, 0.1), tmp_path / f"round_{index + 1}"
+        target.mkdir()
+        site = tmp_path / f"site_{index}"
+        _write_update(site, folder, change, tokens=7)
+        facts = json.loads((site / UPDATE_FACTS).read_text()) | {"round": index}
+        (site / UPDATE_FACTS).write_text(json.dumps(facts))
+        write_next_global(
+            target,
+            folder,
+            [_read("alpha", site, folder)],
+            index=index,
+            aggregation=AggregationConfig(),
+            optimizer=optimizer,
+            config=config,
+        )
+        whole.step_(expected, expected + _flat(change))
+        folder = target
+        torch.testing.assert_close(_weights(folder), expected)
+
+
+def test_nesterov_momentum_is_that_of_torch(tmp_path: Path, config: RunConfig) -> None:
+    ours, theirs = torch.zeros(4), torch.nn.Parameter(torch.zeros(4))
+    settings = ServerOptimizerConfig(name="fedavgm", lr=0.7, betas=(0.9, 0.0), nesterov=True)
+    optimizer = ServerOptimizer(settings, like=ours)
+    reference = torch.optim.SGD([theirs], lr=0.7, momentum=0.9, nesterov=True)
+    for seed in range(5):
+        delta = torch.randn(4, generator=torch.Generator().manual_seed(seed))
+        optimizer.step_(ours, ours + delta)
+        theirs.grad = -delta
+        reference.step()
+    torch.testing.assert_close(ours, theirs.detach())
+
+
+def _facts(**changed: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / UPDATE_FACTS
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+    return change
+
+
+def _tensors(**changed: np.ndarray) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = TensorFile(folder / UPDATE)
+        kinds = {"float32": "F32", "float64": "F64"}
+        tensors = {name: file.read(name) for name in file.layouts}
+        tensors |= {name.replace("_", "."): tensor for name, tensor in changed.items()}
+        layouts = {n: Layout(kinds[t.dtype.name], t.shape) for n, t in tensors.items()}
+        write_tensors(folder / UPDATE, layouts, tensors.values())
+        _facts(sha256=digest_of(folder / UPDATE))(folder)
+
+    return change
+
+
+_FIVE = np.zeros(5, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (_facts(round=3), "expected outer round 0, got 3"),
+        (_facts(base_sha256="f" * 64), "SHA-256 of its base"),
+        (_facts(sha256="f" * 64), "expected SHA-256 ffffffffffff"),
+        (_facts(tokens=0), "a whole number of tokens above 0, got 0"),
+        (_facts(tokens=float("inf")), "a whole number of tokens above 0, got inf"),
+        (_facts(wire="fp8"), "format fp32, bf16 or int8, got fp8"),
+        (_facts(version=9), "expected version 1, got 9"),
+        (lambda folder: (folder / UPDATE_FACTS).write_text("[]"), "no JSON that says so"),
+        (lambda folder: (folder / UPDATE).unlink(), "expected a file that can be read"),
+        (_tensors(b_bias=_FIVE[:4]), "b.bias as F32[4] instead of F32[5]"),
+        (_tensors(b_bias=_FIVE.astype(float)), "b.bias as F64[5] instead of F32[5]"),
+        (_tensors(more=_FIVE), "a tensor more that it does not have"),
+        (_tensors(b_bias=_FIVE + np.nan), "NaN or infinity in b.bias"),
+        (_tensors(b_bias=_FIVE - np.inf), "NaN or infinity in b.bias"),
+    ],
+)
+def test_an_update_that_must_not_be_averaged_is_refused_by_name(
+    tmp_path: Path, config: RunConfig, spoil: Callable[[Path], None], expected: str
+) -> None:
+    _write_base(tmp_path / "base", config)
+    _write_update(tmp_path / "site", tmp_path / "base", _draw(0), tokens=7)
+    _read("alpha", tmp_path / "site", tmp_path / "base")
+    spoil(tmp_path / "site")
+    with pytest.raises(FederationError) as refusal:
+        _read("alpha", tmp_path / "site", tmp_path / "base")
+    assert expected in str(refusal.value)
+
+
+@pytest.mark.parametrize(("wire", "worst"), [("bf16", 2**-8), ("int8", 1 / 254)])
+def test_a_narrow_update_is_off_by_its_rounding_at_most(
+    tmp_path: Path, config: RunConfig, wire: str, worst: float
+) -> None:
+    _write_base(tmp_path / "base", config)
+    change = _draw(3)
+    _write_update(tmp_path / "site", tmp_path / "base", change, tokens=7, wire=wire)
+    update = _read("alpha", tmp_path / "site", tmp_path / "base")
+    for name, layout in LAYOUTS.items():
+        error = (update.change(name, layout) - torch.from_numpy(change[name])).abs()
+        assert float(error.max()) <= worst * float(np.abs(change[name]).max())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["pipeline.head_location=client", "federation.average.final_head=false"],
+        ["pipeline.cut=[1,2]", "pipeline.local_head=mlm+layer", "model.family=bert"],
+        ["pipeline.objective=end_to_end", "pipeline.schedule=1f1b"],
+    ],
+)
+def test_the_plan_counts_the_weights_that_cross_between_sites(settings: list[str]) -> None:
+    config = load_config(None, ["outer.folder=x", *settings])
+    numel = sum(int(np.prod(layout.shape)) for layout in crossing_layouts(config).values())
+    assert f"change of {numel:,} weights" in str(build_plan(config))
+
+
+def test_the_page_names_everything_that_leaves_a_site() -> None:
+    page = Path(__file__).parents[2] / "docs/explanation/what-leaves-a-client.md"
+    section = page.read_text(encoding="utf-8").partition("## Sites that share no cluster")[2]
+    assert [key for key in UpdateFacts.__annotations__ if f"`{key}`" not in section] == []
