@@ -58,9 +58,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in MARKERS:
             item.add_marker(folder)
-        # What a file has in common is made once; the cases of a matrix go to whoever is free.
-        if folder == "slurm" or item.get_closest_marker("matrix") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
         if missing.get(folder):
             item.add_marker(pytest.mark.skip(reason=missing[folder]))
     dropped = matrix.left_out(items, named=config.args, environment=os.environ)

@@ -27,6 +27,7 @@ from fedpipe.federation.rules import (
     trimmed_mean,
 )
 from fedpipe.files import sync, write_atomically
+from fedpipe.report.format import is_number
 from fedpipe.run.outer import (
     GLOBAL,
     UPDATE,
@@ -39,6 +40,7 @@ from fedpipe.run.outer import (
 from fedpipe.run.tensor_file import Layout, Layouts, TensorFile, first_difference, write_tensors
 from fedpipe.run.update import decode, encoded_layout, first_weights, write_global
 
+_MOST_TOKENS = 2**63
 MOMENTS = "moments.safetensors"
 """The outer optimizer's, beside the weights that they belong to."""
 
@@ -91,8 +93,14 @@ def read_update(site: str, folder: Path, base: GlobalFacts, layouts: Layouts) ->
     if facts["wire"] not in ("fp32", "bf16", "int8"):
         raise _refusal(site, "format fp32, bf16 or int8", str(facts["wire"]))
     tokens = facts["tokens"]
-    if not (isinstance(tokens, int) and tokens > 0):
-        raise _refusal(site, "a whole number of tokens above 0", str(tokens))
+    if not (isinstance(tokens, int) and 0 < tokens < _MOST_TOKENS):
+        raise _refusal(site, "a whole number of tokens above 0", str(tokens)[:40])
+    numbers: list[object] = [facts["seconds"], facts["valid_tokens"]]
+    for key in ("train_loss", "base_valid_loss", "valid_loss"):
+        losses: object = facts[key]
+        numbers += losses if isinstance(losses, list) else [losses]
+    if not all(number is None or is_number(number) for number in numbers):
+        raise _refusal(site, "numbers as losses and seconds", str(numbers)[:40])
     check_digest(folder / UPDATE, facts["sha256"])
     update = SiteUpdate(site=site, facts=facts, file=TensorFile(folder / UPDATE))
     expected = {n: encoded_layout(layout, facts["wire"]) for n, layout in layouts.items()}

@@ -26,6 +26,8 @@ GLOBAL, GLOBAL_FACTS = "global.safetensors", "global.json"
 UPDATE, UPDATE_FACTS = "update.safetensors", "update.json"
 VERSION = 1
 """Of the two JSON files; raised where an older fedpipe could not read what a newer one writes."""
+_MOST_FACTS = 2**20
+"""Characters of a JSON file; a longer one is not ours."""
 _NAME = re.compile(r"round_(\d{6})")
 
 
@@ -213,9 +215,10 @@ def read_facts(path: Path, kind: type) -> Any:
         FederationError: It is damaged, or of another version.
     """
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            facts = json.loads(file.read(_MOST_FACTS))
         version, keys = int(facts["version"]), set(facts)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         raise FederationError(
             f"{path}: expected what the weights beside it are, got no JSON that says so. Copy both"
             " files again."
@@ -231,6 +234,21 @@ def read_facts(path: Path, kind: type) -> Any:
             f"{path}: expected the key {missing[0]}, got a file without it. Copy it again."
         )
     return facts
+
+
+def has_arrived(folder: Path) -> bool:
+    """Whether an update is there, and its file is the one that its facts name.
+
+    Links are not followed: they may lead out of the folder of a site.
+    """
+    file, facts = folder / UPDATE, folder / UPDATE_FACTS
+    if file.is_symlink() or facts.is_symlink() or not (file.is_file() and facts.is_file()):
+        return False
+    try:
+        check_digest(file, str(read_facts(facts, UpdateFacts)["sha256"]))
+    except FederationError:
+        return False
+    return True
 
 
 def check_digest(path: Path, expected: str) -> None:

@@ -32,6 +32,7 @@ from fedpipe.run.outer import (
     VERSION,
     UpdateFacts,
     digest_of,
+    has_arrived,
 )
 from fedpipe.run.tensor_file import Layout, TensorFile, write_tensors
 from fedpipe.run.update import crossing_layouts, encode, encoded_layout, write_global
@@ -208,6 +209,9 @@ _FIVE = np.zeros(5, dtype=np.float32)
         (_facts(sha256="f" * 64), "expected SHA-256 ffffffffffff"),
         (_facts(tokens=0), "a whole number of tokens above 0, got 0"),
         (_facts(tokens=float("inf")), "a whole number of tokens above 0, got inf"),
+        (_facts(valid_loss="low"), "numbers as losses and seconds"),
+        (_facts(train_loss=[1.0, [2.0]]), "numbers as losses and seconds"),
+        (_facts(seconds="1 h"), "numbers as losses and seconds"),
         (_facts(wire="fp8"), "format fp32, bf16 or int8, got fp8"),
         (_facts(version=9), "expected version 1, got 9"),
         (lambda folder: (folder / UPDATE_FACTS).write_text("[]"), "no JSON that says so"),
@@ -229,6 +233,24 @@ def test_an_update_that_must_not_be_averaged_is_refused_by_name(
     with pytest.raises(FederationError) as refusal:
         _read("alpha", tmp_path / "site", tmp_path / "base")
     assert expected in str(refusal.value)
+
+
+def test_an_update_has_arrived_once_its_file_is_the_one_that_its_facts_name(
+    tmp_path: Path, config: RunConfig
+) -> None:
+    _write_base(tmp_path / "base", config)
+    site = tmp_path / "site"
+    assert not has_arrived(site)
+    _write_update(site, tmp_path / "base", _draw(0), tokens=7)
+    assert has_arrived(site)
+    whole = (site / UPDATE).read_bytes()
+    (site / UPDATE).write_bytes(whole[:-1])
+    assert not has_arrived(site)
+    (site / UPDATE).unlink()
+    assert not has_arrived(site)
+    (tmp_path / "elsewhere").write_bytes(whole)
+    (site / UPDATE).symlink_to(tmp_path / "elsewhere")
+    assert not has_arrived(site)
 
 
 @pytest.mark.parametrize(("wire", "worst"), [("bf16", 2**-8), ("int8", 1 / 254)])

@@ -34,6 +34,7 @@ from fedpipe.run.outer import (
     UPDATE,
     UPDATE_FACTS,
     UpdateFacts,
+    has_arrived,
     round_name,
 )
 from fedpipe.run.resume import check_config
@@ -42,6 +43,8 @@ from fedpipe.run.run_dir import RunDir
 ROUNDS, UPDATES, ROUND_FILE = "rounds", "updates", "round.json"
 SHARED_FILE = "pretrain.yaml"
 """What a site gives to ``fedpipe pretrain --config``, beside its outer rounds."""
+HANDED_OUT = "handed_out"
+"""Holds the time at which an outer round was handed out."""
 LOOK_S = 0.5
 """How often is looked for updates."""
 
@@ -196,16 +199,16 @@ class Consortium:
         from fedpipe.run.tensor_file import TensorFile
 
         federation = self.config.federation
-        handed_out = (self.inbox(invited[0], index) / GLOBAL_FACTS).stat().st_mtime
+        handed_out = self._handed_out_at(index)
         base = json.loads((self.round_dir(index) / GLOBAL_FACTS).read_text(encoding="utf-8"))
         layouts = TensorFile(self.round_dir(index) / GLOBAL).layouts
         sites: dict[str, SiteRecord] = {}
         refused: dict[str, str] = {}
         while True:
             for site in (s for s in invited if s not in sites and s not in refused):
-                if not (self.inbox(site, index) / UPDATE_FACTS).is_file():
-                    continue
                 folder = self._take_in(site, index)
+                if folder is None:
+                    continue
                 answered_s = (folder / UPDATE_FACTS).stat().st_mtime - handed_out
                 try:
                     facts = read_update(site, folder, base, layouts).facts
@@ -223,9 +226,10 @@ class Consortium:
             if everyone:
                 raise FederationError(
                     f"outer round {index + 1}: expected {federation.quorum} updates or more that"
-                    f" can be averaged, got {len(sites)}: {'; '.join(refused.values())} Remove the"
-                    f" update.json of those sites in {self.config.exchange} once they are mended,"
-                    " then give the same command again."
+                    f" can be averaged, got {len(sites)}: {'; '.join(refused.values())} Once those"
+                    f" sites are mended, remove their folders in {self.round_dir(index) / UPDATES}"
+                    f" and their update.json in {self.config.exchange}, then give the same command"
+                    " again."
                 )
             time.sleep(LOOK_S)
         absent = [s for s in invited if s not in sites and s not in refused]
@@ -239,16 +243,31 @@ class Consortium:
             "seconds": time.time() - handed_out,
         }
 
-    def _take_in(self, site: str, index: int) -> Path:
-        """Copy an update out of the exchange, which is the site's, into our own folder."""
+    def _handed_out_at(self, index: int) -> float:
+        """When the outer round was handed out, by the clock of this machine; written down once."""
+        file = self.round_dir(index) / HANDED_OUT
+        if not file.is_file():
+            write_text(file, f"{time.time()}\n")
+        return float(file.read_text(encoding="utf-8"))
+
+    def _take_in(self, site: str, index: int) -> Path | None:
+        """Copy an update out of the exchange, which is the site's, into our own folder.
+
+        Returns:
+            The folder; None while the update is not there, or not whole: what moves the two files
+            may bring them in any order, and piece by piece.
+        """
         folder = self.round_dir(index) / UPDATES / site
+        if has_arrived(folder):
+            return folder
+        inbox = self.inbox(site, index)
+        if not has_arrived(inbox):
+            return None
         folder.mkdir(parents=True, exist_ok=True)
         for name in (UPDATE, UPDATE_FACTS):
-            source = self.inbox(site, index) / name
-            if source.is_file():  # read_update says so where it is not
-                write_atomically(folder / name, partial(shutil.copy2, source))
+            write_atomically(folder / name, partial(shutil.copyfile, inbox / name))
         sync(folder)
-        return folder
+        return folder if has_arrived(folder) else None
 
     def _aggregate(self, index: int, record: RoundRecord) -> None:
         from fedpipe.federation.outer import SiteUpdate, write_next_global
@@ -274,8 +293,10 @@ class Consortium:
     def site_state(self, site: str, index: int) -> str:
         """Say how far a site is in an outer round, as its folder in the exchange shows it."""
         folder = self.inbox(site, index)
-        if (folder / UPDATE_FACTS).is_file():
+        if has_arrived(folder):
             return "has answered"
+        if (folder / UPDATE_FACTS).exists():
+            return f"has answered, but {UPDATE} is not the file that {UPDATE_FACTS} names"
         return "has not answered" if (folder / GLOBAL_FACTS).is_file() else "is not handed out"
 
     def export(self) -> Path | None:
