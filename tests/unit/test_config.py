@@ -108,7 +108,7 @@ def test_words_that_yaml_1_1_reads_as_something_else_stay_words(word: str) -> No
 PATHS = {
     RunConfig: ["model.path", "data.train", "data.valid", "data.tokenizer", "data.cache_dir",
                 "evaluation.models", "evaluation.data", "evaluation.task_files",
-                "deepspeed.config"],
+                "outer.folder", "deepspeed.config"],
     FinetuneConfig: ["model.path", "method.path", "task.data", "task.file"],
 }  # fmt: skip
 

@@ -314,8 +314,8 @@ def test_fewer_than_three_trainings_are_not_tested_and_three_are_by_their_own_un
     content = json.loads(path.read_text("utf-8"))
     few = compare(f"{tmp_path}/run:one", f"{tmp_path}/run:two")
     assert {(row["over"], row["stands_out"]) for row in few["rows"]} == {("test examples", False)}
-    assert "Fewer than 3 fine-tunings" in how_to_read(few)
-    assert "nothing is said of another" in how_to_read(few)
+    assert "With fewer than 3 fine-tunings" in how_to_read(few)
+    assert "says nothing about other models" in how_to_read(few)
 
     done = [cell for cell in content["cells"] if cell["task"] == "ncbi-disease"]
     for method, by in (("good", 0.4), ("bad", 0.0)):
