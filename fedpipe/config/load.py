@@ -203,11 +203,11 @@ def build(cls: type, node: Node) -> Any:
 
 def dump_config(config: Any) -> str:
     """Return a configuration of any class with every default as YAML."""
-    return dump(cast(dict[str, Any], _to_plain(config)))
+    return dump(to_dict(config))
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration as nested dicts, lists and scalars."""
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration of any class as nested dicts, lists and scalars."""
     return cast(dict[str, Any], _to_plain(config))
 
 

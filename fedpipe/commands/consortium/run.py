@@ -21,7 +21,7 @@ from fedpipe.commands.consortium.config import (
     read_consortium,
     settings_for,
 )
-from fedpipe.config.load import dump_config, to_dict
+from fedpipe.config.load import to_dict
 from fedpipe.config.schema import RunConfig
 from fedpipe.config.tree import dump, merge, parse, parse_override, read_text
 from fedpipe.errors import ConfigError, FederationError
@@ -135,7 +135,7 @@ class Consortium:
     def begin(self) -> None:
         """Write the directory, the first weights, and what every site's run has in common."""
         self.run_dir.make()
-        text = dump(to_dict_of(self.config) | {"pretrain": to_dict(self.pretrain)})
+        text = dump(to_dict(self.config) | {"pretrain": to_dict(self.pretrain)})
         self.run_dir.write(text)
         first = self.round_dir(0)
         first.mkdir(parents=True, exist_ok=True)
@@ -350,12 +350,6 @@ def _check_same(directory: Path, before: Any, now: Any) -> None:
     may_change = ("exchange", "federation.deadline_s", "federation.min_sites")
     for old, new in zip(before, now, strict=True):
         check_config(directory, old, new, may_change=may_change, what="consortium", way_out=way_out)
-
-
-def to_dict_of(config: ConsortiumConfig) -> dict[str, Any]:
-    """Return a consortium's own part as plain data."""
-    plain: dict[str, Any] = parse(dump_config(config), source="consortium").plain()
-    return plain
 
 
 def _answer(facts: Mapping[str, Any], size: int) -> str:
