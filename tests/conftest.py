@@ -46,6 +46,7 @@ def pytest_report_header() -> str:
     return matrix.describe(os.environ)
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     missing = {
         # As root they can be installed, so that there the cluster's own error shows.
@@ -58,6 +59,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in MARKERS:
             item.add_marker(folder)
+        # What a file has in common is made once; the cases of a matrix go to whoever is free.
+        if folder == "slurm" or item.get_closest_marker("matrix") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(TESTS))))
         if missing.get(folder):
             item.add_marker(pytest.mark.skip(reason=missing[folder]))
     dropped = matrix.left_out(items, named=config.args, environment=os.environ)

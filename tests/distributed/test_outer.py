@@ -87,7 +87,7 @@ def test_the_first_update_is_what_an_ordinary_run_learns_bit_for_bit(tmp_path: P
         assert np.array_equal(update.read(name), trained[name] - start[name]), name
 
 
-def test_an_update_is_the_same_whenever_its_run_is_killed(tmp_path: Path) -> None:
+def test_an_update_is_the_same_whenever_its_run_is_killed_or_moved(tmp_path: Path) -> None:
     settings = ("federation.optimizer_state=keep", "checkpoint.every_steps=1")
     undisturbed, disturbed = (
         Consortium(folder, make_sites(folder, 2, settings=settings))
@@ -102,6 +102,7 @@ def test_an_update_is_the_same_whenever_its_run_is_killed(tmp_path: Path) -> Non
         command = site.start()
         after_rounds(command, site.run_dir, 2 * index + 1)
         command.kill()
+        site.move_inbox(f"outer_{index}")
         assert site.train().code == 0
         expected = undisturbed.sites[0].files(index)
         assert site.files(index) == expected

@@ -158,7 +158,8 @@ def test_whatever_may_change_does_not_change_a_run(
     here.rename(tmp_path / "there")
     shutil.rmtree(tmp_path / "there/cache")
     changes = places(tmp_path / "there") | {"pipeline.hang_timeout_s": "7"}
-    assert changes.keys() == set(MAY_CHANGE["pretrain"])
+    # tests/distributed/test_outer.py moves the folder of a site.
+    assert changes.keys() == set(MAY_CHANGE["pretrain"]) - {"outer.folder"}
     resumed = go_on(run_dir, *options(changes))
     assert resumed.checkpoint is not None and resumed.hang_timeout_s == 7
     train(resumed)

@@ -40,6 +40,7 @@ class Site:
     name: str
     folder: Path
     settings: tuple[str, ...] = ()
+    inbox_name: str = "outer"
 
     @property
     def run_dir(self) -> Path:
@@ -48,7 +49,12 @@ class Site:
     @property
     def inbox(self) -> Path:
         """``outer.folder``."""
-        return self.folder / "outer"
+        return self.folder / self.inbox_name
+
+    def move_inbox(self, name: str) -> None:
+        """Let ``outer.folder`` lie elsewhere."""
+        self.inbox.rename(self.folder / name)
+        self.inbox_name = name
 
     def round(self, index: int) -> Path:
         return self.inbox / round_name(index)
