@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from fedpipe.config.deepspeed import deepspeed_config
-from fedpipe.config.model_shape import resolve
+from fedpipe.config.model_shape import model_shape
 from fedpipe.config.paths import expanded, is_path
 from fedpipe.config.require import require
 from fedpipe.config.schema import OpenCut, RunConfig
@@ -97,7 +97,7 @@ def _evenly_cut(node: Node, num_stages: int) -> RunConfig:
     cut = list(range(1, num_stages))
     node = merge(node, parse_override(f"pipeline.cut={cut}"))
     config = cast(RunConfig, _build(RunConfig, node, key=""))
-    shape = resolve(config.model, vocab_size=1, sequence_length=config.data.num_positions)
+    shape = model_shape(config, vocab_size=1)
     layers = shape.num_hidden_layers
     if num_stages > layers:
         return config  # too many: ``check`` says so
@@ -246,7 +246,7 @@ def check(config: RunConfig) -> None:
         ConfigError: The cut, the model, the corpus list or the DeepSpeed JSON do not fit.
     """
     # A vocabulary of 1 fits every model: the tokenizer is read, and compared, with the corpus.
-    shape = resolve(config.model, vocab_size=1, sequence_length=config.data.num_positions)
+    shape = model_shape(config, vocab_size=1)
     _check_cut(config, num_layers=shape.num_hidden_layers)
     _check_masking(config)
     _check_paths(config)

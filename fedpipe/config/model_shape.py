@@ -14,7 +14,7 @@ from typing import Any
 
 from fedpipe.config.families import FAMILIES, FamilyName
 from fedpipe.config.half_files import check_weights, read_json_object
-from fedpipe.config.schema import ModelConfig
+from fedpipe.config.schema import ModelConfig, RunConfig
 from fedpipe.errors import ConfigError
 
 # Layers, hidden size, heads, feed-forward width. base and large are BERT's, Devlin et al. 2018,
@@ -114,6 +114,19 @@ class ModelShape:
     def head_flops_per_token(self) -> int:
         """Return the forward FLOPs of the head for one *masked* token, ``2 (D^2 + D V)``."""
         return 2 * (self.hidden_size * self.hidden_size + self.hidden_size * self.vocab_size)
+
+
+def model_shape(config: RunConfig, *, vocab_size: int, pad_id: int | None = None) -> ModelShape:
+    """Return all sizes of the model of a run, whose positions reach as far as its blocks.
+
+    The arguments and errors are those of ``resolve``.
+    """
+    return resolve(
+        config.model,
+        vocab_size=vocab_size,
+        sequence_length=config.data.num_positions,
+        pad_id=pad_id,
+    )
 
 
 def resolve(

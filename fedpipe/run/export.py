@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenize
 from fedpipe import __version__
 from fedpipe.config.half_files import read_json_object
 from fedpipe.config.load import load_config
-from fedpipe.config.model_shape import resolve
+from fedpipe.config.model_shape import model_shape
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, token_counts
 from fedpipe.data.masking import validation_batch
@@ -93,12 +93,7 @@ def export_checkpoint(
         target: The folder; it has all of its files or is absent.
     """
     data = prepared_text(run_dir, config)
-    shape = resolve(
-        config.model,
-        vocab_size=data.vocab_size,
-        sequence_length=config.data.num_positions,
-        pad_id=data.pad_id,
-    )
+    shape = model_shape(config, vocab_size=data.vocab_size, pad_id=data.pad_id)
     model_config = hf_config(shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id)
     specs = model_stages(config, shape)
     if checkpoint is None:

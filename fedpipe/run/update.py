@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedpipe import __version__
-from fedpipe.config.model_shape import resolve
+from fedpipe.config.model_shape import model_shape
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.tokenizer import tokenizer_info
 from fedpipe.distributed.wire import TensorSpec
@@ -93,12 +93,7 @@ def _empty_stages(config: RunConfig) -> list[Stage]:
 def described(config: RunConfig) -> tuple[tuple[StageSpec, ...], Any]:
     """Return the stages of a run, and the transformers configuration of its whole model."""
     info = tokenizer_info(config)
-    shape = resolve(
-        config.model,
-        vocab_size=info.vocab_size,
-        sequence_length=config.data.num_positions,
-        pad_id=info.pad_id,
-    )
+    shape = model_shape(config, vocab_size=info.vocab_size, pad_id=info.pad_id)
     hf = hf_config(shape, pad_id=info.pad_id, cls_id=info.cls_id, sep_id=info.sep_id)
     return model_stages(config, shape), hf
 

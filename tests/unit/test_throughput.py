@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedpipe.commands.plan.cut import best_cut
-from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops, shape_of
+from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops
 from fedpipe.commands.plan.ideal import predict, scheduled
 from fedpipe.commands.study.study import Cell
 from fedpipe.commands.throughput.advice import advise, take_apart
@@ -29,6 +29,7 @@ from fedpipe.commands.throughput.report import (
     summarise,
 )
 from fedpipe.commands.throughput.utilisation import Product, step_flops
+from fedpipe.config.model_shape import model_shape
 from fedpipe.config.schema import RunConfig
 from fedpipe.models.split import stage_specs
 from fedpipe.pipeline.timeline import StageCost
@@ -46,7 +47,7 @@ def config_of(cut: list[int], *, layers: int = 8, **pipeline: Any) -> RunConfig:
 def stage_costs(config: RunConfig, *, optimizer_s: float = 0.001) -> list[StageCost]:
     """Stages whose layers and heads all cost the same per FLOP, but for the last layer's rows."""
     flops = step_flops("streaming", config, vocab_size=VOCAB)
-    shape = shape_of(config, vocab_size=VOCAB)
+    shape = model_shape(config, vocab_size=VOCAB)
     rate = LAYER_S / (3 * layer_flops(config, shape)) / config.pipeline.num_micro_batches
     return [
         StageCost(forward_s=f * rate / 3, backward_s=f * rate * 2 / 3, optimizer_s=optimizer_s)
@@ -140,7 +141,7 @@ def test_recomputed_activations_are_not_achieved_work() -> None:
 
 def test_a_local_step_counts_heads_and_the_last_layers_masked_rows_only() -> None:
     config = config_of([4])
-    shape = shape_of(config, vocab_size=VOCAB)
+    shape = model_shape(config, vocab_size=VOCAB)
     layer = layer_flops(config, shape)
     last = masked_layer_flops(config, shape)
     masked = 2

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from fedpipe.config.federation import AggregationConfig, ServerOptimizerConfig
 from fedpipe.config.load import build, check, to_dict
-from fedpipe.config.model_shape import resolve
+from fedpipe.config.model_shape import model_shape
 from fedpipe.config.paths import UserPath
 from fedpipe.config.require import at_least, require
 from fedpipe.config.schema import ModelConfig, RunConfig
@@ -153,12 +153,7 @@ def settings_for(site: str, run: RunConfig) -> dict[str, Any]:
     sites must not be the same.
     """
     info = tokenizer_info(run)
-    shape = resolve(
-        run.model,
-        vocab_size=info.vocab_size,
-        sequence_length=run.data.num_positions,
-        pad_id=info.pad_id,
-    )
+    shape = model_shape(run, vocab_size=info.vocab_size, pad_id=info.pad_id)
     settings = to_dict(run)
     for key in OF_THE_SITE:
         *sections, name = key.split(".")

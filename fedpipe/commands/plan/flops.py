@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from fedpipe.config.model_shape import ModelShape, resolve
+from fedpipe.config.model_shape import ModelShape
 from fedpipe.config.schema import RunConfig
 from fedpipe.models.split import StageSpec
 from fedpipe.pipeline.timeline import StageCost
-
-
-def shape_of(config: RunConfig, *, vocab_size: int) -> ModelShape:
-    """Return all sizes of the model."""
-    length = config.data.num_positions
-    return resolve(config.model, vocab_size=vocab_size, sequence_length=length)
 
 
 def stage_flops(spec: StageSpec, config: RunConfig, shape: ModelShape) -> StageCost:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from fedpipe.commands.plan.cut import LayerCosts
 from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops
 from fedpipe.config.deepspeed import deepspeed_config, stage_precision
-from fedpipe.config.model_shape import resolve
+from fedpipe.config.model_shape import model_shape
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.tokenizer import tokenizer_info
 from fedpipe.distributed.device import autocast, select_device, synchronize
@@ -42,12 +42,7 @@ def measure_layer_costs(config: RunConfig) -> LayerCosts:
         Seconds on this device, with torch's present number of threads.
     """
     info = tokenizer_info(config)
-    shape = resolve(
-        config.model,
-        vocab_size=info.vocab_size,
-        sequence_length=config.data.num_positions,
-        pad_id=info.pad_id,
-    )
+    shape = model_shape(config, vocab_size=info.vocab_size, pad_id=info.pad_id)
     num_stages = config.pipeline.num_stages
     model = hf_config(shape, pad_id=info.pad_id, cls_id=info.cls_id, sep_id=info.sep_id)
     # The difference between the first stage with two layers and with one is the time of a layer.

@@ -13,7 +13,7 @@ from fedpipe import __version__
 from fedpipe.commands.plan.disclosure import FORMATS, Transfer, client_rows, client_transfers, stays
 from fedpipe.commands.plan.flops import stage_flops
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
-from fedpipe.config.model_shape import ModelShape, resolve
+from fedpipe.config.model_shape import ModelShape, model_shape
 from fedpipe.config.schema import AverageConfig, PipelineConfig, RunConfig
 from fedpipe.data.tokenizer import tokenizer_info
 from fedpipe.distributed.topology import Grid
@@ -109,12 +109,7 @@ def build_plan(config: RunConfig) -> Plan:
         CorpusError: The tokenizer cannot be read.
     """
     tokenizer = tokenizer_info(config)
-    shape = resolve(
-        config.model,
-        vocab_size=tokenizer.vocab_size,
-        sequence_length=config.data.num_positions,
-        pad_id=tokenizer.pad_id,
-    )
+    shape = model_shape(config, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
     autocast = autocast_dtype(deepspeed_config(config))
     specs = model_stages(config, shape)
     edges = edge_messages(config, specs, hidden_size=shape.hidden_size)

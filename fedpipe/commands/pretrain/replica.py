@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpipe.config.deepspeed import deepspeed_config
-from fedpipe.config.model_shape import resolve
+from fedpipe.config.model_shape import model_shape
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.data.masking import MaskedBatch, MaskedReader, pad, validation_batch
@@ -48,12 +48,7 @@ class Replica(StageReplica):
         Collective: every rank.
         """
         self.config, self.data = config, data
-        shape = resolve(
-            config.model,
-            vocab_size=data.vocab_size,
-            sequence_length=config.data.num_positions,
-            pad_id=data.pad_id,
-        )
+        shape = model_shape(config, vocab_size=data.vocab_size, pad_id=data.pad_id)
         self.hf_config = hf_config(
             shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id
         )

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedpipe.commands.plan.cut import LayerCosts, best_cut
-from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops, shape_of, stage_flops
+from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops, stage_flops
 from fedpipe.commands.plan.ideal import predict, scheduled
+from fedpipe.config.model_shape import model_shape
 from fedpipe.config.schema import RunConfig
 from fedpipe.models.split import placement, stage_specs
 from fedpipe.pipeline.timeline import StageCost
@@ -76,7 +77,7 @@ def take_apart(stages: Sequence[StageCost], config: RunConfig, *, vocab_size: in
         Costs of the layers. The last one is cheaper, because it runs at masked positions only.
     """
     config = scheduled(config, "streaming")
-    shape = shape_of(config, vocab_size=vocab_size)
+    shape = model_shape(config, vocab_size=vocab_size)
     passes = 4.0 if config.pipeline.activation_checkpointing else 3.0
     whole = passes * layer_flops(config, shape)
     last = passes * masked_layer_flops(config, shape)

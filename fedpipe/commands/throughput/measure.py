@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops, shape_of
+from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops
 from fedpipe.commands.pretrain.replica import Replica
 from fedpipe.commands.throughput.instruments import PeakMemory, matmul_flops_per_s, operands
 from fedpipe.commands.throughput.report import (
@@ -26,6 +26,7 @@ from fedpipe.commands.throughput.report import (
 )
 from fedpipe.commands.throughput.utilisation import Product
 from fedpipe.config.deepspeed import deepspeed_config
+from fedpipe.config.model_shape import model_shape
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.distributed.board import Board
@@ -227,7 +228,7 @@ def edges_of_all_peers(config: RunConfig) -> list[Edge]:
 
 def _in_layers(config: RunConfig, *, vocab_size: int) -> tuple[float, float]:
     """Return the FLOPs of the last layer and of a head, in units of an encoder layer."""
-    shape = shape_of(config, vocab_size=vocab_size)
+    shape = model_shape(config, vocab_size=vocab_size)
     sequences, layer = config.pipeline.micro_batch_size, layer_flops(config, shape)
     head = sequences * config.data.num_scored * shape.head_flops_per_token()
     return masked_layer_flops(config, shape) / layer, head / layer

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict
 
-from fedpipe.commands.plan.flops import shape_of, stage_flops
+from fedpipe.commands.plan.flops import stage_flops
 from fedpipe.commands.plan.ideal import scheduled
 from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
+from fedpipe.config.model_shape import model_shape
 from fedpipe.config.schema import RunConfig
 from fedpipe.models.split import StageSpec, placement, stage_specs
 from fedpipe.pipeline.timeline import COMPUTE
@@ -51,7 +52,7 @@ class Product:
     @classmethod
     def of(cls, config: RunConfig, *, vocab_size: int) -> Product:
         """Return the product for the sizes of a configuration."""
-        shape = shape_of(config, vocab_size=vocab_size)
+        shape = model_shape(config, vocab_size=vocab_size)
         return cls(
             rows=config.pipeline.micro_batch_size * config.data.num_positions,
             inner=shape.hidden_size,
@@ -114,7 +115,7 @@ def step_flops(name: str, config: RunConfig, *, vocab_size: int) -> list[float]:
     config = scheduled(config, name)
     pipeline = replace(config.pipeline, activation_checkpointing=False)
     config = replace(config, pipeline=pipeline)
-    shape = shape_of(config, vocab_size=vocab_size)
+    shape = model_shape(config, vocab_size=vocab_size)
     costs = [
         stage_flops(spec, config, shape)
         for spec in stage_specs(pipeline, num_hidden_layers=shape.num_hidden_layers)
