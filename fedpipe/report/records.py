@@ -1,4 +1,4 @@
-"""What a run tells while it works, and writes down in metrics.jsonl. No torch.
+"""What a run tells while it works, and writes down in metrics.jsonl and env.json. No torch.
 
 A number that is not finite is null in the file, so what is measured may be None where it is read.
 """
@@ -236,6 +236,27 @@ class DevScoreRecord(TypedDict):
     epoch: int
     step: int
     score: float | None
+
+
+# -- where it all came from ------------------------------------------------------------------------
+
+
+class Environment(TypedDict):
+    """Versions, host and commit: the content of env.json, and a part of every table's JSON."""
+
+    fedpipe: str
+    commit: str
+    """Empty outside of a git repository."""
+    python: str
+    packages: dict[str, str]
+    """Version by name."""
+    host: str
+    cores: int
+    processor: str
+    command: str
+    """As it was typed."""
+    repeat: NotRequired[str]
+    """The command that repeats it."""
 
 
 Record = (

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fedpipe.printable import printable
 from fedpipe.report.console import why
@@ -287,10 +286,15 @@ def _averaging(run: RunSummary) -> str:
     return "Stage weights were averaged once per round."
 
 
-def environment_rows(environment: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Flatten env.json: nested keys are joined by dots, lists of plain values by spaces."""
+def environment_rows(environment: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+    """Flatten env.json: nested keys are joined by dots, lists of plain values by spaces.
+
+    The command that repeats all is left out, because a page shows it as code.
+    """
     rows: list[tuple[str, str]] = []
     for key, value in environment.items():
+        if key == "repeat":
+            continue
         if isinstance(value, dict):
             rows += [(f"{key}.{inner}", text) for inner, text in environment_rows(value)]
         elif isinstance(value, list):

@@ -12,6 +12,7 @@ from typing import Any, NotRequired, TypedDict, cast
 from fedpipe.errors import CheckpointError
 from fedpipe.report.format import is_number
 from fedpipe.report.records import (
+    Environment,
     EvalRecord,
     RoundRecord,
     StageScore,
@@ -99,7 +100,7 @@ class RunSummary:
     """config.yaml."""
     plan: str = ""
     """plan.txt."""
-    environment: dict[str, Any] = field(default_factory=dict)
+    environment: Environment | None = None
     """env.json."""
     events: list[dict[str, Any]] = field(default_factory=list)
     """Trace events of timeline.json."""
@@ -130,7 +131,7 @@ class RunSummary:
             records=by_kind,
             config=_read_yaml(run_dir / "config.yaml"),
             plan=plan.read_text(encoding="utf-8") if plan.is_file() else "",
-            environment=_read_json(run_dir / "env.json"),
+            environment=cast(Environment, _read_json(run_dir / "env.json")) or None,
             events=_read_json(run_dir / "timeline.json").get("traceEvents") or [],
             samples=cast(Samples, _read_json(run_dir / "samples.json")) or None,
             text=cast(TextFacts, _read_json(run_dir / TEXT_FILE)) or None,

@@ -39,6 +39,7 @@ from fedpipe.data.digests import file_digests, model_files
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CheckpointError
 from fedpipe.files import retry_reads, write_text
+from fedpipe.report.records import Environment
 from fedpipe.report.writer import METRICS_FILE
 from fedpipe.run.checkpoint import CHECKPOINTS, Checkpoint, Position, find_latest, set_aside_after
 from fedpipe.run.outer import OuterRound
@@ -610,7 +611,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def describe_environment() -> dict[str, Any]:
+def describe_environment() -> Environment:
     """Versions, host and commit: what a stranger needs to repeat the run."""
     return {
         "fedpipe": __version__,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NotRequired, TypedDict
 
 from fedpipe.config.evaluation import Precision
+from fedpipe.report.records import Environment
 
 CELL_FILE, RESULT_FILE, STATISTICS_FILE = "cell.json", "result.json", "statistics.npz"
 """In the folder of a cell."""
@@ -166,7 +167,7 @@ class Content(TypedDict):
     rows: list[TableRow]
     average: dict[str, Score | None]
     cells: list[CellFacts]
-    environment: dict[str, Any]
+    environment: Environment
 
 
 class EstimateFacts(TypedDict):
@@ -220,4 +221,4 @@ class Comparison(TypedDict):
     intervals: str
     rows: list[DifferenceRow]
     average: Difference | None
-    environment: dict[str, Any]
+    environment: Environment

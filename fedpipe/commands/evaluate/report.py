@@ -228,8 +228,7 @@ def blocks(content: Content, figures: Sequence[Figure] = ()) -> list[Block]:
     Returns:
         Blocks for ``to_html`` and ``to_markdown``.
     """
-    environment = dict(content["environment"])
-    repeat = environment.pop("repeat")
+    environment = content["environment"]
     missing = [f"`{cell['name']}`" for cell in content["cells"] if not cell["done"]]
     return [
         table(content),
@@ -246,7 +245,7 @@ def blocks(content: Content, figures: Sequence[Figure] = ()) -> list[Block]:
         Heading(text="Runs"),
         _runs_table(content),
         Heading(text="Repeat this evaluation"),
-        Code(text=repeat),
+        Code(text=environment["repeat"]),
         Heading(text="Environment"),
         Table(columns=("key", "value"), rows=environment_rows(environment)),
     ]

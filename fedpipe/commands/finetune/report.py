@@ -366,8 +366,8 @@ def _repeat(run: RunSummary) -> list[Block]:
     command = ["fedpipe", "finetune", "--config", str(run.run_dir / "config.yaml")]
     command += ["--run-dir", f"{run.run_dir}-again"]
     blocks += [Heading(text="Repeat this run"), Code(text=shlex.join(command))]
-    rows = environment_rows(run.environment)
-    if rows:
+    if run.environment:
+        rows = environment_rows(run.environment)
         blocks += [Heading(text="Environment"), Table(columns=("key", "value"), rows=rows)]
     return blocks
 

@@ -186,8 +186,8 @@ def _repeat(run: RunSummary) -> list[Block]:
     config, again = run.run_dir / "config.yaml", f"{run.run_dir}-again"
     arguments = ["fedpipe", "pretrain", "--config", str(config), "--run-dir", again]
     blocks.append(Code(text=shlex.join(arguments)))
-    rows = environment_rows(run.environment)
-    if rows:
+    if run.environment:
+        rows = environment_rows(run.environment)
         blocks += [Heading(text="Environment"), Table(columns=("key", "value"), rows=rows)]
     return blocks
 

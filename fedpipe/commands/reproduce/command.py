@@ -198,7 +198,7 @@ def _is_reproduced(plan: Reproduction) -> bool:
     """Whether the directory shows that the whole experiment is done."""
     if plan.pending() or not (plan.directory / RESULT_FILE).is_file():
         return False
-    return bool(plan.content()["environment"]["repeat"] == _repeat(plan))
+    return plan.content()["environment"]["repeat"] == _repeat(plan)
 
 
 def _reproduced_lines(plan: Reproduction) -> list[str]:

@@ -317,8 +317,7 @@ def blocks(content: Content, figures: Sequence[Figure]) -> list[Block]:
     Returns:
         Blocks for ``to_html`` and ``to_markdown``.
     """
-    environment = dict(content["environment"])
-    repeat = environment.pop("repeat")
+    environment = content["environment"]
     first = [
         next(v for v in content["variants"] if v["kind"] == kind)
         for kind in ("published", "fedbert")
@@ -347,7 +346,7 @@ def blocks(content: Content, figures: Sequence[Figure]) -> list[Block]:
         Heading(text="Published"),
         *_published(),
         Heading(text="Repeat this"),
-        Code(text=repeat),
+        Code(text=environment["repeat"]),
         Heading(text="Environment"),
         Table(columns=("key", "value"), rows=environment_rows(environment)),
     ]

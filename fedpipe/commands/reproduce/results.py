@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from fedpipe.commands.reproduce.variants import Variant
 from fedpipe.data.tasks.scoring import METRICS
 from fedpipe.errors import CheckpointError
 from fedpipe.report.format import is_number
+from fedpipe.report.records import Environment
 from fedpipe.report.summary import RunSummary
 from fedpipe.run.run_dir import describe_environment
 
@@ -130,7 +131,7 @@ class Content(TypedDict):
     tasks: list[TaskScores]
     speed_ups: list[SpeedUpFacts]
     differences: list[ScoreDifference]
-    environment: dict[str, Any]
+    environment: Environment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -311,7 +312,6 @@ def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Con
     found = [tested for each in differences for tested in (each["last"], each["all"])]
     for each, stands_out in zip(found, holm([e["p_value"] for e in found]), strict=True):
         each["stands_out"] = stands_out
-    environment = describe_environment()
     return {
         "experiment": plan.experiment,
         "scale": plan.config.reproduce.scale,
@@ -326,7 +326,7 @@ def summarise(plan: Reproduction, evaluation: Evaluation, curves: Curves) -> Con
         "tasks": tasks,
         "speed_ups": _speed_ups(variants, tasks),
         "differences": differences,
-        "environment": environment,
+        "environment": describe_environment(),
     }
 
 

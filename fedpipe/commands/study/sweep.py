@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fedpipe.commands import options
 from fedpipe.commands.plan.plan import build_plan
@@ -40,6 +39,7 @@ from fedpipe.files import write_text
 from fedpipe.printable import printable
 from fedpipe.report.drawing import render
 from fedpipe.report.format import number
+from fedpipe.report.records import Environment
 from fedpipe.report.sinks import check_sinks
 from fedpipe.run.run_dir import RunDir, describe_environment, inputs_of
 
@@ -243,7 +243,7 @@ def _document(
     sweep: Sweep,
     text: str,
     results: Mapping[Cell[RunConfig], RunResult],
-    environment: Mapping[str, Any],
+    environment: Environment,
 ) -> str:
     packages = environment["packages"]
     hosts = sorted({result.host for result in results.values() if result.host})

@@ -271,9 +271,9 @@ def _memory_table(report: Report) -> Table:
 
 
 def _repeat(report: Report) -> list[Block]:
-    environment = dict(report["environment"])
+    environment = report["environment"]
     found: list[Block] = []
-    if command := environment.pop("repeat", ""):
+    if command := environment.get("repeat"):
         found += [Heading(text="Repeat this measurement"), Code(text=command)]
     rows = environment_rows(environment)
     return [*found, Heading(text="Environment"), Table(columns=("key", "value"), rows=rows)]

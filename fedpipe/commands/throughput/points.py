@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fedpipe.commands.study.report import short_names
 from fedpipe.commands.study.study import Cell
@@ -12,6 +11,7 @@ from fedpipe.commands.throughput.report import Comparison, Report
 from fedpipe.config.schema import RunConfig
 from fedpipe.report.document import Block, Code, Heading, Paragraph, Strong, Table
 from fedpipe.report.format import MISSING, bytes_text, number, tokens_per_s
+from fedpipe.report.records import Environment
 from fedpipe.report.sections import environment_rows
 
 SHORT = {
@@ -27,7 +27,7 @@ Point = tuple[Cell[RunConfig], Report]
 """A point of the grid that has been measured."""
 
 
-def content(points: Sequence[Point], environment: dict[str, Any]) -> Comparison:
+def content(points: Sequence[Point], environment: Environment) -> Comparison:
     """Return ``throughput/report.json`` of a grid."""
     return {
         "points": [
@@ -78,7 +78,7 @@ def points_headline(points: Sequence[Point]) -> str:
 
 
 def points_blocks(
-    points: Sequence[Point], environment: dict[str, Any], *, num_points: int
+    points: Sequence[Point], environment: Environment, *, num_points: int
 ) -> list[Block]:
     """Make the report over all points.
 
@@ -93,7 +93,6 @@ def points_blocks(
     best, report = max(points, key=lambda p: p[1]["schedules"]["streaming"]["tokens_per_s"])
     left = num_points - len(points)
     missing = [Paragraph(text=f"{left} of {num_points} points are not measured.")] if left else []
-    rows = environment_rows({k: v for k, v in environment.items() if k != "repeat"})
     return [
         Paragraph(text=points_headline(points)),
         *missing,
@@ -107,9 +106,9 @@ def points_blocks(
         Heading(text=f"What would help at {best.name}, streaming's fastest point"),
         *(Paragraph(text=sentence) for sentence in report["advice"]),
         Heading(text="Repeat this measurement"),
-        Code(text=str(environment["repeat"])),
+        Code(text=environment["repeat"]),
         Heading(text="Environment"),
-        Table(columns=("key", "value"), rows=rows),
+        Table(columns=("key", "value"), rows=environment_rows(environment)),
     ]
 
 

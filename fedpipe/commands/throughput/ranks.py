@@ -16,6 +16,7 @@ from fedpipe.commands.throughput.files import write_files
 from fedpipe.commands.throughput.page import terminal_text
 from fedpipe.commands.throughput.report import (
     Measurement,
+    MeasuringEnvironment,
     Report,
     ThroughputSettings,
     single_replica,
@@ -97,7 +98,8 @@ def read_report(folder: Path) -> Report:
 
 def _write(setup: RunSetup, measurement: Measurement, how: Measuring) -> None:
     config = single_replica(setup.config)
-    environment: dict[str, Any] = describe_environment() | {
+    environment: MeasuringEnvironment = {
+        **describe_environment(),
         "emulate_ms": how.settings.emulate_ms,
         "repetitions": how.settings.repetitions,
         "num_steps": how.settings.num_steps,

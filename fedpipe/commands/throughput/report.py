@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from fedpipe.commands.plan.ideal import predict
 from fedpipe.commands.throughput.advice import advise
@@ -13,6 +13,7 @@ from fedpipe.commands.throughput.utilisation import Product, Utilisation, utilis
 from fedpipe.config.schema import RunConfig
 from fedpipe.errors import ConfigError
 from fedpipe.pipeline.timeline import COMPUTE, StageCost
+from fedpipe.report.records import Environment
 
 WAITING = (
     "recv_activation", "send_activation", "recv_grad", "send_grad", "send_home", "recv_home_grad",
@@ -147,6 +148,28 @@ class Ideal(TypedDict):
     """Ideal over measured step, the median over repetitions."""
 
 
+class MeasuringEnvironment(Environment):
+    """The environment of a measurement, and how it was told to measure."""
+
+    emulate_ms: float
+    repetitions: int
+    num_steps: int
+
+
+class Circumstances(MeasuringEnvironment):
+    """What was measured, on what; versions and command."""
+
+    device: str
+    threads_per_process: int
+    num_stages: int
+    num_micro_batches: int
+    tokens_per_step: int
+    matmul: str | None
+    """The product of matrices that is the ceiling; None where devices are emulated."""
+    matmul_flops_per_s: list[float] | None
+    """By process."""
+
+
 class Report(TypedDict):
     """The content of ``throughput/report.json``."""
 
@@ -154,8 +177,7 @@ class Report(TypedDict):
     ratios: dict[str, Spread]
     """By ``streaming_vs_NAME``, how many times streaming is faster."""
     ideal: dict[str, Ideal]
-    environment: dict[str, Any]
-    """What was measured, on what; versions and command."""
+    environment: Circumstances
     advice: list[str]
     """Sentences."""
 
@@ -172,7 +194,7 @@ class Comparison(TypedDict):
     """The content of ``throughput/report.json`` of a grid."""
 
     points: list[MeasuredPoint]
-    environment: dict[str, Any]
+    environment: Environment
 
 
 def single_replica(config: RunConfig) -> RunConfig:
@@ -193,14 +215,14 @@ def single_replica(config: RunConfig) -> RunConfig:
 
 
 def summarise(
-    measurement: Measurement, config: RunConfig, *, environment: dict[str, Any]
+    measurement: Measurement, config: RunConfig, *, environment: MeasuringEnvironment
 ) -> Report:
     """Make ``throughput/report.json``.
 
     Args:
         measurement: All windows.
         config: Of the single replica that was measured.
-        environment: Versions, host, command.
+        environment: Versions, host, command, and how it was measured.
 
     Returns:
         The report; all that its pages say is in it.
@@ -232,15 +254,18 @@ def summarise(
         "schedules": schedules,
         "ratios": ratios,
         "ideal": ideals,
-        "environment": environment | _circumstances(measurement, config, tokens=tokens),
+        "environment": _circumstances(measurement, config, environment, tokens=tokens),
         "advice": advise(schedules, ideals, config, vocab_size=measurement.vocab_size),
     }
 
 
-def _circumstances(measurement: Measurement, config: RunConfig, *, tokens: int) -> dict[str, Any]:
+def _circumstances(
+    measurement: Measurement, config: RunConfig, environment: MeasuringEnvironment, *, tokens: int
+) -> Circumstances:
     ceiling = measurement.matmul_flops_per_s
     product = Product.of(config, vocab_size=measurement.vocab_size)
     return {
+        **environment,
         "device": measurement.device,
         "threads_per_process": measurement.threads_per_process,
         "num_stages": config.pipeline.num_stages,
