@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ranks import run_ranks
 
-from fedpipe.commands.pretrain.replica import Replica
+from fedpipe.commands.pretrain.replica import PretrainingReplica
 from fedpipe.commands.throughput.instruments import PeakMemory
 from fedpipe.config.load import load_config
 from fedpipe.config.schema import RunConfig
@@ -58,7 +58,7 @@ def main() -> None:
 
 def _peak(config: RunConfig, data: PreparedData, comm: Comm) -> tuple[int, int]:
     """Bytes of this process' model at its peak, and of weights and optimizer alone."""
-    replica = Replica(config, data, comm=comm)
+    replica = PretrainingReplica(config, data, comm=comm)
 
     def train(steps: range) -> None:
         replica.engine.train(

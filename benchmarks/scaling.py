@@ -20,7 +20,7 @@ from functools import partial
 from ranks import run_ranks
 
 from fedpipe.commands.plan.flops import stage_flops
-from fedpipe.commands.pretrain.replica import Replica
+from fedpipe.commands.pretrain.replica import PretrainingReplica
 from fedpipe.config.load import load_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
@@ -76,7 +76,7 @@ def _round(
     config: RunConfig, data: PreparedData, comm: Comm, *, num_steps: int, layer_s: float
 ) -> tuple[float, float, float]:
     """CPU seconds of this process in its local steps; wall seconds of these, and of FedAvg."""
-    replica = Replica(config, data, comm=comm)
+    replica = PretrainingReplica(config, data, comm=comm)
     if layer_s:
         for engine in replica.stages:
             emulate_(

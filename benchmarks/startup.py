@@ -17,7 +17,7 @@ from pathlib import Path
 import deepspeed
 from ranks import run_ranks
 
-from fedpipe.commands.pretrain.replica import Replica
+from fedpipe.commands.pretrain.replica import PretrainingReplica
 from fedpipe.config.load import load_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
@@ -105,7 +105,7 @@ def _build(config: RunConfig, data: PreparedData, comm: Comm) -> dict[str, float
     deepspeed.initialize = timed
     comm.barrier()
     started = time.monotonic()
-    replica = Replica(config, data, comm=comm)
+    replica = PretrainingReplica(config, data, comm=comm)
     built = time.monotonic()
     replica.engine.train(
         range(1),

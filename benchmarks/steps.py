@@ -21,7 +21,7 @@ from ranks import run_ranks
 from torch import Tensor
 from torch.nn import functional
 
-from fedpipe.commands.pretrain.replica import Replica
+from fedpipe.commands.pretrain.replica import PretrainingReplica
 from fedpipe.config.load import load_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
@@ -136,7 +136,7 @@ def _measure(
     replicas = {}
     for name, (change, settings) in VARIANTS.items():
         own = replace(config, pipeline=replace(config.pipeline, **settings))
-        replicas[name] = Replica(own, data, comm=comm)
+        replicas[name] = PretrainingReplica(own, data, comm=comm)
         for engine in replicas[name].stages:
             change(engine)
         _step_s(replicas[name], comm, 3)  # allocator, moments, compilation
@@ -149,7 +149,7 @@ def _measure(
     return seconds
 
 
-def _step_s(replica: Replica, comm: Comm, num_steps: int) -> float:
+def _step_s(replica: PretrainingReplica, comm: Comm, num_steps: int) -> float:
     """Seconds per local step in steady state: neither the first nor the last one."""
     ends: list[float] = []
     comm.barrier()

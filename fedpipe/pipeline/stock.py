@@ -46,7 +46,7 @@ class StockStage(nn.Module):
     """A stage as a layer of a ``PipelineModule``, with its first weights."""
 
     def __init__(self, spec: StageSpec, hf_config: PretrainedConfig, config: RunConfig) -> None:
-        """Build the stage as ``Replica`` does, from the same seed."""
+        """Build the stage as ``PretrainingReplica`` does, from the same seed."""
         super().__init__()
         self.stage, _ = build_stage(
             spec,

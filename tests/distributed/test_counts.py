@@ -27,7 +27,7 @@ def _count(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    from fedpipe.commands.pretrain.replica import Replica
+    from fedpipe.commands.pretrain.replica import PretrainingReplica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.models.split import pipeline_edges
@@ -42,7 +42,7 @@ def _count(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
             return func(*args, **(kwargs or {}))
 
     comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
-    replica = Replica(config, data, comm=comm)
+    replica = PretrainingReplica(config, data, comm=comm)
     (engine,) = replica.stages
     steps: list[tuple[int, dict[str, int], int, int]] = []
 
@@ -106,13 +106,13 @@ def test_a_local_step_costs_what_the_plan_says_and_every_step_the_same(
 
 def _page_faults(env: ProcessEnv, config: RunConfig, data: PreparedData) -> list[int]:
     """Pages that the kernel had given this process by the end of each local step."""
-    from fedpipe.commands.pretrain.replica import Replica
+    from fedpipe.commands.pretrain.replica import PretrainingReplica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.models.split import pipeline_edges
 
     comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
-    replica = Replica(config, data, comm=comm)
+    replica = PretrainingReplica(config, data, comm=comm)
     found: list[int] = []
 
     def on_step(stage: int, result: Any) -> None:

@@ -24,13 +24,13 @@ HOME = {"head_location": "client"}
 
 
 def _replica(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
-    from fedpipe.commands.pretrain.replica import Replica
+    from fedpipe.commands.pretrain.replica import PretrainingReplica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.models.split import pipeline_edges
 
     comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
-    return Replica(config, data, comm=comm)
+    return PretrainingReplica(config, data, comm=comm)
 
 
 def _train(env: ProcessEnv, config: RunConfig, data: PreparedData, client_id: int = 0) -> Any:

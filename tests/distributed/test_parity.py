@@ -20,14 +20,14 @@ END_TO_END = {"objective": "end_to_end", "schedule": "1f1b"}
 
 def _engine(env: ProcessEnv, config: RunConfig, data: PreparedData) -> list[list[float | None]]:
     """Losses by step and stage."""
-    from fedpipe.commands.pretrain.replica import Replica
+    from fedpipe.commands.pretrain.replica import PretrainingReplica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.models.split import pipeline_edges
     from fedpipe.pipeline.optimizer import learning_rate
 
     comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
-    replica = Replica(config, data, comm=comm)
+    replica = PretrainingReplica(config, data, comm=comm)
     losses: list[list[float | None]] = [[None] * config.pipeline.num_stages for _ in range(STEPS)]
 
     def record(stage: int, result: Any) -> None:

@@ -22,14 +22,14 @@ STEPS = 4
 
 def _train_two_turns(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
     """Train, average, and train on from the average; losses by stage, bytes sent, final weights."""
-    from fedpipe.commands.pretrain.replica import Replica
+    from fedpipe.commands.pretrain.replica import PretrainingReplica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.federation.cohort import Turn
     from fedpipe.models.split import pipeline_edges
 
     comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
-    replica = Replica(config, data, comm=comm)
+    replica = PretrainingReplica(config, data, comm=comm)
     losses: list[float] = []
     turn = Turn(
         client_id=0, replica_id=0, num_steps=STEPS, num_examples=1, num_tokens=1, weight=1.0

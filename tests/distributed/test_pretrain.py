@@ -70,10 +70,12 @@ def _losses(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def _everyone_reads_client_0() -> None:
-    from fedpipe.commands.pretrain.replica import Replica
+    from fedpipe.commands.pretrain.replica import PretrainingReplica
 
-    original = Replica.training_source
-    Replica.training_source = lambda self, client_id, *, start: original(self, 0, start=start)
+    original = PretrainingReplica.training_source
+    PretrainingReplica.training_source = lambda self, client_id, *, start: original(
+        self, 0, start=start
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,14 +114,14 @@ def test_one_process_equals_stages_in_processes_equals_identical_replicas(
 def _synchronize(env: ProcessEnv, config: RunConfig, data: PreparedData, weights: list[float]):  # type: ignore[no-untyped-def]
     import torch
 
-    from fedpipe.commands.pretrain.replica import Replica
+    from fedpipe.commands.pretrain.replica import PretrainingReplica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.federation.cohort import Turn
     from fedpipe.models.split import pipeline_edges
 
     comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
-    replica = Replica(config, data, comm=comm)
+    replica = PretrainingReplica(config, data, comm=comm)
     result = {}
     for engine in replica.stages:
         synchronizer = replica.synchronizers[engine.spec.stage_id]

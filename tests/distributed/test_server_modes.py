@@ -24,7 +24,7 @@ FOUR = {"num_clients": 4, "clients_per_round": 4, "num_rounds": 2, "num_local_st
 
 def _by_hand(env: ProcessEnv, config: RunConfig, data: PreparedData) -> dict[str, np.ndarray]:
     """Train all rounds client by client, with torch alone; return the global weights."""
-    from fedpipe.commands.pretrain.replica import Replica
+    from fedpipe.commands.pretrain.replica import PretrainingReplica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.federation.cohort import client_history, plan_round
@@ -32,7 +32,7 @@ def _by_hand(env: ProcessEnv, config: RunConfig, data: PreparedData) -> dict[str
 
     one = tiny_config(pipeline={"colocate": True}, federation=FOUR | {"num_replicas": 1})
     comm = Comm(Grid.from_config(one), env, edges=())
-    replica = Replica(one, data, comm=comm)
+    replica = PretrainingReplica(one, data, comm=comm)
     federation, blocks = config.federation, [shard.num_blocks for shard in data.train]
     weights = [copy.deepcopy(engine.stage) for engine in replica.stages]  # the global ones
     going_on: dict[int, Any] = {}
@@ -270,13 +270,13 @@ def test_state_between_rounds_survives_a_kill_bit_for_bit(
 
 def _train_shared(env: ProcessEnv, config: RunConfig, data: PreparedData) -> Any:
     """Train one client per replica; return this rank's weights by stage role."""
-    from fedpipe.commands.pretrain.replica import Replica
+    from fedpipe.commands.pretrain.replica import PretrainingReplica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.models.split import pipeline_edges
 
     comm = Comm(Grid.from_config(config), env, edges=pipeline_edges(config.pipeline))
-    replica = Replica(config, data, comm=comm)
+    replica = PretrainingReplica(config, data, comm=comm)
     replica.engine.train(
         range(4),
         source=replica.training_source(comm.replica, start=0),

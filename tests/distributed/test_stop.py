@@ -44,7 +44,7 @@ class Moment:
 
 
 def _pretrain(env: ProcessEnv, setup: RunSetup, moment: Moment | None) -> Position | None:
-    from fedpipe.commands.pretrain.replica import Replica
+    from fedpipe.commands.pretrain.replica import PretrainingReplica
     from fedpipe.commands.pretrain.run import Pretraining
     from fedpipe.federation.loop import run_rounds
 
@@ -69,7 +69,7 @@ def _pretrain(env: ProcessEnv, setup: RunSetup, moment: Moment | None) -> Positi
 
         return call
 
-    Replica.evaluate = announced("evaluate", Replica.evaluate)  # type: ignore[method-assign]
+    PretrainingReplica.evaluate = announced("evaluate", PretrainingReplica.evaluate)  # type: ignore[method-assign]
     CheckpointWriter.save = announced("save", CheckpointWriter.save)  # type: ignore[method-assign]
     with Watch(signals=StopSignals()) as watch:
         return run_rounds(Pretraining, setup, env=env, emit=emit, watch=watch)

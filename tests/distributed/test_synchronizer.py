@@ -33,7 +33,7 @@ def _rounds(
     env: ProcessEnv, config: RunConfig, data: PreparedData
 ) -> tuple[list[dict[int, Weights]], list[dict[int, int]], dict[str, int]]:
     """Let every client add its change; return global weights and bytes by round and stage."""
-    from fedpipe.commands.pretrain.replica import Replica
+    from fedpipe.commands.pretrain.replica import PretrainingReplica
     from fedpipe.distributed.comm import Comm
     from fedpipe.distributed.topology import Grid
     from fedpipe.federation import aggregation
@@ -42,7 +42,7 @@ def _rounds(
     # Several buckets per stage, the last one smaller; in thirds, so that no byte count is rounded.
     aggregation.BUCKET_ELEMENTS = aggregation.ENCODED_BUCKET_ELEMENTS = 2 * REPLICAS * BLOCK
     comm = Comm(Grid.from_config(config), env, edges=())
-    replica = Replica(config, data, comm=comm)
+    replica = PretrainingReplica(config, data, comm=comm)
 
     def state() -> dict[int, Weights]:
         return {

@@ -21,15 +21,17 @@ class Poison:
 
     def __call__(self) -> None:
         """Wrap the step of a stage."""
-        from fedpipe.commands.pretrain.replica import Replica
+        from fedpipe.commands.pretrain.replica import PretrainingReplica
         from fedpipe.pipeline import schedule as ops
         from fedpipe.pipeline.stage_engine import StageEngine
 
-        train, loss = Replica.train, StageEngine._loss
+        train, loss = PretrainingReplica.train, StageEngine._loss
         optimizer_step = StageEngine._optimizer_step
         hits: set[StageEngine] = set()
 
-        def train_and_note(replica: Replica, turn: Any, steps: range, **keywords: Any) -> None:
+        def train_and_note(
+            replica: PretrainingReplica, turn: Any, steps: range, **keywords: Any
+        ) -> None:
             hits.clear()
             if turn.client_id in self.clients and keywords["round_id"] in self.rounds:
                 hits.update(e for e in replica.stages if e.spec.stage_id == self.stage)
@@ -48,6 +50,6 @@ class Poison:
             if spoil:
                 next(iter(engine.stage.parameters())).data.view(-1)[0] = self.value
 
-        Replica.train = train_and_note  # type: ignore[method-assign]
+        PretrainingReplica.train = train_and_note  # type: ignore[method-assign]
         StageEngine._loss = bad_loss  # type: ignore[method-assign]
         StageEngine._INSTRUCTION_MAP = StageEngine._INSTRUCTION_MAP | {ops.OptimizerStep: bad_step}

@@ -30,7 +30,7 @@ TRACED_STEPS = range(2, 6)
 """Local steps of the first round whose instructions are timed for the timeline."""
 
 
-class Replica(StageReplica):
+class PretrainingReplica(StageReplica):
     """The stages of a pre-training in this process, and the text that the first stage reads."""
 
     def __init__(

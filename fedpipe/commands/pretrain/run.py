@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from fedpipe.commands.pretrain.records import evaluation_record, round_record, write_timeline
-from fedpipe.commands.pretrain.replica import Replica
+from fedpipe.commands.pretrain.replica import PretrainingReplica
 from fedpipe.data.blocks import PreparedData, load_prepared
 from fedpipe.distributed.comm import Comm
 from fedpipe.distributed.watch import Watch
@@ -34,7 +34,7 @@ class Pretraining(FederatedRun):
         self.data: PreparedData = load_prepared(setup.data_dir)
         self.blocks = [shard.num_blocks for shard in self.data.train]
         self._first_step_after: float | None = None
-        replica = Replica(self.config, self.data, comm=comm, run_dir=setup.run_dir)
+        replica = PretrainingReplica(self.config, self.data, comm=comm, run_dir=setup.run_dir)
         self._stages = replica.stages
         valid, num_replicas = self.data.valid, self.config.federation.num_replicas
         mine = [c for c in range(comm.replica, len(valid), num_replicas) if valid[c].num_blocks]

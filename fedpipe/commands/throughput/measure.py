@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedpipe.commands.plan.flops import layer_flops, masked_layer_flops
-from fedpipe.commands.pretrain.replica import Replica
+from fedpipe.commands.pretrain.replica import PretrainingReplica
 from fedpipe.commands.throughput.instruments import PeakMemory, matmul_flops_per_s, operands
 from fedpipe.commands.throughput.report import (
     Measurement,
@@ -61,7 +61,9 @@ class Peer(Protocol):
 class SplitPeer:
     """A schedule of fedpipe's own engine."""
 
-    def __init__(self, replica: Replica, schedule: str, *, source: MicroBatchSource | None) -> None:
+    def __init__(
+        self, replica: PretrainingReplica, schedule: str, *, source: MicroBatchSource | None
+    ) -> None:
         """Wrap a replica, which several schedules may use in turn."""
         self._replica, self._schedule, self._source = replica, schedule, source
         self.engines: list[StageEngine] = replica.stages
@@ -180,9 +182,9 @@ def build_peers(
 
     Collective: every process.
     """
-    local = Replica(_with_objective(config, "local_loss", "streaming"), data, comm=comm)
+    local = PretrainingReplica(_with_objective(config, "local_loss", "streaming"), data, comm=comm)
     end_to_end_config = _with_objective(config, "end_to_end", "1f1b")
-    end_to_end = Replica(end_to_end_config, data, comm=comm)
+    end_to_end = PretrainingReplica(end_to_end_config, data, comm=comm)
     source = local.training_source(0, start=0)
     peers: dict[str, Peer] = {
         "streaming": SplitPeer(local, "streaming", source=source),
