@@ -208,16 +208,16 @@ def _resolve(config: RunConfig) -> Sources:
         "data.valid": resolve("data.valid", data.valid),
     }
     places: dict[str, Source] = {}
-    for source in sources["data.train"]:
+    for source in (*sources["data.train"], *sources["data.valid"]):
         first = places.setdefault(os.path.realpath(source.path), source)
-        if first is not source:
-            raise CorpusError(
-                f"data.train: expected every file once, got {source.path!r}, which is "
-                f"{first.path!r} again. Remove one of them."
-            )
-    for source in sources["data.valid"]:
-        if same := places.get(os.path.realpath(source.path)):
-            raise _same_text(source, same)
+        if first is source:
+            continue
+        if first.key != source.key:
+            raise _same_text(source, first)
+        raise CorpusError(
+            f"{source.key}: expected every file once, got {source.path!r}, which is "
+            f"{first.path!r} again. Remove one of them."
+        )
     return sources
 
 

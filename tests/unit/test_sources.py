@@ -94,16 +94,20 @@ def test_a_glob_gives_its_files_in_order_of_name(tmp_path):
     assert [source.entry for source in sources] == [0, 0, 0, 1]
 
 
+@pytest.mark.parametrize("key", ["train", "valid"])
 @pytest.mark.parametrize("spelling", ["a.txt", "./a.txt", "*.txt", "link.txt", "sub/../a.txt"])
-def test_a_file_that_is_named_twice_is_refused(tmp_path, monkeypatch, spelling):
+def test_a_file_that_is_named_twice_is_refused(tmp_path, monkeypatch, spelling, key):
     write(tmp_path / "a.txt", "words")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "link.txt").symlink_to("../a.txt")
     monkeypatch.chdir(tmp_path)
     again = "sub/link.txt" if spelling == "link.txt" else spelling
-    message = r"data.train: expected every file once, got '.*txt', which is 'a.txt' again\. Remove"
+    message = (
+        rf"data.{key}: expected every file once, got '.*txt', which is 'a.txt' again\. Remove"
+    )
+    entries = {"train": ("packaged",), "valid": ()} | {key: ("a.txt", again)}
     with pytest.raises(CorpusError, match=message):
-        check_sources(config(tmp_path, train=("a.txt", again), valid=()))
+        check_sources(config(tmp_path, **entries))
 
 
 def test_packaged_text_has_eight_journals_and_the_documents_of_both_files_differ():
