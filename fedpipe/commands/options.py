@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,11 @@ def add_grid(command: argparse.ArgumentParser, *, text: str) -> None:
 def add_parallel(command: argparse.ArgumentParser) -> None:
     """Add the option for the number of runs at a time."""
     command.add_argument(
-        "--parallel", metavar="N", type=int, default=1, help="number of runs at a time; default: 1"
+        "--parallel",
+        metavar="N",
+        type=whole_number,
+        default=1,
+        help="number of runs at a time; default: 1",
     )
 
 
@@ -84,6 +89,17 @@ def add_seeds(command: argparse.ArgumentParser, *, text: str) -> None:
     command.add_argument("--seeds", metavar="N,N", help=text)
 
 
+def whole_number(text: str) -> int:
+    """Parse a whole number by the rule of the configuration, by which ``1_0`` is a word.
+
+    Raises:
+        ArgumentTypeError: It is none.
+    """
+    if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text.strip()):
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)
+
+
 def seeds(text: str) -> tuple[int, ...]:
     """Parse the value of ``--seeds``.
 
@@ -91,8 +107,8 @@ def seeds(text: str) -> tuple[int, ...]:
         ConfigError: A seed is not a whole number.
     """
     try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
+        return tuple(whole_number(word) for word in text.split(","))
+    except argparse.ArgumentTypeError:
         raise ConfigError(
             f"--seeds: expected whole numbers, got {text!r}. Write for example --seeds 0,1,2."
         ) from None

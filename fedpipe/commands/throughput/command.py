@@ -64,12 +64,16 @@ def add_job_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--repetitions",
         metavar="N",
-        type=int,
+        type=options.whole_number,
         default=6,
         help="measurements of every schedule; default: 6",
     )
     command.add_argument(
-        "--steps", metavar="N", type=int, default=6, help="local steps per measurement; default: 6"
+        "--steps",
+        metavar="N",
+        type=options.whole_number,
+        default=6,
+        help="local steps per measurement; default: 6",
     )
     command.add_argument(
         "--emulate-ms",
