@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedpipe.distributed.env import is_rank, why_a_rank
 from fedpipe.errors import TopologyError
 
 if TYPE_CHECKING:
@@ -161,6 +162,8 @@ class Grid:
         way_out = f"Start {self.world_size}"
         if world_size > 0 and world_size % (pipe * data) == 0:
             way_out += f", or set federation.num_replicas={world_size // (pipe * data)}"
+        if is_rank():
+            way_out += f". {why_a_rank()}"
         raise TopologyError(
             f"num_replicas ({self.num_replicas}) x {stages} x data_parallel_degree ({data})"
             f" = {self.world_size} processes, but WORLD_SIZE is {world_size}. {way_out}."

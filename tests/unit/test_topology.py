@@ -176,6 +176,21 @@ def test_a_world_that_does_not_fit_names_the_arithmetic_and_two_ways_out() -> No
     )
 
 
+def test_a_world_that_a_shell_has_exported_is_named_with_the_way_to_remove_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TopologyError) as caught:
+        Grid(2, 2, 1).check_world_size(2)
+    assert str(caught.value).endswith(
+        "4 processes, but WORLD_SIZE is 2. Start 4, or set federation.num_replicas=1. RANK,"
+        " WORLD_SIZE, MASTER_ADDR and MASTER_PORT make this process a rank of a launcher; if no"
+        f" launcher has started it: unset {' '.join(left)}."
+    )
+
+
 def test_a_world_that_no_number_of_replicas_fits_has_one_way_out() -> None:
     with pytest.raises(TopologyError, match=r"but WORLD_SIZE is 5\. Start 8\.$"):
         Grid(2, 4, 1).check_world_size(5)
