@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,10 +13,13 @@ from fedpipe.cli import main
 from fedpipe.commands.evaluate.intervals import METHOD
 from fedpipe.commands.reproduce.config import SCALES, load_reproduction
 from fedpipe.commands.reproduce.report import below, differences_table
+from fedpipe.commands.reproduce.results import read_curve
 from fedpipe.commands.reproduce.time_to_score import best, race, speed_up, time_to
 from fedpipe.commands.reproduce.variants import make_variants
 from fedpipe.config.load import diff
+from fedpipe.errors import CheckpointError
 from fedpipe.report.document import Strong
+from tests.helpers.records import make_records
 
 
 def test_a_score_is_reached_on_the_line_between_two_rounds() -> None:
@@ -126,6 +131,23 @@ def test_what_cannot_work_is_refused_in_a_line_before_anything_starts(
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("kind", ["round", "eval"])
+def test_a_run_that_diverged_is_named_with_its_round_and_not_compared(
+    kind: str, tmp_path: Path
+) -> None:
+    records = make_records(num_rounds=3)
+    (_, second, _) = (record for record in records if record["kind"] == kind)
+    if kind == "round":
+        second["loss"][-1] = None
+    else:
+        second["stages"][-1]["loss"] = None
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    config = SimpleNamespace(federation=SimpleNamespace(num_rounds=3))
+    with pytest.raises(CheckpointError, match=r"got others in round 2 of 3: the training diverged"):
+        read_curve(SimpleNamespace(run_dir=tmp_path, config=config))  # type: ignore[arg-type]
 
 
 def test_another_experiment_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

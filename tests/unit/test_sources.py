@@ -102,9 +102,7 @@ def test_a_file_that_is_named_twice_is_refused(tmp_path, monkeypatch, spelling, 
     (tmp_path / "sub" / "link.txt").symlink_to("../a.txt")
     monkeypatch.chdir(tmp_path)
     again = "sub/link.txt" if spelling == "link.txt" else spelling
-    message = (
-        rf"data.{key}: expected every file once, got '.*txt', which is 'a.txt' again\. Remove"
-    )
+    message = rf"data.{key}: expected every file once, got '.*txt', which is 'a.txt' again\. Remove"
     entries = {"train": ("packaged",), "valid": ()} | {key: ("a.txt", again)}
     with pytest.raises(CorpusError, match=message):
         check_sources(config(tmp_path, **entries))

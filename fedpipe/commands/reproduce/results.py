@@ -161,7 +161,7 @@ def read_curve(run: SystemCell) -> Curve:
     """Read the metrics of a finished run.
 
     Raises:
-        CheckpointError: metrics.jsonl is damaged.
+        CheckpointError: metrics.jsonl is damaged, or a round has a loss that is not finite.
     """
     summary = RunSummary.load(run.run_dir)
     rounds, scored = (summary.records.get(kind, []) for kind in ("round", "eval"))
@@ -170,10 +170,19 @@ def read_curve(run: SystemCell) -> Curve:
             f"{run.run_dir}: expected a record of {run.config.federation.num_rounds} "
             f"rounds, got {len(rounds)}. Remove the directory and run it again."
         )
+    losses = [record["loss"][-1] for record in rounds]
+    held_out = [record["stages"][-1]["loss"] for record in scored]
+    for index, pair in enumerate(zip(losses, held_out, strict=True)):
+        if not all(map(is_number, pair)):
+            raise CheckpointError(
+                f"{run.run_dir}: expected finite losses after every round, got others in round"
+                f" {index + 1} of {len(rounds)}: the training diverged. Set a lower optimizer.lr,"
+                " and compare in another directory."
+            )
     return Curve(
         seconds=tuple(record["seconds"] for record in rounds),
-        losses=tuple(record["loss"][-1] for record in rounds),
-        held_out=tuple(record["stages"][-1]["loss"] for record in scored),
+        losses=tuple(losses),
+        held_out=tuple(held_out),
         tokens=tuple(record["tokens"] for record in rounds),
     )
 
