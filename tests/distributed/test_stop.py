@@ -28,7 +28,10 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny import tiny_config, tiny_data
 
 STEP_S = 0.02
-"""A local step takes at least this long: a run must not end before its watches have looked."""
+"""A local step takes at least this long in a run that is to stop: it must not end before its
+watches have looked."""
+AGREED_S = 60.0
+"""After so long a rank that waits for the agreement gives up."""
 TIMES = ("seconds", "tokens_per_s", "sync_s")
 
 
@@ -41,6 +44,8 @@ class Moment:
     """Of a message to the watcher, or "evaluate" or "save": as that begins."""
     number: int = 0
     """How many of them come before."""
+    behind: int | None = None
+    """A rank that waits after its first step until all have agreed where to stop."""
 
 
 def _pretrain(env: ProcessEnv, setup: RunSetup, moment: Moment | None) -> Position | None:
@@ -48,6 +53,7 @@ def _pretrain(env: ProcessEnv, setup: RunSetup, moment: Moment | None) -> Positi
     from fedpipe.commands.pretrain.run import Pretraining
     from fedpipe.federation.loop import run_rounds
 
+    watch = Watch(signals=StopSignals())
     left = [moment.number if moment else 0]
     _, replica, _ = Grid.from_config(setup.config).coordinates(env.rank)
 
@@ -59,8 +65,14 @@ def _pretrain(env: ProcessEnv, setup: RunSetup, moment: Moment | None) -> Positi
 
     def emit(kind: str, record: Any) -> None:
         passes(kind)
-        if kind == "step":  # replicas have different speeds
+        if moment is None or kind != "step":
+            return
+        if moment.behind is None:  # replicas have different speeds
             time.sleep(STEP_S * (1 + replica))
+        elif moment.behind == env.rank:
+            deadline = time.monotonic() + AGREED_S
+            while watch.stop.end is None and time.monotonic() < deadline:
+                time.sleep(0.01)
 
     def announced(kind: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -71,7 +83,7 @@ def _pretrain(env: ProcessEnv, setup: RunSetup, moment: Moment | None) -> Positi
 
     PretrainingReplica.evaluate = announced("evaluate", PretrainingReplica.evaluate)  # type: ignore[method-assign]
     CheckpointWriter.save = announced("save", CheckpointWriter.save)  # type: ignore[method-assign]
-    with Watch(signals=StopSignals()) as watch:
+    with watch:
         return run_rounds(Pretraining, setup, env=env, emit=emit, watch=watch)
 
 
@@ -220,13 +232,14 @@ AVERAGING = {
 def test_a_run_that_stops_when_only_the_averaging_is_left_averages_the_same(
     averaging: str, tmp_path: Path
 ) -> None:
-    """The faster replica has made all its steps when the signal comes, the other catches up."""
+    """One replica has made all its steps when the signal comes, the other one, and catches up."""
     data = tiny_data(tmp_path / "data")
-    federation = {"clients_per_round": 2, "num_rounds": 2, "num_local_steps": 30}
+    federation = {"clients_per_round": 2, "num_rounds": 2, "num_local_steps": 8}
     config = _config(federation=federation | AVERAGING[averaging])
     assert _run(config, data, tmp_path / "undisturbed") is None
-    stopped_at = _run(config, data, tmp_path / "stopped", Moment(0, "step", 29))
-    assert stopped_at == Position(round_id=0, step=30)
+    last_step = Moment(0, "step", 7, behind=config.pipeline.num_stages)
+    stopped_at = _run(config, data, tmp_path / "stopped", last_step)
+    assert stopped_at == Position(round_id=0, step=8)
     saved, _ = find_latest(tmp_path / "stopped")
     assert saved is not None and saved.seconds > 0
     assert _run(config, data, tmp_path / "stopped") is None
