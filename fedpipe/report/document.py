@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
+from fedpipe.files import write_text
 from fedpipe.printable import printable
 
 
@@ -131,6 +133,22 @@ def to_markdown(title: str, blocks: list[Block]) -> str:
     """Write the same report as GitHub Markdown; figures are links to the PNGs beside it."""
     text = "\n\n".join([f"# {_md(title)}", *(_markdown(block) for block in blocks)])
     return printable(text) + "\n"
+
+
+def write_page(path: Path, title: str, blocks: list[Block]) -> Path:
+    """Write a report as HTML, and beside it as Markdown.
+
+    Args:
+        path: File of the HTML, in a folder that exists.
+        title: Title of the page.
+        blocks: Blocks of the page.
+
+    Returns:
+        The path.
+    """
+    write_text(path.with_suffix(".md"), to_markdown(title, blocks))
+    write_text(path, to_html(title, blocks))
+    return path
 
 
 def aligned(table: Table) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedpipe.printable import printable
 from fedpipe.report.console import why
-from fedpipe.report.document import Block, Heading, Paragraph, Strong, Table
+from fedpipe.report.document import Block, Code, Heading, Paragraph, Strong, Table
 from fedpipe.report.format import bytes_text, count, integer, is_number, number, tokens_per_s
 from fedpipe.report.records import NOT_VALIDATED, RoundRecord
 from fedpipe.report.summary import ClientText, Guess, RunSummary, Samples
@@ -284,6 +285,23 @@ def _averaging(run: RunSummary) -> str:
     if (run.config.get("federation") or {}).get("server") == "sequential":
         return "Nothing was averaged: every client went on where the one before it had ended."
     return "Stage weights were averaged once per round."
+
+
+def repeat_section(run: RunSummary, command: str) -> list[Block]:
+    """Say what was planned, how the run is repeated with its own configuration, and where it ran.
+
+    Args:
+        run: The run.
+        command: The command of ``fedpipe`` that it is a run of.
+    """
+    blocks: list[Block] = [Heading(text="Plan"), Code(text=run.plan)] if run.plan else []
+    words = ["fedpipe", command, "--config", str(run.run_dir / "config.yaml")]
+    again = shlex.join([*words, "--run-dir", f"{run.run_dir}-again"])
+    blocks += [Heading(text="Repeat this run"), Code(text=again)]
+    if run.environment:
+        rows = environment_rows(run.environment)
+        blocks += [Heading(text="Environment"), Table(columns=("key", "value"), rows=rows)]
+    return blocks
 
 
 def environment_rows(environment: Mapping[str, object]) -> tuple[tuple[str, str], ...]:

@@ -37,8 +37,7 @@ from fedpipe.report.document import (
     Paragraph,
     Table,
     aligned,
-    to_html,
-    to_markdown,
+    write_page,
 )
 from fedpipe.report.format import count, is_number, number
 from fedpipe.report.sections import environment_rows
@@ -206,8 +205,7 @@ def write_comparison(content: Comparison, directory: Path) -> None:
         Table(columns=("key", "value"), rows=environment_rows(content["environment"])),
     ]
     write_text(directory / "comparison.json", json.dumps(content, indent=1) + "\n")
-    write_text(directory / "comparison.md", to_markdown(title, page))
-    write_text(directory / "comparison.html", to_html(title, page))
+    write_page(directory / "comparison.html", title, page)
 
 
 def comparison_table(content: Comparison) -> Table:

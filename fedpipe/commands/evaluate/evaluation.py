@@ -36,7 +36,7 @@ from fedpipe.data.tasks.scoring import METRICS, Array
 from fedpipe.distributed.env import num_gpus
 from fedpipe.files import write_text
 from fedpipe.report.console import RunConsole
-from fedpipe.report.document import Figure, to_html, to_markdown
+from fedpipe.report.document import Figure, write_page
 from fedpipe.report.drawing import render
 from fedpipe.report.format import is_number
 from fedpipe.report.writer import METRICS_FILE
@@ -189,8 +189,7 @@ def gather(evaluation: Evaluation) -> Content:
     page = blocks(content, figures)
     title = f"fedpipe evaluation: {folder.resolve().name}"
     write_text(folder / JSON_FILE, json.dumps(content, indent=1) + "\n")
-    write_text(folder / "evaluation.md", to_markdown(title, page))
-    write_text(folder / "evaluation.html", to_html(title, page))
+    write_page(folder / "evaluation.html", title, page)
     return content
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
 from fedpipe.commands.finetune.prepared import ClientFacts
-from fedpipe.files import write_text
 from fedpipe.report.document import (
     Block,
     Code,
@@ -19,8 +17,8 @@ from fedpipe.report.document import (
     Heading,
     Paragraph,
     Table,
-    to_html,
-    to_markdown,
+    aligned,
+    write_page,
 )
 from fedpipe.report.drawing import (
     BLUE,
@@ -33,7 +31,7 @@ from fedpipe.report.drawing import (
 )
 from fedpipe.report.format import bytes_text, count, duration, integer, number
 from fedpipe.report.records import NOT_SCORED, EdgeTraffic, TuningEvalRecord
-from fedpipe.report.sections import environment_rows, refused_section
+from fedpipe.report.sections import refused_section, repeat_section
 from fedpipe.report.summary import RunSummary
 
 if TYPE_CHECKING:
@@ -64,9 +62,9 @@ def write_finetune_report(run_dir: Path) -> Path:
         *_clients(run),
         *_rounds(run),
         *refused_section(run),
-        *_repeat(run),
+        *repeat_section(run, "finetune"),
     ]
-    return _write(run.run_dir, f"fedpipe finetune: {_name(run)}", blocks)
+    return write_page(run.run_dir / "report.html", f"fedpipe finetune: {_name(run)}", blocks)
 
 
 def write_comparison(directory: Path, runs: Sequence[Path]) -> Path:
@@ -86,27 +84,24 @@ def write_comparison(directory: Path, runs: Sequence[Path]) -> Path:
         svg=render(_lines(curves, _title(found[0])), directory / "scores.png"),
         caption="The averaged model on the held-out examples of all clients, after each round.",
     )
-    rows = tuple(tuple(_row(run)) for run in found)
     blocks: list[Block] = [
-        Table(columns=_COLUMNS, rows=rows, numeric=frozenset(range(1, len(_COLUMNS)))),
+        _compared(found),
         figure,
         Heading(text="Runs"),
         *(Code(text=f"{run.run_dir.name}\n{run.plan}") for run in found),
     ]
-    return _write(directory, f"fedpipe finetune: {directory.resolve().name}", blocks)
+    title = f"fedpipe finetune: {directory.resolve().name}"
+    return write_page(directory / "report.html", title, blocks)
 
 
 def result_table(runs: Sequence[Path]) -> str:
     """Return the table that compares the runs, as text for a terminal."""
-    rows = [list(_COLUMNS), *(_row(RunSummary.load(run)) for run in runs)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return "\n".join(aligned(_compared([RunSummary.load(run) for run in runs])))
+
+
+def _compared(runs: Sequence[RunSummary]) -> Table:
+    rows = tuple(tuple(_row(run)) for run in runs)
+    return Table(columns=_COLUMNS, rows=rows, numeric=frozenset(range(1, len(_COLUMNS))))
 
 
 def outcome_text(run_dir: Path) -> str:
@@ -359,21 +354,3 @@ def _rounds(run: RunSummary) -> list[Block]:
     )
     table = Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(len(columns))))
     return [Heading(text="Rounds"), table] if rows else []
-
-
-def _repeat(run: RunSummary) -> list[Block]:
-    blocks: list[Block] = [Heading(text="Plan"), Code(text=run.plan)] if run.plan else []
-    command = ["fedpipe", "finetune", "--config", str(run.run_dir / "config.yaml")]
-    command += ["--run-dir", f"{run.run_dir}-again"]
-    blocks += [Heading(text="Repeat this run"), Code(text=shlex.join(command))]
-    if run.environment:
-        rows = environment_rows(run.environment)
-        blocks += [Heading(text="Environment"), Table(columns=("key", "value"), rows=rows)]
-    return blocks
-
-
-def _write(folder: Path, title: str, blocks: list[Block]) -> Path:
-    write_text(folder / "report.md", to_markdown(title, blocks))
-    path = folder / "report.html"
-    write_text(path, to_html(title, blocks))
-    return path

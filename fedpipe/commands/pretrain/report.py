@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
-from fedpipe.files import write_text
 from fedpipe.report.document import (
     Block,
-    Code,
     Facts,
     Figure,
     Heading,
     Paragraph,
-    Table,
-    to_html,
-    to_markdown,
+    write_page,
 )
 from fedpipe.report.drawing import Draw, render
 from fedpipe.report.format import bytes_text, count, duration, integer, number, tokens_per_s
 from fedpipe.report.plots import draw_clients, draw_loss, draw_traffic
 from fedpipe.report.sections import (
-    environment_rows,
     ledger,
     refused_section,
+    repeat_section,
     rounds_table,
     samples_section,
     text_section,
@@ -63,12 +58,9 @@ def write_report(run_dir: Path) -> Path:
         *_timeline(run),
         *_rounds(run),
         *refused_section(run),
-        *_repeat(run),
+        *repeat_section(run, "pretrain"),
     ]
-    write_text(run_dir / "report.md", to_markdown(title, blocks))
-    path = run_dir / "report.html"
-    write_text(path, to_html(title, blocks))
-    return path
+    return write_page(run_dir / "report.html", title, blocks)
 
 
 def _headline(run: RunSummary) -> list[Block]:
@@ -175,20 +167,6 @@ def _rounds(run: RunSummary) -> list[Block]:
         shown = f"The last {_MAX_ROUND_ROWS} of {len(rounds):,} rounds"
         text = f"{shown}; `metrics.jsonl` has them all."
         blocks.append(Paragraph(text=text))
-    return blocks
-
-
-def _repeat(run: RunSummary) -> list[Block]:
-    blocks: list[Block] = []
-    if run.plan:
-        blocks += [Heading(text="Plan"), Code(text=run.plan)]
-    blocks.append(Heading(text="Repeat this run"))
-    config, again = run.run_dir / "config.yaml", f"{run.run_dir}-again"
-    arguments = ["fedpipe", "pretrain", "--config", str(config), "--run-dir", again]
-    blocks.append(Code(text=shlex.join(arguments)))
-    if run.environment:
-        rows = environment_rows(run.environment)
-        blocks += [Heading(text="Environment"), Table(columns=("key", "value"), rows=rows)]
     return blocks
 
 

@@ -46,7 +46,7 @@ from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.errors import LaunchError, error_in
 from fedpipe.files import write_text
 from fedpipe.report.console import RunConsole
-from fedpipe.report.document import Figure, to_html, to_markdown
+from fedpipe.report.document import Figure, write_page
 from fedpipe.report.drawing import render
 from fedpipe.report.format import count
 from fedpipe.run.checkpoint import Position, find_latest
@@ -302,12 +302,8 @@ def _write(plan: Reproduction, content: Content) -> None:
     figures = [Figure(file=name, svg=svgs[name], caption=_CAPTIONS[name]) for name in svgs]
     page = blocks(content, figures)
     title = f"{content['experiment']}, {content['scale']}: fedpipe beside FedBERT"
-    for name, text in (
-        (RESULT_FILE, json.dumps(content, indent=1) + "\n"),
-        ("reproduce.md", to_markdown(title, page)),
-        ("reproduce.html", to_html(title, page)),
-    ):
-        write_text(plan.directory / name, text)
+    write_text(plan.directory / RESULT_FILE, json.dumps(content, indent=1) + "\n")
+    write_page(plan.directory / "reproduce.html", title, page)
 
 
 def _repeat(plan: Reproduction) -> str:

@@ -14,7 +14,7 @@ from fedpipe.config.schema import RunConfig
 from fedpipe.files import write_text
 from fedpipe.models.split import StageSpec, stage_specs
 from fedpipe.pipeline.timeline import COMPUTE
-from fedpipe.report.document import Block, Figure, to_html, to_markdown
+from fedpipe.report.document import Block, Figure, write_page
 from fedpipe.report.timeline_plot import write_timeline_plot
 
 
@@ -53,8 +53,7 @@ def write_documents(
         page: Its blocks.
         content: Of the JSON.
     """
-    write_text(folder / "report.md", to_markdown(title, page))
-    write_text(folder / "report.html", to_html(title, page))
+    write_page(folder / "report.html", title, page)
     write_text(folder / "report.json", json.dumps(content, indent=2) + "\n")
 
 
