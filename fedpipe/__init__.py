@@ -16,12 +16,12 @@ is imported before a function needs it.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpipe.distributed.env import kept_environment
 from fedpipe.errors import CheckpointError, FedPipeError
 from fedpipe.files import system_errors_named
 
@@ -267,13 +267,8 @@ def _text(path: str | Path | None) -> str | None:
 @contextmanager
 def _own_environment() -> Iterator[None]:
     """Leave the environment of this process as it was, which a command may set for its own."""
-    before = dict(os.environ)
-    try:
-        with system_errors_named():
-            yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with kept_environment(), system_errors_named():
+        yield
 
 
 def _check_done(code: int) -> None:

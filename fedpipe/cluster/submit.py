@@ -26,7 +26,7 @@ from fedpipe.cluster.launched import run_launched
 from fedpipe.cluster.profile import SIGNAL_DELAY_S, JobShape, Profile, load_profile
 from fedpipe.cluster.rank import JobRun, RankResult, RunRequest, load_program
 from fedpipe.cluster.slurm import cells_in_queue, check_site, login_environment, without_rank
-from fedpipe.distributed.env import detect
+from fedpipe.distributed.env import detect, kept_environment
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.distributed.topology import Grid
 from fedpipe.errors import CheckpointError, ConfigError, TopologyError
@@ -384,7 +384,7 @@ def result_here(job: Any) -> int:
     Raises:
         FedPipeError: It failed.
     """
-    with _kept_environment():
+    with kept_environment():
         os.environ.update(job.environ, SUBMITIT_FOLDER=str(job.paths.folder))
         error = job.exception()
         if error is not None:
@@ -395,23 +395,12 @@ def result_here(job: Any) -> int:
 @contextlib.contextmanager
 def _environment_of(cluster: Cluster, profile: Profile) -> Iterator[None]:
     """Hand a job the environment of a login node, or of this machine's user, not of a rank."""
-    with _kept_environment():
+    with kept_environment():
         here = without_rank(os.environ)
         clean = login_environment(here, profile=profile) if cluster == "slurm" else here
         os.environ.clear()
         os.environ.update(clean)
         yield
-
-
-@contextlib.contextmanager
-def _kept_environment() -> Iterator[None]:
-    """Put the environment back afterwards."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def check_folder(folder: Path) -> None:

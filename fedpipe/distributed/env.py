@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,17 @@ class ProcessEnv:
         """Host and port of a ``tcp`` rendezvous."""
         host, _, port = self.rendezvous.partition("://")[2].rpartition(":")
         return host, int(port)
+
+
+@contextmanager
+def kept_environment() -> Iterator[None]:
+    """Put the environment of this process back afterwards."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> ProcessEnv:
