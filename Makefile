@@ -36,7 +36,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "installing the packages of constraints.txt (1.9 GB, torch for CPUs or GPUs) into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt --use-pep517 seqeval
-	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0 -e ".[finetune,dev]"
+	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0 -e ".[finetune,consortium,dev]"
 	@touch $@
 
 pretrain: $(READY)

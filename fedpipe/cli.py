@@ -43,6 +43,10 @@ _COMMANDS = {
         "consortium.command",
         "be the coordinator of sites that share no cluster and train one model",
     ),
+    "site": (
+        "site.command",
+        "be a site of a consortium: join it, and wait for outer rounds",
+    ),
     "submit": ("submit.command", "run one of these commands as jobs on SLURM, through submitit"),
 }
 """Every command: its module in ``fedpipe.commands``, and its line in the help."""

@@ -7,7 +7,6 @@ are forked from the server. No torch.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import random
 import shlex
@@ -36,7 +35,13 @@ from fedpipe.cluster.rank import (
 )
 from fedpipe.distributed.activity import Heartbeats
 from fedpipe.distributed.env import ProcessEnv, num_gpus, threads_per_process
-from fedpipe.distributed.signals import STOP_SIGNALS, Interrupted, Signals, StopSignals
+from fedpipe.distributed.signals import (
+    STOP_SIGNALS,
+    Interrupted,
+    Signals,
+    StopSignals,
+    end_with_parent,
+)
 from fedpipe.distributed.topology import Grid, check_gpus
 from fedpipe.distributed.watch import PassiveObserver, Watch
 from fedpipe.errors import FedPipeError, LaunchError, TrainingError, error_in, is_users
@@ -287,7 +292,7 @@ def _be_rank(
     """Run one rank in this process, which ends with it; at worst ("error", text) is emitted."""
     import torch
 
-    _die_with_parent()
+    end_with_parent(signal.SIGKILL)  # the fork server, which ends with the supervisor
     starter = _Supervised(setup, pipe)
     try:
         with system_errors_named():
@@ -306,12 +311,6 @@ def _be_rank(
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this rank with the fork server, which ends with the supervisor."""
-    pr_set_pdeathsig = 1  # linux/prctl.h
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _redirect_output(setup: Setup, env: ProcessEnv) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+_LIBC = ctypes.CDLL(None)
+"""Opened here, because a child between fork and exec must not."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 """Signals of a scheduler, of Ctrl-C, of a cluster before the time limit, and of a closed
 terminal."""
@@ -57,6 +60,12 @@ class SignalThread:
             for number in numbers:
                 self._take(number)
         os.close(self._reader)
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Ask Linux to send this process a signal when its parent dies, as by SIGKILL."""
+    pr_set_pdeathsig = 1  # linux/prctl.h
+    _LIBC.prctl(pr_set_pdeathsig, number)
 
 
 def no_action(number: int, frame: FrameType | None) -> None:

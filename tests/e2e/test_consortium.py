@@ -17,7 +17,7 @@ from tests.helpers.cli import TIMEOUT_S, Command, fedpipe
 from tests.helpers.corpora import write_rows
 from tests.helpers.guide import blocks_of, commands
 
-GUIDE = "docs/how-to/consortium.md"
+GUIDE = "docs/how-to/consortium-by-files.md"
 SMALL = ("pipeline.colocate=true", "validation.max_blocks_per_client=2", "log.to=[]")
 
 

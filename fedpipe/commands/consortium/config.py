@@ -96,6 +96,22 @@ class SitesConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """Where sites reach the coordinator over the network."""
+
+    host: str = ""
+    """Name or address of this machine, as sites see it; empty: the sites are reached by folders."""
+    port: int = 8002
+    """The only port that is open."""
+    kits: UserPath = "kits"
+    """Folder of the authority, of the server's kit and of the invitations; holds private keys."""
+
+    def __post_init__(self) -> None:
+        """Check the port."""
+        require(0 < self.port < 2**16, "server.port", "1..65535", self.port)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ConsortiumConfig:
     """The part of ``consortium.yaml`` that is not the run of a site."""
 
@@ -106,6 +122,7 @@ class ConsortiumConfig:
     exchange: UserPath = ""
     """Folder with one folder per site, which is that site's outer.folder; whatever brings its files
     to the site and back may be a shared folder, rsync or a transfer service."""
+    server: ServerConfig = field(default_factory=ServerConfig)
     federation: SitesConfig = field(default_factory=SitesConfig)
 
 

@@ -9,10 +9,10 @@ and for all, whose updates make the next weights.
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -21,12 +21,14 @@ from fedpipe.commands.consortium.config import (
     read_consortium,
     settings_for,
 )
+from fedpipe.commands.consortium.exchange import Exchange, Folders
+from fedpipe.commands.consortium.kits import require_nvflare
 from fedpipe.config.load import to_dict
 from fedpipe.config.schema import RunConfig
 from fedpipe.config.tree import dump, merge, parse, parse_override, read_text
 from fedpipe.errors import ConfigError, FederationError
 from fedpipe.federation.cohort import draw_cohort
-from fedpipe.files import sync, write_atomically, write_text
+from fedpipe.files import write_text
 from fedpipe.report.format import bytes_text, count, integer, number
 from fedpipe.run.outer import (
     GLOBAL,
@@ -41,8 +43,6 @@ from fedpipe.run.resume import check_config
 from fedpipe.run.run_dir import RunDir
 
 ROUNDS, UPDATES, ROUND_FILE = "rounds", "updates", "round.json"
-SHARED_FILE = "pretrain.yaml"
-"""What a site gives to ``fedpipe pretrain --config``, beside its outer rounds."""
 HANDED_OUT = "handed_out"
 """Holds the time at which an outer round was handed out."""
 LOOK_S = 0.5
@@ -96,10 +96,6 @@ class Consortium:
         """Folder of an outer round; that after the last one holds the model."""
         return self.path / ROUNDS / round_name(index)
 
-    def inbox(self, site: str, index: int) -> Path:
-        """Folder of an outer round in the exchange with a site."""
-        return Path(self.config.exchange) / site / round_name(index)
-
     def record(self, index: int) -> RoundRecord | None:
         """What an outer round was decided to be; None before."""
         try:
@@ -132,8 +128,40 @@ class Consortium:
 
     # -- the work of a coordinator -----------------------------------------------------------
 
+    @contextmanager
+    def exchange(self, show: Show) -> Iterator[Exchange]:
+        """Have a way to the sites, and end it whatever happens."""
+        exchange: Exchange = Folders(Path(self.config.exchange))
+        if self.config.server.host:
+            require_nvflare()
+            from fedpipe.commands.consortium.network import Network
+
+            exchange = Network(
+                self.config.server,
+                self.path,
+                consortium=self.identity,
+                num_rounds=self.num_rounds,
+                show=show,
+            )
+        try:
+            exchange.open(
+                {
+                    site: dump(settings_for(site, self.pretrain))
+                    for site in self.config.federation.sites
+                }
+            )
+            yield exchange
+        finally:
+            exchange.close()
+
+    @cached_property
+    def identity(self) -> str:
+        """The consortium and the weights that it began with, as a name for folders at sites."""
+        facts = json.loads((self.round_dir(0) / GLOBAL_FACTS).read_text(encoding="utf-8"))
+        return f"{self.config.name}-{facts['sha256'][:12]}"
+
     def begin(self) -> None:
-        """Write the directory, the first weights, and what every site's run has in common."""
+        """Write the directory and the first weights."""
         self.run_dir.make()
         text = dump(to_dict(self.config) | {"pretrain": to_dict(self.pretrain)})
         self.run_dir.write(text)
@@ -143,14 +171,14 @@ class Consortium:
             from fedpipe.federation.outer import write_first_global
 
             write_first_global(first, self.pretrain)
-        for site in self.config.federation.sites:
-            folder = Path(self.config.exchange) / site
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / SHARED_FILE).is_file():
-                write_text(folder / SHARED_FILE, dump(settings_for(site, self.pretrain)))
 
-    def train_round(self, index: int, *, show: Show) -> None:
+    def train_round(self, index: int, exchange: Exchange, *, show: Show) -> None:
         """Hand an outer round out, wait for its sites, and make the next weights.
+
+        Args:
+            index: The outer round.
+            exchange: The way to the sites.
+            show: Shows a line.
 
         Raises:
             FederationError: Too few of the updates can be averaged, and nobody else will answer.
@@ -158,10 +186,10 @@ class Consortium:
         record = self.record(index)
         if record is None:
             invited = self.invited(index)
-            for site in invited:
-                self._hand_out(site, index)
+            exchange.hand_out(index, self.round_dir(index), invited)
             show(f"{self._label(index)} handed out to {', '.join(invited)}")
-            record = self._collect(index, invited, show=show)
+            record = self._collect(index, invited, exchange, show=show)
+            exchange.recall()
             write_text(self.round_dir(index) / ROUND_FILE, json.dumps(record, indent=1) + "\n")
         self._aggregate(index, record)
         names = count(len(record["sites"]), "site")
@@ -183,17 +211,9 @@ class Consortium:
         width = len(str(self.num_rounds))
         return f"{time.strftime('%H:%M:%S')} outer round {index + 1:>{width}}/{self.num_rounds}"
 
-    def _hand_out(self, site: str, index: int) -> None:
-        """Copy the weights into the exchange; what says that they are there comes last."""
-        folder = self.inbox(site, index)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (GLOBAL, GLOBAL_FACTS):
-            if not (folder / GLOBAL_FACTS).is_file():
-                source = self.round_dir(index) / name
-                write_atomically(folder / name, partial(shutil.copyfile, source))
-                sync(folder)
-
-    def _collect(self, index: int, invited: list[str], *, show: Show) -> RoundRecord:
+    def _collect(
+        self, index: int, invited: list[str], exchange: Exchange, *, show: Show
+    ) -> RoundRecord:
         """Take updates in until all have answered, or enough have when the deadline comes."""
         from fedpipe.federation.outer import read_update
         from fedpipe.run.tensor_file import TensorFile
@@ -205,9 +225,15 @@ class Consortium:
         sites: dict[str, SiteRecord] = {}
         refused: dict[str, str] = {}
         while True:
-            for site in (s for s in invited if s not in sites and s not in refused):
-                folder = self._take_in(site, index)
-                if folder is None:
+            waiting = [s for s in invited if s not in sites and s not in refused]
+            exchange.attend(waiting)
+            for site in waiting:
+                folder = self.round_dir(index) / UPDATES / site
+                if why := exchange.declined(site, folder):
+                    refused[site] = f"{site} sends nothing: {why}"
+                    show(f"{self._label(index)} {refused[site]}")
+                    continue
+                if not (has_arrived(folder) or exchange.take_in(site, index, folder)):
                     continue
                 answered_s = (folder / UPDATE_FACTS).stat().st_mtime - handed_out
                 try:
@@ -250,25 +276,6 @@ class Consortium:
             write_text(file, f"{time.time()}\n")
         return float(file.read_text(encoding="utf-8"))
 
-    def _take_in(self, site: str, index: int) -> Path | None:
-        """Copy an update out of the exchange, which is the site's, into our own folder.
-
-        Returns:
-            The folder; None while the update is not there, or not whole: what moves the two files
-            may bring them in any order, and piece by piece.
-        """
-        folder = self.round_dir(index) / UPDATES / site
-        if has_arrived(folder):
-            return folder
-        inbox = self.inbox(site, index)
-        if not has_arrived(inbox):
-            return None
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (UPDATE, UPDATE_FACTS):
-            write_atomically(folder / name, partial(shutil.copyfile, inbox / name))
-        sync(folder)
-        return folder if has_arrived(folder) else None
-
     def _aggregate(self, index: int, record: RoundRecord) -> None:
         from fedpipe.federation.outer import SiteUpdate, write_next_global
         from fedpipe.run.tensor_file import TensorFile
@@ -291,13 +298,12 @@ class Consortium:
         )
 
     def site_state(self, site: str, index: int) -> str:
-        """Say how far a site is in an outer round, as its folder in the exchange shows it."""
-        folder = self.inbox(site, index)
-        if has_arrived(folder):
+        """Say how far a site is in an outer round."""
+        if has_arrived(self.round_dir(index) / UPDATES / site):
             return "has answered"
-        if (folder / UPDATE_FACTS).exists():
-            return f"has answered, but {UPDATE} is not the file that {UPDATE_FACTS} names"
-        return "has not answered" if (folder / GLOBAL_FACTS).is_file() else "is not handed out"
+        if self.config.server.host:
+            return "has not answered"
+        return Folders(Path(self.config.exchange)).state(site, index)
 
     def export(self) -> Path | None:
         """Write the newest weights as a Hugging Face folder; return it.
@@ -334,10 +340,11 @@ def locate(config_path: str | None, overrides: list[str], run_dir: str | None) -
         tree = merge(tree, parse_override(override))
     config, pretrain = read_consortium(tree, source=source)
     run = run or RunDir.at(Path("runs") / config.name, "consortium")
-    if not config.exchange:
+    if bool(config.exchange) == bool(config.server.host):
+        got = "both" if config.exchange else "none"
         raise ConfigError(
-            "exchange: expected the folder that connects coordinator and sites, got none. Write"
-            " exchange: DIR."
+            "exchange: expected either the folder that connects coordinator and sites, or"
+            f" server.host, got {got}. Write exchange: DIR, or server: {{host: NAME, port: 8002}}."
         )
     if run.saved and config_path:
         saved = read_consortium(run.saved, source=str(run.config_file))
@@ -347,7 +354,7 @@ def locate(config_path: str | None, overrides: list[str], run_dir: str | None) -
 
 def _check_same(directory: Path, before: Any, now: Any) -> None:
     way_out = "Go on with --run-dir alone, or choose a new --run-dir."
-    may_change = ("exchange", "federation.deadline_s", "federation.min_sites")
+    may_change = ("exchange", "server.", "federation.deadline_s", "federation.min_sites")
     for old, new in zip(before, now, strict=True):
         check_config(directory, old, new, may_change=may_change, what="consortium", way_out=way_out)
 

@@ -38,11 +38,15 @@ from fedpipe.commands.study.pool import (
     last_line,
     redirect_output,
     run_cells,
-    save_when_the_parent_dies,
 )
 from fedpipe.commands.study.study import ONE_TASK
 from fedpipe.distributed.env import num_gpus
-from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
+from fedpipe.distributed.signals import (
+    EXIT_INTERRUPTED,
+    Interrupted,
+    Signals,
+    end_with_parent,
+)
 from fedpipe.errors import LaunchError, error_in
 from fedpipe.files import write_text
 from fedpipe.report.console import RunConsole
@@ -284,7 +288,7 @@ def _export(plan: Reproduction, models: Sequence[tuple[SystemCell, int]]) -> Non
 
 def _work(missing: Sequence[tuple[Path, int, Path]], log: str) -> None:
     """Export models in this process, which ends afterwards; output goes to the log."""
-    save_when_the_parent_dies()
+    end_with_parent()
     with redirect_output(log, anew=True):
         from fedpipe.commands.reproduce.models import export_models
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from fedpipe.distributed.signals import (
     STOP_SIGNALS,
     Interrupted,
     Signals,
+    end_with_parent,
     stop_signals,
 )
 from fedpipe.errors import ConfigError, FedPipeError, LaunchError, error_in, is_users
@@ -27,7 +27,6 @@ from fedpipe.report.console import RunConsole
 from fedpipe.report.format import count, duration
 from fedpipe.run.run_dir import locked
 
-_LIBC = ctypes.CDLL(None)
 _USERS_ERROR = 2
 """Exit code of a cell after an error of the user, as on the command line."""
 _LOOK_S = 0.1
@@ -380,7 +379,7 @@ class CommandProcess:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=save_when_the_parent_dies,
+                preexec_fn=end_with_parent,
             )
 
     @property
@@ -461,16 +460,10 @@ def _work(
     for number in stop_signals():
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    save_when_the_parent_dies()
+    end_with_parent()
     with redirect_output(log):
         import torch
 
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(threads)
         work(run_dir, index)
-
-
-def save_when_the_parent_dies() -> None:
-    """Ask Linux to send this process SIGTERM when its parent dies; nobody would wait for it."""
-    pr_set_pdeathsig = 1  # linux/prctl.h
-    _LIBC.prctl(pr_set_pdeathsig, signal.SIGTERM)

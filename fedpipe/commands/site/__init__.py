@@ -1,0 +1,1 @@
+"""``fedpipe site``: an institution in a consortium."""

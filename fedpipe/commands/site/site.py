@@ -1,0 +1,270 @@
+"""The folder of a site: its kit, its policy, what crosses, and the run that trains. No torch.
+
+``join`` makes the folder. The agent of NVFlare starts a process per outer round, which calls
+``Site.answer``: it begins or takes up the site's own run, waits for the update, and says what may
+leave. It keeps nothing in memory, so it may be killed and called again at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from fedpipe.commands.consortium.messages import Order
+from fedpipe.commands.site.config import (
+    METRICS,
+    SiteConfig,
+    check_order,
+    read_site,
+    run_settings,
+)
+from fedpipe.config.tree import Node
+from fedpipe.distributed.signals import EXIT_INTERRUPTED
+from fedpipe.errors import ConfigError, FederationError, FedPipeError
+from fedpipe.files import write_text
+from fedpipe.run.ledger import LEDGER_FILE, Ledger, described
+from fedpipe.run.outer import (
+    GLOBAL,
+    GLOBAL_FACTS,
+    UPDATE,
+    UPDATE_FACTS,
+    UpdateFacts,
+    check_digest,
+    has_arrived,
+    read_facts,
+    round_name,
+)
+from fedpipe.run.tensor_file import TensorFile
+
+SITE_FILE, PROFILE_FILE, INVITATION_FILE = "site.yaml", "profile.yaml", "invitation.yaml"
+JOB_FILE = "logs/job.json"
+"""The SLURM job of a run, below its directory."""
+RUNS = "runs"
+"""Holds a folder per consortium: configuration, outer rounds and the directory of the run."""
+LOG_FILE = "site.log"
+_ATTEMPTS = 3
+"""Failures of the run after which an outer round is given up."""
+_LOOK_S = 0.5
+_KEEP = 'trap : TERM; codes=$1; shift; "$@"; echo $? >> "$codes"'
+"""Runs a command, and writes down how it has ended, also when nobody waits for it."""
+
+Fetch = Callable[[Path], None]
+"""Brings the weights of an outer round to a path."""
+
+
+class Declined(FederationError):
+    """Why a site sends no update; the text leaves the site, so it has no path and no host."""
+
+
+class Site:
+    """The folder of a site that has joined a consortium."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the folder."""
+        self.path = path
+        self.ledger = Ledger(path / LEDGER_FILE)
+
+    @cached_property
+    def _read(self) -> tuple[SiteConfig, Node]:
+        file = self.path / SITE_FILE
+        if not file.is_file():
+            raise ConfigError(
+                f"--site-dir: expected the folder of a site that has joined, got {self.path}. Join"
+                " with: fedpipe site join KIT --config site.yaml"
+            )
+        return read_site(file.read_text(encoding="utf-8"), source=str(file))
+
+    @property
+    def config(self) -> SiteConfig:
+        """What the site has decided."""
+        return self._read[0]
+
+    def note(self, text: str) -> None:
+        """Write a line for the site's own people."""
+        with open(self.path / LOG_FILE, "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    # -- an outer round ------------------------------------------------------------------------
+
+    def answer(self, order: Order, *, fetch: Fetch, is_over: Callable[[], bool]) -> Path | None:
+        """Train an outer round, or find that it is trained already.
+
+        Args:
+            order: Of the coordinator.
+            fetch: Brings the weights.
+            is_over: Whether nobody waits for the answer any more; the run goes on.
+
+        Returns:
+            The folder of the outer round with its update; None when it was over before.
+
+        Raises:
+            Declined: The site sends nothing.
+        """
+        label = f"{order['consortium']} outer round {order['round'] + 1}/{order['num_rounds']}"
+        try:
+            folder = self._take_in(order, fetch, label)
+            if not self._train(folder, label, is_over):
+                return None
+            self._check_gate(folder)
+            if self.config.dry_run:
+                self.note(
+                    f"{label}: dry run, so nothing is sent. It would be: {self._said(folder)}"
+                )
+                raise Declined("dry run: this site sends nothing.")
+        except Declined as declined:
+            self.note(f"{label}: {declined}")
+            raise
+        except FedPipeError as error:
+            self.note(f"{label}: {error}")
+            raise Declined(
+                "the site cannot train this outer round; its own log says why."
+            ) from error
+        return folder
+
+    def facts_to_send(self, folder: Path) -> UpdateFacts:
+        """Return what goes with an update; numbers that ``sends.metrics`` does not name stay."""
+        facts: dict[str, Any] = read_facts(folder / UPDATE_FACTS, UpdateFacts)
+        kept = {name: type(facts[name])() for name in METRICS if name not in self._sent}
+        return cast(UpdateFacts, facts | kept)
+
+    def note_sent(self, folder: Path, order: Order) -> None:
+        """Write down that an update leaves the site, before it does."""
+        facts = self.facts_to_send(folder)
+        self._write("sent", order, facts["sha256"], described(folder / UPDATE), facts)
+        self.note(
+            f"{order['consortium']} outer round {order['round'] + 1}: {self._said(folder)} leave"
+        )
+
+    @property
+    def _sent(self) -> tuple[str, ...]:
+        return self.config.sends.metrics
+
+    def _said(self, folder: Path) -> str:
+        facts = {
+            k: v for k, v in self.facts_to_send(folder).items() if k in ("tokens", *self._sent)
+        }
+        size = (folder / UPDATE).stat().st_size
+        return f"{UPDATE} ({size:,} bytes) and {json.dumps(facts)}"
+
+    def _write(self, what: str, order: Order, sha256: str, file: Any, facts: Any = None) -> None:
+        content = {
+            "consortium": order["consortium"], "round": order["round"], "sha256": sha256, **file,
+        }  # fmt: skip
+        self.ledger.write(what, content | ({"facts": facts} if facts else {}))
+
+    def _take_in(self, order: Order, fetch: Fetch, label: str) -> Path:
+        """Check an order, and bring its weights; return the folder of the outer round."""
+        try:
+            check_order(self.config, order["settings"], num_bytes=order["file"]["bytes"])
+        except FederationError as error:
+            raise Declined(str(error)) from None
+        run = self.path / RUNS / _safe_name(order["consortium"])
+        inbox = run / "outer"
+        folder = inbox / round_name(order["round"])
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = run_settings(order["settings"], self._read[1], folder=str(inbox))
+        write_text(run / "pretrain.yaml", settings)
+        if not (folder / GLOBAL_FACTS).is_file():
+            fetch(folder / GLOBAL)
+            self._write("received", order, order["facts"]["sha256"], described(folder / GLOBAL))
+            write_text(folder / GLOBAL_FACTS, json.dumps(order["facts"], indent=1) + "\n")
+            self.note(f"{label}: weights have arrived ({order['file']['bytes']:,} bytes)")
+        elif read_facts(folder / GLOBAL_FACTS, dict)["sha256"] != order["facts"]["sha256"]:
+            raise Declined("this site has trained this outer round from other weights.")
+        return folder
+
+    def _train(self, folder: Path, label: str, is_over: Callable[[], bool]) -> bool:
+        """Begin or take up the run until the update is there; False when nobody waits for it."""
+        began = (folder / GLOBAL_FACTS).stat().st_mtime
+        while not has_arrived(folder):
+            with _held(folder / ".run.lock") as lock:
+                if lock is None:  # the run is alive
+                    pass
+                elif not has_arrived(folder):
+                    self._start(folder, lock, label)
+            if is_over():
+                return False
+            if time.time() - began > self.config.accepts.max_seconds:
+                self._stop(folder)
+                raise Declined(f"not done within {self.config.accepts.max_hours} hours.")
+            time.sleep(_LOOK_S)
+        return True
+
+    def _start(self, folder: Path, lock: int, label: str) -> None:
+        """Start the run in a session of its own; it holds the lock as long as it lives."""
+        attempts = folder / "attempts"
+        failed = attempts.read_text().split() if attempts.is_file() else []
+        failures = [code for code in failed if code != str(EXIT_INTERRUPTED)]
+        if len(failures) >= _ATTEMPTS:
+            raise Declined(f"the site's run has failed {len(failures)} times.")
+        run = folder.parent.parent
+        profile = self.path / PROFILE_FILE
+        task = ["submit", "pretrain", "--profile", str(profile), "--follow"]
+        command = [
+            sys.executable, "-m", "fedpipe", *(task if profile.is_file() else ["pretrain"]),
+            "--config", str(run / "pretrain.yaml"), "--run-dir", str(run / "run"),
+        ]  # fmt: skip
+        log = open(folder / "run.log", "a", encoding="utf-8")  # noqa: SIM115
+        with log:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", _KEEP, "sh", str(attempts), *command],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                pass_fds=(lock,), cwd=run,
+            )  # fmt: skip
+        write_text(folder / "pid", f"{process.pid}\n")
+        how = "as a SLURM job" if profile.is_file() else "on this machine"
+        again = f" again, after exit code {failed[-1]}" if failed else ""
+        self.note(f"{label}: trains {how}{again}; see {folder / 'run.log'}")
+
+    def _stop(self, folder: Path) -> None:
+        """Ask the run to save and end, and take its job out of the queue."""
+        job = folder.parent.parent / "run" / JOB_FILE
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            subprocess.run(["scancel", str(json.loads(job.read_text())["job_id"])], check=False)
+        with contextlib.suppress(OSError, ValueError):
+            os.killpg(int((folder / "pid").read_text()), signal.SIGTERM)
+
+    def _check_gate(self, folder: Path) -> None:
+        """Let nothing out but tensors that came in."""
+        update, base = TensorFile(folder / UPDATE), TensorFile(folder / GLOBAL)
+        check_digest(folder / UPDATE, read_facts(folder / UPDATE_FACTS, UpdateFacts)["sha256"])
+        if further := sorted(update.layouts.keys() ^ base.layouts.keys()):
+            raise FederationError(
+                f"{folder / UPDATE}: expected the tensors that came in, got a difference in"
+                f" {further[0]}. Nothing is sent."
+            )
+
+
+def _safe_name(name: str) -> str:
+    """Check the name of a folder that somebody else has chosen."""
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] == ".":
+        raise Declined("the name of the consortium has other characters than a folder may have.")
+    return name
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[int | None]:
+    """Try to lock a file; yield its descriptor, or None while another process has it.
+
+    A child that inherits the descriptor has the lock until it ends, whatever happens to us.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = True
+        except BlockingIOError:
+            is_ours = False
+        yield descriptor if is_ours else None
+    finally:
+        os.close(descriptor)
