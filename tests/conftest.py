@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from fedpipe.distributed.env import num_gpus
 from tests.helpers import matrix
@@ -27,6 +29,8 @@ MARKERS = {
     "gpu": "needs an NVIDIA GPU",
 }
 SLOW = "slow: a unit test of some seconds, which `make check` leaves out"
+SPREAD = {"tests/distributed/test_options.py"}
+"""Files whose cases share nothing and take an hour together."""
 NO_SLURM = "SLURM is not installed: run `make slurm-packages` as root"
 
 
@@ -46,7 +50,20 @@ def pytest_report_header() -> str:
     return matrix.describe(os.environ)
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own hook
+class ByFile(LoadScopeScheduling):
+    """A file is one worker's, and what it has in common is made once, but for long matrices."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid if file in SPREAD else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling | None:
+    # The groups of pytest-xdist 3.8 have no effect with pytest 9.2.
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     missing = {
         # As root they can be installed, so that there the cluster's own error shows.
@@ -59,9 +76,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in MARKERS:
             item.add_marker(folder)
-        # What a file has in common is made once; the cases of a matrix go to whoever is free.
-        if folder == "slurm" or item.get_closest_marker("matrix") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(TESTS))))
         if missing.get(folder):
             item.add_marker(pytest.mark.skip(reason=missing[folder]))
     dropped = matrix.left_out(items, named=config.args, environment=os.environ)
