@@ -10,13 +10,14 @@ RUN_DIR ?= runs/quickstart
 # Of pytest, for two cores: half of the time a test waits for its ranks, a signal or SLURM.
 WORKERS ?= 3
 
-.PHONY: help pretrain check test test-all slurm-packages slurm-up slurm-down lint format docs bench \
+.PHONY: help pretrain consortium check test test-all slurm-packages slurm-up slurm-down lint format docs bench \
 	bench-gpu bench-gpu-published clean .venv
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make pretrain  train the quick start into $(RUN_DIR); again: resume, or say that it is done;"
 	@echo "               on the CPU, or with DS_ACCELERATOR=cuda on 4 GPUs"
+	@echo "make consortium  three sites and a coordinator on this machine, into runs/consortium"
 	@echo "make check     lint, types and the fast unit tests: before every commit"
 	@echo "make test      lint, types and every test that this machine can run; as root installs SLURM"
 	@echo "make test-all  the same with every case of the matrices of options, not a sample of them"
@@ -41,6 +42,9 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 
 pretrain: $(READY)
 	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} $(BIN)/fedpipe pretrain --run-dir $(RUN_DIR)
+
+consortium: $(READY)
+	DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=1 $(BIN)/python examples/consortium.py
 
 check: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not slow" tests/unit

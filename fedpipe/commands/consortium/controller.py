@@ -22,12 +22,11 @@ from nvflare.apis.signal import Signal
 
 from fedpipe.commands.consortium.flare import fetch, offer
 from fedpipe.commands.consortium.messages import ANSWER, ORDER, TASK, Answer, Order
+from fedpipe.commands.consortium.server import CONSORTIUM_DIR
 from fedpipe.files import write_text
 from fedpipe.run.ledger import LEDGER_FILE, Ledger, described
 from fedpipe.run.outer import GLOBAL, UPDATE, UPDATE_FACTS
 
-CONSORTIUM_DIR = "FEDPIPE_CONSORTIUM"
-"""Environment variable with the directory of the consortium."""
 ORDERS, DECLINED = "orders", "declined.json"
 """In the folder of an outer round, and in the folder of a site's update."""
 _LOOK_S = 0.2

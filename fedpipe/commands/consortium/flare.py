@@ -22,6 +22,7 @@ from fedpipe.run.outer import check_digest, digest_of
 
 _OFFERED_S = 7 * 24 * 3600.0
 """How long an offer outlives the last piece that was fetched; it ends with its process anyway."""
+_AGENT = "nvflare.private.fed.app.client.client_train"
 _PIECE_S = 60.0
 """How long a piece may take before it is asked for again: 5 MiB at 0.7 Mbit/s."""
 
@@ -86,7 +87,7 @@ def server_command(kit: Path, *, org: str) -> list[str]:
         kit: Its folder with ``startup`` and ``local``.
         org: In its certificate.
     """
-    return _command("server.server_train", kit, "fed_server.json", f"org={org}")
+    return _command("fedpipe.commands.consortium.server", kit, "fed_server.json", f"org={org}")
 
 
 def agent_command(kit: Path, *, site: str) -> list[str]:
@@ -96,11 +97,11 @@ def agent_command(kit: Path, *, site: str) -> list[str]:
         kit: Its folder with ``startup`` and ``local``.
         site: Its name, which is its organisation's too.
     """
-    return _command("client.client_train", kit, "fed_client.json", f"uid={site}", f"org={site}")
+    return _command(_AGENT, kit, "fed_client.json", f"uid={site}", f"org={site}")
 
 
 def _command(module: str, kit: Path, config: str, *settings: str) -> list[str]:
     return [
-        sys.executable, "-u", "-m", f"nvflare.private.fed.app.{module}", "-m", str(kit.absolute()),
+        sys.executable, "-u", "-m", module, "-m", str(kit.absolute()),
         "-s", config, "--set", "secure_train=true", *settings, "config_folder=",
     ]  # fmt: skip

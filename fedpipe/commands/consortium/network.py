@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.commands.consortium.config import ServerConfig
-from fedpipe.commands.consortium.controller import CONSORTIUM_DIR, DECLINED, ORDERS, OuterRound
+from fedpipe.commands.consortium.controller import DECLINED, ORDERS, OuterRound
 from fedpipe.commands.consortium.flare import server_command
 from fedpipe.commands.consortium.kits import (
     COORDINATOR,
@@ -36,15 +36,18 @@ from fedpipe.commands.consortium.kits import (
     kit_of,
 )
 from fedpipe.commands.consortium.messages import TASK
+from fedpipe.commands.consortium.server import CONSORTIUM_DIR, REFUSED
 from fedpipe.distributed.signals import end_with_parent
 from fedpipe.errors import ConfigError, LaunchError
 from fedpipe.files import write_text
+from fedpipe.run.ledger import LEDGER_FILE, Ledger
 from fedpipe.run.outer import GLOBAL_FACTS, has_arrived
 
 SERVER_LOG = "server.log"
 _LOOK_S = 2.0
 _IDLE_S = 6.0
 """A site that is connected, but idle for so long, needs a job; a new job takes 4 s to begin."""
+_MOST_IDLE_S = 300.0
 _GATHER_S = 15.0
 """The first job of an outer round waits so long for sites that are not connected yet."""
 _START_S = 60.0
@@ -78,6 +81,7 @@ class Network:
         self.consortium, self.num_rounds = consortium, num_rounds
         self._server: subprocess.Popen[bytes] | None = None
         self._has_answered = False
+        self._told: set[tuple[str, str]] = set()
         self._session: Any = None
         self._settings: dict[str, str] = {}
         self._folder = path
@@ -170,6 +174,7 @@ class Network:
             )
             self._leave()
             self._start_server()
+        self._tell_refused()
         try:
             _elsewhere(lambda: self._look(waiting, now))
         except Exception as error:  # NVFlare has a dozen kinds for a server that is not there
@@ -179,6 +184,14 @@ class Network:
                     f"expected NVFlare's server to answer, got: {error}. See"
                     f" {self.path / SERVER_LOG}, then give the same command again."
                 ) from error
+
+    def _tell_refused(self) -> None:
+        """Show whom the server has turned away, each once."""
+        for line in Ledger(self.path / LEDGER_FILE).read():
+            who = (line["address"], line["why"]) if line["what"] == REFUSED else None
+            if who is not None and who not in self._told:
+                self._told.add(who)
+                self.show(f"{time.strftime('%H:%M:%S')} {who[0]}: turned away by TLS: {who[1]}")
 
     def _look(self, waiting: Sequence[str], now: float) -> None:
         session = self._connect()
@@ -197,9 +210,14 @@ class Network:
             if set(waiting) <= connected or (connected and now - self._began > _GATHER_S):
                 self._submit(session, [s for s in waiting if s in connected])
             return
-        due = [s for s in waiting if now - self._idle_since.get(s, now) > _IDLE_S]
+        due = [s for s in waiting if now - self._idle_since.get(s, now) > self._patience_s(s)]
         if due:
             self._submit(session, due)
+
+    def _patience_s(self, site: str) -> float:
+        """How long a site may be idle before it is asked again, longer every time."""
+        asked = sum(site in sites for sites in self._jobs.values())
+        return min(_IDLE_S * 1.5 ** max(asked - 1, 0), _MOST_IDLE_S)
 
     def _announce(self, connected: set[str]) -> None:
         for sites, what in (

@@ -85,8 +85,13 @@ def start_agent(site: Site, invitation: Invitation) -> int:
     """Start the agent in the background; return the number of its process.
 
     Raises:
-        FederationError: It ends at once.
+        FederationError: It ends at once, or there is one already.
     """
+    if pid := agent_pid(site):
+        raise FederationError(
+            f"{site.path}: expected no agent at work, got process {pid}. It waits for outer rounds"
+            " already; fedpipe site stop ends it."
+        )
     command = [
         sys.executable, "-m", "fedpipe", "site", "start", "--foreground",
         "--site-dir", str(site.path),

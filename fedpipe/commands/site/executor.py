@@ -19,6 +19,7 @@ from nvflare.apis.signal import Signal
 from fedpipe.commands.consortium.flare import fetch, offer
 from fedpipe.commands.consortium.messages import ANSWER, ORDER, TASK, Answer, Order
 from fedpipe.commands.site.site import Declined, Site
+from fedpipe.errors import FederationError
 from fedpipe.run.outer import UPDATE
 
 SITE_DIR = "FEDPIPE_SITE"
@@ -46,7 +47,10 @@ class SiteRound(Executor):
         site = Site(Path(os.environ[SITE_DIR]))
 
         def bring(path: Path) -> None:
-            fetch(cell, order["file"], path, abort_signal=abort_signal)
+            try:
+                fetch(cell, order["file"], path, abort_signal=abort_signal)
+            except FederationError as error:
+                raise ConnectionError(str(error)) from error
 
         answer: Answer
         try:

@@ -30,14 +30,15 @@ from fedpipe.commands.site.config import (
 )
 from fedpipe.config.tree import Node
 from fedpipe.distributed.signals import EXIT_INTERRUPTED
-from fedpipe.errors import ConfigError, FederationError, FedPipeError
-from fedpipe.files import write_text
+from fedpipe.errors import ConfigError, FederationError
+from fedpipe.files import system_errors_named, write_text
 from fedpipe.run.ledger import LEDGER_FILE, Ledger, described
 from fedpipe.run.outer import (
     GLOBAL,
     GLOBAL_FACTS,
     UPDATE,
     UPDATE_FACTS,
+    GlobalFacts,
     UpdateFacts,
     check_digest,
     has_arrived,
@@ -59,7 +60,7 @@ _KEEP = 'trap : TERM; codes=$1; shift; "$@"; echo $? >> "$codes"'
 """Runs a command, and writes down how it has ended, also when nobody waits for it."""
 
 Fetch = Callable[[Path], None]
-"""Brings the weights of an outer round to a path."""
+"""Brings the weights of an outer round to a path; raises ``ConnectionError`` where it cannot."""
 
 
 class Declined(FederationError):
@@ -105,17 +106,19 @@ class Site:
             is_over: Whether nobody waits for the answer any more; the run goes on.
 
         Returns:
-            The folder of the outer round with its update; None when it was over before.
+            The folder of the outer round with its update; None when it was over before, or the
+            weights did not arrive.
 
         Raises:
             Declined: The site sends nothing.
         """
         label = f"{order['consortium']} outer round {order['round'] + 1}/{order['num_rounds']}"
         try:
-            folder = self._take_in(order, fetch, label)
-            if not self._train(folder, label, is_over):
-                return None
-            self._check_gate(folder)
+            with system_errors_named():
+                folder = self._take_in(order, fetch, label)
+                if not self._train(folder, label, is_over):
+                    return None
+                self._check_gate(folder)
             if self.config.dry_run:
                 self.note(
                     f"{label}: dry run, so nothing is sent. It would be: {self._said(folder)}"
@@ -124,8 +127,11 @@ class Site:
         except Declined as declined:
             self.note(f"{label}: {declined}")
             raise
-        except FedPipeError as error:
-            self.note(f"{label}: {error}")
+        except ConnectionError as error:
+            self.note(f"{label}: {error}; the coordinator will ask again")
+            return None
+        except Exception as error:  # whatever it is, the coordinator must hear of it
+            self.note(f"{label}: {type(error).__name__}: {error}")
             raise Declined(
                 "the site cannot train this outer round; its own log says why."
             ) from error
@@ -179,7 +185,7 @@ class Site:
             self._write("received", order, order["facts"]["sha256"], described(folder / GLOBAL))
             write_text(folder / GLOBAL_FACTS, json.dumps(order["facts"], indent=1) + "\n")
             self.note(f"{label}: weights have arrived ({order['file']['bytes']:,} bytes)")
-        elif read_facts(folder / GLOBAL_FACTS, dict)["sha256"] != order["facts"]["sha256"]:
+        elif read_facts(folder / GLOBAL_FACTS, GlobalFacts)["sha256"] != order["facts"]["sha256"]:
             raise Declined("this site has trained this outer round from other weights.")
         return folder
 

@@ -1,0 +1,48 @@
+"""The server process of NVFlare, which also writes down whom TLS has turned away. No torch.
+
+asyncio drops a failed handshake without a word, so that nothing would tell of a site with another
+consortium's certificate, of one whose certificate has ended, or of a stranger.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import time
+from asyncio import sslproto
+from pathlib import Path
+from typing import Any
+
+from fedpipe.run.ledger import LEDGER_FILE, Ledger
+
+CONSORTIUM_DIR = "FEDPIPE_CONSORTIUM"
+"""Environment variable with the directory of the consortium."""
+SERVER = "nvflare.private.fed.app.server.server_train"
+REFUSED = "refused"
+"""Kind of the line in the coordinator's ledger."""
+_AGAIN_S = 60.0
+"""The same address is written down again only after this, because an agent dials for ever."""
+
+
+def note_refused(ledger: Ledger) -> None:
+    """Write a line for every connection of this process that TLS turns away, from now on."""
+    protocol: Any = sslproto.SSLProtocol
+    complete = protocol._on_handshake_complete
+    noted: dict[tuple[str, str], float] = {}
+
+    def note(self: Any, error: BaseException | None) -> None:
+        if error is not None and self._server_side:
+            address = str((self._transport.get_extra_info("peername") or ["unknown"])[0])
+            why = str(getattr(error, "verify_message", "") or getattr(error, "reason", "") or error)
+            now = time.monotonic()
+            if now - noted.get((address, why), -_AGAIN_S) >= _AGAIN_S:
+                noted[address, why] = now
+                ledger.write(REFUSED, {"address": address, "why": why})
+        complete(self, error)
+
+    protocol._on_handshake_complete = note
+
+
+if __name__ == "__main__":
+    note_refused(Ledger(Path(os.environ[CONSORTIUM_DIR]) / LEDGER_FILE))
+    runpy.run_module(SERVER, run_name="__main__", alter_sys=True)

@@ -1,0 +1,193 @@
+"""Sites and a coordinator that meet over the network, through NVFlare, as their guide says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedpipe.config.tree import dump, merge, parse_override, wrap
+from fedpipe.run.ledger import Ledger
+from fedpipe.run.outer import GLOBAL, round_name
+from fedpipe.run.tensor_file import TensorFile
+from tests.helpers.cli import TIMEOUT_S, Command, fedpipe
+from tests.helpers.corpora import write_rows
+
+PRETRAIN = {
+    "model": {
+        "family": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2,
+        "intermediate_size": 64,
+    },
+    "data": {"sequence_length": 16},
+    "pipeline": {"cut": [1], "micro_batch_size": 2, "num_micro_batches": 2},
+    "federation": {"num_local_steps": 4},
+    "outer": {"num_inner_rounds": 2},
+}  # fmt: skip
+POLICY = {
+    "pretrain": {
+        "data": {"partition": "iid"},
+        "federation": {"num_clients": 2, "num_replicas": 1},
+        "pipeline": {"colocate": True},
+        "validation": {"max_blocks_per_client": 2},
+        "log": {"to": []},
+    },
+    "sends": {"metrics": ["train_loss", "valid_loss"]},
+}  # fmt: skip
+
+
+def free_port() -> int:
+    """Return a port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Network:
+    """A coordinator and its sites, with kits, in folders below one."""
+
+    folder: Path
+    names: Sequence[str]
+    agents: dict[str, Command] = field(default_factory=dict)
+
+    # -- once -------------------------------------------------------------------------------------
+
+    def provision(self, *settings: str) -> None:
+        """Make the authority and all kits, and let every site join."""
+        tree = {
+            "name": "heart",
+            "server": {"host": "localhost", "port": free_port(), "kits": str(self.folder / "kits")},
+            "federation": {"sites": list(self.names), "num_rounds": 2, "min_sites": 1},
+            "pretrain": PRETRAIN,
+        }
+        (self.folder / "consortium.yaml").write_text(_yaml(tree, settings))
+        self.tool("consortium", "init", "--config", "consortium.yaml")
+        for index, site in enumerate(self.names):
+            self.join(site, index)
+
+    def join(self, site: str, seed: int) -> None:
+        """Request, sign and join."""
+        for name, other in ((f"{site}.jsonl", seed), (f"{site}-held-out.jsonl", 99)):
+            write_rows(self.folder / name, 40, seed=other)
+        self.write_policy(site)
+        request = f"{site}/kit/request/{site}.request.zip"
+        self.tool("site", "request", f"kits/invitations/{site}.yaml", "--site-dir", site)
+        self.tool("consortium", "sign", "--config", "consortium.yaml", "--request", request)
+        self.tool(
+            "site", "join", f"kits/signed/{site}.signed.zip", "--site-dir", site,
+            "--config", f"{site}.yaml",
+        )  # fmt: skip
+
+    def write_policy(self, site: str, *settings: str) -> None:
+        """Write ``site.yaml`` with overrides; ``join`` takes it."""
+        own = merge(
+            wrap(POLICY, "tests"),
+            wrap({"pretrain": {"data": {
+                "train": [str(self.folder / f"{site}.jsonl")],
+                "valid": [str(self.folder / f"{site}-held-out.jsonl")],
+            }}}, "tests"),
+        ).plain()  # fmt: skip
+        text = _yaml(own, settings)
+        (self.folder / f"{site}.yaml").write_text(text)
+        if (self.folder / site / "site.yaml").is_file():
+            (self.folder / site / "site.yaml").write_text(text)
+
+    def tool(self, *arguments: str) -> str:
+        """Run a command that must work; return what it says."""
+        finished = fedpipe(*arguments, folder=self.folder)
+        assert finished.code == 0, finished.err
+        return finished.out
+
+    def fresh(self, folder: Path) -> Network:
+        """The same consortium, with its kits, in another folder and on another port."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        copy = Network(folder, self.names)
+        port = free_port()
+        old = _port(self.folder)
+        for path in (
+            *folder.rglob("fed_server.json"), *folder.rglob("fed_client.json"),
+            *folder.rglob("fed_admin.json"), *folder.rglob("*.yaml"),
+            *folder.rglob("resources.json"),
+        ):  # fmt: skip
+            text = path.read_text().replace(str(self.folder), str(folder))
+            path.write_text(text.replace(str(old), str(port)))
+        return copy
+
+    # -- running ----------------------------------------------------------------------------------
+
+    def start(self, *sites: str) -> None:
+        """Start agents, by default all."""
+        for site in sites or self.names:
+            self.agents[site] = Command(
+                "site", "start", "--foreground", "--site-dir", site, folder=self.folder
+            )
+
+    def coordinate(self, *overrides: str) -> Command:
+        """Start the coordinator."""
+        arguments = ("--config", "consortium.yaml", "--run-dir", "run", *overrides)
+        return Command("consortium", "run", *arguments, folder=self.folder)
+
+    def close(self) -> None:
+        """End everything."""
+        for agent in self.agents.values():
+            if agent.process.poll() is None:
+                agent.process.send_signal(signal.SIGTERM)
+                agent.process.wait(30)
+            agent.assert_nothing_left(60)
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        """Return once a condition holds."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not condition():
+            assert time.monotonic() < deadline, f"no {what} in {TIMEOUT_S} s"
+            time.sleep(0.05)
+
+    def inbox(self, site: str, index: int) -> Path:
+        """Where an outer round lies at a site; a pattern until its run has begun."""
+        (run,) = (self.folder / site / "runs").iterdir()
+        return run / "outer" / round_name(index)
+
+    def has_begun(self, site: str, index: int) -> bool:
+        """Whether a site's run of an outer round has been started."""
+        return any((self.folder / site).glob(f"runs/*/outer/{round_name(index)}/pid"))
+
+    def log(self, site: str) -> str:
+        """What a site has said to its own people."""
+        file = self.folder / site / "site.log"
+        return file.read_text() if file.is_file() else ""
+
+    def ledger(self, where: str, what: str) -> list[dict[str, Any]]:
+        """Lines of a kind in the ledger of a site, or of the run directory."""
+        lines = Ledger(self.folder / where / "ledger.jsonl").read()
+        return [line for line in lines if line["what"] == what]
+
+    def weights(self, index: int) -> TensorFile:
+        """The coordinator's weights of an outer round."""
+        return TensorFile(self.folder / "run/rounds" / round_name(index) / GLOBAL)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """What became of an outer round."""
+        file = self.folder / "run/rounds" / round_name(index) / "round.json"
+        return dict(json.loads(file.read_text()))
+
+
+def _port(folder: Path) -> int:
+    for line in (folder / "consortium.yaml").read_text().splitlines():
+        if line.strip().startswith("port:"):
+            return int(line.partition(":")[2])
+    raise AssertionError("no port")
+
+
+def _yaml(tree: dict[str, Any], settings: Sequence[str]) -> str:
+    node = wrap(tree, "tests")
+    for setting in settings:
+        node = merge(node, parse_override(setting))
+    return dump(node.plain())
