@@ -7,7 +7,12 @@
     python3 slurm/local_cluster.py status           # daemons and nodes
     python3 slurm/local_cluster.py down             # leaves no process, interface or file
 
-Several clusters can run side by side, one per ``--dir``. A cluster starts these daemons in order:
+Several clusters can run side by side, one per ``--dir``. Each can have a network of its own:
+
+    ip netns add site                               # then every command within it
+    nsenter --net=/run/netns/site python3 slurm/local_cluster.py up --dir /tmp/site
+
+A cluster starts these daemons in order:
 
 - ``munged`` signs messages, so that daemons and commands trust each other;
 - ``mariadbd`` (unix socket only) keeps the history of jobs for ``slurmdbd``, which answers sacct;
@@ -48,13 +53,15 @@ from pathlib import Path
 
 PACKAGES = "munge slurmctld slurmd slurm-client slurmdbd mariadb-server-core iproute2"
 PROGRAMS = "munged slurmctld slurmd sbatch slurmdbd mariadbd ip unshare"
-SSH_PACKAGES, SSH_PROGRAMS = "openssh-server pdsh", "sshd pdsh"
-"""Packages and programs that only tests need, to start ranks over ssh."""
+TEST_PACKAGES, TEST_PROGRAMS = "openssh-server pdsh nftables gcc libc6-dev", "sshd pdsh nft cc"
+"""Packages and programs that only tests need, for ranks over ssh and for institutions."""
 COMMANDS = {"srun", "salloc", "sbatch", "sacct", "squeue", "sinfo", "scontrol", "scancel"}
 START_S = 60.0
 """Time limit for the start of a daemon: it takes a second, but test machines are busy."""
 MARK = "LOCAL_SLURM_CLUSTER"
 """Environment variable of every daemon, by which ``down`` finds all of them."""
+ROOT_WAS_PRIVATE = Path("/run/local_slurm_cluster")
+"""One file per cluster that needs the root's mounts shared, while the machine has them private."""
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 SLURM_CONF = """\
@@ -163,7 +170,7 @@ if [ ! -e $policy ]; then
 fi
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
-apt-get install -y -qq --no-install-recommends {PACKAGES} {SSH_PACKAGES} >/dev/null
+apt-get install -y -qq --no-install-recommends {PACKAGES} {TEST_PACKAGES} >/dev/null
 """
 
 
@@ -204,8 +211,13 @@ class Cluster:
 
     @property
     def conf(self) -> str:
-        """Value of SLURM_CONF."""
+        """The configuration of every daemon and command."""
         return str(self.folder / "slurm.conf")
+
+    @property
+    def client_environment(self) -> dict[str, str]:
+        """All that a command needs to reach the cluster; the file names the socket of munge."""
+        return {"SLURM_CONF": self.conf}
 
     @property
     def mark(self) -> Path:
@@ -214,10 +226,13 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of daemons, with nothing of the caller's."""
-        database = {"MYSQL_UNIX_PORT": f"{self.folder}/run/db"}
-        ours = {MARK: str(self.folder), "SLURM_CONF": self.conf, **database}
-        return {"PATH": SYSTEM_PATH, "LC_ALL": "C", **ours}
+        """The environment of daemons, with nothing of the caller's except LD_PRELOAD.
+
+        By that, tests let the clock of a whole cluster be wrong.
+        """
+        preload = {"LD_PRELOAD": os.environ["LD_PRELOAD"]} if "LD_PRELOAD" in os.environ else {}
+        ours = {MARK: str(self.folder), "MYSQL_UNIX_PORT": f"{self.folder}/run/db"}
+        return {"PATH": SYSTEM_PATH, "LC_ALL": "C", **ours, **self.client_environment, **preload}
 
     def ask(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a SLURM command on this cluster."""
@@ -242,17 +257,17 @@ def missing_programs(programs: str = PROGRAMS) -> str:
 
 def install() -> int:
     """Install missing packages; if that is impossible, say so and return 0."""
-    missing = missing_programs(f"{PROGRAMS} {SSH_PROGRAMS}")
+    missing = missing_programs(f"{PROGRAMS} {TEST_PROGRAMS}")
     if not missing:
         return 0
     root = [] if os.geteuid() == 0 else ["sudo", "-n"]
     if not (shutil.which("apt-get") and (not root or works(*root, "true"))):
         print(
             f"*** TESTS ON SLURM WILL BE SKIPPED: no {missing}. As root on Debian: apt-get install "
-            f"--no-install-recommends {PACKAGES} {SSH_PACKAGES} ***"
+            f"--no-install-recommends {PACKAGES} {TEST_PACKAGES} ***"
         )
         return 0
-    packages = f"{PACKAGES} {SSH_PACKAGES}"
+    packages = f"{PACKAGES} {TEST_PACKAGES}"
     print(f"installing {packages} for tests on SLURM; their services stay off", flush=True)
     return subprocess.run([*root, "sh", "-c", INSTALL]).returncode
 
@@ -446,10 +461,15 @@ def is_idle(cluster: Cluster, node: str) -> bool:
 
 
 def share_later_mounts(cluster: Cluster) -> None:
-    """Make later mounts visible to nodes; the root of a container is often mounted as private."""
+    """Make later mounts visible to nodes; the root of a container is often mounted as private.
+
+    The last cluster that is taken down makes it private again.
+    """
     propagation = ("findmnt", "--noheadings", "--output", "PROPAGATION", "/")
-    if "private" in subprocess.run(propagation, capture_output=True, text=True).stdout:
-        (cluster.folder / "run" / "root_was_private").touch()
+    is_private = "private" in subprocess.run(propagation, capture_output=True, text=True).stdout
+    if is_private or ROOT_WAS_PRIVATE.exists():
+        ROOT_WAS_PRIVATE.mkdir(exist_ok=True)
+        (ROOT_WAS_PRIVATE / cluster.name).touch()
         run("mount", "--make-shared", "/")
 
 
@@ -575,10 +595,16 @@ def down(cluster: Cluster) -> None:
             except ProcessLookupError:
                 pass
         time.sleep(0.05)
-    for interface in Path("/sys/class/net").glob(f"{cluster.name}*"):
-        works("ip", "link", "delete", interface.name)
-    if (folder / "run" / "root_was_private").exists():
-        works("mount", "--make-private", "/")
+    # Not /sys/class/net, which shows the network of whoever has mounted /sys.
+    links = subprocess.run(["ip", "-brief", "link"], capture_output=True, text=True).stdout
+    for line in links.splitlines():
+        if line.startswith(cluster.name):
+            works("ip", "link", "delete", line.split()[0].partition("@")[0])
+    if (mark := ROOT_WAS_PRIVATE / cluster.name).exists():
+        mark.unlink()
+        with contextlib.suppress(OSError):  # another cluster needs it
+            ROOT_WAS_PRIVATE.rmdir()
+            works("mount", "--make-private", "/")
     if folder.exists():
         shutil.rmtree(folder)
 
@@ -628,7 +654,8 @@ def main() -> int:
             return 0
         if command == "up":
             up(cluster, Sizes(**values))
-        print(f"export SLURM_CONF={shlex.quote(cluster.conf)}")
+        for name, value in cluster.client_environment.items():
+            print(f"export {name}={shlex.quote(value)}")
         return 0
     except (ClusterError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

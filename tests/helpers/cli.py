@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +38,13 @@ class Command:
     """A running ``fedpipe`` command, in a process group of its own."""
 
     def __init__(
-        self, *arguments: str, folder: Path, environment: Mapping[str, str] | None = None
+        self,
+        *arguments: str,
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
-        """Start it; its output goes to files in ``folder``."""
+        """Start it, by the command ``prefix`` if given; its output goes to files in ``folder``."""
         mark = uuid.uuid4().hex
         self._mark = f"{_MARK}={mark}".encode()
         self._files = [folder / f"{mark}.{name}" for name in ("out", "err")]
@@ -50,7 +54,7 @@ class Command:
         }  # fmt: skip
         with open(self._files[0], "wb") as out, open(self._files[1], "wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "fedpipe", *arguments], cwd=folder, env=variables,
+                [*prefix, sys.executable, "-m", "fedpipe", *arguments], cwd=folder, env=variables,
                 stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
             )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,14 +25,21 @@ class Cluster:
 
     Attributes:
         folder: Its directory: at most 60 characters, absent while the cluster is down.
-        environment: What a command needs to find it; merge it into ``os.environ``.
+        environment: What a command needs to find it, once it is up; merge it into ``os.environ``.
     """
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        """Options are those of ``local_cluster.py up``."""
+    def __init__(self, folder: Path, *options: str, prefix: Sequence[str] = ()) -> None:
+        """Describe it.
+
+        Args:
+            folder: It need not exist.
+            options: Those of ``local_cluster.py up``.
+            prefix: Runs a command where the cluster is, for example in a network namespace.
+        """
         self.folder = folder
-        self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment: dict[str, str] = {}
         self._options = options
+        self._prefix = tuple(prefix)
         self._namespaces: set[str] = set()
         self._name = "(not yet known)"
 
@@ -39,7 +47,10 @@ class Cluster:
         """Run a command of local_cluster.py."""
         options = self._options if command == "up" else ()
         return subprocess.run(
-            [sys.executable, str(PROGRAM), command, "--dir", str(self.folder), *options],
+            [
+                *self._prefix, sys.executable, str(PROGRAM), command, "--dir", str(self.folder),
+                *options,
+            ],
             capture_output=True, text=True, timeout=5 * TIMEOUT_S,
         )  # fmt: skip
 
@@ -47,6 +58,8 @@ class Cluster:
         """Bring it up; nothing happens if it is."""
         done = self.call("up")
         assert done.returncode == 0, done.stderr
+        exports = shlex.split(done.stdout.replace("export ", ""))
+        self.environment = dict(variable.split("=", 1) for variable in exports)
         ours = _namespaces(os.getpid())
         for pid in self.daemons().values():
             self._namespaces |= _namespaces(pid) - ours
@@ -82,8 +95,8 @@ class Cluster:
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run srun, sbatch, scontrol, scancel, squeue, sacct..."""
         done = subprocess.run(
-            command, env={**os.environ, **self.environment}, capture_output=True, text=True,
-            timeout=2 * TIMEOUT_S,
+            [*self._prefix, *command], env={**os.environ, **self.environment},
+            capture_output=True, text=True, timeout=2 * TIMEOUT_S,
         )  # fmt: skip
         assert done.returncode == 0 or not check, f"{command}: {done.returncode}: {done.stderr}"
         return done
