@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedpipe.commands.site.config import read_site
 from fedpipe.run.outer import UPDATE
 from fedpipe.run.tensor_file import TensorFile
-from tests.helpers.cli import Command
-from tests.helpers.network import Network
+from tests.helpers.cli import Command, fedpipe
+from tests.helpers.guide import blocks_of
+from tests.helpers.network import GUIDE, Network
 
 SITES = ("alpha", "beta")
 
@@ -60,6 +62,26 @@ def test_the_next_weights_are_the_mean_of_what_the_sites_have_sent(undisturbed: 
             assert np.array_equal(after.read(name), base.read(name) + mean), name
     assert (undisturbed.folder / "run/export/config.json").is_file()
     assert (undisturbed.folder / "run/report.html").is_file()
+
+
+def test_a_site_says_where_it_is_and_what_it_lets_out(undisturbed: Network) -> None:
+    said = undisturbed.as_shown("at site alpha: look")
+    assert "2 updates have left" in said
+    assert "certificate  until 20" in said
+    assert "metrics: [train_loss, valid_loss]" in said
+    of_all = undisturbed.tool("consortium", "status", "--run-dir", "run")
+    assert "2 of 2 outer rounds" in of_all
+
+
+def test_the_files_of_the_guide_can_be_used(tmp_path: Path) -> None:
+    shown = {block.title: block.text for block in blocks_of(GUIDE)}
+    (tmp_path / "consortium.yaml").write_text(shown["consortium.yaml"])
+    planned = fedpipe("plan", "--config", "consortium.yaml", folder=tmp_path)
+    assert planned.code == 0, planned.err
+    assert "leaves: change of" in planned.out
+    site, own = read_site(shown["site.yaml"], source="site.yaml")
+    assert site.accepts.max_hours == 48
+    assert own.plain()["federation"] == {"num_clients": 2}
 
 
 def test_the_ledgers_of_sites_and_coordinator_tell_the_same(undisturbed: Network) -> None:

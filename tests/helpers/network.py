@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import socket
@@ -18,7 +19,9 @@ from fedpipe.run.outer import GLOBAL, round_name
 from fedpipe.run.tensor_file import TensorFile
 from tests.helpers.cli import TIMEOUT_S, Command, fedpipe
 from tests.helpers.corpora import write_rows
+from tests.helpers.guide import blocks_of, commands
 
+GUIDE = "docs/how-to/consortium.md"
 PRETRAIN = {
     "model": {
         "family": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2,
@@ -67,25 +70,35 @@ class Network:
             "pretrain": PRETRAIN,
         }
         (self.folder / "consortium.yaml").write_text(_yaml(tree, settings))
-        self.tool("consortium", "init", "--config", "consortium.yaml")
+        self.as_shown("at the coordinator: begin")
         for index, site in enumerate(self.names):
             self.join(site, index)
 
     def join(self, site: str, seed: int) -> None:
-        """Request, sign and join."""
+        """Request, sign and join, as the guide shows; files go by mail."""
         for name, other in ((f"{site}.jsonl", seed), (f"{site}-held-out.jsonl", 99)):
             write_rows(self.folder / name, 40, seed=other)
         self.write_policy(site)
-        request = f"{site}/kit/request/{site}.request.zip"
-        self.tool("site", "request", f"kits/invitations/{site}.yaml", "--site-dir", site)
-        self.tool("consortium", "sign", "--config", "consortium.yaml", "--request", request)
-        self.tool(
-            "site", "join", f"kits/signed/{site}.signed.zip", "--site-dir", site,
-            "--config", f"{site}.yaml",
-        )  # fmt: skip
+        self._mail(f"kits/invitations/{site}.yaml")
+        self.as_shown("at site alpha: request", site)
+        self._mail(f"{site}/kit/request/{site}.request.zip")
+        self.as_shown("at the coordinator: sign", site)
+        self._mail(f"kits/signed/{site}.signed.zip")
+        self.as_shown("at site alpha: join", site)
+
+    def _mail(self, path: str) -> None:
+        shutil.copy(self.folder / path, self.folder)
+
+    def as_shown(self, title: str, site: str = "alpha") -> str:
+        """Run the commands of a block of the guide, for a site; return what they say."""
+        block = next(block.text for block in blocks_of(GUIDE) if block.title == title)
+        return "".join(
+            self.tool(*shlex.split(command.replace("alpha", site))[1:])
+            for command in commands(block)
+        )
 
     def write_policy(self, site: str, *settings: str) -> None:
-        """Write ``site.yaml`` with overrides; ``join`` takes it."""
+        """Write ``site.yaml`` with overrides, for ``join`` and for a site that has joined."""
         own = merge(
             wrap(POLICY, "tests"),
             wrap({"pretrain": {"data": {
@@ -94,7 +107,7 @@ class Network:
             }}}, "tests"),
         ).plain()  # fmt: skip
         text = _yaml(own, settings)
-        (self.folder / f"{site}.yaml").write_text(text)
+        (self.folder / "site.yaml").write_text(text)
         if (self.folder / site / "site.yaml").is_file():
             (self.folder / site / "site.yaml").write_text(text)
 

@@ -162,6 +162,25 @@ def read_consortium(tree: Node, *, source: str) -> tuple[ConsortiumConfig, RunCo
     return consortium, run
 
 
+def is_consortium(tree: Node) -> bool:
+    """Whether a file describes a consortium, not a run."""
+    return isinstance(tree.value, dict) and PRETRAIN in tree.value
+
+
+def of_a_site(tree: Node, *, source: str) -> RunConfig:
+    """Return the run of a site as far as all have it in common, for its plan.
+
+    Args:
+        tree: Of ``consortium.yaml``.
+        source: What to call it in errors.
+
+    Raises:
+        ConfigError: A key is unknown, or values do not fit.
+    """
+    _, run = read_consortium(tree, source=source)
+    return replace(run, outer=replace(run.outer, folder=run.outer.folder or "outer"))
+
+
 def settings_for(site: str, run: RunConfig) -> dict[str, Any]:
     """Return what a site's run has in common with the others', for its ``--config``.
 

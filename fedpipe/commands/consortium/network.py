@@ -231,12 +231,14 @@ class Network:
         if self._session is None:
             from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-            self._session = new_secure_session(
-                DRIVER,
-                str(kit_of(Path(self.config.kits) / DRIVER_KIT)),
-                timeout=_AGAIN_S,
-                auto_login_max_tries=1,
-            )
+            silence = io.StringIO()  # it prints that it connects
+            with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+                self._session = new_secure_session(
+                    DRIVER,
+                    str(kit_of(Path(self.config.kits) / DRIVER_KIT)),
+                    timeout=_AGAIN_S,
+                    auto_login_max_tries=1,
+                )
         return self._session
 
     def _at_work(self, session: Any) -> dict[str, set[str]]:
@@ -291,16 +293,12 @@ class Network:
 
 
 def _elsewhere(work: Callable[[], Any]) -> None:
-    """Do something in a thread: NVFlare catches what a signal raises in the main one.
-
-    What it prints goes nowhere.
-    """
+    """Do something in a thread: NVFlare catches what a signal raises in the main one."""
     failed: list[BaseException] = []
 
     def guarded() -> None:
         try:
-            with contextlib.redirect_stderr(io.StringIO()):
-                work()
+            work()
         except BaseException as error:  # raised again where it belongs
             failed.append(error)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 
 from fedpipe.commands import options
+from fedpipe.commands.consortium.config import is_consortium, of_a_site
 from fedpipe.commands.plan.plan import build_plan, render
 from fedpipe.commands.plan.text_facts import render_text, render_uncounted, text_facts
 from fedpipe.config.load import load_config
+from fedpipe.config.tree import merge, parse, parse_override, read_text
 from fedpipe.terminal import show
 
 
@@ -22,12 +24,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show the plan of a configuration, or of an existing run directory.
+    """Show the plan of a configuration, of a site of a consortium, or of a run directory.
 
     Raises:
         FedPipeError: The configuration cannot work, or, after the plan, its text does not exist.
     """
     source = args.config
+    if source and not args.preset:
+        tree = parse(read_text(source), source=source)
+        if is_consortium(tree):
+            for override in args.overrides:
+                tree = merge(tree, parse_override(override))
+            show(render(build_plan(of_a_site(tree, source=source))))
+            return 0
     if args.run_dir and not (args.config or args.preset):
         source = options.existing_run(args, "pretrain").saved
     config = load_config(source, args.overrides, preset=args.preset)
