@@ -6,28 +6,29 @@ import gzip
 import json
 import os
 import re
-import subprocess
-import sys
 from importlib import resources
 from pathlib import Path
 
 from tests.e2e.test_docs import SHRINK
+from tests.helpers import warm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(script: Path, *arguments: str, folder: Path) -> str:
     """Run a script in a folder; return what it prints."""
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        cwd=folder, capture_output=True, text=True, timeout=600,
-        env={
-            **os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1",
-            "XDG_CACHE_HOME": str(folder / "cache"), "MPLBACKEND": "agg",
-        },
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    environment = {
+        **os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(folder / "cache"), "MPLBACKEND": "agg",
+    }  # fmt: skip
+    printed, errors = folder / "printed", folder / "errors"
+    with open(printed, "wb") as out, open(errors, "wb") as err:
+        process = warm.Process(
+            [str(script), *arguments], cwd=folder, env=environment, stdout=out, stderr=err
+        )
+    code, text = process.wait(600), printed.read_text("utf-8")
+    assert code == 0, text + errors.read_text("utf-8")
+    return text
 
 
 def test_the_train_loop_shows_the_method_in_80_lines_without_fedpipe(tmp_path: Path) -> None:

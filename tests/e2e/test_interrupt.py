@@ -6,8 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 
 from fedpipe.report.writer import read_metrics
+from tests.helpers import warm
 from tests.helpers.cli import REPOSITORY, TIMEOUT_S, Command, fedpipe
 
 TINY = (
@@ -183,7 +182,7 @@ def test_a_killed_rank_is_named_with_its_client(running: Command) -> None:
 
 
 class Ranks:
-    """The processes that srun would start, each with its own exit code."""
+    """The processes that srun would start, each in a session of its own, with its exit code."""
 
     def __init__(
         self,
@@ -206,13 +205,13 @@ class Ranks:
             }  # fmt: skip
             with open(path, "wb") as output:
                 self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *program, *arguments],
+                    warm.Process(
+                        [*program, *arguments],
                         env=environment,
                         stdout=output,
                         stderr=output,
                         cwd=folder,
-                    )  # fmt: skip
+                    )
                 )
 
     def output(self, rank: int) -> str:

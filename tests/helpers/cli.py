@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers import warm
+
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 480.0
 """Generous: machines that run tests are often busy."""
@@ -46,17 +48,23 @@ class Command:
     ) -> None:
         """Start it, by the command ``prefix`` if given; its output goes to files in ``folder``."""
         mark = uuid.uuid4().hex
-        self._mark = f"{_MARK}={mark}".encode()
+        self._mark, self._name = f"{_MARK}={mark}".encode(), mark[:15]
         self._files = [folder / f"{mark}.{name}" for name in ("out", "err")]
         variables = {
             **os.environ, _MARK: mark, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120",
             **(environment or {}),
         }  # fmt: skip
+        start = ["-m", "fedpipe", *arguments]
         with open(self._files[0], "wb") as out, open(self._files[1], "wb") as err:
-            self.process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "fedpipe", *arguments], cwd=folder, env=variables,
-                stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
-            )  # fmt: skip
+            if prefix or variables.get("DS_ACCELERATOR") == "cuda":  # which a fork cannot open
+                self.process: warm.Process | subprocess.Popen[bytes] = subprocess.Popen(
+                    [*prefix, sys.executable, *start], cwd=folder, env=variables,
+                    stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+                )  # fmt: skip
+            else:
+                self.process = warm.Process(
+                    start, cwd=folder, env=variables, stdout=out, stderr=err, name=mark
+                )
 
     def finish(self, timeout_s: float = TIMEOUT_S) -> Finished:
         """Wait for the end of the command itself."""
@@ -92,7 +100,8 @@ class Command:
             if not entry.name.isdigit() or int(entry.name) == self.process.pid:
                 continue
             try:
-                marked = self._mark in (entry / "environ").read_bytes().split(b"\0")
+                marked = (entry / "comm").read_text().strip() == self._name
+                marked |= self._mark in (entry / "environ").read_bytes().split(b"\0")
                 dead = (entry / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
             except OSError:  # it has just ended
                 continue
