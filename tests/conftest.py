@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,10 @@ MARKERS = {
     "gpu": "needs an NVIDIA GPU",
 }
 SLOW = "slow: a unit test of some seconds, which `make check` leaves out"
+ORDER = ("slurm", "e2e", "distributed", "gpu", "unit")
+"""What takes long begins first, so that the workers end together."""
 SPREAD = {"tests/distributed/test_options.py"}
-"""Files whose cases share nothing and take an hour together."""
+"""Files whose cases take an hour together, and share little."""
 NO_SLURM = "SLURM is not installed: run `make slurm-packages` as root"
 
 
@@ -50,18 +53,26 @@ def pytest_report_header() -> str:
     return matrix.describe(os.environ)
 
 
-class ByFile(LoadScopeScheduling):
-    """A file is one worker's, and what it has in common is made once, but for long matrices."""
+class ByFixtures(LoadScopeScheduling):
+    """What has fixtures in common is one worker's: a file, and the cluster of all SLURM tests."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return nodeid if file in SPREAD else file
+        return _scope(nodeid)
+
+
+@cache
+def _scope(nodeid: str) -> str:
+    file = nodeid.partition("::")[0]
+    if file.startswith("tests/slurm/"):
+        return "tests/slurm"
+    shares = 'scope="module"' in (TESTS.parent / file).read_text(encoding="utf-8")
+    return file if shares and file not in SPREAD else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling | None:
     # The groups of pytest-xdist 3.8 have no effect with pytest 9.2.
-    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
+    return ByFixtures(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -82,6 +93,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    folders = [folder for folder in ORDER if item.path.is_relative_to(TESTS / folder)]
+    return ORDER.index(folders[0]) if folders else len(ORDER)
 
 
 @pytest.fixture
