@@ -228,6 +228,7 @@ def test_parts_stay_with_their_client_under_a_sequential_server(tmp_path: Path) 
     assert server["optimizer"]["state"][0]["step"].item() == 2 * 4 * 2
 
 
+@pytest.mark.matrix(sample=2)
 @pytest.mark.parametrize(
     "federation",
     [
@@ -240,7 +241,7 @@ def test_parts_stay_with_their_client_under_a_sequential_server(tmp_path: Path) 
             "fedprox_mu": 0.1,
         },
     ],
-    ids=lambda f: next(iter(f)),
+    ids=["server optimizer over int8", "shared", "sequential", "robust rule under attack"],
 )
 def test_state_between_rounds_survives_a_kill_bit_for_bit(
     federation: dict[str, Any], tmp_path: Path
