@@ -15,6 +15,7 @@ from typing import Any
 from nvflare.fuel.f3.streaming.file_downloader import add_file, download_file
 from nvflare.fuel.f3.streaming.obj_downloader import ObjectDownloader
 
+from fedpipe.commands.consortium.kits import organisation
 from fedpipe.commands.consortium.messages import Reference
 from fedpipe.errors import FederationError
 from fedpipe.files import sync
@@ -97,7 +98,7 @@ def agent_command(kit: Path, *, site: str) -> list[str]:
         kit: Its folder with ``startup`` and ``local``.
         site: Its name, which is its organisation's too.
     """
-    return _command(_AGENT, kit, "fed_client.json", f"uid={site}", f"org={site}")
+    return _command(_AGENT, kit, "fed_client.json", f"uid={site}", f"org={organisation(site)}")
 
 
 def _command(module: str, kit: Path, config: str, *settings: str) -> list[str]:

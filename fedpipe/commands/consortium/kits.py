@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -203,7 +204,11 @@ def read_invitation(path: Path) -> Invitation:
 
 def request_kit(folder: Path, invitation: Invitation) -> Path:
     """Make this site's private key, and the request that goes to the coordinator; return it."""
-    participant = {"name": invitation["site"], "type": "client", "org": invitation["site"]}
+    participant = {
+        "name": invitation["site"],
+        "type": "client",
+        "org": organisation(invitation["site"]),
+    }
     return _request(folder, invitation["consortium"], participant)
 
 
@@ -257,6 +262,11 @@ def check_certificate(kit: Path) -> None:
             f"{kit}: expected a certificate that is valid, got one that ended on {end:%Y-%m-%d}."
             " Ask for a new kit: fedpipe site request, sign, join."
         )
+
+
+def organisation(site: str) -> str:
+    """Return the name of a site's organisation in its certificate."""
+    return re.sub(r"\W", "_", site)
 
 
 # -- files of NVFlare ------------------------------------------------------------------------------
