@@ -4,7 +4,8 @@
 
 A coordinator and its sites are real processes of NVFlare on this machine, with mutual TLS. Nothing
 is trained: every site finds its update in place, of random numbers, so that what is left is the
-outer round's own cost. Memory is private (USS), sampled five times a second.
+outer round's own cost. Memory is what no file could give back (RssAnon), sampled five times a
+second.
 """
 
 from __future__ import annotations
@@ -130,16 +131,22 @@ def put_updates_in_place(args: argparse.Namespace, sites: list[str]) -> None:
 
 
 def watch(peaks: dict[str, int], done: threading.Event) -> None:
-    """Remember the most private memory of every kind of process."""
+    """Remember the most memory of every kind of process."""
     while not done.wait(PERIOD_S):
         for process in psutil.process_iter(["cmdline"]):
             line = " ".join(process.info["cmdline"] or ())
             for name, part in PROCESSES.items():
                 if part in line:
-                    try:
-                        peaks[name] = max(peaks[name], process.memory_full_info().uss)
-                    except psutil.Error:
-                        continue
+                    peaks[name] = max(peaks[name], anonymous_bytes(process.pid))
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Return the memory of a process that is not the content of files; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def fedpipe(folder: Path, *arguments: str) -> None:

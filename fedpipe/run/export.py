@@ -43,7 +43,6 @@ from fedpipe.run.checkpoint import (
 )
 from fedpipe.run.outer import GLOBAL
 from fedpipe.run.run_dir import RunDir, prepared_text
-from fedpipe.run.tensor_file import TensorFile
 from fedpipe.run.update import crosses_whole, described
 
 if TYPE_CHECKING:  # its module imports scipy if it is not fedpipe.models.families that imports it
@@ -141,8 +140,7 @@ def export_global(folder: Path, config: RunConfig, target: Path, *, sites: int) 
     specs, model_config = described(config)
     if not crosses_whole(config):
         return False
-    weights = TensorFile(folder / GLOBAL)
-    state = merge(split({n: torch.from_numpy(weights.read(n)) for n in weights.layouts}, specs))
+    state = merge(split(load_file(folder / GLOBAL), specs))  # pages of the file, not memory
     info = tokenizer_info(config)
     tokenizer = load_tokenizer(Path(info.directory), info)
     cut_texts(tokenizer, _trained_length(config))
@@ -215,7 +213,10 @@ def _save(
     model = build_model(state, model_config)
     # The decoder's bias is one tensor with the head's in transformers 4.x and two in 5.x: a folder
     # that holds both names is read alike by both.
-    tensors = {n: t.clone() for n, t in model.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        is_shared = any(tensor.data_ptr() == other.data_ptr() for other in tensors.values())
+        tensors[name] = tensor.clone() if is_shared else tensor
     if model.config.tie_word_embeddings:
         del tensors[FAMILY_MODULES[model_config.model_type].decoder]
     model.save_pretrained(folder, state_dict=tensors)
@@ -272,9 +273,9 @@ def build_model(state: dict[str, Tensor], model_config: Any) -> PreTrainedModel:
             f"export: expected the model's own parameters, got a difference at {difference[:3]}. "
             "The checkpoint is of another model."
         )
-    with torch.no_grad():
-        for name, tensor in state.items():
-            parameters[name].copy_(tensor)
+    for name, tensor in state.items():
+        assert parameters[name].shape == tensor.shape, name
+        parameters[name].data = tensor  # without a copy: the coordinator of a consortium is small
     return model.eval()
 
 
