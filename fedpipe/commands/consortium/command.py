@@ -116,4 +116,5 @@ def _train(consortium: Consortium) -> None:
     with consortium.exchange(show) as exchange:
         for index in range(consortium.num_done, consortium.num_rounds):
             consortium.train_round(index, exchange, show=show)
+            consortium.export()
             write_consortium_report(consortium)

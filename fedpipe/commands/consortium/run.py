@@ -9,6 +9,7 @@ and for all, whose updates make the next weights.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ from fedpipe.run.resume import check_config
 from fedpipe.run.run_dir import RunDir
 
 ROUNDS, UPDATES, ROUND_FILE = "rounds", "updates", "round.json"
+EXPORT = "export"
 HANDED_OUT = "handed_out"
 """Holds the time at which an outer round was handed out."""
 LOOK_S = 0.5
@@ -124,7 +126,7 @@ class Consortium:
     @property
     def model_dir(self) -> Path:
         """The Hugging Face folder of the newest weights."""
-        return self.path / "export"
+        return self.path / EXPORT
 
     # -- the work of a coordinator -----------------------------------------------------------
 
@@ -308,16 +310,23 @@ class Consortium:
     def export(self) -> Path | None:
         """Write the newest weights as a Hugging Face folder; return it.
 
+        Every outer round has a folder of its own; ``export`` leads to that of the newest.
+
         Returns:
             None where a part of the model stays with the clients, so that there is no single one.
         """
         from fedpipe.run.export import export_global
 
         newest = self.round_dir(self.num_done)
-        is_whole = export_global(
-            newest, self.pretrain, self.model_dir, sites=len(self.config.federation.sites)
-        )
-        return self.model_dir if is_whole else None
+        folder = newest / EXPORT
+        num_sites = len(self.config.federation.sites)
+        if not (folder.is_dir() or export_global(newest, self.pretrain, folder, sites=num_sites)):
+            return None
+        aside = self.path / f".{EXPORT}.part"
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(folder.relative_to(self.path))
+        os.replace(aside, self.model_dir)
+        return self.model_dir
 
 
 def locate(config_path: str | None, overrides: list[str], run_dir: str | None) -> Consortium:
