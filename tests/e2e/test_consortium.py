@@ -140,7 +140,7 @@ def test_who_does_not_answer_or_sends_nan_is_left_out_and_named(tmp_path: Path) 
         ("  sites: []", "federation.sites: expected names of sites"),
         ("  sites: [alpha, ../beta]", "federation.sites: expected small letters"),
         ("  min_sites: 3", "federation.min_sites: expected 1..2"),
-        ('exchange: ""', "exchange: expected the folder"),
+        ('exchange: ""', "exchange: expected either the folder"),
         ("  outer: {folder: x, num_inner_rounds: 0}", "outer.num_inner_rounds: expected 1"),
         ("  pipeline: {cut: auto}", "pipeline.cut: expected a list, got auto"),
         ("  federation: {num_rounds: 9}", "federation.num_rounds: expected 4"),

@@ -10,7 +10,7 @@ import pytest
 from fedpipe.commands.finetune import ranks as finetune_ranks
 from fedpipe.commands.pretrain import ranks as pretrain_ranks
 
-OTHERS = {"sklearn", "scipy", "seqeval", "pandas", "datasets", "adapters"}
+OTHERS = {"sklearn", "scipy", "seqeval", "pandas", "datasets", "adapters", "nvflare"}
 """Packages that only other commands need."""
 
 
@@ -21,9 +21,11 @@ OTHERS = {"sklearn", "scipy", "seqeval", "pandas", "datasets", "adapters"}
         (pretrain_ranks.PROGRAM.preload, OTHERS),
         (finetune_ranks.PROGRAM.preload, OTHERS - {"adapters"}),
         (("fedpipe.run.export",), OTHERS | {"deepspeed"}),
+        (("fedpipe.commands.consortium.run", "fedpipe.commands.site.command"), OTHERS | {"torch"}),
+        (("fedpipe.commands.site.executor",), OTHERS - {"nvflare"} | {"torch"}),
         (("fedpipe.cli",), OTHERS | {"numpy", "torch", "multiprocessing"}),
     ],
-    ids=["pretrain", "finetune", "export", "help"],
+    ids=["pretrain", "finetune", "export", "consortium", "agent", "help"],
 )
 def test_a_command_imports_no_package_that_only_other_commands_need(
     modules: tuple[str, ...], unwanted: set[str]
