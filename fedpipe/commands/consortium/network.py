@@ -250,7 +250,10 @@ class Network:
 
     def _has_begun(self, session: Any) -> bool:
         """Whether nothing is pending any more: the job runs, or has failed to."""
-        status = str(session.get_job_meta(self._pending)["status"])
+        try:
+            status = str(session.get_job_meta(self._pending)["status"])
+        except Exception:  # a server that was started again may not know it
+            status = ""
         if status in ("SUBMITTED", "APPROVED", "DISPATCHED"):
             return False
         self._pending = ""
@@ -268,9 +271,12 @@ class Network:
             self.show(f"{time.strftime('%H:%M:%S')} asked again: {', '.join(sites)}")
 
     def _end(self, job_id: str) -> None:
+        """End a job, and remove what the server keeps of one that has ended."""
         session = self._connect()
         if str(session.get_job_meta(job_id)["status"]) == "RUNNING":
             session.abort_job(job_id)
+        else:
+            session.delete_job(job_id)
 
     def take_in(self, site: str, index: int, folder: Path) -> bool:
         """Whether the controller has put an update into the folder."""

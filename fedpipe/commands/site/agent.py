@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -33,6 +34,8 @@ _AGAIN_S, _MOST_S = 2.0, 60.0
 """The agent is started again after so long, and after twice as long each time it fails at once."""
 _HEALTHY_S = 60.0
 _REACH_S = 10.0
+_JOBS = "????????-????-????-????-????????????"
+"""Names of the folders in which NVFlare has its part of an outer round."""
 _STOP_S = 20.0
 
 
@@ -59,6 +62,8 @@ def keep_agent(site: Site, invitation: Invitation, show: Callable[[str], None]) 
     signals, wait_s = Signals(), _AGAIN_S
     with locked(site.path), signals.caught():
         (site.path / PID_FILE).write_text(f"{os.getpid()}\n")
+        for job in kit.glob(_JOBS):  # NVFlare keeps the folder of every outer round for ever
+            shutil.rmtree(job, ignore_errors=True)
         try:
             while True:
                 began = time.monotonic()
