@@ -40,7 +40,10 @@ from fedpipe.run.outer import (
 from fedpipe.run.tensor_file import Layout, Layouts, TensorFile, first_difference, write_tensors
 from fedpipe.run.update import decode, encoded_layout, first_weights, write_global
 
-_MOST_TOKENS = 2**63
+_MOST = 2**63
+"""Above every number of tokens or seconds, and above every loss."""
+_MOST_SHOWN = 120
+"""Characters of what a site has written, in a message."""
 MOMENTS = "moments.safetensors"
 """The outer optimizer's, beside the weights that they belong to."""
 
@@ -93,14 +96,15 @@ def read_update(site: str, folder: Path, base: GlobalFacts, layouts: Layouts) ->
     if facts["wire"] not in ("fp32", "bf16", "int8"):
         raise _refusal(site, "format fp32, bf16 or int8", str(facts["wire"]))
     tokens = facts["tokens"]
-    if not (isinstance(tokens, int) and 0 < tokens < _MOST_TOKENS):
-        raise _refusal(site, "a whole number of tokens above 0", str(tokens)[:40])
-    numbers: list[object] = [facts["seconds"], facts["valid_tokens"]]
+    if not (type(tokens) is int and 0 < tokens < _MOST):
+        raise _refusal(site, "a whole number of tokens above 0", str(tokens))
+    for what, value in (("seconds", facts["seconds"]), ("valid_tokens", facts["valid_tokens"])):
+        if not (is_number(value) and 0 <= value < _MOST):
+            raise _refusal(site, f"{what} of 0 or more", str(value))
     for key in ("train_loss", "base_valid_loss", "valid_loss"):
         losses: object = facts[key]
-        numbers += losses if isinstance(losses, list) else [losses]
-    if not all(number is None or is_number(number) for number in numbers):
-        raise _refusal(site, "numbers as losses and seconds", str(numbers)[:40])
+        if not (isinstance(losses, list) and all(_is_loss(loss) for loss in losses)):
+            raise _refusal(site, f"a list of numbers as {key}", str(losses))
     check_digest(folder / UPDATE, facts["sha256"])
     update = SiteUpdate(site=site, facts=facts, file=TensorFile(folder / UPDATE))
     expected = {n: encoded_layout(layout, facts["wire"]) for n, layout in layouts.items()}
@@ -112,10 +116,14 @@ def read_update(site: str, folder: Path, base: GlobalFacts, layouts: Layouts) ->
     return update
 
 
+def _is_loss(value: object) -> bool:
+    return value is None or (is_number(value) and abs(value) < _MOST)
+
+
 def _refusal(site: str, expected: str, found: str) -> FederationError:
     return FederationError(
-        f"the update of {site}: expected {expected}, got {found}. It is left out; see the site's"
-        " own log."
+        f"the update of {site}: expected {expected}, got {found[:_MOST_SHOWN]}. It is left out;"
+        " see the site's own log."
     )
 
 

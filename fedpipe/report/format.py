@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any, TypeGuard
 
 MISSING = "-"
@@ -13,7 +13,8 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 def is_number(value: Any) -> TypeGuard[float]:
     """Tell whether a value of a record is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_kind = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_kind and abs(value) <= sys.float_info.max
 
 
 def number(value: Any, digits: int, *, width: int = 0) -> str:

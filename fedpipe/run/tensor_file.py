@@ -72,19 +72,19 @@ class TensorFile:
         try:
             entries = {n: e for n, e in json.loads(text).items() if n != "__metadata__"}
             layouts = {n: Layout(e["dtype"], tuple(e["shape"])) for n, e in entries.items()}
-            begins = {n: 8 + length + int(e["data_offsets"][0]) for n, e in entries.items()}
-            ends = [begins[n] + layout.nbytes for n, layout in layouts.items()]
+            offsets = {n: tuple(e["data_offsets"]) for n, e in entries.items()}
+            end = _end(layouts, offsets)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise FederationError(
                 f"{self.path}: expected a safetensors file, got one without a readable header. Copy"
                 " it again."
             ) from None
-        if max(ends, default=8 + length) != size:
+        if 8 + length + end != size:
             raise FederationError(
-                f"{self.path}: expected {max(ends, default=8 + length):,} bytes, as its header"
-                f" says, got {size:,}. Copy it again."
+                f"{self.path}: expected {8 + length + end:,} bytes, as its header says, got"
+                f" {size:,}. Copy it again."
             )
-        return layouts, begins
+        return layouts, {n: 8 + length + begin for n, (begin, _) in offsets.items()}
 
     @property
     def layouts(self) -> Layouts:
@@ -102,6 +102,23 @@ class TensorFile:
             self.path, dtype=_DTYPES[layout.dtype], count=prod(layout.shape), offset=begin
         )
         return flat.reshape(layout.shape)
+
+
+def _end(layouts: Layouts, offsets: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the bytes of all tensors, which follow one another without a gap.
+
+    Raises:
+        ValueError: They do not.
+    """
+    end = 0
+    for name, (begin, stop) in sorted(offsets.items(), key=lambda item: item[1]):
+        numbers = (*layouts[name].shape, begin, stop)
+        if not all(type(n) is int and n >= 0 for n in numbers) or begin != end:
+            raise ValueError(name)
+        end = begin + layouts[name].nbytes
+        if stop != end:
+            raise ValueError(name)
+    return end
 
 
 def write_tensors(path: Path, layouts: Layouts, tensors: Iterable[Array]) -> None:

@@ -209,9 +209,15 @@ _FIVE = np.zeros(5, dtype=np.float32)
         (_facts(sha256="f" * 64), "expected SHA-256 ffffffffffff"),
         (_facts(tokens=0), "a whole number of tokens above 0, got 0"),
         (_facts(tokens=float("inf")), "a whole number of tokens above 0, got inf"),
-        (_facts(valid_loss="low"), "numbers as losses and seconds"),
-        (_facts(train_loss=[1.0, [2.0]]), "numbers as losses and seconds"),
-        (_facts(seconds="1 h"), "numbers as losses and seconds"),
+        (_facts(tokens=True), "a whole number of tokens above 0, got True"),
+        (_facts(valid_loss="low"), "a list of numbers as valid_loss, got low"),
+        (_facts(base_valid_loss=7.5), "a list of numbers as base_valid_loss, got 7.5"),
+        (_facts(train_loss=[1.0, [2.0]]), "a list of numbers as train_loss"),
+        (_facts(train_loss=[1e300]), "a list of numbers as train_loss, got [1e+300]"),
+        (_facts(seconds="1 h"), "seconds of 0 or more, got 1 h"),
+        (_facts(seconds=None), "seconds of 0 or more, got None"),
+        (_facts(valid_tokens=-1), "valid_tokens of 0 or more, got -1"),
+        (_facts(seconds=10**400), f"seconds of 0 or more, got 1{'0' * 119}. It is left out"),
         (_facts(wire="fp8"), "format fp32, bf16 or int8, got fp8"),
         (_facts(version=9), "expected version 1, got 9"),
         (lambda folder: (folder / UPDATE_FACTS).write_text("[]"), "no JSON that says so"),
@@ -219,6 +225,7 @@ _FIVE = np.zeros(5, dtype=np.float32)
         (_tensors(b_bias=_FIVE[:4]), "b.bias as F32[4] instead of F32[5]"),
         (_tensors(b_bias=_FIVE.astype(float)), "b.bias as F64[5] instead of F32[5]"),
         (_tensors(more=_FIVE), "a tensor more that it does not have"),
+        (_tensors(**{"x" * 200: _FIVE}), f"a tensor {'x' * 111}. It is left out"),
         (_tensors(b_bias=_FIVE + np.nan), "NaN or infinity in b.bias"),
         (_tensors(b_bias=_FIVE - np.inf), "NaN or infinity in b.bias"),
     ],
@@ -233,6 +240,44 @@ def test_an_update_that_must_not_be_averaged_is_refused_by_name(
     with pytest.raises(FederationError) as refusal:
         _read("alpha", tmp_path / "site", tmp_path / "base")
     assert expected in str(refusal.value)
+
+
+_HEADER = {
+    "a.weight": {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]},
+    "b.bias": {"dtype": "F32", "shape": [5], "data_offsets": [48, 68]},
+}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"data_offsets": [-20, 0]},
+        {"data_offsets": [0, 20]},
+        {"data_offsets": [52, 72]},
+        {"data_offsets": [48, 1000]},
+        {"data_offsets": [48.0, 68.0]},
+        {"data_offsets": [float("inf"), 68]},
+        {"data_offsets": []},
+        {"shape": [-1, -5]},
+        {"shape": [5.0]},
+        {"shape": [10**30]},
+        {"shape": 5},
+        {"dtype": "F8_E4M3"},
+        {"dtype": ["F32"]},
+    ],
+)
+def test_a_header_whose_tensors_do_not_follow_one_another_is_refused(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    def write(header: dict[str, Any], data: bytes) -> TensorFile:
+        text = json.dumps(header).encode()
+        (tmp_path / UPDATE).write_bytes(len(text).to_bytes(8, "little") + text + data)
+        return TensorFile(tmp_path / UPDATE)
+
+    assert write(_HEADER, bytes(68)).layouts == LAYOUTS
+    for size in (48, 68, 72):
+        with pytest.raises(FederationError, match="without a readable header"):
+            _ = write(_HEADER | {"b.bias": _HEADER["b.bias"] | changed}, bytes(size)).layouts
 
 
 def test_an_update_has_arrived_once_its_file_is_the_one_that_its_facts_name(
