@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from functools import reduce
 from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Literal, cast
 
 from fedpipe.config.evaluation import Precision
 from fedpipe.config.federation import FederationConfig
-from fedpipe.config.load import build, dump_config, lay_over
+from fedpipe.config.load import build, lay_over, names_of, overridden
 from fedpipe.config.paths import UserPath
 from fedpipe.config.require import above_zero, at_least, folder_name, require
 from fedpipe.config.schema import (
@@ -21,7 +20,7 @@ from fedpipe.config.schema import (
     OptimizerConfig,
     PipelineConfig,
 )
-from fedpipe.config.tree import Node, merge, parse_override
+from fedpipe.config.tree import Node
 
 PACKAGED_CONFIG = "finetune.yaml"
 """What ``load_finetune`` reads when it is given neither preset nor file."""
@@ -405,7 +404,7 @@ def load_finetune(
         ConfigError: A key is unknown, given twice or of the wrong type, values do not fit, or there
             is no such preset.
     """
-    node = reduce(merge, map(parse_override, overrides), finetune_tree(path, preset=preset))
+    node = overridden(finetune_tree(path, preset=preset), overrides)
     return cast(FinetuneConfig, build(FinetuneConfig, node))
 
 
@@ -415,17 +414,12 @@ def finetune_tree(path: str | Node | None, *, preset: str | None = None) -> Node
     Arguments are those of ``load_finetune``.
     """
     packaged = resources.files("fedpipe.config").joinpath(PACKAGED_CONFIG)
-    return lay_over(path, (), preset=preset, presets=_presets(), packaged=packaged)
-
-
-def finetune_yaml(config: FinetuneConfig) -> str:
-    """Return the configuration with every default as YAML; loading it gives an equal one."""
-    return dump_config(config)
+    return lay_over(path, preset=preset, presets=_presets(), packaged=packaged)
 
 
 def finetune_presets() -> list[str]:
     """Return the names of the packaged presets of ``fedpipe finetune``."""
-    return sorted(file.name.removesuffix(".yaml") for file in _presets().iterdir())
+    return names_of(_presets())
 
 
 def _presets() -> Traversable:

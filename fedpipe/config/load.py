@@ -68,7 +68,7 @@ def read_config(
     Raises:
         ConfigError: A key is unknown, given twice or of the wrong type, or there is no such preset.
     """
-    node = reduce(merge, map(parse_override, overrides), run_tree(path, preset=preset))
+    node = overridden(run_tree(path, preset=preset), overrides)
     return cast(RunConfig, build(RunConfig, node))
 
 
@@ -111,22 +111,25 @@ def run_tree(path: str | Node | None, *, preset: str | None = None) -> Node:
     Arguments are those of ``load_config``.
     """
     packaged = resources.files("fedpipe.config").joinpath(PACKAGED_CONFIG)
-    return lay_over(path, (), preset=preset, presets=_presets(), packaged=packaged)
+    return lay_over(path, preset=preset, presets=_presets(), packaged=packaged)
+
+
+def overridden(tree: Node, overrides: Sequence[str]) -> Node:
+    """Lay overrides, ``section.key=value`` each, over a tree.
+
+    Raises:
+        ConfigError: One of them cannot be read.
+    """
+    return reduce(merge, map(parse_override, overrides), tree)
 
 
 def lay_over(
-    path: str | Node | None,
-    overrides: Sequence[str],
-    *,
-    preset: str | None,
-    presets: Traversable,
-    packaged: Traversable,
+    path: str | Node | None, *, preset: str | None, presets: Traversable, packaged: Traversable
 ) -> Node:
-    """Lay preset, file and overrides over each other.
+    """Lay a file over a preset.
 
     Args:
         path: YAML file, its tree, or None.
-        overrides: ``section.key=value`` each; the value is YAML.
         preset: Name of a file of ``presets``, or None.
         presets: Folder of the packaged presets.
         packaged: File that is read without path and preset.
@@ -141,16 +144,16 @@ def lay_over(
         layers.append(parse(read_text(path), source=path))
     elif preset is None:
         layers.append(parse(packaged.read_text("utf-8"), source=packaged.name))
-    layers += map(parse_override, overrides)
     return reduce(merge, layers)
 
 
 def preset_names() -> list[str]:
     """Return the names of the packaged presets."""
-    return _names(_presets())
+    return names_of(_presets())
 
 
-def _names(presets: Traversable) -> list[str]:
+def names_of(presets: Traversable) -> list[str]:
+    """Return the names of the presets in a folder."""
     return sorted(file.name.removesuffix(".yaml") for file in presets.iterdir())
 
 
@@ -159,7 +162,7 @@ def _presets() -> Traversable:
 
 
 def _read_preset(name: str, presets: Traversable) -> Node:
-    names = _names(presets)
+    names = names_of(presets)
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
@@ -201,18 +204,13 @@ def build(cls: type, node: Node) -> Any:
     return _build(cls, node, key="")
 
 
-def dump_config(config: Any) -> str:
-    """Return a configuration of any class with every default as YAML."""
-    return dump(to_dict(config))
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration of any class as nested dicts, lists and scalars."""
     return cast(dict[str, Any], _to_plain(config))
 
 
-def to_yaml(config: RunConfig) -> str:
-    """Return the configuration with every default as YAML; loading it gives an equal one."""
+def to_yaml(config: Any) -> str:
+    """Return a configuration of any class, with every default, as YAML that is read back equal."""
     return dump(to_dict(config))
 
 

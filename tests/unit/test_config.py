@@ -16,7 +16,6 @@ from fedpipe.config.load import (
     build,
     check,
     diff,
-    dump_config,
     from_dict,
     load_config,
     to_dict,
@@ -152,7 +151,7 @@ def _values(config: object) -> list[tuple[str, object]]:
             else:
                 found.append((f"{prefix}{name}", value))
 
-    visit("", parse(dump_config(config), source="").plain())
+    visit("", parse(to_yaml(config), source="").plain())
     return found
 
 

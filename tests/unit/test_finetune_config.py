@@ -15,7 +15,8 @@ from fedpipe.commands.finetune.command import (
     find_grid,
     finetune,
 )
-from fedpipe.config.finetune import finetune_presets, finetune_yaml, load_finetune
+from fedpipe.config.finetune import finetune_presets, load_finetune
+from fedpipe.config.load import to_yaml
 from fedpipe.errors import CheckpointError, ConfigError
 from tests.helpers.cases import every
 
@@ -93,7 +94,7 @@ def test_what_a_cut_does_not_go_with_is_refused_in_one_line(override: str, expec
 @pytest.mark.parametrize("preset", [None, *finetune_presets()])
 def test_what_is_written_down_is_read_back(preset: str | None, tmp_path: Path) -> None:
     config = load_finetune(None, [], preset=preset)
-    (tmp_path / "config.yaml").write_text(finetune_yaml(config), encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert load_finetune(str(tmp_path / "config.yaml"), []) == config
 
 
@@ -124,7 +125,7 @@ def test_a_run_of_a_grid_that_has_begun_keeps_the_model_that_it_began_with(tmp_p
     cell = grid().cells[0]
     assert cell.config.model.path == "quickstart"
     settled = replace(cell.config, model=replace(cell.config.model, path="untrained"))
-    cell.run.write(finetune_yaml(settled))
+    cell.run.write(to_yaml(settled))
     (cell.run_dir / "metrics.jsonl").touch()
     assert [c.config.model.path for c in grid().cells] == ["untrained", "quickstart"]
     assert load_finetune(cell.run.saved, []).model.path == "untrained"

@@ -17,7 +17,7 @@ from fedpipe.commands.finetune.command import find_grid
 from fedpipe.commands.pretrain.setup import reserve, set_up
 from fedpipe.commands.reproduce.setup import plan_reproduction
 from fedpipe.commands.study.sweep import set_up_sweep
-from fedpipe.config.finetune import finetune_yaml, load_finetune
+from fedpipe.config.finetune import load_finetune
 from fedpipe.config.load import load_config, to_yaml
 from fedpipe.errors import CheckpointError, ConfigError, FedPipeError
 from fedpipe.run.run_dir import VERSION, Kind, RunDir, resolve
@@ -255,9 +255,7 @@ def test_a_run_without_a_directory_reads_its_configuration_once(
 def test_a_run_that_is_gone_on_with_reads_its_own_configuration_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
-    text = to_yaml(load_config(None, MINE)) if kind == "pretrain" else finetune_yaml(
-        load_finetune(None, [])
-    )  # fmt: skip
+    text = to_yaml(load_config(None, MINE) if kind == "pretrain" else load_finetune(None, []))
     RunDir.at(tmp_path, kind).make().write(text)
     (tmp_path / "metrics.jsonl").touch()
     with counted_reads(monkeypatch) as reads:

@@ -20,8 +20,9 @@ from fedpipe.commands.finetune.model import UNTRAINED, load_model_config, load_t
 from fedpipe.commands.finetune.plan import render_plan
 from fedpipe.commands.finetune.prepared import DATA, FinetuneSetup, TuningData
 from fedpipe.config.deepspeed import engine_config
-from fedpipe.config.finetune import QUICKSTART, FinetuneConfig, finetune_yaml
+from fedpipe.config.finetune import QUICKSTART, FinetuneConfig
 from fedpipe.config.half_files import check_fetched, check_weights, read_json_object
+from fedpipe.config.load import to_yaml
 from fedpipe.data.digests import file_digests, model_files, tokenizer_files
 from fedpipe.data.lines import shown
 from fedpipe.data.tasks.prepare import FORMAT
@@ -72,7 +73,7 @@ def set_up_finetune(
     check_lengths(config, data, model_config)
     counts, trained = count_parameters(config, model_config, data)
     plan = render_plan(config, data, counts, trained=trained, model_config=model_config)
-    run.write(finetune_yaml(config), deepspeed=deepspeed_of(config) or None, plan=plan)
+    run.write(to_yaml(config), deepspeed=deepspeed_of(config) or None, plan=plan)
     run.record_inputs(tuning_inputs(config), notify=notify)
     write_text(run.path / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
     data.save(run.path / DATA)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import cast
 
-from fedpipe.config.load import build, check, lay_over
-from fedpipe.config.model_shape import resolve
+from fedpipe.config.load import build, check, lay_over, overridden
+from fedpipe.config.model_shape import model_shape
 from fedpipe.config.require import require
 from fedpipe.config.schema import RunConfig
 from fedpipe.config.tree import Node
@@ -58,8 +58,7 @@ class ReproductionConfig(RunConfig):
     @property
     def num_layers(self) -> int:
         """Number of encoder layers."""
-        length = self.data.sequence_length
-        return resolve(self.model, vocab_size=1, sequence_length=length).num_hidden_layers
+        return model_shape(self, vocab_size=1).num_hidden_layers
 
 
 def load_reproduction(
@@ -81,7 +80,7 @@ def load_reproduction(
     """
     home = resources.files("fedpipe.commands.reproduce")
     packaged = home.joinpath(f"{scale}.yaml")
-    node = lay_over(path, overrides, preset=None, presets=home, packaged=packaged)
+    node = overridden(lay_over(path, preset=None, presets=home, packaged=packaged), overrides)
     config = cast(ReproductionConfig, build(ReproductionConfig, node))
     check(config)
     _check(config)

@@ -98,7 +98,7 @@ class Reproduction(Study[SystemCell]):
         Raises:
             FedPipeError: The directory cannot be written.
         """
-        RunDir.at(self.directory, "reproduction").make().write(load.dump_config(self.config))
+        RunDir.at(self.directory, "reproduction").make().write(load.to_yaml(self.config))
         for cell in self.cells:
             cell.run.make().write(load.to_yaml(cell.config))
 

@@ -392,7 +392,7 @@ def set_up_grid(
     content = {"grid": grid_words(asked), "config": load.to_dict(config)}
     run.make().write(dump(content))
     for cell, own in zip(cells, own_runs, strict=True):
-        own.make().write(load.dump_config(cell.config))
+        own.make().write(load.to_yaml(cell.config))
     return run, asked, cells
 
 
