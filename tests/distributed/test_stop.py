@@ -25,6 +25,7 @@ from fedpipe.report.writer import read_metrics
 from fedpipe.run.checkpoint import CheckpointWriter, Position, find_latest
 from fedpipe.run.run_dir import RunSetup
 from tests.helpers.distributed import run_distributed
+from tests.helpers.runs import outcome
 from tests.helpers.tiny import tiny_config, tiny_data
 
 STEP_S = 0.02
@@ -32,7 +33,6 @@ STEP_S = 0.02
 watches have looked."""
 AGREED_S = 60.0
 """After so long a rank that waits for the agreement gives up."""
-TIMES = ("seconds", "tokens_per_s", "sync_s")
 
 
 @dataclass(frozen=True)
@@ -128,19 +128,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _outcome(run_dir: Path) -> tuple[list[str], dict[str, bytes]]:
-    """Every record without wall times, and the final weights."""
-    records = read_metrics(run_dir / "metrics.jsonl")
-    lines = [
-        str(sorted((k, v) for k, v in r.items() if k not in TIMES))
-        for r in records
-        if r["kind"] != "system"
-    ]
-    final, _ = find_latest(run_dir)
-    assert final is not None
-    return sorted(lines), {f.name: f.read_bytes() for f in final.path.glob("*.safetensors")}
-
-
 def _config(**sections: dict[str, Any]) -> RunConfig:
     base: dict[str, dict[str, Any]] = {
         "model": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
@@ -179,7 +166,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_one_that_never_was(tmp_pa
     assert len(set(stops)) >= 4 and any(p.step for p in stops), stops
     if stopped_at is not None:
         assert _run(config, data, run_dir) is None
-    assert _outcome(run_dir) == _outcome(tmp_path / "undisturbed")
+    assert outcome(run_dir) == outcome(tmp_path / "undisturbed")
 
 
 MODES = {
@@ -214,7 +201,7 @@ def test_ranks_that_one_of_them_tells_stop_in_the_middle_of_a_round_and_resume_b
     stopped_at = _run(config, data, tmp_path / "stopped", moment, tcp=True)
     assert stopped_at is not None and stopped_at.step > 0
     assert _run(config, data, tmp_path / "stopped") is None
-    assert _outcome(tmp_path / "stopped") == _outcome(tmp_path / "undisturbed")
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
 
 
 AVERAGING = {
@@ -243,7 +230,7 @@ def test_a_run_that_stops_when_only_the_averaging_is_left_averages_the_same(
     saved, _ = find_latest(tmp_path / "stopped")
     assert saved is not None and saved.seconds > 0
     assert _run(config, data, tmp_path / "stopped") is None
-    assert _outcome(tmp_path / "stopped") == _outcome(tmp_path / "undisturbed")
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
     records = read_metrics(tmp_path / "stopped" / "metrics.jsonl")
     first = next(r for r in records if r["kind"] == "round")
     assert first["seconds"] > saved.seconds, "the time before the stop counts"

@@ -16,6 +16,7 @@ import pytest
 from fedpipe.report.writer import read_metrics
 from tests.helpers import warm
 from tests.helpers.cli import REPOSITORY, TIMEOUT_S, Command, fedpipe
+from tests.helpers.runs import outcome
 
 TINY = (
     "model.num_hidden_layers=4", "model.hidden_size=32", "model.num_attention_heads=2",
@@ -30,7 +31,6 @@ WORLD_SIZE = 2
 """Of the runs that another launcher starts: every process of them imports torch anew."""
 LONG = ("federation.num_rounds=4000",)
 ONE_REPLICA = ("federation.num_replicas=1",)
-TIMES = ("seconds", "tokens_per_s", "sync_s")
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +57,6 @@ def _has(run_dir: Path, kind: str, round_id: int) -> bool:
     path = run_dir / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() else []
     return any((r["kind"], r.get("round")) == (kind, round_id) for r in records)
-
-
-def _outcome(run_dir: Path) -> tuple[list[str], dict[str, bytes]]:
-    """Every record without wall times, and the final weights."""
-    lines = [
-        str(sorted((k, v) for k, v in record.items() if k not in TIMES))
-        for record in read_metrics(run_dir / "metrics.jsonl")
-        if record["kind"] != "system"
-    ]
-    weights = (run_dir / "checkpoints" / "round_000003").glob("*.safetensors")
-    return sorted(lines), {file.name: file.read_bytes() for file in weights}
 
 
 def _worker(command: Command, rank: int) -> int:
@@ -120,7 +109,7 @@ def test_interrupted_in_every_phase_a_run_ends_as_if_nothing_had_been(
     interrupt("export", signal.SIGTERM, lambda output: "writing the model" in output, group=False)
     result = fedpipe("pretrain", "--run-dir", str(run_dir), folder=folder)
     assert (result.code, result.err) == (0, ""), result.err
-    assert _outcome(run_dir) == _outcome(undisturbed)
+    assert outcome(run_dir) == outcome(undisturbed)
 
 
 @pytest.fixture

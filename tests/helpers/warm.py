@@ -181,6 +181,7 @@ def _be(request: dict[str, Any], stdout: int, stderr: int) -> NoReturn:
 
 
 def _python(first: str, rest: list[str]) -> None:
+    sys.path[0] = os.getcwd() if first == "-m" else str(Path(first).parent)
     if first == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
