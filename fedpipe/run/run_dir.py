@@ -57,6 +57,7 @@ from fedpipe.run.resume import (
 VERSION = 1
 """Of run directories; raised where an older fedpipe could not read what a newer one writes."""
 RUN_FILE = "run.json"
+_LOCK = ".lock"
 
 Kind = Literal[
     "pretrain",
@@ -594,7 +595,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
         CheckpointError: Another command is at work there, or the file system has no locks.
     """
-    with open(run_dir / ".lock", "w", encoding="utf-8") as file:
+    with open(run_dir / _LOCK, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -609,6 +610,18 @@ def locked(run_dir: Path) -> Iterator[None]:
                 "Wait for it, stop it, or choose another directory."
             ) from None
         yield
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a command is at work in a directory; see ``locked``."""
+    try:
+        with open(run_dir / _LOCK, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def describe_environment() -> Environment:

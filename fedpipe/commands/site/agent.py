@@ -26,7 +26,7 @@ from fedpipe.commands.consortium.kits import (
 from fedpipe.commands.site.site import Site
 from fedpipe.distributed.signals import Signals, end_with_parent
 from fedpipe.errors import FederationError
-from fedpipe.run.run_dir import locked
+from fedpipe.run.run_dir import is_locked, locked
 
 AGENT_LOG, PID_FILE = "agent.log", "agent.pid"
 KIT = "kit"
@@ -128,13 +128,15 @@ def stop_agent(site: Site) -> bool:
 
 
 def agent_pid(site: Site) -> int | None:
-    """Return the number of the process that keeps the agent; None while there is none."""
+    """Return the number of the process that keeps the agent; None while there is none.
+
+    The file alone says nothing: after a crash the number may be that of somebody else's process.
+    """
     try:
         pid = int((site.path / PID_FILE).read_text())
-        os.kill(pid, 0)
     except (OSError, ValueError):
         return None
-    return pid
+    return pid if pid > 0 and is_locked(site.path) else None
 
 
 def check_connection(site: Site, invitation: Invitation) -> None:
