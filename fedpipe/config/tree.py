@@ -18,12 +18,17 @@ import yaml
 from fedpipe.config.half_files import check_fetched
 from fedpipe.errors import ConfigError
 
+_MOST_VALUES = 100_000
+"""A few hundred characters with aliases of aliases can stand for more values than memory holds."""
 OVERRIDE = "an override"
 """Place of a value that no file holds."""
 
 
 class _Loader(yaml.SafeLoader):
     """Reads plain scalars by the rules of YAML 1.2."""
+
+    num_values = 0
+    """That were converted; an alias is converted wherever it stands."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -214,6 +219,9 @@ def _compose(text: str, *, source: str, key: str) -> Node:
 
 def _convert(loader: _Loader, node: yaml.Node, source: str, *, key: str) -> Node:
     where = _place(node, source)
+    loader.num_values += 1
+    if loader.num_values > _MOST_VALUES:
+        raise ValueError(f"more than {_MOST_VALUES:,} values, aliases written out")
     if isinstance(node, yaml.SequenceNode):
         return Node([_convert(loader, item, source, key=key) for item in node.value], where)
     if not isinstance(node, yaml.MappingNode):
