@@ -142,7 +142,7 @@ def newest_round(config: RunConfig) -> OuterRound:
         )
     index = max(arrived)
     facts = read_facts(arrived[index] / GLOBAL_FACTS, GlobalFacts)
-    _check_global(arrived[index], facts, index=index, config=config)
+    check_global(arrived[index], facts, index=index, config=config)
     return OuterRound(
         folder=str(arrived[index]),
         index=index,
@@ -151,8 +151,18 @@ def newest_round(config: RunConfig) -> OuterRound:
     )
 
 
-def _check_global(folder: Path, facts: Any, *, index: int, config: RunConfig) -> None:
-    """Refuse weights that are not those of the run's own consortium and outer round."""
+def check_global(folder: Path, facts: Any, *, index: int, config: RunConfig) -> None:
+    """Refuse weights that are not those of the run's own consortium and outer round.
+
+    Args:
+        folder: Holds the weights.
+        facts: Of ``global.json``.
+        index: The outer round.
+        config: Of the run.
+
+    Raises:
+        FederationError: They are not.
+    """
     file, outer = folder / GLOBAL_FACTS, config.outer
     last = config.federation.num_rounds // outer.num_inner_rounds
     if index >= last:
@@ -217,23 +227,40 @@ def read_facts(path: Path, kind: type) -> Any:
     try:
         with open(path, encoding="utf-8") as file:
             facts = json.loads(file.read(_MOST_FACTS))
+    except (OSError, ValueError, RecursionError):
+        facts = None
+    check_facts(facts, kind, source=path)
+    return facts
+
+
+def check_facts(facts: Any, kind: type, *, source: Path) -> None:
+    """Refuse what is not the content of ``global.json`` or ``update.json``.
+
+    Args:
+        facts: What was found.
+        kind: ``GlobalFacts`` or ``UpdateFacts``.
+        source: The file.
+
+    Raises:
+        FederationError: It is another one, or of another version.
+    """
+    try:
         version, keys = int(facts["version"]), set(facts)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise FederationError(
-            f"{path}: expected what the weights beside it are, got no JSON that says so. Copy both"
-            " files again."
+            f"{source}: expected what the weights beside it are, got no JSON that says so. Copy"
+            " both files again."
         ) from None
     if version != VERSION:
         raise FederationError(
-            f"{path}: expected version {VERSION}, got {version}. Use the same version of fedpipe as"
-            " the coordinator."
+            f"{source}: expected version {VERSION}, got {version}. Use the same version of fedpipe"
+            " as the coordinator."
         )
     missing = sorted(set(kind.__annotations__) - keys)
     if missing:
         raise FederationError(
-            f"{path}: expected the key {missing[0]}, got a file without it. Copy it again."
+            f"{source}: expected the key {missing[0]}, got a file without it. Copy it again."
         )
-    return facts
 
 
 def has_arrived(folder: Path) -> bool:

@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import yaml
+from nvflare.apis.signal import Signal
+from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
+from nvflare.fuel.f3.cellnet.defs import ReturnCode as CellReturnCode
+from nvflare.fuel.f3.cellnet.utils import new_cell_message
+from nvflare.fuel.f3.streaming.download_service import ProduceRC
 
+from fedpipe.commands.consortium import controller
+from fedpipe.commands.consortium.config import read_consortium, settings_for
+from fedpipe.commands.consortium.controller import DECLINED, ORDERS, OuterRound
+from fedpipe.commands.consortium.flare import fetch
+from fedpipe.commands.consortium.messages import ANSWER, Reference, content
+from fedpipe.commands.consortium.run import UPDATES
+from fedpipe.commands.consortium.server import CONSORTIUM_DIR
 from fedpipe.commands.site.agent import PID_FILE, agent_pid, stop_agent
-from fedpipe.commands.site.site import Site
+from fedpipe.commands.site.site import LOG_FILE, SITE_FILE, Declined, Site
+from fedpipe.config.tree import dump, wrap
+from fedpipe.errors import FederationError
+from fedpipe.run.ledger import Ledger
+from fedpipe.run.outer import (
+    GLOBAL,
+    GLOBAL_FACTS,
+    UPDATE,
+    UPDATE_FACTS,
+    UpdateFacts,
+    digest_of,
+    has_arrived,
+    round_name,
+)
 from fedpipe.run.run_dir import locked
+from fedpipe.run.tensor_file import Layout, write_tensors
+from fedpipe.run.update import write_global
+from tests.helpers.network import PRETRAIN
+
+LAYOUTS = {"a.weight": Layout("F32", (3, 4)), "b.bias": Layout("F32", (5,))}
+LOGS = "site.log", "ledger.jsonl"
 
 
 @pytest.fixture
@@ -37,3 +77,304 @@ def test_an_agent_is_a_process_that_holds_the_sites_lock(
         (tmp_path / PID_FILE).write_text("-1")
         assert agent_pid(site) is None
     assert agent_pid(site) is None
+
+
+# -- an order, at a site ---------------------------------------------------------------------------
+
+
+def _tensors(fill: float) -> Iterator[np.ndarray]:
+    return (np.full(layout.shape, fill, dtype=np.float32) for layout in LAYOUTS.values())
+
+
+@pytest.fixture(scope="module")
+def coordinator(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The weights of an outer round, and the order that goes with them."""
+    folder = tmp_path_factory.mktemp("coordinator")
+    tree = {"federation": {"sites": ["alpha"], "num_rounds": 2}, "pretrain": PRETRAIN}
+    _, run = read_consortium(wrap(tree, "tests"), source="tests")
+    facts = write_global(folder, 0, LAYOUTS, _tensors(1.0), config=run)
+    size = (folder / GLOBAL).stat().st_size
+    return folder / GLOBAL, {
+        "consortium": "heart-1", "round": 0, "num_rounds": 2, "facts": dict(facts),
+        "settings": dump(settings_for("alpha", run)),
+        "file": {"owner": "server", "name": "R1", "sha256": facts["sha256"], "bytes": size},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """A site that has joined."""
+    folder = tmp_path / "alpha"
+    folder.mkdir()
+    policy = {"accepts": {"max_parameters": 10**6, "max_steps": 100}}
+    own = {"federation": {"num_clients": 2}, "checkpoint": {"keep_last": 7}}
+    (folder / SITE_FILE).write_text(dump(policy | {"pretrain": own}))
+    return Site(folder)
+
+
+def _answer(site: Site, order: Any, weights: Path) -> Path | None:
+    def fetch(path: Path) -> None:
+        shutil.copy(weights, path)
+
+    return site.answer(order, fetch=fetch, is_over=lambda: True)
+
+
+def _trained(site: Site, order: dict[str, Any]) -> Path:
+    """Leave an update as the site's run does."""
+    folder = site.path / "runs" / order["consortium"] / "outer" / round_name(order["round"])
+    folder.mkdir(parents=True)
+    write_tensors(folder / UPDATE, LAYOUTS, _tensors(0.5))
+    facts: dict[str, Any] = dict.fromkeys(UpdateFacts.__annotations__, 0)
+    facts |= {"version": 1, "sha256": digest_of(folder / UPDATE)}
+    (folder / UPDATE_FACTS).write_text(json.dumps(facts))
+    return folder
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in LOGS
+    }
+
+
+def _with(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(order: dict[str, Any]) -> None:
+        *sections, name = key.split(".")
+        for section in sections:
+            order = order[section]
+        order[name] = value
+
+    return change
+
+
+def _settings(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(order: dict[str, Any]) -> None:
+        settings = yaml.safe_load(order["settings"])
+        _with(key, value)(settings)
+        order["settings"] = yaml.safe_dump(settings)
+
+    return change
+
+
+_BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 8)}]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+_OWN_LOG = "the site cannot train this outer round; its own log says why."
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told", "noted"),
+    [
+        *(
+            (_with("consortium", name), "with a consortium that can be used", "")
+            for name in ("..", ".", "", "../x", "a/b", ".ssh", "a" * 300, "\u0661", "x\n2026", 7)
+        ),
+        *(
+            (_with("round", index), "with a round that can be used", "")
+            for index in (-1, 2, 10**30, "0", True, 0.0, None)
+        ),
+        (_with("num_rounds", 10**30), "for as many outer rounds as the order's", ""),
+        (_with("num_rounds", "2"), "with a num_rounds that can be used", ""),
+        (_with("settings", ["x"]), "with a settings that can be used", ""),
+        (_with("settings", "a: ["), _OWN_LOG, "settings:1: expected YAML"),
+        (_with("settings", "x"), _OWN_LOG, "expected sections such as"),
+        (_with("settings", _BOMB), _OWN_LOG, "more than 100,000 values, aliases written out"),
+        (_with("settings", "a: " + "[" * 9000), _OWN_LOG, "expected YAML"),
+        (_with("settings", ""), "for as many outer rounds", ""),
+        (_settings("hack", 1), _OWN_LOG, "hack: unknown key"),
+        (_settings("hack\n2026-01-01 00:00:00 sent", 1), _OWN_LOG, "hack 2026-01-01"),
+        (_settings("outer", None), "for as many outer rounds", ""),
+        (_settings("outer.folder", "/etc"), _OWN_LOG, "outer.folder: expected no value from"),
+        (_settings("data.train", ["/etc/passwd"]), _OWN_LOG, "data.train: expected no value"),
+        (_settings("deepspeed", {"config": "/x"}), _OWN_LOG, "deepspeed.config: expected no"),
+        (_settings("checkpoint", {"keep_last": 1}), _OWN_LOG, "checkpoint.keep_last: expected no"),
+        (_settings("evaluation", {"tasks": []}), _OWN_LOG, "evaluation.tasks: expected no value"),
+        (_settings("log", None), _OWN_LOG, "log: expected no value"),
+        (_settings("model.path", "/etc"), _OWN_LOG, "model.path: expected no value"),
+        (_settings("federation.num_local_steps", "4"), _OWN_LOG, "expected a whole number"),
+        (_settings("federation.num_local_steps", 51), "at most 100 steps", "got 102"),
+        (_settings("federation.num_local_epochs", 9.0), "expected federation.num_local_steps", ""),
+        (_settings("model.num_hidden_layers", 10**9), "at most 1,000,000 parameters", ""),
+        (_with("file.bytes", 4 * 10**6 + 4), "at most 1,000,000 parameters", "got 1,000,001"),
+        (_with("file.bytes", -1), "with a file that can be used", ""),
+        (_with("file.bytes", True), "with a file that can be used", ""),
+        (_with("file", None), "with a file that can be used", ""),
+        (_with("facts", []), "with a facts that can be used", ""),
+        (_with("facts.sha256", "f" * 64), _OWN_LOG, "expected SHA-256 ffffffffffff"),
+        (_with("facts.cut", [2]), _OWN_LOG, "expected pipeline.cut [1]"),
+        (_with("facts.vocabulary", "0" * 64), _OWN_LOG, "expected data.tokenizer"),
+        (_with("facts.round", 0), _OWN_LOG, "expected round 1"),
+        (_with("facts.version", 2), _OWN_LOG, "expected version 1, got 2"),
+        (lambda order: order.clear(), "with a consortium that can be used", ""),
+    ],
+)
+def test_an_order_that_cannot_be_trusted_is_declined_and_leaves_nothing_behind(
+    site: Site,
+    coordinator: tuple[Path, dict[str, Any]],
+    spoil: Callable[[dict[str, Any]], None],
+    told: str,
+    noted: str,
+) -> None:
+    weights, order = coordinator
+    trained = _trained(site, order)
+    assert _answer(site, order, weights) == trained
+    before = _contents(site.path.parent)
+    spoilt = copy.deepcopy(order)
+    spoilt["round"] = spoilt["facts"]["round"] = 1
+    spoil(spoilt)
+    with pytest.raises(Declined) as declined:
+        _answer(site, content(json.dumps(spoilt)), weights)
+    assert told in str(declined.value)
+    assert str(site.path) not in str(declined.value)
+    *_, last = (site.path / LOG_FILE).read_text().splitlines()
+    assert (noted or told) in last
+    after = _contents(site.path.parent)
+    after.pop(f"alpha/runs/heart-1/outer/round_000001/{GLOBAL}", None)  # refused, and not announced
+    assert after == before
+    assert _answer(site, order, weights) == trained
+
+
+def test_an_outer_round_is_trained_from_the_weights_that_it_began_with(
+    site: Site, coordinator: tuple[Path, dict[str, Any]]
+) -> None:
+    weights, order = coordinator
+    folder = _trained(site, order)
+    assert _answer(site, order, weights) == folder
+    before = _contents(site.path)
+    other = copy.deepcopy(order)
+    other["facts"]["sha256"] = other["file"]["sha256"] = "f" * 64
+    with pytest.raises(Declined, match="from other weights"):
+        _answer(site, other, weights)
+    assert _contents(site.path) == before
+    assert set(json.loads((folder / GLOBAL_FACTS).read_text())) == set(order["facts"])
+    (received,) = site.ledger.read()
+    assert (received["what"], received["sha256"]) == ("received", digest_of(weights))
+
+
+def test_a_text_that_is_no_message_of_ours_holds_nothing() -> None:
+    assert content('{"round": 1}') == {"round": 1}
+    for text in (None, b"{}", "", "[]", "[" * 10**5, "{", '{"a": "' + "x" * 2**20 + '"}'):
+        assert content(text) == {}
+
+
+# -- answers, at the coordinator -------------------------------------------------------------------
+
+
+class _Round(OuterRound):
+    """Whose sites answer at once, with the texts that they are given."""
+
+    texts: dict[str, object]
+
+    def broadcast(self, task: Any, fl_ctx: Any, *, targets: list[str], min_responses: int) -> None:
+        for site in targets:
+            result = {ANSWER: self.texts[site]}
+            self._note(SimpleNamespace(client=SimpleNamespace(name=site), result=result), fl_ctx)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[", "with a facts that can be used"),
+        (7, "with a facts that can be used"),
+        ('{"facts": {}, "file": {"owner": 7}}', "with a file that can be used"),
+        ({"declined": "no\x1b[31m" + "!" * 600}, r"no\x1b[31m!!!!"),
+        ({"declined": ["a", 1]}, "['a', 1]"),
+        ({"facts": ["sha256"]}, "with a facts that can be used"),
+        ({"facts": {"sha256": "f" * 64}}, "with a file that can be used"),
+        ({"facts": {"version": 2}}, "expected version 1, got 2"),
+        ({"file": {"bytes": 10**9}}, "with a file that can be used"),
+        ({"file": {"sha256": "f" * 64}}, "with a file that can be used"),
+        ({"file": {"sha256": None}}, "with a file that can be used"),
+    ],
+)
+def test_an_answer_that_cannot_be_used_concerns_its_own_site_only(
+    tmp_path: Path,
+    coordinator: tuple[Path, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    text: Any,
+    why: str,
+) -> None:
+    weights, order = coordinator
+    folder = tmp_path / "rounds" / round_name(0)
+    (folder / ORDERS).mkdir(parents=True)
+    shutil.copy(weights, folder)
+    update = tmp_path / UPDATE
+    write_tensors(update, LAYOUTS, _tensors(0.5))
+    facts: dict[str, Any] = dict.fromkeys(UpdateFacts.__annotations__, 0)
+    facts |= {"version": 1, "sha256": digest_of(update)}
+    file = {"owner": "a", "name": "b", "sha256": digest_of(update), "bytes": update.stat().st_size}
+    good = {"facts": facts, "file": file}
+    if isinstance(text, dict):
+        spoilt = good | {
+            key: value if isinstance(value, (str, list)) else good[key] | value
+            for key, value in text.items()
+        }
+        text = json.dumps(spoilt)
+    job = _Round(folder=f"rounds/{round_name(0)}", sites=["alpha", "beta", "gamma"])
+    job.texts = {"alpha": text, "beta": json.dumps(good), "gamma": json.dumps(good)}
+    for site in job.sites:
+        (folder / ORDERS / f"{site}.json").write_text(json.dumps(order))
+
+    def fetch(cell: Any, reference: Any, path: Path, *, abort_signal: Any) -> None:
+        if path.parent.name == "gamma":
+            raise ConnectionError("gone")
+        shutil.copy(update, path)
+
+    monkeypatch.setenv(CONSORTIUM_DIR, str(tmp_path))
+    monkeypatch.setattr(controller, "offer", lambda *_, **__: (None, order["file"]))
+    monkeypatch.setattr(controller, "fetch", fetch)
+    engine = SimpleNamespace(get_cell=lambda: None)
+    job.control_flow(Signal(), SimpleNamespace(get_engine=lambda: engine))
+    assert has_arrived(folder / UPDATES / "beta")
+    assert not has_arrived(folder / UPDATES / "alpha")
+    refused = json.loads((folder / UPDATES / "alpha" / DECLINED).read_text())["why"]
+    assert why in refused and len(refused) < 510
+    assert list((folder / UPDATES / "gamma").iterdir()) == []  # it is asked again
+    (line,) = Ledger(tmp_path / "ledger.jsonl").read()
+    assert (line["site"], line["sha256"]) == ("beta", facts["sha256"])
+
+
+class _Cell:
+    """Serves a file in pieces, as the other end of a transfer that may lie."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self.pieces = iter(pieces)
+
+    def register_request_cb(self, **_: Any) -> None:
+        pass
+
+    def send_request(self, **_: Any) -> Any:
+        piece = next(self.pieces, None)
+        status = ProduceRC.EOF if piece is None else ProduceRC.OK
+        payload = {"status": status, "data": piece, "state": {"received_bytes": 1}}
+        return new_cell_message({MessageHeaderKey.RETURN_CODE: CellReturnCode.OK}, payload)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "error"),
+    [
+        ([b"abcd", b"ef"], None),
+        ([b"abcd", b"efg"], ConnectionError),
+        ([b"abcd"] * 10**6, ConnectionError),
+        ([b""] * 10**6, ConnectionError),
+        ([b"abcd", "ef"], ConnectionError),
+        ([b"abcd"], FederationError),
+        ([b"abcd", b"eg"], FederationError),
+        ([], FederationError),
+    ],
+)
+def test_a_file_is_fetched_up_to_its_announced_size_and_is_the_announced_one_or_absent(
+    tmp_path: Path, pieces: list[bytes], error: type[Exception] | None
+) -> None:
+    reference: Reference = {
+        "owner": "site-1", "name": "R1", "sha256": hashlib.sha256(b"abcdef").hexdigest(), "bytes": 6
+    }  # fmt: skip
+    path = tmp_path / UPDATE
+    cell = _Cell(pieces)
+    with pytest.raises(error) if error else nullcontext():
+        fetch(cell, reference, path, abort_signal=Signal())
+    assert [p.name for p in tmp_path.iterdir()] == ([] if error else [UPDATE])
+    if error is ConnectionError and len(pieces) == 10**6:
+        assert len(list(cell.pieces)) >= 10**6 - 2

@@ -11,12 +11,13 @@ from fedpipe.config.federation import AggregationConfig, ServerOptimizerConfig
 from fedpipe.config.load import build, check, to_dict
 from fedpipe.config.model_shape import model_shape
 from fedpipe.config.paths import UserPath
-from fedpipe.config.require import at_least, require
+from fedpipe.config.require import at_least, folder_name, require
 from fedpipe.config.schema import ModelConfig, RunConfig
 from fedpipe.config.tree import Node, wrap
 from fedpipe.data.tokenizer import tokenizer_info
 from fedpipe.errors import ConfigError
 
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
 PRETRAIN = "pretrain"
 """Section that holds the configuration of the run that every site makes."""
@@ -124,6 +125,16 @@ class ConsortiumConfig:
     to the site and back may be a shared folder, rsync or a transfer service."""
     server: ServerConfig = field(default_factory=ServerConfig)
     federation: SitesConfig = field(default_factory=SitesConfig)
+
+    def __post_init__(self) -> None:
+        """Check the name."""
+        folder_name(self.name)
+        require(
+            not self.server.host or bool(_FOLDER.fullmatch(self.name)),
+            "name",
+            "up to 64 letters, digits, hyphens, underscores and dots, for a folder at every site",
+            self.name,
+        )
 
 
 def read_consortium(tree: Node, *, source: str) -> tuple[ConsortiumConfig, RunConfig]:

@@ -10,6 +10,8 @@ import json
 import os
 import queue
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,19 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedpipe.commands.consortium.flare import fetch, offer
-from fedpipe.commands.consortium.messages import ANSWER, ORDER, TASK, Answer, Order
+from fedpipe.commands.consortium.messages import (
+    ANSWER,
+    ORDER,
+    TASK,
+    Order,
+    check_answer,
+    content,
+)
 from fedpipe.commands.consortium.server import CONSORTIUM_DIR
+from fedpipe.errors import FederationError
 from fedpipe.files import write_text
 from fedpipe.run.ledger import LEDGER_FILE, Ledger, described
-from fedpipe.run.outer import GLOBAL, UPDATE, UPDATE_FACTS
+from fedpipe.run.outer import GLOBAL, UPDATE, UPDATE_FACTS, UpdateFacts, check_facts
 
 ORDERS, DECLINED = "orders", "declined.json"
 """In the folder of an outer round, and in the folder of a site's update."""
@@ -44,7 +54,7 @@ class OuterRound(Controller):
         """
         super().__init__()
         self.folder, self.sites = folder, sites
-        self._came: queue.Queue[tuple[str, str]] = queue.Queue()
+        self._came: queue.Queue[tuple[str, object]] = queue.Queue()
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         """Do nothing before the outer round."""
@@ -66,15 +76,17 @@ class OuterRound(Controller):
             task = Task(TASK, data=data, result_received_cb=self._note)
             self.broadcast(task, fl_ctx, targets=[site], min_responses=1)
         missing = set(self.sites)
-        while missing and not abort_signal.triggered:
-            try:
-                site, text = self._came.get(timeout=_LOOK_S)
-            except queue.Empty:
-                if not self.get_num_standing_tasks():
-                    return  # whoever has not answered will not
-                continue
-            missing.discard(site)
-            self._take_in(site, json.loads(text), cell, consortium, folder, abort_signal)
+        with ThreadPoolExecutor(len(self.sites)) as pool:  # a slow site holds up no other
+            while missing and not abort_signal.triggered:
+                try:
+                    site, reply = self._came.get(timeout=_LOOK_S)
+                except queue.Empty:
+                    if not self.get_num_standing_tasks():
+                        return  # whoever has not answered will not
+                    continue
+                missing.discard(site)
+                answer = content(reply)
+                pool.submit(self._take_in, site, answer, cell, consortium, folder, abort_signal)
 
     def _note(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
         """Remember an answer; NVFlare holds a lock meanwhile, so nothing is fetched here."""
@@ -85,26 +97,34 @@ class OuterRound(Controller):
     def _take_in(
         self,
         site: str,
-        answer: Answer,
+        answer: Mapping[str, Any],
         cell: Any,
         consortium: Path,
         folder: Path,
         abort_signal: Signal,
     ) -> None:
+        """Take in what a site has answered; whatever is wrong with it concerns no other site."""
         target = folder / "updates" / site
         target.mkdir(parents=True, exist_ok=True)
-        if "declined" in answer:
-            write_text(target / DECLINED, json.dumps({"why": str(answer["declined"])[:500]}) + "\n")
-            return
-        began = time.monotonic()
-        fetch(cell, answer["file"], target / UPDATE, abort_signal=abort_signal)
-        line = {
-            "site": site, "round": answer["facts"]["round"], "sha256": answer["file"]["sha256"],
-            "seconds": round(time.monotonic() - began, 3), **described(target / UPDATE),
-            "facts": answer["facts"],
-        }  # fmt: skip
-        Ledger(consortium / LEDGER_FILE).write("received", line)
-        write_text(target / UPDATE_FACTS, json.dumps(answer["facts"], indent=1) + "\n")
+        try:
+            if "declined" in answer:
+                raise FederationError(str(answer["declined"])[:500])
+            check_answer(answer, most_bytes=2 * (folder / GLOBAL).stat().st_size)
+            facts = answer["facts"]
+            check_facts(facts, UpdateFacts, source=target / UPDATE_FACTS)
+            began = time.monotonic()
+            fetch(cell, answer["file"], target / UPDATE, abort_signal=abort_signal)
+            line = {
+                "site": site, "round": facts["round"], "sha256": facts["sha256"],
+                "seconds": round(time.monotonic() - began, 3), **described(target / UPDATE),
+                "facts": facts,
+            }  # fmt: skip
+            Ledger(consortium / LEDGER_FILE).write("received", line)
+            write_text(target / UPDATE_FACTS, json.dumps(facts, indent=1) + "\n")
+        except FederationError as error:
+            write_text(target / DECLINED, json.dumps({"why": str(error)}) + "\n")
+        except Exception as error:  # the network, a full disk: the site is asked again
+            self.logger.error(f"{site}: {type(error).__name__}: {error}")
 
     def process_result_of_unknown_task(
         self,

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from nvflare.fuel.f3.streaming.file_downloader import add_file, download_file
+from nvflare.fuel.f3.streaming.download_service import Consumer, download_object
+from nvflare.fuel.f3.streaming.file_downloader import add_file
 from nvflare.fuel.f3.streaming.obj_downloader import ObjectDownloader
 
 from fedpipe.commands.consortium.kits import organisation
@@ -59,26 +61,54 @@ def fetch(cell: Any, reference: Reference, path: Path, *, abort_signal: Any) -> 
         abort_signal: Ends the transfer.
 
     Raises:
-        FederationError: It did not arrive, or not as it was offered.
+        ConnectionError: It did not arrive.
+        FederationError: It is another one than was offered.
     """
-    error, arrived = download_file(
-        from_fqcn=reference["owner"],
-        ref_id=reference["name"],
-        per_request_timeout=_PIECE_S,
-        cell=cell,
-        location=str(path.parent),
-        abort_signal=abort_signal,
-    )
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        if error or arrived is None:
-            raise FederationError(f"{path.name}: expected the whole file, got: {error}.")
-        check_digest(Path(arrived), reference["sha256"])
-        sync(Path(arrived))
-        os.replace(arrived, path)
+        with open(aside, "xb") as file:
+            pieces = _Pieces(file, reference["bytes"])
+            download_object(
+                from_fqcn=reference["owner"],
+                ref_id=reference["name"],
+                consumer=pieces,
+                per_request_timeout=_PIECE_S,
+                cell=cell,
+                abort_signal=abort_signal,
+            )
+        if pieces.error:
+            raise ConnectionError(f"{path.name}: expected the whole file, got: {pieces.error}.")
+        check_digest(aside, reference["sha256"])
+        sync(aside)
+        os.replace(aside, path)
         sync(path.parent)
     finally:
-        if arrived is not None:
-            Path(arrived).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
+
+
+class _Pieces(Consumer):
+    """Writes the pieces of a file, and no more of them than were announced."""
+
+    def __init__(self, file: BinaryIO, num_bytes: int) -> None:
+        super().__init__()
+        self._file, self._left = file, num_bytes
+        self.error = "nothing"
+
+    def consume(self, ref_id: str, state: dict[str, Any], data: bytes) -> dict[str, Any]:
+        """Write a piece; the state says where the next one begins."""
+        self._left -= len(data)
+        if self._left < 0 or not data:
+            raise FederationError("other pieces than those of a file of the announced size")
+        self._file.write(data)
+        return state
+
+    def download_completed(self, ref_id: str) -> None:
+        """Note that all have come."""
+        self.error = ""
+
+    def download_failed(self, ref_id: str, reason: str) -> None:
+        """Note why they have not."""
+        self.error = reason
 
 
 def server_command(kit: Path, *, org: str) -> list[str]:

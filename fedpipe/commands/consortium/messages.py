@@ -6,14 +6,22 @@ come in and the update that goes out.
 
 from __future__ import annotations
 
-from typing import NotRequired, TypedDict
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NotRequired, TypedDict
 
+from fedpipe.errors import FederationError
 from fedpipe.run.outer import GlobalFacts, UpdateFacts
 
 ORDER, ANSWER = "order", "answer"
 """Keys of the two texts."""
 TASK = "outer_round"
 """Name of the only task that a site has."""
+_MOST = 2**20
+"""Characters of a text; a longer one is not ours."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Reference(TypedDict):
@@ -49,3 +57,74 @@ class Answer(TypedDict):
     file: NotRequired[Reference]
     declined: NotRequired[str]
     """Why there is no update; it names neither paths nor hosts."""
+
+
+def content(text: object) -> dict[str, Any]:
+    """Return what a text of the other end holds; nothing where it is not one of ours."""
+    try:
+        found = json.loads(text) if isinstance(text, str) and len(text) <= _MOST else None
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def check_order(order: Mapping[str, Any]) -> None:
+    """Refuse what is no order of an outer round.
+
+    Raises:
+        FederationError: The message may leave the site.
+    """
+    _check(
+        "an order",
+        order,
+        {
+            "consortium": lambda name: isinstance(name, str) and bool(_NAME.fullmatch(name)),
+            "num_rounds": lambda value: type(value) is int and value > 0,
+            "round": lambda value: type(value) is int and 0 <= value < order["num_rounds"],
+            "settings": lambda value: isinstance(value, str),
+            "facts": lambda facts: isinstance(facts, dict),
+            "file": _is_reference,
+        },
+    )
+
+
+def check_answer(answer: Mapping[str, Any], *, most_bytes: int) -> None:
+    """Refuse what is no answer with an update.
+
+    Args:
+        answer: Of a site.
+        most_bytes: That the update may have.
+
+    Raises:
+        FederationError: It is none.
+    """
+    _check(
+        "an answer",
+        answer,
+        {
+            "facts": lambda facts: isinstance(facts, dict),
+            "file": lambda file: (
+                _is_reference(file)
+                and file["bytes"] <= most_bytes
+                and file["sha256"] == answer["facts"].get("sha256")
+            ),
+        },
+    )
+
+
+def _check(what: str, found: Mapping[str, Any], keys: dict[str, Callable[[Any], bool]]) -> None:
+    for key, is_right in keys.items():
+        if not is_right(found.get(key)):
+            raise FederationError(f"expected {what} with a {key} that can be used, got another.")
+
+
+def _is_reference(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("owner"), str)
+        and isinstance(value.get("name"), str)
+        and isinstance(value.get("sha256"), str)
+        and bool(_DIGEST.fullmatch(value["sha256"]))
+        and type(value.get("bytes")) is int
+        and value["bytes"] >= 0
+    )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from fedpipe.commands.consortium.config import (
+    PRETRAIN,
     ConsortiumConfig,
     read_consortium,
     settings_for,
@@ -354,6 +355,12 @@ def locate(config_path: str | None, overrides: list[str], run_dir: str | None) -
         raise ConfigError(
             "exchange: expected either the folder that connects coordinator and sites, or"
             f" server.host, got {got}. Write exchange: DIR, or server: {{host: NAME, port: 8002}}."
+        )
+    if config.server.host and (epochs := pretrain.federation.num_local_epochs):
+        raise ConfigError(
+            f"{PRETRAIN}.federation.num_local_epochs: expected 0 where sites are reached over the"
+            f" network, because they limit steps (accepts.max_steps), got {epochs}. Set"
+            f" {PRETRAIN}.federation.num_local_steps."
         )
     if run.saved and config_path:
         saved = read_consortium(run.saved, source=str(run.config_file))

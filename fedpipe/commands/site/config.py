@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from fedpipe.commands.consortium.config import OF_THE_SITE, PRETRAIN
 from fedpipe.config.load import build, check, flatten, to_dict
+from fedpipe.config.model_shape import model_shape
 from fedpipe.config.require import at_least, require
 from fedpipe.config.schema import RunConfig
 from fedpipe.config.tree import Node, dump, merge, parse, wrap
@@ -125,8 +126,8 @@ def _absolute(entry: str) -> str:
     return str(Path(entry).absolute()) if "*" in entry or Path(entry).exists() else entry
 
 
-def run_settings(ordered: str, own: Node, *, folder: str) -> str:
-    """Return the configuration of a site's run, for ``fedpipe pretrain --config``.
+def run_config(ordered: str, own: Node, *, folder: str) -> RunConfig:
+    """Return the configuration of a site's run.
 
     Args:
         ordered: YAML of the coordinator.
@@ -145,24 +146,30 @@ def run_settings(ordered: str, own: Node, *, folder: str) -> str:
     tree = merge(merge(tree, own), wrap({"outer": {"folder": folder}}, "settings"))
     config = cast(RunConfig, build(RunConfig, tree))
     check(config)
-    return dump(to_dict(config))
+    return config
 
 
-def check_order(site: SiteConfig, ordered: str, *, num_bytes: int) -> None:
+def check_limits(site: SiteConfig, config: RunConfig, *, num_bytes: int) -> None:
     """Refuse an outer round that is more than a site accepts.
 
     Args:
         site: What it accepts.
-        ordered: YAML of the coordinator.
+        config: Of its run, from ``run_config``.
         num_bytes: Of the weights, float32.
 
     Raises:
         FederationError: It is; the message may leave the site.
     """
-    plain = parse(ordered, source="settings").plain()
-    steps = int(plain["federation"]["num_local_steps"]) * int(plain["outer"]["num_inner_rounds"])
+    if config.federation.num_local_epochs:
+        raise FederationError(
+            "expected federation.num_local_steps, which accepts.max_steps of the site limits, got"
+            " federation.num_local_epochs."
+        )
+    shape = model_shape(config, vocab_size=1)
+    encoder = shape.embedding_parameters() + shape.num_hidden_layers * shape.layer_parameters()
+    steps = config.federation.num_local_steps * config.outer.num_inner_rounds
     for what, asked, limit in (
-        ("parameters", num_bytes // 4, site.accepts.max_parameters),
+        ("parameters", max(num_bytes // 4, encoder), site.accepts.max_parameters),
         ("steps", steps, site.accepts.max_steps),
     ):
         if asked > limit:

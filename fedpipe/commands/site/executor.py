@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nvflare.apis.executor import Executor
 from nvflare.apis.fl_constant import ReturnCode
@@ -17,9 +17,8 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
 from fedpipe.commands.consortium.flare import fetch, offer
-from fedpipe.commands.consortium.messages import ANSWER, ORDER, TASK, Answer, Order
+from fedpipe.commands.consortium.messages import ANSWER, ORDER, TASK, Answer, Order, content
 from fedpipe.commands.site.site import Declined, Site
-from fedpipe.errors import FederationError
 from fedpipe.run.outer import UPDATE
 
 SITE_DIR = "FEDPIPE_SITE"
@@ -42,15 +41,12 @@ class SiteRound(Executor):
         """
         if task_name != TASK:
             return make_reply(ReturnCode.TASK_UNKNOWN)
-        order: Order = json.loads(shareable[ORDER])
+        order = cast(Order, content(shareable.get(ORDER)))
         cell: Any = fl_ctx.get_engine().get_cell()
         site = Site(Path(os.environ[SITE_DIR]))
 
         def bring(path: Path) -> None:
-            try:
-                fetch(cell, order["file"], path, abort_signal=abort_signal)
-            except FederationError as error:
-                raise ConnectionError(str(error)) from error
+            fetch(cell, order["file"], path, abort_signal=abort_signal)
 
         answer: Answer
         try:

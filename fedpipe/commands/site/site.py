@@ -20,18 +20,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from fedpipe.commands.consortium.messages import Order
+from fedpipe.commands.consortium.messages import Order, check_order
 from fedpipe.commands.site.config import (
     METRICS,
     SiteConfig,
-    check_order,
+    check_limits,
     read_site,
-    run_settings,
+    run_config,
 )
+from fedpipe.config.load import to_yaml
 from fedpipe.config.tree import Node
 from fedpipe.distributed.signals import EXIT_INTERRUPTED
 from fedpipe.errors import ConfigError, FederationError
 from fedpipe.files import system_errors_named, write_text
+from fedpipe.printable import printable
 from fedpipe.run.ledger import LEDGER_FILE, Ledger, described
 from fedpipe.run.outer import (
     GLOBAL,
@@ -41,6 +43,8 @@ from fedpipe.run.outer import (
     GlobalFacts,
     UpdateFacts,
     check_digest,
+    check_facts,
+    check_global,
     has_arrived,
     read_facts,
     round_name,
@@ -53,6 +57,8 @@ JOB_FILE = "logs/job.json"
 RUNS = "runs"
 """Holds a folder per consortium: configuration, outer rounds and the directory of the run."""
 LOG_FILE = "site.log"
+_MOST_NOTED = 2000
+"""Characters of a line for the site's own people; some of them are a coordinator's."""
 _ATTEMPTS = 3
 """Failures of the run after which an outer round is given up."""
 _LOOK_S = 0.5
@@ -93,7 +99,8 @@ class Site:
     def note(self, text: str) -> None:
         """Write a line for the site's own people."""
         with open(self.path / LOG_FILE, "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            line = " ".join(printable(text[:_MOST_NOTED]).split())
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     # -- an outer round ------------------------------------------------------------------------
 
@@ -112,8 +119,11 @@ class Site:
         Raises:
             Declined: The site sends nothing.
         """
-        label = f"{order['consortium']} outer round {order['round'] + 1}/{order['num_rounds']}"
+        label = "an order that cannot be read"
         try:
+            with _declining():
+                check_order(order)
+            label = f"{order['consortium']} outer round {order['round'] + 1}/{order['num_rounds']}"
             with system_errors_named():
                 folder = self._take_in(order, fetch, label)
                 if not self._train(folder, label, is_over):
@@ -170,23 +180,26 @@ class Site:
 
     def _take_in(self, order: Order, fetch: Fetch, label: str) -> Path:
         """Check an order, and bring its weights; return the folder of the outer round."""
-        try:
-            check_order(self.config, order["settings"], num_bytes=order["file"]["bytes"])
-        except FederationError as error:
-            raise Declined(str(error)) from None
-        run = self.path / RUNS / _safe_name(order["consortium"])
+        run = self.path / RUNS / order["consortium"]
         inbox = run / "outer"
         folder = inbox / round_name(order["round"])
+        config = run_config(order["settings"], self._read[1], folder=str(inbox))
+        with _declining():
+            if config.federation.num_rounds != order["num_rounds"] * config.outer.num_inner_rounds:
+                raise FederationError("expected settings for as many outer rounds as the order's.")
+            check_limits(self.config, config, num_bytes=order["file"]["bytes"])
+        check_facts(order["facts"], GlobalFacts, source=folder / GLOBAL_FACTS)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = run_settings(order["settings"], self._read[1], folder=str(inbox))
-        write_text(run / "pretrain.yaml", settings)
         if not (folder / GLOBAL_FACTS).is_file():
             fetch(folder / GLOBAL)
+            check_global(folder, order["facts"], index=order["round"], config=config)
             self._write("received", order, order["facts"]["sha256"], described(folder / GLOBAL))
-            write_text(folder / GLOBAL_FACTS, json.dumps(order["facts"], indent=1) + "\n")
+            facts = {k: v for k, v in order["facts"].items() if k in GlobalFacts.__annotations__}
+            write_text(folder / GLOBAL_FACTS, json.dumps(facts, indent=1) + "\n")
             self.note(f"{label}: weights have arrived ({order['file']['bytes']:,} bytes)")
         elif read_facts(folder / GLOBAL_FACTS, GlobalFacts)["sha256"] != order["facts"]["sha256"]:
             raise Declined("this site has trained this outer round from other weights.")
+        write_text(run / "pretrain.yaml", to_yaml(config))
         return folder
 
     def _train(self, folder: Path, label: str, is_over: Callable[[], bool]) -> bool:
@@ -251,11 +264,13 @@ class Site:
             )
 
 
-def _safe_name(name: str) -> str:
-    """Check the name of a folder that somebody else has chosen."""
-    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] == ".":
-        raise Declined("the name of the consortium has other characters than a folder may have.")
-    return name
+@contextlib.contextmanager
+def _declining() -> Iterator[None]:
+    """Tell the coordinator of a refusal in its own words, which may leave the site."""
+    try:
+        yield
+    except FederationError as error:
+        raise Declined(str(error)) from None
 
 
 @contextlib.contextmanager
