@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedpipe.data.tokenizer import SAMPLES
+from tests.helpers import warm
 from tests.helpers.guide import ROOT, blocks_of, commands
 
 FOLDERS = ("benchmarks", "docs", "examples", "fedpipe", "launch", "slurm")
@@ -130,9 +131,11 @@ def _script(text: str) -> str:
 
 def _run(words: list[str], cwd: Path) -> None:
     """Run a program as a user of this checkout would."""
-    bin_dir = Path(sys.executable).parent
+    bin_dir, own = Path(sys.executable).parent, cwd / "bin"
+    own.mkdir(exist_ok=True)
+    warm.write_command(own)
     env = os.environ | {
-        "PATH": f"{bin_dir}:{os.environ['PATH']}",
+        "PATH": f"{own}:{bin_dir}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
@@ -174,7 +177,7 @@ def _own_text(place: Path) -> None:
     "document",
     [
         # The guides take minutes together: `make test` follows README and some of them.
-        pytest.param(path, marks=[] if path.name == "README.md" else pytest.mark.matrix(sample=2))
+        pytest.param(path, marks=[] if path.name == "README.md" else pytest.mark.matrix(sample=3))
         for path in GUIDES
     ],
     ids=[str(path.relative_to(ROOT)) for path in GUIDES],

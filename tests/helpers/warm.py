@@ -9,19 +9,23 @@ it imports fedpipe itself, and its fork server is a fork of it instead of anothe
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import runpy
 import select
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from multiprocessing import forkserver, reduction, util
 from pathlib import Path
@@ -39,10 +43,33 @@ _ENVIRONMENT = {
 }  # fmt: skip
 
 
+_SCRIPT = """\
+#!{python} -SE
+import array, json, os, socket, sys
+text = json.dumps({{
+    "arguments": ["-m", "fedpipe", *sys.argv[1:]], "cwd": os.getcwd(), "env": dict(os.environ),
+    "name": "fedpipe",
+}}).encode()
+nursery = socket.socket(socket.AF_UNIX)
+nursery.connect({address!r})
+files = array.array("i", [1, 2])
+nursery.sendmsg([bytes([2])], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
+nursery.sendall(len(text).to_bytes(4, "big") + text)
+nursery.recv(4, socket.MSG_WAITALL)
+code = int.from_bytes(nursery.recv(4, socket.MSG_WAITALL), "big", signed=True)
+sys.exit(code if code >= 0 else 128 - code)
+"""
+
+
+def write_command(folder: Path) -> None:
+    """Write a program ``fedpipe`` that starts here, for a PATH."""
+    file = folder / "fedpipe"
+    file.write_text(_SCRIPT.format(python=sys.executable, address=_nursery()), encoding="utf-8")
+    file.chmod(0o755)
+
+
 class Process:
     """A process that was started here, with what the tests use of ``subprocess.Popen``."""
-
-    _nursery: socket.socket | None = None
 
     def __init__(
         self,
@@ -64,15 +91,12 @@ class Process:
             stderr: File for the errors.
             name: What the kernel calls it and what it forks, up to 15 characters.
         """
-        if Process._nursery is None:
-            Process._nursery = _begin()
         request = {"arguments": arguments, "cwd": str(cwd), "env": dict(env), "name": name}
-        self._status, theirs = socket.socketpair()
-        files = [stdout.fileno(), stderr.fileno(), theirs.fileno()]
         text = json.dumps(request).encode()
-        reduction.sendfds(Process._nursery, files)
-        Process._nursery.sendall(len(text).to_bytes(4, "big") + text)
-        theirs.close()
+        self._status = socket.socket(socket.AF_UNIX)
+        self._status.connect(_nursery())
+        reduction.sendfds(self._status, [stdout.fileno(), stderr.fileno()])
+        self._status.sendall(len(text).to_bytes(4, "big") + text)
         self.pid = int.from_bytes(_exactly(self._status, 4), "big")
         self.returncode: int | None = None
 
@@ -102,15 +126,25 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-def _begin() -> socket.socket:
-    ours, theirs = socket.socketpair()
+@cache
+def _nursery() -> str:
+    """Return the address of the nursery of this process, which ends with it."""
+    folder = tempfile.mkdtemp(prefix="nursery-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    address = f"{folder}/socket"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    alive, _held_open = os.pipe()
+    files = (listener.fileno(), alive)
     subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.warm", str(theirs.fileno())],
-        cwd=_REPOSITORY, env=os.environ | _ENVIRONMENT, pass_fds=[theirs.fileno()],
+        [sys.executable, "-m", "tests.helpers.warm", *map(str, files)],
+        cwd=_REPOSITORY, env=os.environ | _ENVIRONMENT, pass_fds=files,
         stdin=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    theirs.close()
-    return ours
+    listener.close()
+    os.close(alive)
+    return address
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:
@@ -126,42 +160,41 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
 # -- the nursery -----------------------------------------------------------------------------------
 
 
-def _serve(connection: socket.socket) -> None:
+def _serve(listener: socket.socket, alive: int) -> None:
     """Start what is asked for, and tell how each process has ended, until the tests end."""
     for name in _PRELOAD:
         import_module(name)
     for name in [name for name in sys.modules if name.partition(".")[0] == "fedpipe"]:
         del sys.modules[name]  # a start imports them, because some read the environment
     with selectors.DefaultSelector() as selector:
-        selector.register(connection, selectors.EVENT_READ)
+        selector.register(alive, selectors.EVENT_READ)
+        selector.register(listener, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
-                if key.fileobj is not connection:
-                    pid, status = key.data
-                    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                    selector.unregister(key.fileobj)
-                    os.close(key.fd)
-                    try:
-                        status.sendall(code.to_bytes(4, "big", signed=True))
-                    except OSError:
-                        pass  # nobody waits for it
-                    status.close()
-                    continue
-                try:
-                    files = reduction.recvfds(connection, 3)
-                except (EOFError, OSError):
+                if key.fileobj == alive:
                     return
-                request = json.loads(
-                    _exactly(connection, int.from_bytes(_exactly(connection, 4), "big"))
-                )
-                pid = os.fork()
-                if pid == 0:
-                    _be(request, *files[:2])
-                status = socket.socket(fileno=files[2])
-                status.sendall(pid.to_bytes(4, "big"))
-                for file in files[:2]:
-                    os.close(file)
-                selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, status))
+                if key.fileobj is listener:
+                    pid, caller = _start(listener.accept()[0])
+                    selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, caller))
+                    continue
+                pid, caller = key.data
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                selector.unregister(key.fileobj)
+                os.close(key.fd)
+                with caller, contextlib.suppress(OSError):  # it may not wait
+                    caller.sendall(code.to_bytes(4, "big", signed=True))
+
+
+def _start(caller: socket.socket) -> tuple[int, socket.socket]:
+    files = reduction.recvfds(caller, 2)
+    request = json.loads(_exactly(caller, int.from_bytes(_exactly(caller, 4), "big")))
+    pid = os.fork()
+    if pid == 0:
+        _be(request, *files)
+    caller.sendall(pid.to_bytes(4, "big"))
+    for file in files:
+        os.close(file)
+    return pid, caller
 
 
 def _be(request: dict[str, Any], stdout: int, stderr: int) -> NoReturn:
@@ -239,4 +272,4 @@ def _end(work: Callable[[], object], *, finish: Callable[[], object] = lambda: N
 
 
 if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    _serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
