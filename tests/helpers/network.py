@@ -8,15 +8,26 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fedpipe.commands.consortium.run import Consortium, locate
 from fedpipe.config.tree import dump, merge, parse_override, wrap
 from fedpipe.run.ledger import Ledger
-from fedpipe.run.outer import GLOBAL, round_name
-from fedpipe.run.tensor_file import TensorFile
+from fedpipe.run.outer import (
+    GLOBAL,
+    UPDATE,
+    UPDATE_FACTS,
+    VERSION,
+    UpdateFacts,
+    digest_of,
+    round_name,
+)
+from fedpipe.run.tensor_file import TensorFile, write_tensors
 from tests.helpers.cli import TIMEOUT_S, Command, fedpipe
 from tests.helpers.corpora import write_rows
 from tests.helpers.guide import blocks_of, commands
@@ -117,6 +128,46 @@ class Network:
         assert finished.code == 0, finished.err
         return finished.out
 
+    def begin(self) -> None:
+        """Let the coordinator write the first weights, so that updates can be placed."""
+        self._consortium.begin()
+
+    @property
+    def _consortium(self) -> Consortium:
+        return locate(str(self.folder / "consortium.yaml"), [], str(self.folder / "run"))
+
+    def place(
+        self, site: str, index: int, *, value: float = 0.0, base: str = "", cut: int = 0
+    ) -> None:
+        """Put an update where the run of a site would leave it, so that nothing is trained.
+
+        Args:
+            site: Whose.
+            index: The outer round.
+            value: Of its first number; the others are 0. Without it the next weights are the same,
+                so that updates can be placed for later outer rounds, too.
+            base: SHA-256 of the weights that it is a change of; those of ``begin`` without.
+            cut: How much shorter than it should be its first tensor is.
+        """
+        weights = self.weights(0)
+        layouts = dict(weights.layouts)
+        first = next(iter(layouts))
+        rows, *rest = layouts[first].shape
+        layouts[first] = layouts[first]._replace(shape=(rows - cut, *rest))
+        tensors = [np.zeros(layout.shape, np.float32) for layout in layouts.values()]
+        tensors[0].flat[0] = value
+        folder = self.folder / site / "runs" / self._consortium.identity / "outer"
+        folder = folder / round_name(index)
+        folder.mkdir(parents=True)
+        write_tensors(folder / UPDATE, layouts, tensors)
+        facts: UpdateFacts = {
+            "version": VERSION, "round": index, "base_sha256": base or digest_of(weights.path),
+            "sha256": digest_of(folder / UPDATE), "wire": "fp32", "tokens": 64, "train_loss": [1.0],
+            "base_valid_loss": [2.0], "valid_loss": [1.5], "valid_tokens": 16, "seconds": 3.0,
+            "fedpipe": "0",
+        }  # fmt: skip
+        (folder / UPDATE_FACTS).write_text(json.dumps(facts))
+
     def fresh(self, folder: Path) -> Network:
         """The same consortium, with its kits, in another folder and on another port."""
         shutil.copytree(self.folder, folder, symlinks=True)
@@ -134,12 +185,19 @@ class Network:
 
     # -- running ----------------------------------------------------------------------------------
 
-    def start(self, *sites: str) -> None:
+    def start(self, *sites: str, environment: Mapping[str, str] | None = None) -> None:
         """Start agents, by default all."""
         for site in sites or self.names:
             self.agents[site] = Command(
-                "site", "start", "--foreground", "--site-dir", site, folder=self.folder
-            )
+                "site", "start", "--foreground", "--site-dir", site, folder=self.folder,
+                environment=environment,
+            )  # fmt: skip
+
+    def stop(self, site: str) -> None:
+        """End an agent, and wait until it has ended."""
+        agent = self.agents.pop(site)
+        agent.process.send_signal(signal.SIGTERM)
+        agent.process.wait(30)
 
     def coordinate(self, *overrides: str) -> Command:
         """Start the coordinator."""

@@ -25,7 +25,6 @@ from fedpipe.run.outer import check_digest, digest_of
 
 _OFFERED_S = 7 * 24 * 3600.0
 """How long an offer outlives the last piece that was fetched; it ends with its process anyway."""
-_AGENT = "nvflare.private.fed.app.client.client_train"
 _PIECE_S = 60.0
 """How long a piece may take before it is asked for again: 5 MiB at 0.7 Mbit/s."""
 
@@ -128,7 +127,8 @@ def agent_command(kit: Path, *, site: str) -> list[str]:
         kit: Its folder with ``startup`` and ``local``.
         site: Its name, which is its organisation's too.
     """
-    return _command(_AGENT, kit, "fed_client.json", f"uid={site}", f"org={organisation(site)}")
+    module, org = "fedpipe.commands.site.client", organisation(site)
+    return _command(module, kit, "fed_client.json", f"uid={site}", f"org={org}")
 
 
 def _command(module: str, kit: Path, config: str, *settings: str) -> list[str]:

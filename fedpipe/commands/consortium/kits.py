@@ -18,11 +18,14 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from fedpipe.config.tree import dump, parse, read_text
 from fedpipe.errors import ConfigError
 from fedpipe.files import replace_folder, write_text
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 COORDINATOR = "coordinator"
 """Organisation of the server and of the driver in their certificates."""
@@ -244,24 +247,35 @@ def install_kit(folder: Path, signed: Path, invitation: Invitation) -> Path:
 
 def certificate_end(kit: Path) -> datetime:
     """Return when the certificate of a kit ends."""
-    from cryptography import x509
-
-    (file,) = (kit / "startup").glob("[cs]*.crt")
-    return x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc
+    return _certificate(kit).not_valid_after_utc
 
 
 def check_certificate(kit: Path) -> None:
-    """Refuse a certificate that has ended.
+    """Refuse a certificate that is not valid now; NVFlare would wait for ever and say nothing.
 
     Raises:
-        ConfigError: It has.
+        ConfigError: It has ended, or has not begun.
     """
-    end = certificate_end(kit)
-    if end < datetime.now(UTC):
+    certificate, now = _certificate(kit), datetime.now(UTC)
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if end < now:
         raise ConfigError(
             f"{kit}: expected a certificate that is valid, got one that ended on {end:%Y-%m-%d}."
             " Ask for a new kit: fedpipe site request, sign, join."
         )
+    if now < begin:
+        raise ConfigError(
+            f"{kit}: expected a certificate that is valid, got one that begins at"
+            f" {begin:%Y-%m-%d %H:%M} UTC, and it is {now:%Y-%m-%d %H:%M} here. Set the clock of"
+            " this machine, or wait."
+        )
+
+
+def _certificate(kit: Path) -> x509.Certificate:
+    from cryptography import x509
+
+    (file,) = (kit / "startup").glob("[cs]*.crt")
+    return x509.load_pem_x509_certificate(file.read_bytes())
 
 
 def organisation(site: str) -> str:

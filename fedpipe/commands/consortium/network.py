@@ -191,7 +191,7 @@ class Network:
             who = (line["address"], line["why"]) if line["what"] == REFUSED else None
             if who is not None and who not in self._told:
                 self._told.add(who)
-                self.show(f"{time.strftime('%H:%M:%S')} {who[0]}: turned away by TLS: {who[1]}")
+                self.show(f"{time.strftime('%H:%M:%S')} {who[0]}: turned away: {who[1]}")
 
     def _look(self, waiting: Sequence[str], now: float) -> None:
         session = self._connect()

@@ -37,6 +37,8 @@ _REACH_S = 10.0
 _JOBS = "????????-????-????-????-????????????"
 """Names of the folders in which NVFlare has its part of an outer round."""
 _STOP_S = 20.0
+_NO_PAGE = "GET / HTTP/1.1\r\nHost: fedpipe\r\nConnection: close\r\n\r\n"
+"""The server has an answer to this: that it has no such page."""
 
 
 def keep_agent(site: Site, invitation: Invitation, show: Callable[[str], None]) -> None:
@@ -140,7 +142,7 @@ def agent_pid(site: Site) -> int | None:
 
 
 def check_connection(site: Site, invitation: Invitation) -> None:
-    """Connect as the agent does, but say nothing: the agent that may be at work is not disturbed.
+    """Connect as the agent does, but ask for nothing that disturbs an agent which is at work.
 
     Raises:
         FederationError: There is no way to the coordinator, or one of the two does not trust the
@@ -157,17 +159,19 @@ def check_connection(site: Site, invitation: Invitation) -> None:
             socket.create_connection((host, port), timeout=_REACH_S) as raw,
             context.wrap_socket(raw) as secure,
         ):
-            secure.settimeout(1.0)
-            with contextlib.suppress(TimeoutError):
-                secure.recv(1)  # a certificate that is not accepted shows here
+            secure.sendall(_NO_PAGE.encode())
+            answer = secure.recv(1)  # where a certificate that is not accepted shows, too
+            refusal = "" if answer else "it does not take this site's certificate"
     except ssl.SSLError as error:
-        raise FederationError(
-            f"expected {whom} to be of this site's consortium, got: {error.reason or error}."
-            " Compare the authority of both (fedpipe site status), and join again with a new kit."
-        ) from None
+        refusal = str(error.reason or error)
     except OSError as error:
         raise FederationError(
             f"expected a way to {whom}, got: {error.strerror or error}. Its server may not run yet;"
             " otherwise have outbound connections to that port opened. The agent tries again by"
             " itself."
         ) from None
+    if refusal:
+        raise FederationError(
+            f"expected {whom} to be of this site's consortium, got: {refusal}. Compare the"
+            " authority of both (fedpipe site status), and join again with a new kit."
+        )

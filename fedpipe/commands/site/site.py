@@ -62,6 +62,8 @@ _MOST_NOTED = 2000
 _ATTEMPTS = 3
 """Failures of the run after which an outer round is given up."""
 _LOOK_S = 0.5
+_MOST_SAID = 1000
+"""Characters of a line of the run's log that are repeated."""
 _KEEP = 'trap : TERM; codes=$1; shift; "$@"; echo $? >> "$codes"'
 """Runs a command, and writes down how it has ended, also when nobody waits for it."""
 
@@ -223,6 +225,9 @@ class Site:
         """Start the run in a session of its own; it holds the lock as long as it lives."""
         attempts = folder / "attempts"
         failed = attempts.read_text().split() if attempts.is_file() else []
+        if failed:
+            why = _last_line(folder / "run.log")
+            self.note(f"{label}: the run has ended with exit code {failed[-1]}: {why}")
         failures = [code for code in failed if code != str(EXIT_INTERRUPTED)]
         if len(failures) >= _ATTEMPTS:
             raise Declined(f"the site's run has failed {len(failures)} times.")
@@ -242,7 +247,7 @@ class Site:
             )  # fmt: skip
         write_text(folder / "pid", f"{process.pid}\n")
         how = "as a SLURM job" if profile.is_file() else "on this machine"
-        again = f" again, after exit code {failed[-1]}" if failed else ""
+        again = " again" if failed else ""
         self.note(f"{label}: trains {how}{again}; see {folder / 'run.log'}")
 
     def _stop(self, folder: Path) -> None:
@@ -271,6 +276,11 @@ def _declining() -> Iterator[None]:
         yield
     except FederationError as error:
         raise Declined(str(error)) from None
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1][:_MOST_SAID] if lines else "it has said nothing"
 
 
 @contextlib.contextmanager
