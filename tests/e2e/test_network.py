@@ -66,7 +66,7 @@ def test_the_next_weights_are_the_mean_of_what_the_sites_have_sent(undisturbed: 
 
 def test_a_site_says_where_it_is_and_what_it_lets_out(undisturbed: Network) -> None:
     said = undisturbed.as_shown("at site alpha: look")
-    assert "2 updates have left" in said
+    assert "2 updates sent" in said
     assert "certificate  until 20" in said
     assert "metrics: [train_loss, valid_loss]" in said
     of_all = undisturbed.tool("consortium", "status", "--run-dir", "run")

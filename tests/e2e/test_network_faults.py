@@ -85,7 +85,7 @@ def test_an_outer_round_goes_on_without_a_site_whose_run_fails_or_whose_update_i
     for index, left_out in enumerate(
         (
             {
-                "beta": "beta sends nothing: the site's run has failed 3 times.",
+                "beta": "beta declines: the site's run has failed 3 times.",
                 "gamma": "the update of gamma: expected finite numbers, got NaN or infinity in",
             },
             {

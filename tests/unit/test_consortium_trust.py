@@ -52,7 +52,7 @@ from fedpipe.run.update import write_global
 from tests.helpers.network import PRETRAIN
 
 LAYOUTS = {"a.weight": Layout("F32", (3, 4)), "b.bias": Layout("F32", (5,))}
-LOGS = "site.log", "ledger.jsonl"
+LOGS = (LOG_FILE, "ledger.jsonl")
 
 
 @pytest.fixture
@@ -249,8 +249,10 @@ def test_an_outer_round_is_trained_from_the_weights_that_it_began_with(
         _answer(site, other, weights)
     assert _contents(site.path) == before
     assert set(json.loads((folder / GLOBAL_FACTS).read_text())) == set(order["facts"])
-    (received,) = site.ledger.read()
+    received, declined = site.ledger.read()
     assert (received["what"], received["sha256"]) == ("received", digest_of(weights))
+    assert (declined["what"], declined["round"]) == ("declined", 0)
+    assert "from other weights" in declined["why"]
 
 
 def test_a_text_that_is_no_message_of_ours_holds_nothing() -> None:

@@ -73,7 +73,8 @@ def _sign(config: ConsortiumConfig, request: str | None) -> int:
         name=config.name,
         sites=config.federation.sites,
     )
-    show(f"signed      {signed}, send it to {site}")
+    show(f"request     {kits.fingerprint_of(Path(request))}")
+    show(f"signed      {signed}, send it to {site} once both fingerprints were compared")
     return 0
 
 

@@ -150,6 +150,11 @@ def read_consortium(tree: Node, *, source: str) -> tuple[ConsortiumConfig, RunCo
     sections = dict(tree.value) if isinstance(tree.value, dict) else {}
     shared = sections.pop(PRETRAIN, wrap({}, source))
     consortium = cast(ConsortiumConfig, build(ConsortiumConfig, replace(tree, value=sections)))
+    if isinstance(shared.value, dict) and shared.value.get("seed", wrap(0, source)).plain():
+        raise ConfigError(
+            f"{PRETRAIN}.seed: expected no value, because every site has a seed of its own, made of"
+            " the consortium's, got one. Set seed beside name instead."
+        )
     run = cast(RunConfig, build(RunConfig, shared))
     inner = run.outer.num_inner_rounds
     num_rounds = consortium.federation.num_rounds * inner

@@ -86,18 +86,8 @@ def make_authority(folder: Path, *, name: str, host: str, port: int) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    project = {
-        "name": name,
-        "scheme": "http",  # WebSocket over TLS
-        "connection_security": "mtls",
-        "server": {"host": host, "fed_learn_port": port, "admin_port": port},
-    }
     profile = folder / _PROFILE
-    if profile.is_file() and parse(profile.read_text(), source=str(profile)).plain() != project:
-        raise ConfigError(
-            f"server: expected the name, host and port that the kits in {folder} were made for, got"
-            " others. Restore them, or make new kits in another folder (server.kits)."
-        )
+    project = check_project(folder, name=name, host=host, port=port)
     if not profile.is_file():
         shutil.rmtree(folder / _AUTHORITY, ignore_errors=True)
         _tool(folder, "cert", "init", "--profile", _write(folder, project), "-o", _AUTHORITY)
@@ -118,6 +108,30 @@ def make_authority(folder: Path, *, name: str, host: str, port: int) -> None:
 
         replace_folder(folder / kit, make)
     _open_server(kit_of(folder / SERVER_KIT), folder)
+
+
+def check_project(folder: Path, *, name: str, host: str, port: int) -> dict[str, Any]:
+    """Return NVFlare's description of a consortium.
+
+    Raises:
+        ConfigError: What is in the folder belongs to another consortium, host or port.
+    """
+    project: dict[str, Any] = {
+        "name": name,
+        "scheme": "http",  # WebSocket over TLS
+        "connection_security": "mtls",
+        "server": {"host": host, "fed_learn_port": port, "admin_port": port},
+    }
+    profile = folder / _PROFILE
+    made = parse(profile.read_text(), source=str(profile)).plain() if profile.is_file() else project
+    if made != project:
+        raise ConfigError(
+            f"server: expected the consortium, host and port that the kits in {folder} were made"
+            f" for ({made['name']}, {made['server']['host']}:{made['server']['fed_learn_port']}),"
+            f" got {name}, {host}:{port}. Restore them, or make new kits in another folder"
+            " (server.kits) and have all sites join again."
+        )
+    return project
 
 
 def invite(folder: Path, *, name: str, host: str, port: int, site: str) -> Path:
@@ -181,7 +195,10 @@ def kit_of(folder: Path) -> Path:
     """Return the only kit below a folder: what has ``startup`` and ``local``."""
     found = sorted(path.parent for path in folder.glob("*/prod_*/*/startup"))
     if not found:
-        raise ConfigError(f"{folder}: expected a kit, got none. Join or make it again.")
+        raise ConfigError(
+            f"{folder}: expected a kit, got none. Run fedpipe consortium init, or at a site"
+            " fedpipe site join."
+        )
     return found[-1]
 
 
@@ -206,13 +223,22 @@ def read_invitation(path: Path) -> Invitation:
 
 
 def request_kit(folder: Path, invitation: Invitation) -> Path:
-    """Make this site's private key, and the request that goes to the coordinator; return it."""
-    participant = {
-        "name": invitation["site"],
-        "type": "client",
-        "org": organisation(invitation["site"]),
-    }
+    """Make this site's private key, and the request that goes to the coordinator; return it.
+
+    What was made for the same invitation before stays, because a kit fits one key only.
+    """
+    site = invitation["site"]
+    participant = {"name": site, "type": "client", "org": organisation(site)}
+    made = folder / "request" / f"{site}.request.zip"
+    if made.is_file() and _asked(made).get("project") == invitation["consortium"]:
+        return made
     return _request(folder, invitation["consortium"], participant)
+
+
+def fingerprint_of(request: Path) -> str:
+    """Return the SHA-256 of what a site asks to have signed, as people compare it."""
+    digest = str(_asked(request).get("csr_sha256", "")).upper()
+    return "SHA256:" + ":".join(digest[i : i + 2] for i in range(0, len(digest), 2))
 
 
 def install_kit(folder: Path, signed: Path, invitation: Invitation) -> Path:
@@ -359,6 +385,8 @@ def _asked(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: It is neither.
     """
+    if not path.is_file():
+        raise ConfigError(f"{path}: expected a file, got none of this name. Check the path.")
     try:
         with zipfile.ZipFile(path) as archive:
             for name in ("request.json", "signed.json"):

@@ -33,6 +33,7 @@ from fedpipe.commands.consortium.kits import (
     DRIVER_KIT,
     SERVER_KIT,
     check_certificate,
+    check_project,
     kit_of,
 )
 from fedpipe.commands.consortium.messages import TASK
@@ -103,8 +104,10 @@ class Network:
             LaunchError: The server does not start.
         """
         self._settings = settings
+        kits, name = Path(self.config.kits), self.consortium.rpartition("-")[0]
         for kit in (SERVER_KIT, DRIVER_KIT):
-            check_certificate(kit_of(Path(self.config.kits) / kit))
+            check_certificate(kit_of(kits / kit))
+        check_project(kits, name=name, host=self.config.host, port=self.config.port)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

@@ -116,7 +116,8 @@ def sites_table(records: list[RoundRecord]) -> Table:
             rows.append(
                 (
                     str(record["round"] + 1), site, integer(facts["tokens"]), before, after,
-                    duration(facts["seconds"]), duration(of_site["answered_s"]),
+                    duration(facts["seconds"]) if facts["seconds"] else "-",
+                    duration(of_site["answered_s"]),
                     bytes_text(of_site["bytes"]),
                 )
             )  # fmt: skip

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +46,7 @@ from fedpipe.run.resume import check_config
 from fedpipe.run.run_dir import RunDir
 
 ROUNDS, UPDATES, ROUND_FILE = "rounds", "updates", "round.json"
-EXPORT = "export"
+EXPORT, IDENTITY = "export", "identity"
 HANDED_OUT = "handed_out"
 """Holds the time at which an outer round was handed out."""
 LOOK_S = 0.5
@@ -159,9 +160,8 @@ class Consortium:
 
     @cached_property
     def identity(self) -> str:
-        """The consortium and the weights that it began with, as a name for folders at sites."""
-        facts = json.loads((self.round_dir(0) / GLOBAL_FACTS).read_text(encoding="utf-8"))
-        return f"{self.config.name}-{facts['sha256'][:12]}"
+        """Name of this training for folders at sites; no other one has it."""
+        return (self.path / IDENTITY).read_text(encoding="utf-8").strip()
 
     def begin(self) -> None:
         """Write the directory and the first weights."""
@@ -174,6 +174,8 @@ class Consortium:
             from fedpipe.federation.outer import write_first_global
 
             write_first_global(first, self.pretrain)
+        if not (self.path / IDENTITY).is_file():
+            write_text(self.path / IDENTITY, f"{self.config.name}-{secrets.token_hex(4)}\n")
 
     def train_round(self, index: int, exchange: Exchange, *, show: Show) -> None:
         """Hand an outer round out, wait for its sites, and make the next weights.
@@ -233,7 +235,7 @@ class Consortium:
             for site in waiting:
                 folder = self.round_dir(index) / UPDATES / site
                 if why := exchange.declined(site, folder):
-                    refused[site] = f"{site} sends nothing: {why}"
+                    refused[site] = f"{site} declines: {why}"
                     show(f"{self._label(index)} {refused[site]}")
                     continue
                 if not (has_arrived(folder) or exchange.take_in(site, index, folder)):
@@ -255,10 +257,9 @@ class Consortium:
             if everyone:
                 raise FederationError(
                     f"outer round {index + 1}: expected {federation.quorum} updates or more that"
-                    f" can be averaged, got {len(sites)}: {'; '.join(refused.values())} Once those"
-                    f" sites are mended, remove their folders in {self.round_dir(index) / UPDATES}"
-                    f" and their update.json in {self.config.exchange}, then give the same command"
-                    " again."
+                    f" can be averaged, got {len(sites)}: {' '.join(refused.values())} Once those"
+                    f" sites are mended, remove {self._answers(index, refused)}, then give the same"
+                    " command again."
                 )
             time.sleep(LOOK_S)
         absent = [s for s in invited if s not in sites and s not in refused]
@@ -271,6 +272,13 @@ class Consortium:
             "absent": absent,
             "seconds": time.time() - handed_out,
         }
+
+    def _answers(self, index: int, sites: Iterable[str]) -> str:
+        """Name what to remove so that sites are asked again."""
+        folders = ", ".join(str(self.round_dir(index) / UPDATES / site) for site in sites)
+        if self.config.server.host:
+            return folders
+        return f"{folders}, and their update.json in {self.config.exchange}"
 
     def _handed_out_at(self, index: int) -> float:
         """When the outer round was handed out, by the clock of this machine; written down once."""
@@ -377,11 +385,8 @@ def _check_same(directory: Path, before: Any, now: Any) -> None:
 
 def _answer(facts: Mapping[str, Any], size: int) -> str:
     """Say what a site has sent."""
-    before, after = (
-        number(facts[key][-1], 3) if facts[key] else "-"
-        for key in ("base_valid_loss", "valid_loss")
-    )
-    return (
-        f"{integer(facts['tokens'])} tokens, held-out loss {before} before and {after} after,"
-        f" {bytes_text(size)}"
-    )
+    text = f"{integer(facts['tokens'])} tokens, {bytes_text(size)}"
+    for when, key in (("before", "base_valid_loss"), ("after", "valid_loss")):
+        if facts[key]:
+            text += f", held-out loss {when} {number(facts[key][-1], 3)}"
+    return text

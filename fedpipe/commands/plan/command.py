@@ -12,6 +12,9 @@ from fedpipe.config.load import load_config
 from fedpipe.config.tree import merge, parse, parse_override, read_text
 from fedpipe.terminal import show
 
+_OF_ALL_SITES = ("model", "stage", "batch", "site")
+"""Lines of a plan that hold for every site of a consortium; the others depend on its clients."""
+
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``fedpipe plan``."""
@@ -35,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
         if is_consortium(tree):
             for override in args.overrides:
                 tree = merge(tree, parse_override(override))
-            show(render(build_plan(of_a_site(tree, source=source))))
+            lines = render(build_plan(of_a_site(tree, source=source))).splitlines()
+            show("\n".join(line for line in lines if line.split()[0] in _OF_ALL_SITES))
             return 0
     if args.run_dir and not (args.config or args.preset):
         source = options.existing_run(args, "pretrain").saved

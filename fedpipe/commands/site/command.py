@@ -11,6 +11,7 @@ from fedpipe.commands import options
 from fedpipe.commands.consortium.kits import (
     Invitation,
     certificate_end,
+    fingerprint_of,
     install_kit,
     kit_of,
     read_invitation,
@@ -30,6 +31,7 @@ from fedpipe.config.tree import read_text
 from fedpipe.distributed.signals import Interrupted
 from fedpipe.errors import ConfigError, FedPipeError
 from fedpipe.files import write_text
+from fedpipe.report.format import count
 from fedpipe.terminal import show
 
 _ACTIONS = ("request", "join", "start", "stop", "status", "policy")
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "start":
         return _start(site, invitation, foreground=args.foreground)
     if args.action == "stop":
-        show("the agent is stopped; a run of this site goes on" if stop_agent(site) else "no agent")
+        show("the agent is stopped; what trains goes on" if stop_agent(site) else "no agent")
     elif args.action == "policy":
         show((folder / SITE_FILE).read_text(encoding="utf-8").rstrip())
     else:
@@ -121,7 +123,8 @@ def _request(folder: Path, file: Path) -> int:
     shutil.copyfile(file, folder / INVITATION_FILE)
     show(f"private key  stays in {request.parent}")
     show(f"authority    {invitation['authority']}")
-    show(f"send         {request} to the coordinator; compare the authority by telephone")
+    show(f"request      {fingerprint_of(request)}")
+    show(f"send         {request} to the coordinator, and compare both fingerprints in a call")
     return 0
 
 
@@ -145,7 +148,10 @@ def _join(
         write_text(folder / PROFILE_FILE, nodes)
     show(f"site         {invitation['site']} of {invitation['consortium']}, in {folder}")
     show(f"certificate  until {certificate_end(kit):%Y-%m-%d}")
-    show(f"start with   fedpipe site start --site-dir {folder}")
+    if agent_pid(Site(folder)) is None:
+        show(f"start with   fedpipe site start --site-dir {folder}")
+    else:
+        show("the agent    goes on; the policy holds from now on")
     return 0
 
 
@@ -154,7 +160,7 @@ def _start(site: Site, invitation: Invitation, *, foreground: bool) -> int:
         try:
             keep_agent(site, invitation, show)
         except Interrupted:
-            show("the agent is stopped; a run of this site goes on")
+            show("the agent is stopped; what trains goes on")
         return 0
     pid = start_agent(site, invitation)
     show(f"agent        process {pid}, waits for outer rounds of {invitation['consortium']}")
@@ -172,15 +178,23 @@ def _status(site: Site, invitation: Invitation) -> None:
     show(f"site         {invitation['site']} of {invitation['consortium']}, in {site.path}")
     show(f"authority    {invitation['authority']}")
     show(f"certificate  until {certificate_end(kit_of(site.path / KIT)):%Y-%m-%d}")
-    show(f"agent        {f'process {pid}' if pid else 'does not run: fedpipe site start'}")
+    start = f"does not run; start it: fedpipe site start --site-dir {site.path}"
+    show(f"agent        {f'process {pid}' if pid else start}")
+    if site.config.dry_run:
+        show("dry run      nothing is sent")
     try:
         check_connection(site, invitation)
         show(f"coordinator  {invitation['host']}:{invitation['port']} answers")
     except FedPipeError as error:
         show(f"coordinator  {error}")
-    lines = list(site.ledger.read())
-    sent = [line for line in lines if line["what"] == "sent"]
-    show(f"ledger       {len(lines)} lines, whole; {len(sent)} updates have left")
+    try:
+        lines = list(site.ledger.read())
+        sent = len({line["sha256"] for line in lines if line["what"] == "sent"})
+        show(
+            f"ledger       {count(len(lines), 'line')}, none changed; {count(sent, 'update')} sent"
+        )
+    except FedPipeError as error:
+        show(f"ledger       {error}")
     log = site.path / LOG_FILE
     if log.is_file():
         for line in log.read_text(encoding="utf-8").splitlines()[-_LAST_LINES:]:

@@ -34,6 +34,7 @@ from fedpipe.distributed.signals import EXIT_INTERRUPTED
 from fedpipe.errors import ConfigError, FederationError
 from fedpipe.files import system_errors_named, write_text
 from fedpipe.printable import printable
+from fedpipe.report.format import bytes_text
 from fedpipe.run.ledger import LEDGER_FILE, Ledger, described
 from fedpipe.run.outer import (
     GLOBAL,
@@ -56,7 +57,7 @@ JOB_FILE = "logs/job.json"
 """The SLURM job of a run, below its directory."""
 RUNS = "runs"
 """Holds a folder per consortium: configuration, outer rounds and the directory of the run."""
-LOG_FILE = "site.log"
+LOG_FILE, RUN_LOG, ATTEMPTS = "site.log", "run.log", "attempts"
 _MOST_NOTED = 2000
 """Characters of a line for the site's own people; some of them are a coordinator's."""
 _ATTEMPTS = 3
@@ -125,28 +126,27 @@ class Site:
         try:
             with _declining():
                 check_order(order)
-            label = f"{order['consortium']} outer round {order['round'] + 1}/{order['num_rounds']}"
+            label = _label(order)
             with system_errors_named():
                 folder = self._take_in(order, fetch, label)
                 if not self._train(folder, label, is_over):
                     return None
                 self._check_gate(folder)
+            self.__dict__.pop("_read", None)  # the policy may have changed meanwhile
             if self.config.dry_run:
-                self.note(
-                    f"{label}: dry run, so nothing is sent. It would be: {self._said(folder)}"
-                )
-                raise Declined("dry run: this site sends nothing.")
+                self.note(f"{label}: it would send {self._said(folder)}")
+                raise Declined("dry run: nothing is sent.")
         except Declined as declined:
-            self.note(f"{label}: {declined}")
+            self._note_declined(order, declined, f"{label}: declines: {declined}")
             raise
         except ConnectionError as error:
             self.note(f"{label}: {error}; the coordinator will ask again")
             return None
         except Exception as error:  # whatever it is, the coordinator must hear of it
-            self.note(f"{label}: {type(error).__name__}: {error}")
-            raise Declined(
-                "the site cannot train this outer round; its own log says why."
-            ) from error
+            why = Declined("the site cannot train this outer round; its own log says why.")
+            text = f"{label}: declines: {type(error).__name__}: {error}"
+            self._note_declined(order, why, text)
+            raise why from error
         return folder
 
     def facts_to_send(self, folder: Path) -> UpdateFacts:
@@ -159,20 +159,23 @@ class Site:
         """Write down that an update leaves the site, before it does."""
         facts = self.facts_to_send(folder)
         self._write("sent", order, facts["sha256"], described(folder / UPDATE), facts)
-        self.note(
-            f"{order['consortium']} outer round {order['round'] + 1}: {self._said(folder)} leave"
-        )
+        self.note(f"{_label(order)}: sends {self._said(folder)}")
 
     @property
     def _sent(self) -> tuple[str, ...]:
         return self.config.sends.metrics
 
     def _said(self, folder: Path) -> str:
-        facts = {
-            k: v for k, v in self.facts_to_send(folder).items() if k in ("tokens", *self._sent)
-        }
-        size = (folder / UPDATE).stat().st_size
-        return f"{UPDATE} ({size:,} bytes) and {json.dumps(facts)}"
+        facts: dict[str, Any] = dict(self.facts_to_send(folder))
+        numbers = (f"{name} {facts[name]}" for name in self._sent)
+        size = bytes_text((folder / UPDATE).stat().st_size)
+        return ", ".join((f"a change of {size}", f"tokens {facts['tokens']:,}", *numbers))
+
+    def _note_declined(self, order: Order, declined: Declined, text: str) -> None:
+        """Write down that a reason leaves the site, and what the site's own people have to know."""
+        self.note(text)
+        which = {key: order.get(key) for key in ("consortium", "round")}
+        self.ledger.write("declined", which | {"why": str(declined)})
 
     def _write(self, what: str, order: Order, sha256: str, file: Any, facts: Any = None) -> None:
         content = {
@@ -198,7 +201,8 @@ class Site:
             self._write("received", order, order["facts"]["sha256"], described(folder / GLOBAL))
             facts = {k: v for k, v in order["facts"].items() if k in GlobalFacts.__annotations__}
             write_text(folder / GLOBAL_FACTS, json.dumps(facts, indent=1) + "\n")
-            self.note(f"{label}: weights have arrived ({order['file']['bytes']:,} bytes)")
+            size = bytes_text(order["file"]["bytes"])
+            self.note(f"{label}: weights have arrived, {size}")
         elif read_facts(folder / GLOBAL_FACTS, GlobalFacts)["sha256"] != order["facts"]["sha256"]:
             raise Declined("this site has trained this outer round from other weights.")
         write_text(run / "pretrain.yaml", to_yaml(config))
@@ -223,13 +227,14 @@ class Site:
 
     def _start(self, folder: Path, lock: int, label: str) -> None:
         """Start the run in a session of its own; it holds the lock as long as it lives."""
-        attempts = folder / "attempts"
+        attempts = folder / ATTEMPTS
         failed = attempts.read_text().split() if attempts.is_file() else []
         if failed:
-            why = _last_line(folder / "run.log")
+            why = _last_line(folder / RUN_LOG)
             self.note(f"{label}: the run has ended with exit code {failed[-1]}: {why}")
         failures = [code for code in failed if code != str(EXIT_INTERRUPTED)]
         if len(failures) >= _ATTEMPTS:
+            self.note(f"{label}: given up. Mend that, then stop and start the agent.")
             raise Declined(f"the site's run has failed {len(failures)} times.")
         run = folder.parent.parent
         profile = self.path / PROFILE_FILE
@@ -238,7 +243,7 @@ class Site:
             sys.executable, "-m", "fedpipe", *(task if profile.is_file() else ["pretrain"]),
             "--config", str(run / "pretrain.yaml"), "--run-dir", str(run / "run"),
         ]  # fmt: skip
-        log = open(folder / "run.log", "a", encoding="utf-8")  # noqa: SIM115
+        log = open(folder / RUN_LOG, "a", encoding="utf-8")  # noqa: SIM115
         with log:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", _KEEP, "sh", str(attempts), *command],
@@ -267,6 +272,10 @@ class Site:
                 f"{folder / UPDATE}: expected the tensors that came in, got a difference in"
                 f" {further[0]}. Nothing is sent."
             )
+
+
+def _label(order: Order) -> str:
+    return f"{order['consortium']} outer round {order['round'] + 1}/{order['num_rounds']}"
 
 
 @contextlib.contextmanager
