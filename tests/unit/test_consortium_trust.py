@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +26,7 @@ from nvflare.fuel.f3.cellnet.defs import ReturnCode as CellReturnCode
 from nvflare.fuel.f3.cellnet.utils import new_cell_message
 from nvflare.fuel.f3.streaming.download_service import ProduceRC
 
-from fedpipe.commands.consortium import controller
+from fedpipe.commands.consortium import controller, kits
 from fedpipe.commands.consortium.config import read_consortium, settings_for
 from fedpipe.commands.consortium.controller import DECLINED, ORDERS, OuterRound
 from fedpipe.commands.consortium.flare import fetch
@@ -34,7 +36,7 @@ from fedpipe.commands.consortium.server import CONSORTIUM_DIR
 from fedpipe.commands.site.agent import PID_FILE, agent_pid, stop_agent
 from fedpipe.commands.site.site import LOG_FILE, SITE_FILE, Declined, Site
 from fedpipe.config.tree import dump, wrap
-from fedpipe.errors import FederationError
+from fedpipe.errors import ConfigError, FederationError
 from fedpipe.run.ledger import Ledger
 from fedpipe.run.outer import (
     GLOBAL,
@@ -380,3 +382,52 @@ def test_a_file_is_fetched_up_to_its_announced_size_and_is_the_announced_one_or_
     assert [p.name for p in tmp_path.iterdir()] == ([] if error else [UPDATE])
     if error is ConnectionError and len(pieces) == 10**6:
         assert len(list(cell.pieces)) >= 10**6 - 2
+
+
+# -- requests, at the coordinator ------------------------------------------------------------------
+
+
+def _zip(entries: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in entries.items():
+            archive.writestr(name, text)
+    return buffer.getvalue()
+
+
+_ASKS = {"project": "heart", "cert_type": "client", "name": "alpha"}
+
+
+def _asks(**changed: object) -> bytes:
+    return _zip({"request.json": json.dumps(_ASKS | changed)})
+
+
+@pytest.mark.parametrize(
+    ("request_file", "why"),
+    [
+        (_asks(name="../alpha"), "a request whose site is alpha or beta, got ../alpha"),
+        (_asks(name=["alpha"]), "a request whose site is alpha or beta"),
+        (_asks(project=["heart"]), "a request whose consortium is heart"),
+        (_asks(cert_type={"client": 1}), "a request whose kind of participant is client"),
+        (_asks(cert_type="admin"), "a request whose kind of participant is client, got admin"),
+        (_asks(cert_type="server"), "a request whose kind of participant is client, got server"),
+        (_asks(more=" " * 2**20), "a request or a signed kit, got another file"),
+        (_zip({"request.json": "[1]"}), "a request or a signed kit, got another file"),
+        (_zip({"request.json": "[" * 10**5}), "a request or a signed kit, got another file"),
+        (_asks()[:60] + b"\xff" * 9 + _asks()[69:], "a request or a signed kit, got another file"),
+        (_asks().replace(b"\x08\x00", b"\x63\x00"), "a request or a signed kit, got another"),
+        (_asks()[:-30], "a request or a signed kit, got another file"),
+        (b"", "a request or a signed kit, got another file"),
+        (None, "expected a file, got none of this name"),
+    ],
+)
+def test_a_request_that_cannot_be_trusted_is_not_signed(
+    tmp_path: Path, request_file: bytes | None, why: str
+) -> None:
+    path = tmp_path / "alpha.request.zip"
+    if request_file is not None:
+        path.write_bytes(request_file)
+    with pytest.raises(ConfigError) as refused:
+        kits.sign(tmp_path / "kits", path, name="heart", sites=("alpha", "beta"))
+    assert why in str(refused.value)
+    assert not (tmp_path / "kits").exists()

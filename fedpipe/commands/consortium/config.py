@@ -18,6 +18,8 @@ from fedpipe.data.tokenizer import tokenizer_info
 from fedpipe.errors import ConfigError
 
 _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SERVER = "server"
+"""Name of the coordinator's own process in NVFlare."""
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
 PRETRAIN = "pretrain"
 """Section that holds the configuration of the run that every site makes."""
@@ -59,9 +61,9 @@ class SitesConfig:
         require(len(self.sites) > 0, "federation.sites", "names of sites", [], "List them.")
         for name in self.sites:
             require(
-                bool(_NAME.fullmatch(name)),
+                bool(_NAME.fullmatch(name)) and name != _SERVER,
                 "federation.sites",
-                "small letters, digits, hyphens, underscores and dots",
+                f"small letters, digits, hyphens, underscores and dots, and not {_SERVER}",
                 name,
                 "Rename the site.",
             )

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -42,6 +43,8 @@ _CLOSED = {
 }  # fmt: skip
 """What the coordinator may do at a site: give it outer rounds, end them, see that it is there."""
 _OURS = "fedpipe."
+_MOST_BYTES = 2**20
+"""Of the description in a request or in a signed kit."""
 _NO_LOGS = ("site_log_streamer", "log_receiver")
 
 
@@ -164,9 +167,9 @@ def sign(folder: Path, request: Path, *, name: str, sites: tuple[str, ...]) -> t
     asked = _asked(request)
     site = str(asked.get("name"))
     for key, found, expected in (
-        ("consortium", asked.get("project"), {name}),
-        ("kind of participant", asked.get("cert_type"), {"client"}),
-        ("site", site, set(sites)),
+        ("consortium", asked.get("project"), (name,)),
+        ("kind of participant", asked.get("cert_type"), ("client",)),
+        ("site", site, sites),
     ):
         if found not in expected:
             raise ConfigError(
@@ -387,14 +390,16 @@ def _asked(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ConfigError(f"{path}: expected a file, got none of this name. Check the path.")
+    content = None
     try:
         with zipfile.ZipFile(path) as archive:
-            for name in ("request.json", "signed.json"):
-                if name in archive.namelist():
-                    content: dict[str, Any] = json.loads(archive.read(name))
-                    return content
-    except (OSError, zipfile.BadZipFile, ValueError):
-        pass
+            for name in {"request.json", "signed.json"} & set(archive.namelist()):
+                if archive.getinfo(name).file_size <= _MOST_BYTES:
+                    content = json.loads(archive.read(name))
+    except (OSError, zipfile.BadZipFile, zlib.error, ValueError, RuntimeError, EOFError):
+        pass  # NotImplementedError and RecursionError are a RuntimeError
+    if isinstance(content, dict):
+        return content
     raise ConfigError(
         f"{path}: expected a request or a signed kit, got another file. A request is what fedpipe"
         " site request has written; a signed kit is what fedpipe consortium sign has."

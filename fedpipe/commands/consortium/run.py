@@ -112,18 +112,14 @@ class Consortium:
     @property
     def records(self) -> list[RoundRecord]:
         """All outer rounds that were decided."""
-        found = [self.record(index) for index in range(self.num_rounds)]
+        found = [self.record(index) for index in range(self.num_done + 1)]
         return [record for record in found if record is not None]
 
     @property
     def num_done(self) -> int:
         """Outer rounds whose next weights are there."""
-        done = (
-            index
-            for index in range(self.num_rounds)
-            if (self.round_dir(index + 1) / GLOBAL_FACTS).is_file()
-        )
-        return max(done, default=-1) + 1
+        begun = (self.path / ROUNDS).glob(f"round_*/{GLOBAL_FACTS}")
+        return max((int(file.parent.name.partition("_")[2]) for file in begun), default=0)
 
     @property
     def model_dir(self) -> Path:
