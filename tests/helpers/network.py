@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from fedpipe.run.outer import (
     round_name,
 )
 from fedpipe.run.tensor_file import TensorFile, write_tensors
-from tests.helpers.cli import TIMEOUT_S, Command, fedpipe
+from tests.helpers.cli import TIMEOUT_S, Command
 from tests.helpers.corpora import write_rows
 from tests.helpers.guide import blocks_of, commands
 
@@ -64,19 +64,30 @@ def free_port() -> int:
 
 @dataclass
 class Network:
-    """A coordinator and its sites, with kits, in folders below one."""
+    """A coordinator and its sites, with kits, in folders below one, on this machine."""
 
     folder: Path
     names: Sequence[str]
     agents: dict[str, Command] = field(default_factory=dict)
 
+    def command(
+        self, *arguments: str, site: str = "", environment: Mapping[str, str] | None = None
+    ) -> Command:
+        """Start ``fedpipe``, at a site or at the coordinator."""
+        return Command(*arguments, folder=self.folder, environment=environment)
+
+    def address(self) -> tuple[str, int]:
+        """Where the sites reach a new coordinator."""
+        return "localhost", free_port()
+
     # -- once -------------------------------------------------------------------------------------
 
     def provision(self, *settings: str) -> None:
         """Make the authority and all kits, and let every site join."""
+        host, port = self.address()
         tree = {
             "name": "heart",
-            "server": {"host": "localhost", "port": free_port(), "kits": str(self.folder / "kits")},
+            "server": {"host": host, "port": port, "kits": str(self.folder / "kits")},
             "federation": {"sites": list(self.names), "num_rounds": 2, "min_sites": 1},
             "pretrain": PRETRAIN,
         }
@@ -103,8 +114,9 @@ class Network:
     def as_shown(self, title: str, site: str = "alpha") -> str:
         """Run the commands of a block of the guide, for a site; return what they say."""
         block = next(block.text for block in blocks_of(GUIDE) if block.title == title)
+        at = site if title.startswith("at site") else ""
         return "".join(
-            self.tool(*shlex.split(command.replace("alpha", site))[1:])
+            self.tool(*shlex.split(command.replace("alpha", site))[1:], site=at)
             for command in commands(block)
         )
 
@@ -122,9 +134,9 @@ class Network:
         if (self.folder / site / "site.yaml").is_file():
             (self.folder / site / "site.yaml").write_text(text)
 
-    def tool(self, *arguments: str) -> str:
+    def tool(self, *arguments: str, site: str = "") -> str:
         """Run a command that must work; return what it says."""
-        finished = fedpipe(*arguments, folder=self.folder)
+        finished = self.command(*arguments, site=site).finish()
         assert finished.code == 0, finished.err
         return finished.out
 
@@ -171,8 +183,8 @@ class Network:
     def fresh(self, folder: Path) -> Network:
         """The same consortium, with its kits, in another folder and on another port."""
         shutil.copytree(self.folder, folder, symlinks=True)
-        copy = Network(folder, self.names)
-        port = free_port()
+        copy = replace(self, folder=folder, agents={})
+        _, port = self.address()
         old = _port(self.folder)
         for path in (
             *folder.rglob("fed_server.json"), *folder.rglob("fed_client.json"),
@@ -188,9 +200,9 @@ class Network:
     def start(self, *sites: str, environment: Mapping[str, str] | None = None) -> None:
         """Start agents, by default all."""
         for site in sites or self.names:
-            self.agents[site] = Command(
-                "site", "start", "--foreground", "--site-dir", site, folder=self.folder,
-                environment=environment,
+            self.agents[site] = self.command(
+                "site", "start", "--foreground", "--site-dir", site,
+                site=site, environment=environment,
             )  # fmt: skip
 
     def stop(self, site: str) -> None:
@@ -202,7 +214,7 @@ class Network:
     def coordinate(self, *overrides: str) -> Command:
         """Start the coordinator."""
         arguments = ("--config", "consortium.yaml", "--run-dir", "run", *overrides)
-        return Command("consortium", "run", *arguments, folder=self.folder)
+        return self.command("consortium", "run", *arguments)
 
     def close(self) -> None:
         """End everything."""

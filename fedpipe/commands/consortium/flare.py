@@ -27,6 +27,12 @@ _OFFERED_S = 7 * 24 * 3600.0
 """How long an offer outlives the last piece that was fetched; it ends with its process anyway."""
 _PIECE_S = 60.0
 """How long a piece may take before it is asked for again: 5 MiB at 0.7 Mbit/s."""
+_FOR_EVER = 2**31
+_SITE_S, _SERVER_S = 3.0, 20.0
+"""How long a server waits for a site, and a driver for the server."""
+ENVIRONMENT = {"NVFLARE_STREAMING_RETRY_WAIT": str(_PIECE_S)}
+"""For the processes of NVFlare: they send again what has not been confirmed for so long. After its
+own 5 s a slow link has the same piece many times, and is busy with them when it is back."""
 
 
 def offer(cell: Any, path: Path, *, receivers: int) -> tuple[Any, Reference]:
@@ -74,6 +80,7 @@ def fetch(cell: Any, reference: Reference, path: Path, *, abort_signal: Any) -> 
                 per_request_timeout=_PIECE_S,
                 cell=cell,
                 abort_signal=abort_signal,
+                max_retries=_FOR_EVER,  # who knows how long a link is down
             )
         if pieces.error:
             raise ConnectionError(f"{path.name}: expected the whole file, got: {pieces.error}.")
@@ -108,6 +115,17 @@ class _Pieces(Consumer):
     def download_failed(self, ref_id: str, reason: str) -> None:
         """Note why they have not."""
         self.error = reason
+
+
+def wait_longer(session: Any) -> None:
+    """Let the driver's session wait longer for the server than the server waits for its sites.
+
+    NVFlare's own session gives up first, so that of all sites nothing is known while one is silent.
+    """
+    session.set_timeout(_SITE_S)
+    cell = session.api.cell
+    ask = cell.send_request
+    cell.send_request = lambda **request: ask(**request | {"timeout": _SERVER_S})
 
 
 def server_command(kit: Path, *, org: str) -> list[str]:

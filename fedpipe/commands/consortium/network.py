@@ -26,7 +26,7 @@ from typing import Any
 
 from fedpipe.commands.consortium.config import ServerConfig
 from fedpipe.commands.consortium.controller import DECLINED, ORDERS, OuterRound
-from fedpipe.commands.consortium.flare import server_command
+from fedpipe.commands.consortium.flare import ENVIRONMENT, server_command, wait_longer
 from fedpipe.commands.consortium.kits import (
     COORDINATOR,
     DRIVER,
@@ -126,7 +126,7 @@ class Network:
             self._server = subprocess.Popen(
                 server_command(kit, org=COORDINATOR), stdin=subprocess.DEVNULL, stdout=log,
                 stderr=log, cwd=kit, start_new_session=True, preexec_fn=end_with_parent,
-                env={**os.environ, CONSORTIUM_DIR: str(self.path.absolute())},
+                env={**os.environ, **ENVIRONMENT, CONSORTIUM_DIR: str(self.path.absolute())},
             )  # fmt: skip
         self._started, self._has_answered = time.monotonic(), False
 
@@ -198,14 +198,15 @@ class Network:
 
     def _look(self, waiting: Sequence[str], now: float) -> None:
         session = self._connect()
-        connected = {client.name for client in session.get_system_info().client_info}
-        self._announce(connected)
+        registered = session.get_system_info().client_info
         self._started, self._has_answered = now, True
-        at_work = self._at_work(session) if connected else {}
+        at_work = self._at_work(session) if registered else {}
+        connected = at_work.keys()
+        self._announce(set(connected))
         if self._pending and not self._has_begun(session):
             return
         for site in waiting:
-            if site in connected and not at_work.get(site, set()) & self._jobs.keys():
+            if site in connected and not at_work[site] & self._jobs.keys():
                 self._idle_since.setdefault(site, now)
             else:
                 self._idle_since.pop(site, None)
@@ -242,13 +243,18 @@ class Network:
                     timeout=_AGAIN_S,
                     auto_login_max_tries=1,
                 )
+            wait_longer(self._session)
         return self._session
 
     def _at_work(self, session: Any) -> dict[str, set[str]]:
-        """The jobs that each connected site has, as the sites say themselves."""
+        """The jobs of each site that answers, as the sites say themselves.
+
+        The server counts a site as connected for ten minutes after its link was cut.
+        """
         found: dict[str, set[str]] = {}
         for line in session.get_client_job_status() or []:
-            found.setdefault(line["client_name"], set()).add(line.get("job_id", ""))
+            if line["status"] != "no_reply":
+                found.setdefault(line["client_name"], set()).add(line.get("job_id", ""))
         return found
 
     def _has_begun(self, session: Any) -> bool:

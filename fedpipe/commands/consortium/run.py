@@ -226,9 +226,7 @@ class Consortium:
         sites: dict[str, SiteRecord] = {}
         refused: dict[str, str] = {}
         while True:
-            waiting = [s for s in invited if s not in sites and s not in refused]
-            exchange.attend(waiting)
-            for site in waiting:
+            for site in [s for s in invited if s not in sites and s not in refused]:
                 folder = self.round_dir(index) / UPDATES / site
                 if why := exchange.declined(site, folder):
                     refused[site] = f"{site} declines: {why}"
@@ -257,6 +255,7 @@ class Consortium:
                     f" sites are mended, remove {self._answers(index, refused)}, then give the same"
                     " command again."
                 )
+            exchange.attend([s for s in invited if s not in sites and s not in refused])
             time.sleep(LOOK_S)
         absent = [s for s in invited if s not in sites and s not in refused]
         for site in absent:

@@ -54,13 +54,13 @@ def keep_agent(site: Site, invitation: Invitation, show: Callable[[str], None]) 
         Interrupted: A signal has come.
     """
     require_nvflare()
-    from fedpipe.commands.consortium.flare import agent_command
+    from fedpipe.commands.consortium.flare import ENVIRONMENT, agent_command
     from fedpipe.commands.site.executor import SITE_DIR
 
     kit = kit_of(site.path / KIT)
     check_certificate(kit)
     command = agent_command(kit, site=invitation["site"])
-    environment = {**os.environ, SITE_DIR: str(site.path.absolute())}
+    environment = {**os.environ, **ENVIRONMENT, SITE_DIR: str(site.path.absolute())}
     signals, wait_s = Signals(), _AGAIN_S
     with locked(site.path), signals.caught():
         (site.path / PID_FILE).write_text(f"{os.getpid()}\n")
