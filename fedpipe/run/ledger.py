@@ -9,12 +9,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from fedpipe.errors import FederationError
+from fedpipe.files import with_file_name
 from fedpipe.run.tensor_file import TensorFile
 
 LEDGER_FILE = "ledger.jsonl"
@@ -36,16 +39,22 @@ class Ledger:
             what: Kind of the line.
             content: What JSON can hold.
         """
-        with open(self.path, "a+", encoding="utf-8") as file:
+        with open(self.path, "ab+", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             before = _FIRST
             for line in file:
                 before = _digest(line)
+            end = file.tell()
             time_text = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            line = json.dumps({"before": before, "time": time_text, "what": what, **content})
-            file.write(line + "\n")
-            file.flush()
+            text = json.dumps({"before": before, "time": time_text, "what": what, **content})
+            try:
+                with with_file_name(self.path):
+                    _write_whole(file, text.encode() + b"\n")
+                    os.fsync(file.fileno())
+            except OSError:  # a half line would break the chain for ever
+                os.ftruncate(file.fileno(), end)
+                raise
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield the lines in order.
@@ -56,7 +65,7 @@ class Ledger:
         if not self.path.is_file():
             return
         before = _FIRST
-        with open(self.path, encoding="utf-8") as file:
+        with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     content: dict[str, Any] = json.loads(line)
@@ -78,5 +87,10 @@ def described(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "tensors": names}
 
 
-def _digest(line: str) -> str:
-    return hashlib.sha256(line.encode()).hexdigest()
+def _write_whole(file: FileIO, data: bytes) -> None:
+    while data:
+        data = data[file.write(data) :]
+
+
+def _digest(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()

@@ -9,9 +9,12 @@ import json
 import random
 import shutil
 import socket
+import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,17 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from tokenizers import Tokenizer
 
-from fedpipe.commands.consortium.kits import kit_of
+from fedpipe.commands.consortium.kits import (
+    Invitation,
+    install_kit,
+    kit_of,
+    read_invitation,
+    sign,
+)
 from fedpipe.commands.consortium.network import _write_job as write_job
 from fedpipe.commands.consortium.run import locate
 from fedpipe.data.tokenizer import tokenizer_info
+from fedpipe.errors import ConfigError
 from fedpipe.run.outer import UPDATE_FACTS
 from tests.helpers.cli import REPOSITORY, fedpipe
 from tests.helpers.network import Network
@@ -179,8 +189,59 @@ def a_site_is_away_and_an_update_comes_twice(network: Network) -> None:
     assert len(sent) == 2 and len(set(sent)) == 1
 
 
+def the_disk_of_a_site_is_full(network: Network) -> None:
+    for index in range(2):
+        network.place("alpha", index)
+    with _small_disk(network.folder / "alpha") as fill:
+        network.start("alpha")
+        coordinator = network.coordinate("federation.deadline_s=1")
+        network.wait_for(lambda: "No space left on device" in network.log("alpha"), "a line")
+        fill.unlink()
+        finished = coordinator.finish()
+        network.close()
+        assert finished.code == 0, finished.err
+        assert all(list(network.record(index)["sites"]) == ["alpha"] for index in range(2))
+        assert len(network.ledger("alpha", "sent")) == 2
+
+
+def the_disk_of_the_coordinator_is_full(network: Network) -> None:
+    for index in range(2):
+        network.place("alpha", index)
+    with _small_disk(network.folder / "run") as fill:
+        network.start("alpha")
+        coordinator = network.coordinate("federation.deadline_s=1")
+        line = "of free space for updates, got "
+        coordinator.wait_for(lambda: line in coordinator.output(), "a line")
+        network.wait_for(lambda: bool(network.ledger("alpha", "sent")), "an update that has left")
+        fill.unlink()
+        finished = coordinator.finish()
+        assert finished.code == 0, finished.err
+        assert all(list(network.record(index)["sites"]) == ["alpha"] for index in range(2))
+        assert len(network.ledger("run", "received")) == 2
+
+
+@contextmanager
+def _small_disk(folder: Path) -> Iterator[Path]:
+    """Move a folder to a file system of its own, and yield the file that fills it."""
+    aside = folder.with_name(f"{folder.name}-aside")
+    folder.rename(aside)
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        shutil.copytree(aside, folder, dirs_exist_ok=True)
+        fill = folder / "fill"
+        fill.write_bytes(bytes(shutil.disk_usage(folder).free - 600 * 2**10))
+        yield fill
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 SCENARIOS: dict[str, Callable[[Network], None]] = {
     "a site is away, and an update comes twice": a_site_is_away_and_an_update_comes_twice,
+    "the disk of a site is full": the_disk_of_a_site_is_full,
+    "the disk of the coordinator is full": the_disk_of_the_coordinator_is_full,
 }
 
 
@@ -305,6 +366,42 @@ def test_whoever_is_not_who_he_says_is_turned_away_and_written_down(
     coordinator.kill()
     assert "connected" not in coordinator.output()
     assert len(network.ledger("run", "refused")) >= 3
+
+
+def test_nothing_is_signed_or_joined_that_was_not_asked_for(network: Network) -> None:
+    kits = network.folder / "kits"
+    request = network.folder / "alpha.request.zip"
+    for key, value, expected in (
+        ("cert_type", "admin", "expected a request whose kind of participant is client, got admin"),
+        ("project", "lung", "expected a request whose consortium is heart, got lung"),
+        ("name", "delta", "expected a request whose site is alpha or beta or gamma, got delta"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            sign(kits, _with(request, key, value), name="heart", sites=SITES)
+    signed, folder = network.folder / "alpha.signed.zip", network.folder / "alpha/kit"
+    invitation = read_invitation(network.folder / "alpha/invitation.yaml")
+    for key, value, expected in (
+        ("project", "lung", "expected a kit whose consortium is heart, got lung"),
+        ("name", "beta", "expected a kit whose site is alpha, got beta"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            install_kit(folder, _with(signed, key, value), invitation)
+    another = invitation["authority"].replace(invitation["authority"][-2:], "00")
+    stranger: Invitation = {**invitation, "authority": another}
+    with pytest.raises(ConfigError, match="expected NVFlare's package"):
+        install_kit(folder, signed, stranger)
+
+
+def _with(archive: Path, key: str, value: str) -> Path:
+    """Copy a request or a signed kit, with another value in what it says of itself."""
+    changed = archive.with_name(f"changed-{archive.name}")
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(changed, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name in ("request.json", "signed.json"):
+                content = json.dumps(json.loads(content) | {key: value}).encode()
+            new.writestr(name, content)
+    return changed
 
 
 Authority = tuple[x509.Certificate, Any]

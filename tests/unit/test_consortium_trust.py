@@ -7,15 +7,17 @@ import hashlib
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from fedpipe.commands.consortium import controller, kits
 from fedpipe.commands.consortium.config import read_consortium, settings_for
 from fedpipe.commands.consortium.controller import DECLINED, ORDERS, OuterRound
 from fedpipe.commands.consortium.flare import fetch
-from fedpipe.commands.consortium.messages import ANSWER, Reference, content
+from fedpipe.commands.consortium.messages import ANSWER, Order, Reference, content
 from fedpipe.commands.consortium.run import UPDATES
 from fedpipe.commands.consortium.server import CONSORTIUM_DIR
 from fedpipe.commands.site.agent import PID_FILE, agent_pid, stop_agent
@@ -79,6 +81,20 @@ def test_an_agent_is_a_process_that_holds_the_sites_lock(
         (tmp_path / PID_FILE).write_text("-1")
         assert agent_pid(site) is None
     assert agent_pid(site) is None
+
+
+def test_a_ledger_has_no_half_line_when_the_disk_is_full(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.write("sent", {"round": 0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ledger.path.stat().st_size + 20, limits[1]))
+    try:
+        with pytest.raises(OSError, match="ledger.jsonl"):
+            ledger.write("sent", {"round": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    ledger.write("sent", {"round": 1})
+    assert [line["round"] for line in ledger.read()] == [0, 1]
 
 
 # -- an order, at a site ---------------------------------------------------------------------------
@@ -261,6 +277,49 @@ def test_a_text_that_is_no_message_of_ours_holds_nothing() -> None:
     assert content('{"round": 1}') == {"round": 1}
     for text in (None, b"{}", "", "[]", "[" * 10**5, "{", '{"a": "' + "x" * 2**20 + '"}'):
         assert content(text) == {}
+
+
+def _decide(site: Site, **changes: Any) -> Site:
+    policy = yaml.safe_load((site.path / SITE_FILE).read_text())
+    (site.path / SITE_FILE).write_text(dump(policy | changes))
+    return Site(site.path)
+
+
+def test_a_dry_run_shows_what_it_would_send_and_sends_a_reason_only(
+    site: Site, coordinator: tuple[Path, dict[str, Any]]
+) -> None:
+    weights, order = coordinator
+    site = _decide(site, dry_run=True)
+    _trained(site, order)
+    with pytest.raises(Declined) as declined:
+        _answer(site, order, weights)
+    assert str(declined.value) == "dry run: this site sends nothing."
+    assert "It would be: update.safetensors (" in (site.path / LOG_FILE).read_text()
+    assert [line["what"] for line in site.ledger.read()] == ["received"]
+
+
+def test_a_site_gives_up_and_ends_its_run_when_an_outer_round_takes_too_long(
+    site: Site, coordinator: tuple[Path, dict[str, Any]]
+) -> None:
+    weights, order = coordinator
+    site = _decide(site, accepts={"max_hours": 1e-6})
+    with pytest.raises(Declined) as declined:
+        site.answer(
+            cast(Order, order),
+            fetch=lambda path: cast(None, shutil.copy(weights, path)),
+            is_over=lambda: False,
+        )
+    assert str(declined.value) == "not done within 1e-06 hours."
+    (file,) = site.path.glob("runs/*/outer/*/pid")
+    for _ in range(200):
+        try:
+            os.killpg(int(file.read_text()), 0)
+        except ProcessLookupError:
+            return
+        with suppress(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+        time.sleep(0.1)
+    raise AssertionError("the run goes on")
 
 
 # -- answers, at the coordinator -------------------------------------------------------------------

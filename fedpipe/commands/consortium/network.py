@@ -41,8 +41,9 @@ from fedpipe.commands.consortium.server import CONSORTIUM_DIR, REFUSED
 from fedpipe.distributed.signals import end_with_parent
 from fedpipe.errors import ConfigError, LaunchError
 from fedpipe.files import write_text
+from fedpipe.report.format import bytes_text
 from fedpipe.run.ledger import LEDGER_FILE, Ledger
-from fedpipe.run.outer import GLOBAL_FACTS, has_arrived
+from fedpipe.run.outer import GLOBAL, GLOBAL_FACTS, has_arrived
 
 SERVER_LOG = "server.log"
 _LOOK_S = 2.0
@@ -81,7 +82,7 @@ class Network:
         self.config, self.path, self.show = config, path, show
         self.consortium, self.num_rounds = consortium, num_rounds
         self._server: subprocess.Popen[bytes] | None = None
-        self._has_answered = False
+        self._has_answered = self._is_full = False
         self._told: set[tuple[str, str]] = set()
         self._session: Any = None
         self._settings: dict[str, str] = {}
@@ -178,6 +179,7 @@ class Network:
             self._leave()
             self._start_server()
         self._tell_refused()
+        self._tell_full(waiting)
         try:
             _elsewhere(lambda: self._look(waiting, now))
         except Exception as error:  # NVFlare has a dozen kinds for a server that is not there
@@ -195,6 +197,17 @@ class Network:
             if who is not None and who not in self._told:
                 self._told.add(who)
                 self.show(f"{time.strftime('%H:%M:%S')} {who[0]}: turned away: {who[1]}")
+
+    def _tell_full(self, waiting: Sequence[str]) -> None:
+        """Show once that updates have no room; it is the server's process that writes them."""
+        needed = len(waiting) * (self._folder / GLOBAL).stat().st_size
+        free = shutil.disk_usage(self.path).free
+        if free < needed and not self._is_full:
+            self.show(
+                f"{self.path}: expected {bytes_text(needed)} of free space for updates, got"
+                f" {bytes_text(free)}. Free space there; sites are asked again by themselves."
+            )
+        self._is_full = free < needed
 
     def _look(self, waiting: Sequence[str], now: float) -> None:
         session = self._connect()
