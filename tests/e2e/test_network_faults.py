@@ -386,8 +386,7 @@ def test_nothing_is_signed_or_joined_that_was_not_asked_for(network: Network) ->
     ):
         with pytest.raises(ConfigError, match=expected):
             install_kit(folder, _with(signed, key, value), invitation)
-    another = invitation["authority"].replace(invitation["authority"][-2:], "00")
-    stranger: Invitation = {**invitation, "authority": another}
+    stranger: Invitation = {**invitation, "authority": "SHA256:" + ":".join(["00"] * 32)}
     with pytest.raises(ConfigError, match="expected NVFlare's package"):
         install_kit(folder, signed, stranger)
 

@@ -293,9 +293,9 @@ def test_a_dry_run_shows_what_it_would_send_and_sends_a_reason_only(
     _trained(site, order)
     with pytest.raises(Declined) as declined:
         _answer(site, order, weights)
-    assert str(declined.value) == "dry run: this site sends nothing."
-    assert "It would be: update.safetensors (" in (site.path / LOG_FILE).read_text()
-    assert [line["what"] for line in site.ledger.read()] == ["received"]
+    assert str(declined.value) == "dry run: nothing is sent."
+    assert "it would send a change of" in (site.path / LOG_FILE).read_text()
+    assert [line["what"] for line in site.ledger.read()] == ["received", "declined"]
 
 
 def test_a_site_gives_up_and_ends_its_run_when_an_outer_round_takes_too_long(
