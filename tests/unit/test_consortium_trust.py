@@ -33,7 +33,7 @@ from fedpipe.commands.consortium.config import read_consortium, settings_for
 from fedpipe.commands.consortium.controller import DECLINED, ORDERS, OuterRound
 from fedpipe.commands.consortium.flare import fetch
 from fedpipe.commands.consortium.messages import ANSWER, Order, Reference, content
-from fedpipe.commands.consortium.run import UPDATES
+from fedpipe.commands.consortium.run import UPDATES, locate
 from fedpipe.commands.consortium.server import CONSORTIUM_DIR
 from fedpipe.commands.site.agent import PID_FILE, agent_pid, stop_agent
 from fedpipe.commands.site.site import LOG_FILE, SITE_FILE, Declined, Site
@@ -490,3 +490,92 @@ def test_a_request_that_cannot_be_trusted_is_not_signed(
         kits.sign(tmp_path / "kits", path, name="heart", sites=("alpha", "beta"))
     assert why in str(refused.value)
     assert not (tmp_path / "kits").exists()
+
+
+# -- what people write, and what lies in folders ---------------------------------------------------
+
+_INVITATION = {"consortium": "c", "site": "s", "host": "h", "port": 1, "authority": "a"}
+
+
+def _invite(folder: Path, **changed: object) -> Callable[[], object]:
+    (folder / "invitation.yaml").write_text(dump(_INVITATION | changed))
+    return lambda: kits.read_invitation(folder / "invitation.yaml")
+
+
+def _joins(folder: Path) -> Callable[[], object]:
+    (folder / "signed.zip").write_bytes(_zip({"signed.json": '{"project": "c", "name": "s"}'}))
+    invitation = _invite(folder)()
+    return lambda: kits.install_kit(folder / "kit", folder / "signed.zip", invitation)  # type: ignore[arg-type]
+
+
+def _signs(folder: Path, ca: str | None) -> Callable[[], object]:
+    (folder / "authority").mkdir()
+    (folder / "request.zip").write_bytes(_asks())
+    if ca is not None:
+        (folder / "authority" / "ca.json").write_text(ca)
+    return lambda: kits.sign(folder, folder / "request.zip", name="heart", sites=("alpha",))
+
+
+def _ends(folder: Path, certificate: str | None) -> Callable[[], object]:
+    (folder / "startup").mkdir()
+    if certificate is not None:
+        (folder / "startup" / "client.crt").write_text(certificate)
+    return lambda: kits.certificate_end(folder)
+
+
+def _makes(folder: Path, name: str) -> Callable[[], object]:
+    (folder / "file").touch()
+    return lambda: kits.make_folder(folder / name, key="--site-dir")
+
+
+def _reads(folder: Path, content: bytes) -> Callable[[], object]:
+    (folder / SITE_FILE).write_bytes(content)
+    return lambda: Site(folder).config
+
+
+@pytest.mark.parametrize(
+    ("attempt", "expected"),
+    [
+        (lambda f: _invite(f, site=None), "expected a text as site, got None"),
+        (lambda f: _invite(f, host=["h"]), "expected a text as host"),
+        (lambda f: _invite(f, authority=""), "expected a text as authority"),
+        (lambda f: _invite(f, port="1"), "expected a whole number as port, got '1'"),
+        (_joins, "expected the private key of this site's request, got none"),
+        (lambda f: _signs(f, None), "server.kits: expected the kits of the consortium, got none"),
+        (lambda f: _signs(f, "{"), "server.kits: expected the kits of the consortium, got damaged"),
+        (
+            lambda f: _signs(f, "[]"),
+            "server.kits: expected the kits of the consortium, got damaged",
+        ),
+        (lambda f: _ends(f, None), "expected a kit with its certificate"),
+        (lambda f: _ends(f, "junk"), "expected a kit with its certificate"),
+        (lambda f: _makes(f, "file"), "--site-dir: expected a folder"),
+        (lambda f: _makes(f, "file/below"), "--site-dir: expected a folder"),
+        (lambda f: _reads(f, b"pretrain:"), "pretrain: expected keys that a site decides"),
+        (lambda f: _reads(f, b"pretrain: [1]"), "pretrain: expected keys that a site decides"),
+        (lambda f: _reads(f, b"\xff"), "site.yaml: expected UTF-8 text"),
+    ],
+)
+def test_a_damaged_file_is_named_with_a_way_out(
+    tmp_path: Path, attempt: Callable[[Path], Callable[[], object]], expected: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        attempt(tmp_path)()
+    assert expected in str(refused.value)
+
+
+def test_a_site_that_is_reached_over_the_network_is_asked_for_steps(tmp_path: Path) -> None:
+    tree = {"server": {"host": "h"}, "federation": {"sites": ["alpha"]}, "pretrain": PRETRAIN}
+    (tmp_path / "c.yaml").write_text(dump(tree))
+    locate(str(tmp_path / "c.yaml"), [], str(tmp_path / "run"))
+    for override, expected in (
+        (
+            "pretrain.federation.num_local_epochs=2",
+            "pretrain.federation.num_local_epochs: expected",
+        ),
+        ("federation.sites=[server]", "federation.sites: expected"),
+        ("name=he art", "name: expected up to 64 letters"),
+        ("name=../x", "name: expected the name of one folder"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            locate(str(tmp_path / "c.yaml"), [override], str(tmp_path / "run"))

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, get_type_hints
 
 from fedpipe.config.tree import dump, parse, read_text
 from fedpipe.errors import ConfigError
@@ -87,7 +87,7 @@ def make_authority(folder: Path, *, name: str, host: str, port: int) -> None:
     Raises:
         ConfigError: What is there belongs to another consortium, host or port.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, key="server.kits")
     folder.chmod(0o700)
     profile = folder / _PROFILE
     project = check_project(folder, name=name, host=host, port=port)
@@ -137,6 +137,20 @@ def check_project(folder: Path, *, name: str, host: str, port: int) -> dict[str,
     return project
 
 
+def make_folder(folder: Path, *, key: str) -> None:
+    """Make a folder that may be there already.
+
+    Raises:
+        ConfigError: A file lies in its place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(
+            f"{key}: expected a folder, got {folder}, in whose place a file lies. Choose another."
+        ) from None
+
+
 def invite(folder: Path, *, name: str, host: str, port: int, site: str) -> Path:
     """Write what a site needs to ask for a kit; return the file."""
     invitation: Invitation = {
@@ -176,6 +190,7 @@ def sign(folder: Path, request: Path, *, name: str, sites: tuple[str, ...]) -> t
                 f"{request}: expected a request whose {key} is {' or '.join(sorted(expected))}, got"
                 f" {found}. Nothing is signed; ask the site for a request of its invitation."
             )
+    authority(folder)
     (folder / SIGNED).mkdir(exist_ok=True)
     signed = folder / SIGNED / f"{site}.signed.zip"
     _sign(folder, request, signed)
@@ -185,13 +200,18 @@ def sign(folder: Path, request: Path, *, name: str, sites: tuple[str, ...]) -> t
 def authority(folder: Path) -> str:
     """Return the SHA-256 of the certificate that signs kits, as people compare it."""
     try:
-        facts = json.loads((folder / _AUTHORITY / "ca.json").read_text())
+        text = (folder / _AUTHORITY / "ca.json").read_text(encoding="utf-8")
+        return str(json.loads(text)["rootCA_fingerprint"])
     except OSError:
         raise ConfigError(
             f"server.kits: expected the kits of the consortium, got none in {folder}. Make them"
             " with: fedpipe consortium init --config FILE"
         ) from None
-    return str(facts["rootCA_fingerprint"])
+    except (ValueError, LookupError, TypeError):
+        raise ConfigError(
+            f"server.kits: expected the kits of the consortium, got damaged ones in {folder}."
+            " Restore them from a backup."
+        ) from None
 
 
 def kit_of(folder: Path) -> Path:
@@ -221,6 +241,13 @@ def read_invitation(path: Path) -> Invitation:
             f"{path}: expected an invitation of a coordinator, got a file without {missing[0]}. Ask"
             " for what fedpipe consortium init has written for this site."
         )
+    for key, kind in get_type_hints(Invitation).items():
+        if type(found[key]) is not kind or not found[key]:
+            what = "a whole number" if kind is int else "a text"
+            raise ConfigError(
+                f"{path}: expected {what} as {key}, got {found[key]!r}. Ask the coordinator for the"
+                " invitation of this site again."
+            )
     invitation: Invitation = found
     return invitation
 
@@ -268,6 +295,11 @@ def install_kit(folder: Path, signed: Path, invitation: Invitation) -> Path:
                 f"{signed}: expected a kit whose {key} is {expected}, got {found}. Ask the"
                 " coordinator for the one that answers this site's request."
             )
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: expected the private key of this site's request, got none. Begin again"
+            " with: fedpipe site request INVITATION"
+        )
     _package(folder, signed, fingerprint=invitation["authority"])
     kit = kit_of(folder)
     _close_site(kit)
@@ -303,8 +335,14 @@ def check_certificate(kit: Path) -> None:
 def _certificate(kit: Path) -> x509.Certificate:
     from cryptography import x509
 
-    (file,) = (kit / "startup").glob("[cs]*.crt")
-    return x509.load_pem_x509_certificate(file.read_bytes())
+    try:
+        (file,) = (kit / "startup").glob("[cs]*.crt")
+        return x509.load_pem_x509_certificate(file.read_bytes())
+    except ValueError:  # also where there is no such file
+        raise ConfigError(
+            f"{kit}: expected a kit with its certificate, got one without, or a damaged one. Make"
+            " or join it again."
+        ) from None
 
 
 def organisation(site: str) -> str:

@@ -113,7 +113,7 @@ def start_agent(site: Site, invitation: Invitation) -> int:
     deadline = time.monotonic() + _REACH_S
     while agent_pid(site) != process.pid and time.monotonic() < deadline:
         if process.poll() is not None:
-            text = (site.path / AGENT_LOG).read_text(encoding="utf-8")[begin:]
+            text = (site.path / AGENT_LOG).read_bytes()[begin:].decode(errors="replace")
             raise FederationError(text.strip().splitlines()[-1].partition(": ")[2] or text)
         time.sleep(0.1)
     return process.pid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fedpipe.commands.consortium.kits import (
     fingerprint_of,
     install_kit,
     kit_of,
+    make_folder,
     read_invitation,
     request_kit,
 )
@@ -114,7 +116,7 @@ def _invitation(folder: Path) -> Invitation:
 
 def _request(folder: Path, file: Path) -> int:
     invitation = read_invitation(file)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, key="--site-dir")
     if (folder / KIT).is_dir() and agent_pid(Site(folder)) is not None:
         raise ConfigError(
             f"{folder}: expected no agent at work, got one. Stop it: fedpipe site stop"
@@ -149,7 +151,7 @@ def _join(
     show(f"site         {invitation['site']} of {invitation['consortium']}, in {folder}")
     show(f"certificate  until {certificate_end(kit):%Y-%m-%d}")
     if agent_pid(Site(folder)) is None:
-        show(f"start with   fedpipe site start --site-dir {folder}")
+        show(f"start with   fedpipe site start --site-dir {shlex.quote(str(folder))}")
     else:
         show("the agent    goes on; the policy holds from now on")
     return 0
@@ -178,7 +180,7 @@ def _status(site: Site, invitation: Invitation) -> None:
     show(f"site         {invitation['site']} of {invitation['consortium']}, in {site.path}")
     show(f"authority    {invitation['authority']}")
     show(f"certificate  until {certificate_end(kit_of(site.path / KIT)):%Y-%m-%d}")
-    start = f"does not run; start it: fedpipe site start --site-dir {site.path}"
+    start = f"does not run; start it: fedpipe site start --site-dir {shlex.quote(str(site.path))}"
     show(f"agent        {f'process {pid}' if pid else start}")
     if site.config.dry_run:
         show("dry run      nothing is sent")
@@ -197,5 +199,5 @@ def _status(site: Site, invitation: Invitation) -> None:
         show(f"ledger       {error}")
     log = site.path / LOG_FILE
     if log.is_file():
-        for line in log.read_text(encoding="utf-8").splitlines()[-_LAST_LINES:]:
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]:
             show(f"  {line}")

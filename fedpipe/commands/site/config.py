@@ -84,6 +84,11 @@ def read_site(text: str, *, source: str) -> tuple[SiteConfig, Node]:
     sections = dict(tree.value)
     own = sections.pop(PRETRAIN, wrap({}, source))
     site = cast(SiteConfig, build(SiteConfig, replace(tree, value=sections)))
+    if not isinstance(own.value, dict):
+        raise ConfigError(
+            f"{PRETRAIN}: expected keys that a site decides for itself, got {own.plain()!r} in"
+            f" {own.where}. Leave it out, or see docs/how-to/consortium.md."
+        )
     for key in _keys(own):
         if not _is_of_the_site(key) or key == "outer.folder":
             raise ConfigError(

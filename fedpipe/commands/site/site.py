@@ -29,7 +29,7 @@ from fedpipe.commands.site.config import (
     run_config,
 )
 from fedpipe.config.load import to_yaml
-from fedpipe.config.tree import Node
+from fedpipe.config.tree import Node, read_text
 from fedpipe.distributed.signals import EXIT_INTERRUPTED
 from fedpipe.errors import ConfigError, FederationError
 from fedpipe.files import system_errors_named, write_text
@@ -92,7 +92,7 @@ class Site:
                 f"--site-dir: expected the folder of a site that has joined, got {self.path}. Join"
                 " with: fedpipe site join KIT --config site.yaml"
             )
-        return read_site(file.read_text(encoding="utf-8"), source=str(file))
+        return read_site(read_text(str(file), option=SITE_FILE), source=str(file))
 
     @property
     def config(self) -> SiteConfig:
