@@ -269,7 +269,9 @@ def has_arrived(folder: Path) -> bool:
     Links are not followed: they may lead out of the folder of a site.
     """
     file, facts = folder / UPDATE, folder / UPDATE_FACTS
-    if file.is_symlink() or facts.is_symlink() or not (file.is_file() and facts.is_file()):
+    if any(path.is_symlink() for path in (folder, file, facts)) or not (
+        file.is_file() and facts.is_file()
+    ):
         return False
     try:
         check_digest(file, str(read_facts(facts, UpdateFacts)["sha256"]))

@@ -31,6 +31,7 @@ from nvflare.fuel.f3.streaming.download_service import ProduceRC
 from fedpipe.commands.consortium import controller, kits
 from fedpipe.commands.consortium.config import read_consortium, settings_for
 from fedpipe.commands.consortium.controller import DECLINED, ORDERS, OuterRound
+from fedpipe.commands.consortium.exchange import Folders
 from fedpipe.commands.consortium.flare import fetch
 from fedpipe.commands.consortium.messages import ANSWER, Order, Reference, content
 from fedpipe.commands.consortium.run import UPDATES, locate
@@ -579,3 +580,36 @@ def test_a_site_that_is_reached_over_the_network_is_asked_for_steps(tmp_path: Pa
     ):
         with pytest.raises(ConfigError, match=expected):
             locate(str(tmp_path / "c.yaml"), [override], str(tmp_path / "run"))
+
+
+def test_a_sites_folder_is_read_up_to_the_size_of_an_update_and_not_through_links(
+    tmp_path: Path, coordinator: tuple[Path, dict[str, Any]]
+) -> None:
+    weights, order = coordinator
+    base, exchange = tmp_path / "rounds" / round_name(0), Folders(tmp_path / "exchange")
+    base.mkdir(parents=True)
+    for name in (GLOBAL, GLOBAL_FACTS):
+        shutil.copy(weights.with_name(name), base)
+    exchange.hand_out(0, base, ["alpha"])
+    inbox, ours = tmp_path / "exchange/alpha" / round_name(0), base / UPDATES / "alpha"
+
+    def send(size: int | None = None) -> bool:
+        write_tensors(inbox / UPDATE, LAYOUTS, _tensors(0.5))
+        if size is not None:
+            os.truncate(inbox / UPDATE, size)
+        facts = dict.fromkeys(UpdateFacts.__annotations__, 0) | {"version": 1}
+        facts["sha256"] = digest_of(inbox / UPDATE)  # type: ignore[assignment]
+        (inbox / UPDATE_FACTS).write_text(json.dumps(facts))
+        return exchange.take_in("alpha", 0, ours)
+
+    assert not send(2 * weights.stat().st_size + 1)
+    assert not ours.exists()
+    assert send()
+    shutil.rmtree(ours)
+    inbox.rename(tmp_path / "elsewhere")
+    inbox.symlink_to(tmp_path / "elsewhere")
+    assert not exchange.take_in("alpha", 0, ours)
+    inbox.unlink()
+    inbox.touch()
+    with pytest.raises(ConfigError, match="exchange: expected a folder"):
+        exchange.hand_out(0, base, ["alpha"])

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from fedpipe.commands.consortium.kits import make_folder
 from fedpipe.files import sync, write_atomically, write_text
 from fedpipe.run.outer import (
     GLOBAL,
@@ -72,7 +73,7 @@ class Folders:
         """Copy the weights to every site; what says that they are there comes last."""
         for site in sites:
             inbox = self._inbox(site, index)
-            inbox.mkdir(parents=True, exist_ok=True)
+            make_folder(inbox, key="exchange")
             for name in (GLOBAL, GLOBAL_FACTS):
                 if not (inbox / GLOBAL_FACTS).is_file():
                     write_atomically(inbox / name, partial(shutil.copyfile, folder / name))
@@ -87,7 +88,8 @@ class Folders:
         What moves the two files may bring them in any order, and piece by piece.
         """
         inbox = self._inbox(site, index)
-        if not has_arrived(inbox):
+        most = 2 * (folder.parents[1] / GLOBAL).stat().st_size
+        if _size(inbox / UPDATE) > most or not has_arrived(inbox):
             return False
         folder.mkdir(parents=True, exist_ok=True)
         for name in (UPDATE, UPDATE_FACTS):
@@ -110,3 +112,7 @@ class Folders:
         if (folder / UPDATE_FACTS).exists():
             return f"has answered, but {UPDATE} is not the file that {UPDATE_FACTS} names"
         return "has not answered" if (folder / GLOBAL_FACTS).is_file() else "is not handed out"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
