@@ -21,19 +21,19 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from outer import write_random_update
 
 from fedpipe.commands.consortium.run import locate
 from fedpipe.run.ledger import Ledger
-from fedpipe.run.outer import GLOBAL, GLOBAL_FACTS, UPDATE, UPDATE_FACTS, VERSION, digest_of
-from fedpipe.run.tensor_file import TensorFile, write_tensors
-from fedpipe.run.update import encode, encoded_layout
+from fedpipe.run.outer import GLOBAL, GLOBAL_FACTS
+from fedpipe.run.tensor_file import TensorFile
 from fedpipe.terminal import show
 
 PROCESSES = {
     "driver": "consortium run",
     "server": "fedpipe.commands.consortium.server",
     "server, the outer round's process": "server.runner_process",
-    "agent of a site": "client.client_train",
+    "agent of a site": "fedpipe.commands.site.client",
     "site, the outer round's process": "client.worker_process",
 }
 """What to call a process, and what its command line has."""
@@ -111,23 +111,13 @@ def put_updates_in_place(args: argparse.Namespace, sites: list[str]) -> None:
     first = consortium.round_dir(0)
     base = json.loads((first / GLOBAL_FACTS).read_text())
     layouts = TensorFile(first / GLOBAL).layouts
-    sent = {name: encoded_layout(layout, args.wire) for name, layout in layouts.items()}
     for number, site in enumerate(sites):
-        rng = np.random.default_rng(number)
         folder = args.folder / site / "runs" / consortium.identity / "outer" / first.name
         folder.mkdir(parents=True)
-        changes = (
-            encode(1e-3 * rng.standard_normal(s.shape, dtype=np.float32), args.wire)
-            for s in layouts.values()
+        rng = np.random.default_rng(number)
+        write_random_update(
+            folder, layouts, base["sha256"], wire=args.wire, tokens=number + 1, rng=rng
         )
-        write_tensors(folder / UPDATE, sent, changes)
-        facts = {
-            "version": VERSION, "round": 0, "base_sha256": base["sha256"], "wire": args.wire,
-            "sha256": digest_of(folder / UPDATE), "tokens": number + 1, "train_loss": [],
-            "base_valid_loss": [], "valid_loss": [], "valid_tokens": 0, "seconds": 0.0,
-            "fedpipe": "",
-        }  # fmt: skip
-        (folder / UPDATE_FACTS).write_text(json.dumps(facts))
 
 
 def watch(peaks: dict[str, int], done: threading.Event) -> None:

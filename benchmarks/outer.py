@@ -24,7 +24,7 @@ from fedpipe.config.load import load_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.federation.outer import read_update, write_next_global
 from fedpipe.run.outer import GLOBAL, GLOBAL_FACTS, UPDATE, UPDATE_FACTS, VERSION, digest_of
-from fedpipe.run.tensor_file import TensorFile, write_tensors
+from fedpipe.run.tensor_file import Layouts, TensorFile, write_tensors
 from fedpipe.run.update import crossing_layouts, encode, encoded_layout, write_global
 from fedpipe.terminal import show
 
@@ -70,22 +70,37 @@ def make_files(args: argparse.Namespace) -> None:
     (args.folder / "base").mkdir(parents=True, exist_ok=True)
     tensors = (rng.standard_normal(s.shape, dtype=np.float32) for s in layouts.values())
     base = write_global(args.folder / "base", 0, layouts, tensors, config=config)
-    sent = {name: encoded_layout(layout, args.wire) for name, layout in layouts.items()}
     for site in range(args.sites):
         folder = args.folder / str(site)
         folder.mkdir(exist_ok=True)
-        changes = (
-            encode(1e-3 * rng.standard_normal(s.shape, dtype=np.float32), args.wire)
-            for s in layouts.values()
+        write_random_update(
+            folder, layouts, base["sha256"], wire=args.wire, tokens=site + 1, rng=rng
         )
-        write_tensors(folder / UPDATE, sent, changes)
-        facts = {
-            "version": VERSION, "round": 0, "base_sha256": base["sha256"], "wire": args.wire,
-            "sha256": digest_of(folder / UPDATE), "tokens": site + 1, "train_loss": [],
-            "base_valid_loss": [], "valid_loss": [], "valid_tokens": 0, "seconds": 0.0,
-            "fedpipe": "",
-        }  # fmt: skip
-        (folder / UPDATE_FACTS).write_text(json.dumps(facts))
+
+
+def write_random_update(
+    folder: Path,
+    layouts: Layouts,
+    base_sha256: str,
+    *,
+    wire: str,
+    tokens: int,
+    rng: np.random.Generator,
+) -> None:
+    """Write the two files of an update of random numbers."""
+    sent = {name: encoded_layout(layout, wire) for name, layout in layouts.items()}
+    changes = (
+        encode(1e-3 * rng.standard_normal(s.shape, dtype=np.float32), wire)
+        for s in layouts.values()
+    )
+    write_tensors(folder / UPDATE, sent, changes)
+    facts = {
+        "version": VERSION, "round": 0, "base_sha256": base_sha256, "wire": wire,
+        "sha256": digest_of(folder / UPDATE), "tokens": tokens, "train_loss": [],
+        "base_valid_loss": [], "valid_loss": [], "valid_tokens": 0, "seconds": 0.0,
+        "fedpipe": "",
+    }  # fmt: skip
+    (folder / UPDATE_FACTS).write_text(json.dumps(facts))
 
 
 def aggregate(args: argparse.Namespace) -> dict[str, float]:

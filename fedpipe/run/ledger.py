@@ -32,6 +32,11 @@ class Ledger:
         """Name the file; it need not exist."""
         self.path = path
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file; 0 while there is none."""
+        return self.path.stat().st_size if self.path.is_file() else 0
+
     def write(self, what: str, content: Mapping[str, Any]) -> None:
         """Append a line, and wait until it is on the disk.
 

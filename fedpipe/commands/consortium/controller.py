@@ -31,6 +31,7 @@ from fedpipe.commands.consortium.messages import (
     check_answer,
     content,
 )
+from fedpipe.commands.consortium.run import UPDATES
 from fedpipe.commands.consortium.server import CONSORTIUM_DIR
 from fedpipe.errors import FederationError
 from fedpipe.files import write_text
@@ -104,7 +105,7 @@ class OuterRound(Controller):
         abort_signal: Signal,
     ) -> None:
         """Take in what a site has answered; whatever is wrong with it concerns no other site."""
-        target = folder / "updates" / site
+        target = folder / UPDATES / site
         target.mkdir(parents=True, exist_ok=True)
         try:
             if "declined" in answer:

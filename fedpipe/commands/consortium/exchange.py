@@ -39,7 +39,7 @@ class Exchange(Protocol):
         """Do what is due while some sites have not answered; called often."""
 
     def take_in(self, site: str, index: int, folder: Path) -> bool:
-        """Whether an update lies whole in a folder of ours now."""
+        """Bring an update that is not in a folder of ours yet; whether it lies there whole now."""
 
     def declined(self, site: str, folder: Path) -> str:
         """Why a site sends no update for an outer round; empty where it may still send one."""

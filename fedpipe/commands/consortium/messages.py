@@ -39,7 +39,7 @@ class Order(TypedDict):
     """A coordinator asks a site to train an outer round."""
 
     consortium: str
-    """The consortium, and the weights that it began with: its runs do not mix."""
+    """Name of the training; trainings of the same consortium do not mix."""
     round: int
     num_rounds: int
     """Outer rounds in all."""

@@ -43,7 +43,7 @@ from fedpipe.errors import ConfigError, LaunchError
 from fedpipe.files import write_text
 from fedpipe.report.format import bytes_text
 from fedpipe.run.ledger import LEDGER_FILE, Ledger
-from fedpipe.run.outer import GLOBAL, GLOBAL_FACTS, has_arrived
+from fedpipe.run.outer import GLOBAL, GLOBAL_FACTS
 
 SERVER_LOG = "server.log"
 _LOOK_S = 2.0
@@ -75,7 +75,7 @@ class Network:
         Args:
             config: The server's port, and where its kits are.
             path: Directory of the consortium.
-            consortium: Names the consortium and the weights that it began with.
+            consortium: Name of the training, which begins with that of the consortium.
             num_rounds: Outer rounds.
             show: Shows a line.
         """
@@ -84,6 +84,7 @@ class Network:
         self._server: subprocess.Popen[bytes] | None = None
         self._has_answered = self._is_full = False
         self._told: set[tuple[str, str]] = set()
+        self._told_size = 0
         self._session: Any = None
         self._settings: dict[str, str] = {}
         self._folder = path
@@ -192,7 +193,11 @@ class Network:
 
     def _tell_refused(self) -> None:
         """Show whom the server has turned away, each once."""
-        for line in Ledger(self.path / LEDGER_FILE).read():
+        ledger = Ledger(self.path / LEDGER_FILE)
+        if (size := ledger.size) == self._told_size:
+            return
+        self._told_size = size
+        for line in ledger.read():
             who = (line["address"], line["why"]) if line["what"] == REFUSED else None
             if who is not None and who not in self._told:
                 self._told.add(who)
@@ -301,8 +306,8 @@ class Network:
             session.delete_job(job_id)
 
     def take_in(self, site: str, index: int, folder: Path) -> bool:
-        """Whether the controller has put an update into the folder."""
-        return has_arrived(folder)
+        """Do nothing: the controller puts an update where the driver has just looked."""
+        return False
 
     def declined(self, site: str, folder: Path) -> str:
         """Why a site sends no update, as it says itself."""

@@ -132,7 +132,7 @@ class Site:
                 if not self._train(folder, label, is_over):
                     return None
                 self._check_gate(folder)
-            self.__dict__.pop("_read", None)  # the policy may have changed meanwhile
+            del self._read  # the policy may have changed meanwhile
             if self.config.dry_run:
                 self.note(f"{label}: it would send {self._said(folder)}")
                 raise Declined("dry run: nothing is sent.")
@@ -212,10 +212,8 @@ class Site:
         """Begin or take up the run until the update is there; False when nobody waits for it."""
         began = (folder / GLOBAL_FACTS).stat().st_mtime
         while not has_arrived(folder):
-            with _held(folder / ".run.lock") as lock:
-                if lock is None:  # the run is alive
-                    pass
-                elif not has_arrived(folder):
+            with _held(folder / ".run.lock") as lock:  # None while the run is alive
+                if lock is not None and not has_arrived(folder):
                     self._start(folder, lock, label)
             if is_over():
                 return False
@@ -253,7 +251,7 @@ class Site:
         write_text(folder / "pid", f"{process.pid}\n")
         how = "as a SLURM job" if profile.is_file() else "on this machine"
         again = " again" if failed else ""
-        self.note(f"{label}: trains {how}{again}; see {folder / 'run.log'}")
+        self.note(f"{label}: trains {how}{again}; see {folder / RUN_LOG}")
 
     def _stop(self, folder: Path) -> None:
         """Ask the run to save and end, and take its job out of the queue."""
