@@ -37,6 +37,8 @@ PROCESSES = {
     "site, the outer round's process": "client.worker_process",
 }
 """What to call a process, and what its command line has."""
+COORDINATOR = tuple(PROCESSES)[:3]
+TOGETHER = "coordinator, all at one time"
 PERIOD_S = 0.2
 
 
@@ -75,7 +77,7 @@ def main() -> None:
     up = ", ".join(f"{line['seconds']:.1f}" for line in arrived)
     show(f"- updates of {arrived[0]['bytes'] / 2**20:.0f} MiB fetched in {up} s\n")
     show("| process | memory, MiB |\n|---|---|")
-    for name in PROCESSES:
+    for name in (*PROCESSES, TOGETHER):
         show(f"| {name} | {peaks[name] / 2**20:.0f} |")
 
 
@@ -121,13 +123,17 @@ def put_updates_in_place(args: argparse.Namespace, sites: list[str]) -> None:
 
 
 def watch(peaks: dict[str, int], done: threading.Event) -> None:
-    """Remember the most memory of every kind of process."""
+    """Remember the most memory of every kind of process, and of the coordinator's together."""
     while not done.wait(PERIOD_S):
+        together = 0
         for process in psutil.process_iter(["cmdline"]):
             line = " ".join(process.info["cmdline"] or ())
             for name, part in PROCESSES.items():
                 if part in line:
-                    peaks[name] = max(peaks[name], anonymous_bytes(process.pid))
+                    memory = anonymous_bytes(process.pid)
+                    peaks[name] = max(peaks[name], memory)
+                    together += memory if name in COORDINATOR else 0
+        peaks[TOGETHER] = max(peaks[TOGETHER], together)
 
 
 def anonymous_bytes(pid: int) -> int:
