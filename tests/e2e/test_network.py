@@ -81,7 +81,7 @@ def test_the_files_of_the_guide_can_be_used(tmp_path: Path) -> None:
     assert "leaves: change of" in planned.out
     site, own = read_site(shown["site.yaml"], source="site.yaml")
     assert site.accepts.max_hours == 48
-    assert own.plain()["federation"] == {"num_clients": 2}
+    assert own.plain()["federation"] == {"num_clients": 2, "num_replicas": 1}
 
 
 def test_the_ledgers_of_sites_and_coordinator_tell_the_same(undisturbed: Network) -> None:

@@ -392,6 +392,15 @@ def test_nothing_is_signed_or_joined_that_was_not_asked_for(network: Network) ->
         install_kit(folder, signed, stranger)
 
 
+def test_a_site_that_joins_again_trains_what_it_had_given_up(network: Network) -> None:
+    attempts = network.folder / "alpha/runs/heart/outer/round_000000/attempts"
+    attempts.parent.mkdir(parents=True)
+    attempts.write_text("2\n2\n2\n")
+    said = network.as_shown("at site alpha: join")
+    assert "outer rounds train on this machine" in said
+    assert not attempts.exists()
+
+
 def _with(archive: Path, key: str, value: str) -> Path:
     """Copy a request or a signed kit, with another value in what it says of itself."""
     changed = archive.with_name(f"changed-{archive.name}")

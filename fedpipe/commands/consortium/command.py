@@ -73,8 +73,9 @@ def _sign(config: ConsortiumConfig, request: str | None) -> int:
         name=config.name,
         sites=config.federation.sites,
     )
+    show(f"authority   {kits.authority(Path(config.server.kits))}")
     show(f"request     {kits.fingerprint_of(Path(request))}")
-    show(f"signed      {signed}, send it to {site} once both fingerprints were compared")
+    show(f"signed      {signed}, send it to {site} once both fingerprints have been compared")
     return 0
 
 

@@ -23,7 +23,7 @@ from fedpipe.commands.consortium.kits import (
     kit_of,
     require_nvflare,
 )
-from fedpipe.commands.site.site import ATTEMPTS, RUNS, Site
+from fedpipe.commands.site.site import Site
 from fedpipe.distributed.signals import Signals, end_with_parent
 from fedpipe.errors import FederationError
 from fedpipe.run.run_dir import is_locked, locked
@@ -64,8 +64,7 @@ def keep_agent(site: Site, invitation: Invitation, show: Callable[[str], None]) 
     signals, wait_s = Signals(), _AGAIN_S
     with locked(site.path), signals.caught():
         (site.path / PID_FILE).write_text(f"{os.getpid()}\n")
-        for attempts in site.path.glob(f"{RUNS}/*/outer/*/{ATTEMPTS}"):
-            attempts.unlink()  # whoever starts the agent has mended what made runs fail
+        site.forget_failures()
         for job in kit.glob(_JOBS):  # NVFlare keeps the folder of every outer round for ever
             shutil.rmtree(job, ignore_errors=True)
         try:

@@ -148,8 +148,10 @@ def _join(
         (folder / PROFILE_FILE).unlink(missing_ok=True)
     else:
         write_text(folder / PROFILE_FILE, nodes)
+    Site(folder).forget_failures()
     show(f"site         {invitation['site']} of {invitation['consortium']}, in {folder}")
     show(f"certificate  until {certificate_end(kit):%Y-%m-%d}")
+    show(f"outer rounds train {'on this machine' if nodes is None else 'as SLURM jobs'}")
     if agent_pid(Site(folder)) is None:
         show(f"start with   fedpipe site start --site-dir {shlex.quote(str(folder))}")
     else:

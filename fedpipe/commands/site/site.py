@@ -105,6 +105,11 @@ class Site:
             line = " ".join(printable(text[:_MOST_NOTED]).split())
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
+    def forget_failures(self) -> None:
+        """Let outer rounds that were given up train again: what made their runs fail is mended."""
+        for attempts in self.path.glob(f"{RUNS}/*/outer/*/{ATTEMPTS}"):
+            attempts.unlink()
+
     # -- an outer round ------------------------------------------------------------------------
 
     def answer(self, order: Order, *, fetch: Fetch, is_over: Callable[[], bool]) -> Path | None:
@@ -232,7 +237,8 @@ class Site:
             self.note(f"{label}: the run has ended with exit code {failed[-1]}: {why}")
         failures = [code for code in failed if code != str(EXIT_INTERRUPTED)]
         if len(failures) >= _ATTEMPTS:
-            self.note(f"{label}: given up. Mend that, then stop and start the agent.")
+            way_out = "Mend that, then stop and start the agent, or give site join again."
+            self.note(f"{label}: given up. {way_out}")
             raise Declined(f"the site's run has failed {len(failures)} times.")
         run = folder.parent.parent
         profile = self.path / PROFILE_FILE
