@@ -85,6 +85,7 @@ def test_the_guide_trains_the_mean_of_two_sites_however_often_its_coordinator_is
         for name in after.layouts:
             mean = np.float32(0.5) * changes[0].read(name) + np.float32(0.5) * changes[1].read(name)
             assert np.array_equal(after.read(name), base.read(name) + mean), name
+    assert "# heart\n" in (tmp_path / "runs/heart/export/README.md").read_text()
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "runs/heart/export")
     last = TensorFile(tmp_path / "runs/heart/rounds/round_000002" / GLOBAL)
     for name, parameter in model.named_parameters():

@@ -160,14 +160,15 @@ def read_consortium(tree: Node, *, source: str) -> tuple[ConsortiumConfig, RunCo
     run = cast(RunConfig, build(RunConfig, shared))
     inner = run.outer.num_inner_rounds
     num_rounds = consortium.federation.num_rounds * inner
-    default = RunConfig().federation.num_rounds
-    if run.federation.num_rounds not in (num_rounds, default):
+    default = RunConfig()
+    if run.federation.num_rounds not in (num_rounds, default.federation.num_rounds):
         raise ConfigError(
             f"{PRETRAIN}.federation.num_rounds: expected {num_rounds} (federation.num_rounds times"
             f" {PRETRAIN}.outer.num_inner_rounds), got {run.federation.num_rounds}. Leave it out."
         )
     run = replace(
         run,
+        name=consortium.name if run.name == default.name else run.name,
         seed=consortium.seed,
         federation=replace(run.federation, num_rounds=num_rounds),
     )

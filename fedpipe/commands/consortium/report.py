@@ -98,7 +98,8 @@ def _losses(consortium: Consortium, records: list[RoundRecord]) -> list[Block]:
             file="loss.png",
             svg=render(picture, consortium.path / "loss.png"),
             caption="Loss of the final head on each site's own held-out text, of the weights that"
-            " the outer round began with: those that all sites made together.",
+            " the outer round began with: those that all sites made together. No site has measured"
+            " the newest weights.",
         ),
     ]
 

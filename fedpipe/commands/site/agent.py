@@ -167,9 +167,9 @@ def check_connection(site: Site, invitation: Invitation) -> None:
         refusal = str(error.reason or error)
     except OSError as error:
         raise FederationError(
-            f"expected a way to {whom}, got: {error.strerror or error}. Its server may not run yet;"
-            " otherwise have outbound connections to that port opened. The agent tries again by"
-            " itself."
+            f"expected a way to {whom}, got: {error.strerror or error}. Its server runs"
+            " during a training only. If one is under way, have outbound connections to that port"
+            " opened. An agent tries again by itself."
         ) from None
     if refusal:
         raise FederationError(
