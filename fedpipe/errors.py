@@ -9,6 +9,7 @@
     ``LaunchError``       a process that did not finish
         ``TrainingError`` numbers of the training that are no longer finite
         ``OutputError``   files that the system does not let us write
+        ``SchedulerError``  SLURM, which does not answer
 
 The command line prints a ``FedPipeError`` in one line and ends with 2 (a ``LaunchError`` with 1);
 anything else is a bug and keeps its traceback.
@@ -63,6 +64,10 @@ class OutputError(CheckpointError, LaunchError):
 
     The same command continues the run once the cause is removed.
     """
+
+
+class SchedulerError(LaunchError):
+    """SLURM does not answer; the same command works once it does."""
 
 
 def is_users(error: FedPipeError) -> bool:

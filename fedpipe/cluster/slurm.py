@@ -8,9 +8,10 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedpipe.cluster.profile import JobShape, Profile
-from fedpipe.errors import ConfigError, LaunchError
+from fedpipe.errors import ConfigError, FedPipeError, LaunchError, SchedulerError
 
 _TIMEOUT_S = 60.0
 _SINFO = "%P|%D|%c|%G|%l|%a"
@@ -33,6 +34,13 @@ _OF_ALLOCATION = (
     "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "GPU_DEVICE_ORDINAL",
 )  # fmt: skip
 """SLURM sets them for a job with GPUs, and a job without would inherit them."""
+_UNREACHED = re.compile(
+    r"contact slurm|standby mode|timed out|Zero Bytes|Connection (?:refused|reset)"
+    r"|temporarily|Protocol authentication|Transport endpoint"
+)
+"""In what sbatch says where it has not reached slurmctld, or where that has no time for it."""
+_REFUSAL = re.compile(r"Batch job submission failed: (.+?)\. Mend ")
+_AGAINST_SINFO = re.compile(r"^ConfigError: (\w+): expected .*\(sinfo\)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -268,11 +276,58 @@ def cells_in_queue(job_ids: Sequence[str]) -> set[str]:
     return set(answer.split()) & set(job_ids)
 
 
+def job_from(folder: Path) -> str | None:
+    """Return the user's job in the queue whose script was written into a folder; None for none.
+
+    Args:
+        folder: Holds the scripts of one run.
+
+    Raises:
+        SchedulerError: SLURM does not answer.
+    """
+    if shutil.which("squeue") is None:
+        return None
+    for line in _ask("squeue", "--noheader", "--me", "-o", "%i %o").splitlines():
+        job_id, _, script = line.partition(" ")
+        if Path(script).parent.resolve() == folder.resolve():
+            return job_id
+    return None
+
+
+def not_submitted(said: str, *, source: str) -> FedPipeError:
+    """Return the error of a job that sbatch has not submitted.
+
+    Args:
+        said: Its messages.
+        source: File of the profile.
+    """
+    text = " ".join(said.split())
+    if _UNREACHED.search(text):
+        return SchedulerError(f"sbatch: expected an answer, got: {text}. Ask the site.")
+    return ConfigError(f"--profile: expected a job that SLURM takes, got: {text}. Mend {source}.")
+
+
+def refusal_in(line: str) -> str:
+    """Return why SLURM does not take a job, without a path or a host of the site.
+
+    Args:
+        line: What ``fedpipe submit`` has said last.
+
+    Returns:
+        SLURM's words, which are of a fixed list, or the key of the profile that does not fit what
+        sinfo says; empty if the line is no refusal.
+    """
+    if found := _REFUSAL.search(line):
+        return found[1]
+    found = _AGAINST_SINFO.search(line)
+    return f"{found[1]} of its profile does not fit" if found else ""
+
+
 def _ask(*command: str) -> str:
     """Run a command of SLURM.
 
     Raises:
-        LaunchError: It failed or did not answer.
+        SchedulerError: It failed or did not answer.
     """
     try:
         result = subprocess.run(
@@ -285,9 +340,11 @@ def _ask(*command: str) -> str:
         )
     except subprocess.CalledProcessError as error:
         what = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
-        raise LaunchError(f"{command[0]}: expected an answer, got: {what}. Ask the site.") from None
+        raise SchedulerError(
+            f"{command[0]}: expected an answer, got: {what}. Ask the site."
+        ) from None
     except subprocess.TimeoutExpired:
-        raise LaunchError(
+        raise SchedulerError(
             f"{command[0]}: expected an answer within {_TIMEOUT_S:.0f} s, got none. Try again."
         ) from None
     return result.stdout

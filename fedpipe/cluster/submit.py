@@ -25,7 +25,14 @@ from fedpipe.cluster.follow import STARTS, follow
 from fedpipe.cluster.launched import run_launched
 from fedpipe.cluster.profile import SIGNAL_DELAY_S, JobShape, Profile, load_profile
 from fedpipe.cluster.rank import JobRun, RankResult, RunRequest, load_program
-from fedpipe.cluster.slurm import cells_in_queue, check_site, login_environment, without_rank
+from fedpipe.cluster.slurm import (
+    cells_in_queue,
+    check_site,
+    job_from,
+    login_environment,
+    not_submitted,
+    without_rank,
+)
 from fedpipe.distributed.env import detect, kept_environment
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from fedpipe.distributed.topology import Grid
@@ -210,6 +217,8 @@ def submit(
         return 0
     if job_id is not None:
         job: Any = slurm_job(run_dir, job_id, num_tasks=run.grid.world_size)
+        _complete(job)
+        _write_job(run_dir, job)
         show(f"job     {job_id} is in the queue already")
     else:
         show(run.reserve())
@@ -307,6 +316,7 @@ def send(
 
     Raises:
         ConfigError: The scheduler refuses them.
+        SchedulerError: It does not answer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=_FOR_EVER)
@@ -320,10 +330,7 @@ def send(
         ):
             return list(executor.submit_array(list(jobs)))
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(
-            f"--profile: expected a job that SLURM takes, got: {text}. Mend {profile.source}."
-        ) from None
+        raise not_submitted(str(error), source=profile.source) from None
 
 
 def _parameters(
@@ -363,11 +370,20 @@ def _write_job(run_dir: Path, job: Any) -> None:
 
 
 def _job_in_queue(run_dir: Path) -> str | None:
-    try:
-        job_id = json.loads((run_dir / JOB_FILE).read_text(encoding="utf-8"))["job_id"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return str(job_id) if cells_in_queue([str(job_id)]) else None
+    """Find the job of a run, also where the process that submitted it has not noted its id."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        content = json.loads((run_dir / JOB_FILE).read_text(encoding="utf-8"))
+        if cells_in_queue([job_id := str(content["job_id"])]):
+            return job_id
+    return job_from(run_dir / "logs")
+
+
+def _complete(job: Any) -> None:
+    """Do what is left of a submission that was killed: a job looks for what it does by its id."""
+    path = Path(job.paths.submitted_pickle)
+    for left in path.parent.glob(f"{'[0-9a-f]' * 32}.pkl"):  # each does the same
+        if not path.exists():
+            left.rename(path)
 
 
 def slurm_job(run_dir: Path, job_id: str, *, num_tasks: int) -> Any:

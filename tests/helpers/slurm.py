@@ -71,6 +71,28 @@ class Cluster:
         done = self.call("down")
         assert done.returncode == 0, done.stderr
 
+    @contextlib.contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """Stop slurmctld, and start it again at the end; nothing of the queue is lost."""
+        file = self.folder / "run/slurmctld.daemon"
+        controller = psutil.Process(int(file.read_text()))
+        command, environment = controller.cmdline(), controller.environ()
+        controller.terminate()
+        wait_until(lambda: not _is_alive(controller), what=lambda: "slurmctld goes on")
+        try:
+            yield
+        finally:
+            with (self.folder / "log/slurmctld.log").open("ab") as log:
+                again = subprocess.Popen(
+                    command, cwd=self.folder, env=environment, stdout=log, stderr=log,
+                    start_new_session=True,
+                )  # fmt: skip
+            file.write_text(str(again.pid))
+            wait_until(
+                lambda: " UP" in self.run("scontrol", "ping", check=False).stdout,
+                what=lambda: "slurmctld does not answer",
+            )
+
     def daemons(self) -> dict[str, int]:
         """Process ids by daemon: munged, mariadbd, slurmdbd, slurmctld and every node."""
         return {file.stem: int(file.read_text()) for file in self.folder.glob("run/*.daemon")}
@@ -155,6 +177,10 @@ class Cluster:
 
     def _node_state(self, node: str) -> str:
         return self.run("sinfo", "-ho%T", f"--nodes={node}", "--partition=main").stdout.strip()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def _namespaces(pid: int) -> set[str]:

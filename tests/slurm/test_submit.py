@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -130,6 +131,32 @@ def test_a_job_that_gets_nowhere_three_times_says_so_instead_of_requeueing(
         "before anything new was saved (all from the start). "
     ), result.error
     assert cluster.state(job) == "FAILED"
+
+
+def test_a_job_whose_submission_was_killed_is_found_again(
+    submit: Submit, cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = folder / "killed"
+    for node in cluster.nodes:
+        cluster.drain(node)
+    (folder / "bin").mkdir()
+    kills = folder / "bin/sbatch"
+    kills.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@" > /dev/null\nkill -9 $PPID\n')
+    kills.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(folder / "bin"), prepend=":")
+        result = submit(run_dir, *TINY, *ONE_PROCESS).finish()
+    assert result.code == -signal.SIGKILL
+    assert not (run_dir / "logs/job.json").exists()
+    (job,) = cluster.run("squeue", "--noheader", "--format=%i").stdout.split()
+    again = submit(run_dir, "--follow")
+    again.wait_for(lambda: (run_dir / "logs/job.json").is_file(), "the job")
+    assert job_id(run_dir) == job
+    for node in cluster.nodes:
+        cluster.resume(node)
+    result = again.finish()
+    assert (result.code, result.err) == (0, ""), result.out + result.err
+    assert f"job     {job} is in the queue already\n" in result.out
 
 
 # -- what is known before a job is submitted -------------------------------------------------------

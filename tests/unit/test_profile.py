@@ -17,9 +17,17 @@ from fedpipe.cluster.slurm import (
     cells_in_queue,
     check_site,
     job_state,
+    not_submitted,
+    refusal_in,
 )
 from fedpipe.distributed.topology import Grid
-from fedpipe.errors import ConfigError, FedPipeError, LaunchError, TopologyError
+from fedpipe.errors import (
+    ConfigError,
+    FedPipeError,
+    LaunchError,
+    SchedulerError,
+    TopologyError,
+)
 
 PROFILES = sorted((Path(__file__).parents[2] / "slurm" / "profiles").glob("*.yaml"))
 
@@ -203,6 +211,43 @@ def test_a_controller_that_does_not_answer_is_quoted_in_one_line(
         check_site(Profile(source="p.yaml"), SHAPE)
 
 
+@pytest.mark.parametrize(
+    ("said", "kind", "told"),
+    [
+        (
+            "sbatch: error: invalid partition specified: gpu\nsbatch: error: Batch job submission"
+            " failed: Invalid partition name specified",
+            ConfigError,
+            "Invalid partition name specified",
+        ),
+        (
+            "sbatch: error: see https://hpc.site.example/help on login7\nsbatch: error: Batch job"
+            " submission failed: Invalid account or account/partition combination specified",
+            ConfigError,
+            "Invalid account or account/partition combination specified",
+        ),
+        ("sbatch: error: login7 says no to /home/me/run", ConfigError, ""),
+        (
+            "sbatch: error: Batch job submission failed: Unable to contact slurm controller"
+            " (connect failure)",
+            SchedulerError,
+            "",
+        ),
+        (
+            "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+            SchedulerError,
+            "",
+        ),
+    ],
+)
+def test_a_scheduler_that_refuses_a_job_is_told_from_one_that_does_not_answer(
+    said: str, kind: type, told: str
+) -> None:
+    error = not_submitted(said, source="/home/me/slurm.yaml")
+    assert type(error) is kind
+    assert refusal_in(f"{kind.__name__}: {error}") == told
+
+
 def test_a_partition_must_be_one_of_the_site_or_its_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,8 +255,11 @@ def test_a_partition_must_be_one_of_the_site_or_its_default(
     _answer(tmp_path, monkeypatch, sbatch="", sinfo=line.format(""))
     with pytest.raises(ConfigError, match=r"^slurm_partition: .* cpu, gpu \(the site has no defau"):
         check_site(Profile(source="p.yaml"), SHAPE)
-    with pytest.raises(ConfigError, match=r"^slurm_partition: expected one of cpu, gpu \(sinfo\)"):
+    refused = r"^slurm_partition: expected one of cpu, gpu \(sinfo\)"
+    with pytest.raises(ConfigError, match=refused) as caught:
         check_site(Profile(source="p.yaml", parameters={"slurm_partition": "x"}), SHAPE)
+    told = "slurm_partition of its profile does not fit"
+    assert refusal_in(f"ConfigError: {caught.value}") == told
     _answer(tmp_path, monkeypatch, sinfo=line.format("*"))
     check_site(Profile(source="p.yaml", parameters={"timeout_min": 10**6}), SHAPE)
 

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from fedpipe.cluster.slurm import refusal_in
 from fedpipe.commands.consortium.messages import Order, check_order
 from fedpipe.commands.site.config import (
     METRICS,
@@ -31,7 +32,7 @@ from fedpipe.commands.site.config import (
 from fedpipe.config.load import to_yaml
 from fedpipe.config.tree import Node, read_text
 from fedpipe.distributed.signals import EXIT_INTERRUPTED
-from fedpipe.errors import ConfigError, FederationError
+from fedpipe.errors import ConfigError, FederationError, SchedulerError, error_in
 from fedpipe.files import system_errors_named, write_text
 from fedpipe.printable import printable
 from fedpipe.report.format import bytes_text
@@ -63,10 +64,12 @@ _MOST_NOTED = 2000
 _ATTEMPTS = 3
 """Failures of the run after which an outer round is given up."""
 _LOOK_S = 0.5
+_AGAIN_S = 30.0
+"""So long after a scheduler has not answered it is asked again."""
 _MOST_SAID = 1000
 """Characters of a line of the run's log that are repeated."""
-_KEEP = 'trap : TERM; codes=$1; shift; "$@"; echo $? >> "$codes"'
-"""Runs a command, and writes down how it has ended, also when nobody waits for it."""
+_KEEP = 'trap : TERM; codes=$1; wait=$2; shift 2; sleep $wait && "$@"; echo $? >> "$codes"'
+"""Waits, runs a command, and writes down how it has ended, also when nobody waits for it."""
 
 Fetch = Callable[[Path], None]
 """Brings the weights of an outer round to a path; raises ``ConnectionError`` where it cannot."""
@@ -83,6 +86,7 @@ class Site:
         """Open the folder."""
         self.path = path
         self.ledger = Ledger(path / LEDGER_FILE)
+        self._told_unanswered = False
 
     @cached_property
     def _read(self) -> tuple[SiteConfig, Node]:
@@ -232,13 +236,23 @@ class Site:
         """Start the run in a session of its own; it holds the lock as long as it lives."""
         attempts = folder / ATTEMPTS
         failed = attempts.read_text().split() if attempts.is_file() else []
-        if failed:
-            why = _last_line(folder / RUN_LOG)
+        why = _last_line(folder / RUN_LOG) if failed else ""
+        is_unanswered = isinstance(error_in(why), SchedulerError)
+        if is_unanswered:  # no failure of the run, which has not begun
+            failed[-1] = str(EXIT_INTERRUPTED)
+            write_text(attempts, "\n".join(failed) + "\n")
+            if not self._told_unanswered:
+                again = f"asked again every {_AGAIN_S:.0f} s until this outer round is over"
+                self.note(f"{label}: the scheduler does not answer, and is {again}: {why}")
+            self._told_unanswered = True
+        elif failed:
             self.note(f"{label}: the run has ended with exit code {failed[-1]}: {why}")
         failures = [code for code in failed if code != str(EXIT_INTERRUPTED)]
         if len(failures) >= _ATTEMPTS:
             way_out = "Mend that, then stop and start the agent, or give site join again."
             self.note(f"{label}: given up. {way_out}")
+            if refusal := refusal_in(why):
+                raise Declined(f"the site's SLURM does not take the job: {refusal}.")
             raise Declined(f"the site's run has failed {len(failures)} times.")
         run = folder.parent.parent
         profile = self.path / PROFILE_FILE
@@ -247,17 +261,19 @@ class Site:
             sys.executable, "-m", "fedpipe", *(task if profile.is_file() else ["pretrain"]),
             "--config", str(run / "pretrain.yaml"), "--run-dir", str(run / "run"),
         ]  # fmt: skip
+        wait_s = f"{_AGAIN_S if is_unanswered else 0:.0f}"
         log = open(folder / RUN_LOG, "a", encoding="utf-8")  # noqa: SIM115
         with log:
             process = subprocess.Popen(
-                ["/bin/sh", "-c", _KEEP, "sh", str(attempts), *command],
+                ["/bin/sh", "-c", _KEEP, "sh", str(attempts), wait_s, *command],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 pass_fds=(lock,), cwd=run,
             )  # fmt: skip
         write_text(folder / "pid", f"{process.pid}\n")
-        how = "as a SLURM job" if profile.is_file() else "on this machine"
-        again = " again" if failed else ""
-        self.note(f"{label}: trains {how}{again}; see {folder / RUN_LOG}")
+        if not is_unanswered:
+            how = "as a SLURM job" if profile.is_file() else "on this machine"
+            again = " again" if failed else ""
+            self.note(f"{label}: trains {how}{again}; see {folder / RUN_LOG}")
 
     def _stop(self, folder: Path) -> None:
         """Ask the run to save and end, and take its job out of the queue."""
