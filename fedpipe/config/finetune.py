@@ -268,6 +268,14 @@ class FinetuneConfig:
         """Check the values that need several sections."""
         folder_name(self.name)
         at_least(self, "", batch_size=1, hang_timeout_s=0)
+        require(
+            self.optimizer.name != "muon",
+            "optimizer.name",
+            "adamw, adam or sgd in fine-tuning",
+            self.optimizer.name,
+            "Set optimizer.name=adamw: few of the parameters that an adapter trains are matrices"
+            " of layers.",
+        )
         self._check_federation()
         if self.method.lora_average == "product":
             self._check_product()

@@ -321,6 +321,13 @@ def _check_federation(config: RunConfig) -> None:
     require(server != "shared", "federation.server", expected, server, way_out)
     require(mu == 0, "federation.fedprox_mu", "0 with ZeRO", mu, way_out)
     require(not tied, "model.tie_word_embeddings", untied, True, way_out)
+    require(
+        config.optimizer.name != "muon",
+        "optimizer.name",
+        "adamw, adam or sgd with ZeRO",
+        config.optimizer.name,
+        f"Remove zero_optimization from {config.deepspeed.config}: it flattens the matrices.",
+    )
 
 
 def _check_shared(config: RunConfig) -> None:

@@ -281,12 +281,30 @@ class PipelineConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MuonConfig:
+    """What ``optimizer.name=muon`` has of its own; its learning rate and its decay are AdamW's."""
+
+    momentum: float = 0.95
+    """Decay of the momentum, which looks one step ahead (Nesterov)."""
+    num_iterations: int = 5
+    """Newton-Schulz iterations that make an update orthogonal. Their time is most of a step's."""
+
+    def __post_init__(self) -> None:
+        """Check the values that need nothing else."""
+        require(
+            0 <= self.momentum < 1, "optimizer.muon.momentum", "a value in [0, 1)", self.momentum
+        )
+        at_least(self, "optimizer.muon.", num_iterations=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
     """Each stage has an optimizer of its own; these numbers hold for all of them."""
 
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
     """adamw decays weights apart from the gradient. adam and sgd add the decay to the gradient, and
-    sgd has no momentum."""
+    sgd has no momentum. muon makes the updates of the encoder layers' matrices orthogonal, at the
+    same lr and weight_decay; embeddings, heads, norms and biases have adamw."""
     lr: float = 1e-3
     """Peak learning rate."""
     betas: tuple[float, ...] = (0.9, 0.98)
@@ -305,6 +323,7 @@ class OptimizerConfig:
     """Share of all steps with a linearly rising learning rate."""
     max_grad_norm: float = 1.0
     """Gradients of a stage are scaled down to this norm; 0 means never."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""

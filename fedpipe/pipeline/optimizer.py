@@ -3,18 +3,52 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fedpipe.config.schema import OptimizerConfig
-from fedpipe.models.stage import trainable
+from fedpipe.models.split import AUX_HEADS, part_of
+from fedpipe.models.stage import StageModule, trainable
+from fedpipe.pipeline.muon import Muon
+
+_AUX_LAYER = re.compile(rf"{AUX_HEADS}\.\d+\.layer\.")
 
 
-def build_optimizer(stage: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return the optimizer of a stage; see ``make_optimizer``."""
-    return make_optimizer(trainable(stage).values(), config)
+def build_optimizer(stage: StageModule, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of a stage; see ``make_optimizer``.
+
+    With ``muon`` it is Muon for the matrices of encoder layers, an auxiliary one among them, and
+    AdamW for everything else. A stage without layers has AdamW alone.
+    """
+    parameters = trainable(stage)
+    if config.name != "muon":
+        return make_optimizer(parameters.values(), config)
+    matrices = {n: p for n, p in parameters.items() if p.ndim == 2 and _in_layer(n, stage)}
+    others = make_optimizer(
+        [p for name, p in parameters.items() if name not in matrices],
+        replace(config, name="adamw"),
+    )
+    if not matrices:
+        return others
+    return Muon(
+        matrices.values(),
+        cast(torch.optim.AdamW, others),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.muon.momentum,
+        num_iterations=config.muon.num_iterations,
+    )
+
+
+def _in_layer(name: str, stage: StageModule) -> bool:
+    """Whether a parameter is one of an encoder layer."""
+    of_layers = part_of(name, stage.spec) in ("client_layers", "server_layers")
+    return of_layers or bool(_AUX_LAYER.match(name))
 
 
 def make_optimizer(
@@ -27,7 +61,7 @@ def make_optimizer(
 
     Args:
         parameters: Trained parameters. Vectors are biases or weights of norms, in every family.
-        config: Kind and settings of the optimizer.
+        config: Kind and settings of the optimizer; not muon.
     """
     trained = list(parameters)
     groups = [

@@ -276,7 +276,7 @@ def test_every_two_values_of_fine_tuning_together(
 
 
 def test_every_pair_of_values_of_fine_tuning_is_in_a_row_or_refused_by_name() -> None:
-    """The rows are generated; one option is refused in itself, and says so."""
+    """The rows are generated; values of two options are refused in themselves, and say so."""
     usable = {show(choice) for choice, _ in FINETUNE.choices}
     refused = {
         key
@@ -284,11 +284,13 @@ def test_every_pair_of_values_of_fine_tuning_is_in_a_row_or_refused_by_name() ->
         for value in given
         if type(value) is not int and show({key: value}) not in usable
     }
-    assert refused == {"federation.server"}
+    assert refused == {"federation.server", "optimizer.name"}
     for own in ({"clients_per_round": 2, "server": "shared"}, {"num_replicas": 1}):
         mode = {"server": "sequential"} | own
         settings = {f"federation.{key}": value for key, value in mode.items()}
         with pytest.raises(ConfigError, match=r"^federation.server: expected replicated in fine-"):
             FINETUNE.build(settings)
+    with pytest.raises(ConfigError, match=r"^optimizer.name: expected adamw, adam or sgd in fine-"):
+        FINETUNE.build({"optimizer.name": "muon"})
     wrong = FINETUNE.not_covered(TUNING_COVERING, TUNING_REFUSED)
     assert not wrong, f"FEDPIPE_RECORD=1 pytest {__file__}"

@@ -385,7 +385,10 @@ FINETUNE = Options(
         "log.to": [],
     },
     record="finetune_options.jsonl",
-    elsewhere=("name", "log.", "hang_timeout_s", "task.", "model.path", "method.path"),
+    elsewhere=(
+        "name", "log.", "hang_timeout_s", "task.", "model.path", "method.path",
+        "optimizer.muon.",  # which is refused
+    ),
     further={"pipeline.cut": [[1], [1, 2]], "method.reduction_factor": [4.0]},
 )  # fmt: skip
 """Three clients on two whole models; cuts make up to three stages of each."""

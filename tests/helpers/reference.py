@@ -37,7 +37,7 @@ from fedpipe.models.families import hf_config, stable_seed
 from fedpipe.models.split import StageRole, model_stages, part_of, placement
 from fedpipe.models.stage import Stage, build_stage, trainable
 from fedpipe.pipeline.messages import WireTensor, edge_messages
-from fedpipe.pipeline.optimizer import learning_rate, make_optimizer
+from fedpipe.pipeline.optimizer import build_optimizer, learning_rate
 
 CPU = torch.device("cpu")
 Step = tuple[int, int, int, int]
@@ -177,7 +177,7 @@ class Reference:
             for decoder in stages[-1].copied.values():
                 decoder.copy_(stages[0].word_embedding)
         for i, stage in enumerate(stages):
-            optimizer = make_optimizer(trainable(stage).values(), self.config.optimizer)
+            optimizer = build_optimizer(stage, self.config.optimizer)
             state = self.moments.get((turn.client_id, i))
             if self._goes_on(i):
                 state = self.going_on.get((turn.replica_id, i))

@@ -89,6 +89,9 @@ OVERRIDES = [
     ("optimizer.betas=[0.9]", "optimizer.betas: expected two values in [0, 1)"),
     ("optimizer.warmup_ratio=1.5", "optimizer.warmup_ratio: expected a value in [0, 1]"),
     ("optimizer.max_grad_norm=-1", "optimizer.max_grad_norm: expected 0 or more"),
+    ("optimizer.muon.momentum=1", "optimizer.muon.momentum: expected a value in [0, 1), got 1.0"),
+    ("optimizer.muon.num_iterations=0", "optimizer.muon.num_iterations: expected 1 or more"),
+    ("optimizer.name=mun", "optimizer.name: expected one of adamw, adam, sgd, muon, got 'mun' in an override. Did you mean muon?"),
     ("optimizer.power=0", "optimizer.power: expected a value above 0"),
     ("pipeline.hang_timeout_s=-1", "pipeline.hang_timeout_s: expected 0 or more"),
     ("checkpoint.every_rounds=0", "checkpoint.every_rounds: expected 1 or more"),
@@ -192,9 +195,13 @@ def test_a_shared_server_needs_stages_that_it_can_share() -> None:
             "federation.server: expected replicated or sequential with ZeRO",
         ),
         ("federation.fedprox_mu=0.5", "federation.fedprox_mu: expected 0 with ZeRO, got 0.5."),
+        (
+            "optimizer.name=muon",
+            "optimizer.name: expected adamw, adam or sgd with ZeRO, got 'muon'.",
+        ),
     ],
 )
-def test_zero_hides_gradients_that_a_shared_server_and_fedprox_need(
+def test_zero_hides_gradients_that_a_shared_server_fedprox_and_muon_need(
     override: str, expected: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "ds.json"

@@ -44,6 +44,10 @@ WRONG = [
     ("scenario.straggler_share=-1", "scenario.straggler_share: expected a value in [0, 1)"),
     ("scenario.straggler_work=0", "scenario.straggler_work: expected a value in (0, 1]"),
     ("scoring.batch_size=0", "scoring.batch_size: expected 1 or more"),
+    (
+        "optimizer.name=muon",
+        "optimizer.name: expected adamw, adam or sgd in fine-tuning, got 'muon'",
+    ),
     ("batch_size=0", "batch_size: expected 1 or more"),
     ("hang_timeout_s=-1", "hang_timeout_s: expected 0 or more"),
     ("pipeline.colocate=true", "pipeline.cut: expected a cut with other keys of pipeline, got []"),

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedpipe.config.schema import OptimizerConfig, PipelineConfig
+from fedpipe.config.model_shape import ModelShape, resolve
+from fedpipe.config.schema import ModelConfig, OptimizerConfig, PipelineConfig
 from fedpipe.models.families import hf_config
 from fedpipe.models.split import stage_specs
 from fedpipe.models.stage import Stage, build_stage
+from fedpipe.pipeline.muon import Muon, orthogonal
 from fedpipe.pipeline.optimizer import build_optimizer, clip_, learning_rate, make_optimizer
 
 TOTAL = 100
@@ -58,18 +60,17 @@ def test_a_step_beyond_the_end_has_the_last_learning_rate() -> None:
     assert _lr(TOTAL + 50, end_lr=0.3) == pytest.approx(0.3)
 
 
-def _stage(family: str = "roberta") -> Stage:
-    from fedpipe.config.model_shape import resolve
-    from fedpipe.config.schema import ModelConfig
-
+def _shape(family: str) -> ModelShape:
     model = ModelConfig(
         family=family, num_hidden_layers=2, hidden_size=8, num_attention_heads=2,
         intermediate_size=12,
     )  # fmt: skip
-    config = hf_config(
-        resolve(model, vocab_size=31, sequence_length=10), pad_id=0, cls_id=1, sep_id=2
-    )
-    specs = stage_specs(PipelineConfig(cut=(1,)), num_hidden_layers=2)
+    return resolve(model, vocab_size=31, sequence_length=10)
+
+
+def _stage(family: str = "roberta", **pipeline: Any) -> Stage:
+    config = hf_config(_shape(family), pad_id=0, cls_id=1, sep_id=2)
+    specs = stage_specs(PipelineConfig(**{"cut": (1,)} | pipeline), num_hidden_layers=2)
     return build_stage(specs[0], config, seed=0)[0]
 
 
@@ -119,3 +120,105 @@ def test_clipping_scales_to_the_norm_and_returns_the_one_before() -> None:
     assert clip_(stage, max_norm=1.0) == pytest.approx(count**0.5, rel=1e-5), "0 did not clip"
     assert clip_(stage, max_norm=5.0) == pytest.approx(1.0, rel=1e-4), "and 1.0 did"
     assert clip_(stage, max_norm=5.0) == pytest.approx(1.0, rel=1e-4), "a small norm stays"
+
+
+# -- Muon ------------------------------------------------------------------------------------------
+
+
+def _muon_names(stage: Stage) -> set[str]:
+    optimizer = build_optimizer(stage, OptimizerConfig(name="muon"))
+    groups = [g for g in optimizer.param_groups if "momentum" in g]
+    found = {id(p) for g in groups for p in g["params"]}
+    every = [id(p) for g in optimizer.param_groups for p in g["params"]]
+    assert sorted(every) == sorted(id(p) for p in stage.parameters()), "each in one group"
+    return {name for name, p in stage.named_parameters() if id(p) in found}
+
+
+@pytest.mark.parametrize("head", ["mlm", "mlm+layer"])
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+def test_muon_has_the_matrices_of_layers_and_no_embedding_head_norm_or_bias(
+    family: str, head: str
+) -> None:
+    parts = (
+        "attention.self.query", "attention.self.key", "attention.self.value",
+        "attention.output.dense", "intermediate.dense", "output.dense",
+    )  # fmt: skip
+    layers = [f"{family}.encoder.layer.0"] + ["aux_heads.0.layer"] * (head == "mlm+layer")
+    expected = {f"{layer}.{part}.weight" for layer in layers for part in parts}
+    stage = _stage(family, local_head=head)
+    assert _muon_names(stage) == expected
+    of_a_layer = _shape(family).layer_flops_per_token(0) // 2  # as the plan counts them
+    numel = sum(stage.get_parameter(name).numel() for name in expected)
+    assert numel == len(layers) * of_a_layer
+
+
+def test_a_stage_without_layers_has_adamw_alone() -> None:
+    optimizer = build_optimizer(_stage(cut=(0,)), OptimizerConfig(name="muon", weight_decay=0.3))
+    assert type(optimizer) is torch.optim.AdamW
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+
+
+def test_muon_is_torchs_muon_and_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32: torch's own rounds to bfloat16, in which products of stacks differ in a bit."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    settings = {"lr": 0.02, "weight_decay": 0.1}
+    ours, theirs = _stage(local_head="mlm+layer"), _stage(local_head="mlm+layer")
+    names = _muon_names(ours)
+    muon = build_optimizer(ours, OptimizerConfig(name="muon", betas=(0.9, 0.98), **settings))
+    of_torch = [
+        torch.optim.Muon(
+            [p for n, p in theirs.named_parameters() if n in names],
+            adjust_lr_fn="match_rms_adamw",
+            **settings,
+        ),
+        make_optimizer(
+            [p for n, p in theirs.named_parameters() if n not in names], OptimizerConfig(**settings)
+        ),
+    ]
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=draw)
+            q.grad = p.grad.clone()
+        for optimizer in (muon, *of_torch):
+            optimizer.step()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_updates_are_nearly_orthogonal_and_a_zero_gradient_moves_nothing() -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(24, 8), (8, 24), (24, 8)]
+    updates = orthogonal([torch.randn(s, generator=draw) for s in shapes], num_iterations=5)
+    assert [tuple(u.shape) for u in updates] == shapes
+    for update in updates:
+        values = torch.linalg.svdvals(update)
+        assert 0.6 < values.min() <= values.max() < 1.3
+    (still,) = orthogonal([torch.zeros(4, 6)], num_iterations=5)
+    assert torch.equal(still, torch.zeros(4, 6))
+
+
+def test_muon_goes_on_bit_for_bit_from_its_state(tmp_path: Any) -> None:
+    def steps(stage: Stage, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+        for number in numbers:
+            draw = torch.Generator().manual_seed(number)
+            for p in stage.parameters():
+                p.grad = torch.randn(p.shape, generator=draw)
+            optimizer.step()
+
+    config = OptimizerConfig(name="muon", lr=0.02)
+    straight = _stage()
+    optimizer = build_optimizer(straight, config)
+    assert isinstance(optimizer, Muon)
+    steps(straight, optimizer, range(2))
+    torch.save([straight.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
+    steps(straight, optimizer, range(2, 4))
+
+    resumed = _stage()
+    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.load_state_dict(weights)
+    optimizer = build_optimizer(resumed, config)
+    optimizer.load_state_dict(state)
+    steps(resumed, optimizer, range(2, 4))
+    for p, q in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)

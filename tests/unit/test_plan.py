@@ -177,6 +177,18 @@ def test_zero_shards_the_moments_over_the_clients_own_ranks(tmp_path: Path) -> N
     assert whole.state_bytes - sharded.state_bytes == whole.num_parameters * 2 * 4 * 3 // 4
 
 
+def test_the_plan_says_what_muon_trains_with_half_the_moments() -> None:
+    adamw, muon = plan_of(), plan_of("optimizer.name=muon")
+    assert "Muon" not in render(adamw) and not any(s.muon_parameters for s in adamw.stages)
+    shape, saved = muon.shape, []
+    of_a_layer = 4 * shape.hidden_size**2 + 2 * shape.hidden_size * shape.intermediate_size
+    for before, stage in zip(adamw.stages, muon.stages, strict=True):
+        assert stage.muon_parameters == stage.spec.num_layers * of_a_layer
+        saved.append(before.state_bytes - stage.state_bytes)
+    assert saved == [4 * stage.muon_parameters for stage in muon.stages]
+    assert "  muon     2 x 1.6 M parameters  " in render(muon)
+
+
 def test_idle_replicas_threads_epochs_and_gradients_are_shown() -> None:
     text = render(plan_of("federation.num_replicas=3", "pipeline.colocate=true"))
     assert "3 processes = 3 replicas x 2 stages as threads x 1 data" in text

@@ -40,12 +40,14 @@ class StagePlan:
     spec: StageSpec
     num_parameters: int
     """Parameters, with a tied decoder counted once."""
+    muon_parameters: int
+    """Parameters that Muon trains; 0 without it."""
     averaged_parameters: int
     """Parameters that FedAvg averages; others stay with their client, or last for one turn."""
     cost_share_pct: float
     """Share of all stages' FLOPs."""
     state_bytes: int
-    """Weights, gradients, Adam's moments, global weights and buffers for averaging, per rank."""
+    """Weights, gradients, moments, global weights and buffers for averaging, per rank."""
     activation_bytes: int
     """Activations of the micro-batches in flight, logits and messages, per rank; an estimate."""
     fedavg_bytes: int
@@ -143,7 +145,9 @@ def _stages(
         copied = shape.decoder_parameters() if spec.decoder == "copied" else 0
         parameters = sum(parts.values()) + copied
         averaged = sum(n for part, n in parts.items() if _is_averaged(part, config))
-        moments = ceil(2 * parameters / data) if sharded else 2 * parameters
+        by_muon = _layer_matrices(spec, shape) if config.optimizer.name == "muon" else 0
+        moments = 2 * parameters - by_muon  # Muon has one of a weight, Adam two
+        moments = ceil(moments / data) if sharded else moments
         shared = config.federation.server == "shared" and spec.role is StageRole.SERVER
         passed_on = shared or config.federation.server == "sequential"
         sent = 0 if passed_on else averaged
@@ -156,6 +160,7 @@ def _stages(
             StagePlan(
                 spec=spec,
                 num_parameters=parameters,
+                muon_parameters=by_muon,
                 averaged_parameters=averaged,
                 cost_share_pct=100.0 * own_flops / sum(flops),
                 state_bytes=state,
@@ -183,6 +188,12 @@ def _parts(spec: StageSpec, shape: ModelShape) -> dict[str, int]:
         if spec.head == "mlm+layer":
             parts["aux_head"] += shape.layer_parameters()
     return parts
+
+
+def _layer_matrices(spec: StageSpec, shape: ModelShape) -> int:
+    """Return the weights of the matrices in a stage's layers, the auxiliary one among them."""
+    layers = spec.num_layers + (spec.head == "mlm+layer" and not spec.is_last)
+    return layers * shape.layer_flops_per_token(0) // 2  # two FLOPs per weight and token
 
 
 def _is_averaged(part: str, config: RunConfig) -> bool:
@@ -261,6 +272,7 @@ def render(plan: Plan) -> str:
     rows = [
         *_model_row(plan),
         *_stage_rows(plan),
+        *_muon_rows(plan),
         *_batch_rows(plan),
         *_traffic_rows(plan),
         *_memory_rows(plan),
@@ -308,6 +320,13 @@ def _stage_rows(plan: Plan) -> list[Row]:
         middle = f"{stage.spec.role.value:<7}  {text:<{width}}"
         rows.append((f"stage {stage.spec.stage_id}", middle, share))
     return rows
+
+
+def _muon_rows(plan: Plan) -> list[Row]:
+    if plan.config.optimizer.name != "muon":
+        return []
+    millions = [f"{stage.muon_parameters / 1e6:,.1f}" for stage in plan.stages]
+    return [("muon", f"{_per_stage(millions)} M parameters", "per stage; AdamW has the others")]
 
 
 def _batch_rows(plan: Plan) -> list[Row]:
