@@ -36,6 +36,7 @@ from fedpipe.commands.consortium.network import _write_job as write_job
 from fedpipe.commands.consortium.run import locate
 from fedpipe.data.tokenizer import tokenizer_info
 from fedpipe.errors import ConfigError
+from fedpipe.run.ledger import Ledger
 from fedpipe.run.outer import UPDATE_FACTS
 from tests.helpers.cli import REPOSITORY, fedpipe
 from tests.helpers.network import Network
@@ -399,6 +400,14 @@ def test_a_site_that_joins_again_trains_what_it_had_given_up(network: Network) -
     said = network.as_shown("at site alpha: join")
     assert "outer rounds train on this machine" in said
     assert not attempts.exists()
+
+
+def test_an_update_counts_once_in_each_training_that_it_was_sent_in(network: Network) -> None:
+    ledger = Ledger(network.folder / "alpha/ledger.jsonl")
+    for training in ("heart-1", "heart-1", "heart-2"):  # which may begin with the same weights
+        ledger.write("sent", {"consortium": training, "round": 0, "sha256": "00"})
+    said = network.tool("site", "status", "--site-dir", "alpha", site="alpha")
+    assert "3 lines, none changed; 2 updates sent" in said
 
 
 def _with(archive: Path, key: str, value: str) -> Path:

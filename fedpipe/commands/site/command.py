@@ -193,9 +193,10 @@ def _status(site: Site, invitation: Invitation) -> None:
         show(f"coordinator  {error}")
     try:
         lines = list(site.ledger.read())
-        sent = len({line["sha256"] for line in lines if line["what"] == "sent"})
+        left = {(x["consortium"], x["sha256"]) for x in lines if x["what"] == "sent"}
         show(
-            f"ledger       {count(len(lines), 'line')}, none changed; {count(sent, 'update')} sent"
+            f"ledger       {count(len(lines), 'line')}, none changed;"
+            f" {count(len(left), 'update')} sent"
         )
     except FedPipeError as error:
         show(f"ledger       {error}")
