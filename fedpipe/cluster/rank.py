@@ -90,7 +90,8 @@ class JobRun:
     """The job's tasks."""
     workers: int = 1
     """Processes that each task starts itself."""
-    is_done: Callable[[], bool]
+    done: Callable[[], str]
+    """Says that the run has nothing to do now; empty where it has something to do."""
     job: str
     """What each task does: the module of its ranks' program, or MODULE:FUNCTION."""
     options: Any = None

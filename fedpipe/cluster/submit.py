@@ -212,8 +212,8 @@ def submit(
             f"--run-dir: expected a run without a job in the queue, got {run_dir} of job {job_id}. "
             f"Add --follow to see it, or end it with: scancel {job_id}"
         )
-    if run.is_done():
-        show(f"{run_dir} is done: see {run_dir / 'report.html'}")
+    if done := run.done():
+        show(done)
         return 0
     if job_id is not None:
         job: Any = slurm_job(run_dir, job_id, num_tasks=run.grid.world_size)

@@ -113,7 +113,8 @@ def test_an_update_is_the_same_whenever_its_run_is_killed_or_moved(tmp_path: Pat
         assert site.files(index) == expected
         again = site.train()
         assert again.code == 0
-        assert "is done" in again.out
+        ready = f"the update of outer round {index + 1} is ready, {site.round(index) / UPDATE}"
+        assert again.out == f"{site.run_dir}: {ready}\n"
         assert site.files(index) == expected
         disturbed.advance(index)
 
@@ -132,6 +133,7 @@ def test_a_job_of_several_processes_leaves_the_update_of_a_local_run(tmp_path: P
         finished = fedpipe(*arguments, folder=job.folder)
         assert finished.code == 0, finished.err
         assert job.files(0) == here.files(0)
+    assert "the update of outer round 1 is ready" in finished.out
 
 
 def test_a_site_that_misses_outer_rounds_goes_on_with_the_newest(tmp_path: Path) -> None:

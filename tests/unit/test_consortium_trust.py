@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -33,10 +34,11 @@ from fedpipe.commands.consortium.config import read_consortium, settings_for
 from fedpipe.commands.consortium.controller import DECLINED, ORDERS, OuterRound
 from fedpipe.commands.consortium.exchange import Folders
 from fedpipe.commands.consortium.flare import fetch
+from fedpipe.commands.consortium.kits import Invitation
 from fedpipe.commands.consortium.messages import ANSWER, Order, Reference, content
 from fedpipe.commands.consortium.run import UPDATES, locate
 from fedpipe.commands.consortium.server import CONSORTIUM_DIR
-from fedpipe.commands.site.agent import PID_FILE, agent_pid, stop_agent
+from fedpipe.commands.site.agent import PID_FILE, agent_pid, keep_agent, start_agent, stop_agent
 from fedpipe.commands.site.site import LOG_FILE, SITE_FILE, Declined, Site
 from fedpipe.config.tree import dump, wrap
 from fedpipe.errors import ConfigError, FederationError
@@ -79,6 +81,10 @@ def test_an_agent_is_a_process_that_holds_the_sites_lock(
     with locked(tmp_path):
         (tmp_path / PID_FILE).write_text(str(os.getpid()))
         assert agent_pid(site) == os.getpid()
+        for start in (start_agent, partial(keep_agent, show=print)):
+            refusal = rf"^--site-dir: .* without an agent at work, got .* process {os.getpid()}\."
+            with pytest.raises(FederationError, match=refusal):
+                start(site, cast(Invitation, {}))
         (tmp_path / PID_FILE).write_text("-1")
         assert agent_pid(site) is None
     assert agent_pid(site) is None
@@ -321,6 +327,32 @@ def test_a_site_gives_up_and_ends_its_run_when_an_outer_round_takes_too_long(
             os.waitpid(-1, os.WNOHANG)
         time.sleep(0.1)
     raise AssertionError("the run goes on")
+
+
+def test_the_limit_of_hours_is_counted_by_the_clock_of_the_agent_alone(
+    site: Site, coordinator: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, order = coordinator
+    site = _decide(site, accepts={"max_hours": 1})
+    monkeypatch.setattr(Site, "_start", lambda *_: None)
+
+    def ask() -> Path | None:
+        looks = iter((False, True))
+        return Site(site.path).answer(
+            cast(Order, order),
+            fetch=lambda path: cast(None, shutil.copy(weights, path)),
+            is_over=lambda: next(looks),
+        )
+
+    assert ask() is None
+    (folder,) = site.path.glob("runs/*/outer/*")
+    for file in folder.iterdir():  # by a file server's clock
+        os.utime(file, times=2 * (time.time() - 9 * 3600,))
+    assert ask() is None
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3601)
+    with pytest.raises(Declined, match=r"^not done within 1\.0 hours\.$"):
+        ask()
 
 
 # -- answers, at the coordinator -------------------------------------------------------------------

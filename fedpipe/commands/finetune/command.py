@@ -116,7 +116,7 @@ def to_submit(args: argparse.Namespace) -> JobRun | TuningGrid:
         name=found.config.name,
         grid=ONE_TASK,
         workers=found.grid.world_size,
-        is_done=partial(run.is_done, num_rounds=num_rounds),
+        done=lambda: _done_line(run.path) if run.is_done(num_rounds=num_rounds) else "",
         job=TuningGrid.job,
         reserve=write,
         view=partial(ranks.view, num_rounds=num_rounds),

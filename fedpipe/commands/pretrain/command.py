@@ -10,7 +10,7 @@ from fedpipe.cluster.local import set_up_here, supervise
 from fedpipe.cluster.rank import JobRun, RunRequest
 from fedpipe.commands import options
 from fedpipe.commands.pretrain import ranks
-from fedpipe.commands.pretrain.setup import is_done, reserve
+from fedpipe.commands.pretrain.setup import done_line, reserve
 from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.tree import Node
 from fedpipe.distributed.signals import EXIT_INTERRUPTED, Interrupted, Signals
@@ -64,7 +64,7 @@ def pipeline_run(program: ranks.PretrainingRanks, request: RunRequest) -> JobRun
         run_dir=run_dir,
         name=config.name,
         grid=found.grid,
-        is_done=partial(is_done, run, config),
+        done=partial(done_line, run, config),
         job=program.name,
         options=request.options,
         reserve=partial(reserve, run, config),
@@ -101,9 +101,9 @@ def pretrain(
     try:
         with signals.caught():
             run, config = resolve("pretrain", config_path, overrides, run_dir, preset=preset)
-            if is_done(run, config):
+            if done := done_line(run, config):
                 run.check_content(deepspeed_config(config), partial(inputs_of, config))
-                console.text(f"{run.path} is done: see {run.path / 'report.html'}")
+                console.text(done)
                 return 0
             found = ranks.PROGRAM.located_run(run, config)
             setup = set_up_here(ranks.PROGRAM, found, console=console)

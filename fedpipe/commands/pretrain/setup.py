@@ -19,7 +19,7 @@ from fedpipe.data.corpus import Progress, check_sources, prepare
 from fedpipe.files import write_text
 from fedpipe.report.sinks import check_sinks
 from fedpipe.report.summary import TEXT_FILE
-from fedpipe.run.outer import check_position, newest_round
+from fedpipe.run.outer import UPDATE, check_position, newest_round
 from fedpipe.run.run_dir import RunDir, RunSetup, describe_environment, inputs_of
 
 
@@ -76,15 +76,18 @@ def set_up(
     )
 
 
-def is_done(run: RunDir, config: RunConfig) -> bool:
-    """Whether a run has nothing to do now.
+def done_line(run: RunDir, config: RunConfig) -> str:
+    """Say that a run has nothing to do now; empty where it has something to do.
 
     With ``outer.folder`` it has done all once the newest outer round has its update, and goes on
     when the next one arrives.
     """
     if config.outer.folder:
-        return newest_round(config).is_done
-    return run.is_done(num_rounds=config.federation.num_rounds)
+        outer = newest_round(config)
+        ready = f"the update of outer round {outer.index + 1} is ready, {outer.path / UPDATE}"
+        return f"{run.path}: {ready}" if outer.is_done else ""
+    is_done = run.is_done(num_rounds=config.federation.num_rounds)
+    return f"{run.path} is done: see {run.path / 'report.html'}" if is_done else ""
 
 
 def reserve(run: RunDir, config: RunConfig, *, progress: Progress | None = None) -> str:

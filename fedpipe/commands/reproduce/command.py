@@ -129,7 +129,7 @@ def to_submit(args: argparse.Namespace) -> JobRun:
         name=plan.job_name,
         grid=ONE_TASK,
         workers=max(cell.grid.world_size for cell in plan.cells),
-        is_done=lambda: _is_reproduced(plan),
+        done=lambda: _done_line(plan),
         job=f"{__name__}:go_on",
         reserve=write,
         view=lambda: View(console=RunConsole(interactive=False)),
@@ -198,11 +198,13 @@ def _position(directory: Path) -> Position:
     )
 
 
-def _is_reproduced(plan: Reproduction) -> bool:
-    """Whether the directory shows that the whole experiment is done."""
+def _done_line(plan: Reproduction) -> str:
+    """Say that the directory shows that the whole experiment is done; empty where it does not."""
     if plan.pending() or not (plan.directory / RESULT_FILE).is_file():
-        return False
-    return plan.content()["environment"]["repeat"] == _repeat(plan)
+        return ""
+    if plan.content()["environment"]["repeat"] != _repeat(plan):
+        return ""
+    return f"{plan.directory} is done: see {plan.directory / 'report.html'}"
 
 
 def _reproduced_lines(plan: Reproduction) -> list[str]:

@@ -50,10 +50,11 @@ def keep_agent(site: Site, invitation: Invitation, show: Callable[[str], None]) 
         show: Shows a line.
 
     Raises:
-        CheckpointError: An agent of this site is at work already.
+        FederationError: An agent of this site is at work already.
         Interrupted: A signal has come.
     """
     require_nvflare()
+    _check_alone(site)
     from fedpipe.commands.consortium.flare import ENVIRONMENT, agent_command
     from fedpipe.commands.site.executor import SITE_DIR
 
@@ -95,11 +96,7 @@ def start_agent(site: Site, invitation: Invitation) -> int:
     Raises:
         FederationError: It ends at once, or there is one already.
     """
-    if pid := agent_pid(site):
-        raise FederationError(
-            f"{site.path}: expected no agent at work, got process {pid}. It waits for outer rounds"
-            " already; fedpipe site stop ends it."
-        )
+    _check_alone(site)
     command = [
         sys.executable, "-m", "fedpipe", "site", "start", "--foreground",
         "--site-dir", str(site.path),
@@ -116,6 +113,14 @@ def start_agent(site: Site, invitation: Invitation) -> int:
             raise FederationError(text.strip().splitlines()[-1].partition(": ")[2] or text)
         time.sleep(0.1)
     return process.pid
+
+
+def _check_alone(site: Site) -> None:
+    if pid := agent_pid(site):
+        raise FederationError(
+            f"--site-dir: expected the folder of a site without an agent at work, got {site.path}"
+            f" of process {pid}. It waits for outer rounds already; fedpipe site stop ends it."
+        )
 
 
 def stop_agent(site: Site) -> bool:

@@ -59,6 +59,8 @@ JOB_FILE = "logs/job.json"
 RUNS = "runs"
 """Holds a folder per consortium: configuration, outer rounds and the directory of the run."""
 LOG_FILE, RUN_LOG, ATTEMPTS = "site.log", "run.log", "attempts"
+CAME = "came"
+"""When the order of an outer round came, by the clock of the agent's machine."""
 _MOST_NOTED = 2000
 """Characters of a line for the site's own people; some of them are a coordinator's."""
 _ATTEMPTS = 3
@@ -219,7 +221,10 @@ class Site:
 
     def _train(self, folder: Path, label: str, is_over: Callable[[], bool]) -> bool:
         """Begin or take up the run until the update is there; False when nobody waits for it."""
-        began = (folder / GLOBAL_FACTS).stat().st_mtime
+        came = folder / CAME
+        if not came.is_file():
+            write_text(came, f"{time.time()}\n")
+        began = float(came.read_text(encoding="utf-8"))
         while not has_arrived(folder):
             with _held(folder / ".run.lock") as lock:  # None while the run is alive
                 if lock is not None and not has_arrived(folder):

@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
 def to_submit(args: argparse.Namespace) -> JobRun:
     """Check the measurement of the arguments, and return it as a job; every job starts anew."""
-    return replace(pipeline_run(ranks.PROGRAM, _request_of(args)), is_done=lambda: False)
+    return replace(pipeline_run(ranks.PROGRAM, _request_of(args)), done=lambda: "")
 
 
 def throughput(
