@@ -313,8 +313,11 @@ class OptimizerConfig:
     """Term in the denominator."""
     weight_decay: float = 0.01
     """Weight decay, which never applies to biases and LayerNorms."""
-    decay: Literal["linear", "polynomial", "constant"] = "linear"
-    """Shape of the learning rate after the warm-up, counted across rounds."""
+    decay: Literal["linear", "polynomial", "constant", "wsd"] = "linear"
+    """Shape of the learning rate after the warm-up, counted across rounds. wsd (warm-up, stable,
+    decay) stays at lr and then falls linearly over the last steps."""
+    decay_ratio: float = 0.2
+    """Share of all steps in which ``wsd`` falls."""
     power: float = 2.0
     """Exponent of ``polynomial``."""
     end_lr: float = 0.0
@@ -340,6 +343,20 @@ class OptimizerConfig:
             "optimizer.warmup_ratio",
             "a value in [0, 1]",
             self.warmup_ratio,
+        )
+        require(
+            0 < self.decay_ratio <= 1,
+            "optimizer.decay_ratio",
+            "a value in (0, 1]",
+            self.decay_ratio,
+        )
+        room = 1 - self.warmup_ratio
+        require(
+            self.decay != "wsd" or self.decay_ratio <= room,
+            "optimizer.decay_ratio",
+            f"at most {room:g} beside optimizer.warmup_ratio={self.warmup_ratio:g}",
+            self.decay_ratio,
+            "Lower one of them: the decay begins after the warm-up.",
         )
 
 

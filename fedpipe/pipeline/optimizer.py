@@ -81,7 +81,9 @@ def learning_rate(config: OptimizerConfig, step: int, *, total_steps: int) -> fl
     """Return the learning rate of a step, counted over all rounds, in [0, total_steps).
 
     Linear warm-up over ``warmup_ratio`` of the steps, then
-    ``end_lr + (lr - end_lr) * (1 - progress) ** power`` with power 1 for ``linear``.
+    ``end_lr + (lr - end_lr) * (1 - progress) ** power`` with power 1 for ``linear`` and ``wsd``.
+    The progress of ``wsd`` begins with the last ``decay_ratio`` of the steps; see Hu et al. 2024,
+    section 4, https://arxiv.org/abs/2404.06395.
     """
     warmup = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup:
@@ -89,7 +91,10 @@ def learning_rate(config: OptimizerConfig, step: int, *, total_steps: int) -> fl
     if config.decay == "constant":
         return config.lr
     power = config.power if config.decay == "polynomial" else 1.0
-    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    start = warmup
+    if config.decay == "wsd":
+        start = max(warmup, total_steps - math.ceil(config.decay_ratio * total_steps))
+    progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - start)))
     return config.end_lr + (config.lr - config.end_lr) * (1.0 - progress) ** power
 
 

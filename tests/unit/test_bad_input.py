@@ -89,6 +89,8 @@ OVERRIDES = [
     ("optimizer.betas=[0.9]", "optimizer.betas: expected two values in [0, 1)"),
     ("optimizer.warmup_ratio=1.5", "optimizer.warmup_ratio: expected a value in [0, 1]"),
     ("optimizer.max_grad_norm=-1", "optimizer.max_grad_norm: expected 0 or more"),
+    ("optimizer.decay_ratio=0", "optimizer.decay_ratio: expected a value in (0, 1], got 0.0"),
+    ("optimizer={decay: wsd, warmup_ratio: 0.5, decay_ratio: 0.6}", "optimizer.decay_ratio: expected at most 0.5 beside optimizer.warmup_ratio=0.5, got 0.6. Lower one of them"),
     ("optimizer.muon.momentum=1", "optimizer.muon.momentum: expected a value in [0, 1), got 1.0"),
     ("optimizer.muon.num_iterations=0", "optimizer.muon.num_iterations: expected 1 or more"),
     ("optimizer.name=mun", "optimizer.name: expected one of adamw, adam, sgd, muon, got 'mun' in an override. Did you mean muon?"),

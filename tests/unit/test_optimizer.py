@@ -26,7 +26,7 @@ def _curve(**keys: Any) -> list[float]:
     return [_lr(step, **keys) for step in range(TOTAL)]
 
 
-@pytest.mark.parametrize("decay", ["linear", "polynomial", "constant"])
+@pytest.mark.parametrize("decay", ["linear", "polynomial", "constant", "wsd"])
 def test_warm_up_rises_linearly_to_the_peak_and_never_starts_at_zero(decay: str) -> None:
     curve = _curve(decay=decay, warmup_ratio=0.1)
     assert curve[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
@@ -48,10 +48,19 @@ def test_constant_stays_at_the_peak() -> None:
     assert set(_curve(decay="constant", warmup_ratio=0.0)) == {1.0}
 
 
+def test_warm_up_stable_decay_falls_linearly_over_its_share_of_the_steps() -> None:
+    curve = _curve(decay="wsd", warmup_ratio=0.1, decay_ratio=0.25, end_lr=0.2)
+    assert set(curve[9:76]) == {1.0}
+    assert curve[75:] == pytest.approx([0.2 + 0.8 * (1 - k / 25) for k in range(25)])
+    whole = _curve(decay="wsd", warmup_ratio=0.0, decay_ratio=1.0)
+    assert whole == _curve(decay="linear", warmup_ratio=0.0)
+
+
 @pytest.mark.parametrize("total", [1, 2, 3])
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.99])
-def test_the_shortest_runs_have_a_learning_rate(total: int, warmup: float) -> None:
-    config = OptimizerConfig(lr=1.0, warmup_ratio=warmup)
+@pytest.mark.parametrize("decay", ["linear", "wsd"])
+def test_the_shortest_runs_have_a_learning_rate(total: int, warmup: float, decay: str) -> None:
+    config = OptimizerConfig(lr=1.0, warmup_ratio=warmup, decay=decay, decay_ratio=0.01)
     for step in range(total):
         assert 0 < learning_rate(config, step, total_steps=total) <= 1
 

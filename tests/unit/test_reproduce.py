@@ -112,6 +112,10 @@ def test_the_first_rounds_have_the_learning_rates_of_the_whole(warmup: float) ->
             ["optimizer.decay=polynomial", "optimizer.warmup_ratio=0.1"],
             "reproduce.timed_rounds: expected 0 (all), or",
         ),
+        (
+            ["optimizer.decay=wsd"],
+            "reproduce.timed_rounds: expected 0 (all), or optimizer.decay=li",
+        ),
         (["federation.average.embeddings=false"], "federation.average.embeddings: expected true"),
         (["data.padded_length=80"], "data.padded_length: expected 0 in a reproduction"),
         (["data.valid=[]"], "data.valid: expected held-out text"),

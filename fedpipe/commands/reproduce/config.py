@@ -112,9 +112,10 @@ def _check(config: ReproductionConfig) -> None:
     )
     # A shorter run has the same learning rates only if what it has of the schedule is lines.
     whole = compared.timed_rounds in (0, rounds)
+    decay = config.optimizer.decay
     within_warmup = compared.timed_rounds / rounds <= config.optimizer.warmup_ratio
     require(
-        whole or within_warmup or config.optimizer.decay != "polynomial",
+        whole or decay != "wsd" and (within_warmup or decay != "polynomial"),
         "reproduce.timed_rounds",
         "0 (all), or optimizer.decay=linear",
         compared.timed_rounds,
