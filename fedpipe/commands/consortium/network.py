@@ -37,6 +37,7 @@ from fedpipe.commands.consortium.kits import (
     kit_of,
 )
 from fedpipe.commands.consortium.messages import TASK
+from fedpipe.commands.consortium.run import CONNECTED
 from fedpipe.commands.consortium.server import CONSORTIUM_DIR, REFUSED
 from fedpipe.distributed.signals import end_with_parent
 from fedpipe.errors import ConfigError, LaunchError
@@ -119,6 +120,7 @@ class Network:
                     f"server.port: expected a free port, got {self.config.port} ({error.strerror})."
                     " End what uses it, for example another coordinator of these kits."
                 ) from None
+        self._note_connected(set())
         self._start_server()
         self.show(f"server  port {self.config.port}, log {self.path / SERVER_LOG}")
 
@@ -247,7 +249,14 @@ class Network:
         ):  # fmt: skip
             if sites:
                 self.show(f"{time.strftime('%H:%M:%S')} {', '.join(sorted(sites))}: {what}")
-        self.connected = connected
+        if self.connected != connected:
+            self._note_connected(connected)
+
+    def _note_connected(self, sites: set[str]) -> None:
+        """Write down who is connected, for whoever asks meanwhile; a full disk ends nothing."""
+        self.connected = sites
+        with contextlib.suppress(OSError):
+            write_text(self.path / CONNECTED, json.dumps(sorted(sites)) + "\n")
 
     def _connect(self) -> Any:
         if self._session is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedpipe.commands.consortium.run import Consortium, RoundRecord
+from fedpipe.commands.consortium.run import CONNECTED, Consortium, RoundRecord
 from fedpipe.files import write_text
 from fedpipe.report.document import (
     Block,
@@ -20,6 +23,7 @@ from fedpipe.report.document import (
 )
 from fedpipe.report.drawing import PALETTE, Draw, label_ends, render, whole_rounds
 from fedpipe.report.format import bytes_text, count, duration, integer, is_number, number
+from fedpipe.run.run_dir import is_locked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -140,7 +144,40 @@ def status_lines(consortium: Consortium) -> list[str]:
     records = consortium.records
     lines += aligned(sites_table(records)) if records else []
     index = consortium.num_done
-    if index < consortium.num_rounds and consortium.record(index) is None:
-        for site in consortium.invited(index):
-            lines.append(f"outer round {index + 1}: {site} {consortium.site_state(site, index)}")
+    if index == consortium.num_rounds:
+        return lines
+    runs = is_locked(consortium.path)
+    again = shlex.join(["fedpipe", "consortium", "run", "--run-dir", str(consortium.path)])
+    lines.append(f"coordinator: {'runs' if runs else f'does not run; go on with: {again}'}")
+    if consortium.record(index) is not None:
+        return lines
+    connected = _connected(consortium) if runs else None
+    for site in consortium.invited(index):
+        state = consortium.site_state(site, index)
+        if connected is not None:
+            state = f"{'is' if site in connected else 'is not'} connected, {state}"
+        lines.append(f"outer round {index + 1}: {site} {state}")
+    if (handed_out := consortium.handed_out_at(index)) is not None:
+        lines.append(f"outer round {index + 1}: {_deadline(consortium, handed_out)}")
     return lines
+
+
+def _connected(consortium: Consortium) -> list[str] | None:
+    """The sites that the running command has seen last; None where there are no connections."""
+    file = consortium.path / CONNECTED
+    if not (consortium.config.server.host and file.is_file()):
+        return None
+    sites: list[str] = json.loads(file.read_text(encoding="utf-8"))
+    return sites
+
+
+def _deadline(consortium: Consortium, handed_out: float) -> str:
+    federation = consortium.config.federation
+    if not federation.deadline_s:
+        return "has no deadline, and waits for all of them"
+    ends = handed_out + federation.deadline_s
+    moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ends))
+    enough = count(federation.quorum, "update")
+    if time.time() > ends:
+        return f"has had its deadline, {moment}, and waits for {enough}"
+    return f"has its deadline on {moment}, and needs {enough}"

@@ -49,6 +49,8 @@ ROUNDS, UPDATES, ROUND_FILE = "rounds", "updates", "round.json"
 EXPORT, IDENTITY = "export", "identity"
 HANDED_OUT = "handed_out"
 """Holds the time at which an outer round was handed out."""
+CONNECTED = "connected.json"
+"""Names the sites that are connected, while the command runs."""
 LOOK_S = 0.5
 """How often is looked for updates."""
 
@@ -220,7 +222,7 @@ class Consortium:
         from fedpipe.run.tensor_file import TensorFile
 
         federation = self.config.federation
-        handed_out = self._handed_out_at(index)
+        handed_out = self._note_handed_out(index)
         base = json.loads((self.round_dir(index) / GLOBAL_FACTS).read_text(encoding="utf-8"))
         layouts = TensorFile(self.round_dir(index) / GLOBAL).layouts
         sites: dict[str, SiteRecord] = {}
@@ -275,12 +277,17 @@ class Consortium:
             return folders
         return f"{folders}, and their update.json in {self.config.exchange}"
 
-    def _handed_out_at(self, index: int) -> float:
-        """When the outer round was handed out, by the clock of this machine; written down once."""
+    def _note_handed_out(self, index: int) -> float:
+        """Return when an outer round was handed out, by this machine's clock; written down once."""
+        if (before := self.handed_out_at(index)) is not None:
+            return before
+        write_text(self.round_dir(index) / HANDED_OUT, f"{(now := time.time())}\n")
+        return now
+
+    def handed_out_at(self, index: int) -> float | None:
+        """When an outer round was handed out; None before."""
         file = self.round_dir(index) / HANDED_OUT
-        if not file.is_file():
-            write_text(file, f"{time.time()}\n")
-        return float(file.read_text(encoding="utf-8"))
+        return float(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def _aggregate(self, index: int, record: RoundRecord) -> None:
         from fedpipe.federation.outer import SiteUpdate, write_next_global
