@@ -34,8 +34,8 @@ from fedpipe.commands.finetune.turns import batches, num_tuning_steps
 from fedpipe.config.finetune import FinetuneConfig, load_finetune
 from fedpipe.data.tasks.batches import task_loss
 from fedpipe.data.tasks.encoding import Encoded, collate
-from fedpipe.models.families import stable_seed
 from fedpipe.models.peft import trainable
+from fedpipe.models.weights import stable_seed
 
 
 class Worker(NamedTuple):

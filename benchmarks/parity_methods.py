@@ -26,9 +26,10 @@ from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.data.masking import MaskedReader, Split
-from fedpipe.models.families import hf_config, initialise, stable_seed
+from fedpipe.families.family import gather
 from fedpipe.models.split import stage_specs
-from fedpipe.models.stage import Stage, build_stage, gather_masked, run_masked
+from fedpipe.models.stage import Stage, build_stage
+from fedpipe.models.weights import hf_config, initialise, stable_seed
 from fedpipe.pipeline.optimizer import build_optimizer, clip_, learning_rate
 
 HELD_OUT_SEED = 20_261_121
@@ -49,7 +50,7 @@ class Auxiliary(nn.Module):
         """Give a network of this stage's its first weights."""
         family, weight = self.stages[0].family, next(self.stages[0].parameters())
         seed = stable_seed(weight.double().sum().item(), self.index)  # a function of the run's seed
-        initialise(module, family=family, seed=seed, std=self.config.initializer_range)
+        initialise(module, family=family, config=self.config, seed=seed)
 
     def forward(self, inputs: Tensor, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
         """Loss in nats: of the stage's inputs, its outputs, and positions and labels (2, B, M)."""
@@ -58,7 +59,7 @@ class Auxiliary(nn.Module):
     def score(self, hidden_BMD: Tensor, targets: Tensor) -> Tensor:
         """Loss of the stage's masked-LM head at given rows."""
         stage = self.stages[self.index]
-        return stage._score(stage._head[0], hidden_BMD, targets[1].long(), reduction="mean")
+        return stage._score(stage._head, hidden_BMD, targets[1].long(), reduction="mean")
 
     def after_step(self, step: int) -> None:
         """Do what comes after the optimizers' step."""
@@ -70,7 +71,7 @@ class Linear(Auxiliary):
     def forward(self, inputs: Tensor, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
         """See ``Auxiliary``."""
         head = self.stages[self.index]._head[0]
-        logits_BMV = head.decoder(gather_masked(hidden_BTD, targets[0]))
+        logits_BMV = head.decoder(gather(hidden_BTD, targets[0]))
         return functional.cross_entropy(logits_BMV.flatten(0, 1), targets[1].long().flatten())
 
 
@@ -98,17 +99,18 @@ class Layers(Auxiliary):
         super().__init__(stages, index, config)
         family, end = stages[index].family, stages[index].spec.end_layer
         later = [
-            s.get_submodule(f"{family.prefix}.encoder.layer.{i}")
+            s.get_submodule(f"{family.layers}.{i}")
             for s in stages[index + 1 :]
             for i in range(s.spec.first_layer, s.spec.end_layer)
         ]
         depth = num_layers(index, config.num_hidden_layers - end)
-        self.layers = nn.ModuleList(family.layer_class(config) for _ in range(depth))
+        self.layers = nn.ModuleList(family.make_layer(config, 1) for _ in range(depth))
         self.initialise(self.layers)
         chosen = np.linspace(0, len(later) - 1, depth).round().astype(int) if copied else ()
         for layer, source in zip(self.layers, chosen, strict=False):
             layer.load_state_dict(later[source].state_dict())
         self.requires_grad_(learnt)
+        self._run_at = family.run_layer_at
         self._later, self._synced_every, self._momentum = later, synced_every, momentum
 
     def forward(self, inputs: Tensor, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ class Layers(Auxiliary):
         for layer in first:
             output = layer(hidden_BTD)
             hidden_BTD = output[0] if isinstance(output, tuple) else output
-        return self.score(run_masked(last, hidden_BTD, targets[0]), targets)
+        return self.score(self._run_at(last, hidden_BTD, targets[0], None), targets)
 
     def after_step(self, step: int) -> None:
         """Fetch the next layers' weights when it is time to."""

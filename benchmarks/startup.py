@@ -29,7 +29,7 @@ IMPORTS = """
 import json, os, sys, time
 os.environ["DS_ACCELERATOR"] = "cpu"
 seconds, before = {}, time.monotonic()
-for name in ("torch", "fedpipe.models.families", "deepspeed", "fedpipe.commands.pretrain.run",
+for name in ("torch", "fedpipe.models.weights", "deepspeed", "fedpipe.commands.pretrain.run",
              "fedpipe.run.export", "fedpipe.commands.pretrain.report"):
     __import__(name)
     now = time.monotonic()

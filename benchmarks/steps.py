@@ -26,7 +26,7 @@ from fedpipe.config.load import load_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.distributed.comm import Comm
-from fedpipe.models.stage import gather_masked
+from fedpipe.families.family import gather
 from fedpipe.pipeline.p2p import DistLink
 from fedpipe.pipeline.stage_engine import StageEngine
 
@@ -70,7 +70,7 @@ def last_layer_at_every_position(engine: StageEngine) -> None:
 
     def masked(hidden: Tensor, positions: Tensor) -> Tensor:
         hidden = stage.run_layers(stage._head_layer, hidden, None)
-        return gather_masked(hidden, positions)
+        return gather(hidden, positions)
 
     stage.masked = masked
 
@@ -81,7 +81,7 @@ def head_at_every_position(engine: StageEngine) -> None:
 
     def loss(hidden: Tensor, targets: Tensor) -> Tensor:
         hidden = stage.run_layers(stage._head_layer, hidden, None)
-        logits = gather_masked(stage._head[0](hidden), targets[0])
+        logits = gather(stage._head[0](hidden), targets[0])  # of BERT and RoBERTa: one module
         return functional.cross_entropy(logits.flatten(0, 1), targets[1].long().flatten())
 
     stage.loss = loss

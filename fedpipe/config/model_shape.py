@@ -5,43 +5,28 @@ Pure arithmetic over a ``config.json``; counts and FLOPs let the plan speak with
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpipe.config.families import FAMILIES, FamilyName
 from fedpipe.config.half_files import check_weights, read_json_object
 from fedpipe.config.schema import ModelConfig, RunConfig
 from fedpipe.errors import ConfigError
+from fedpipe.families import FAMILIES, REFUSED, FamilyName
+from fedpipe.families.family import Family
 
-# Layers, hidden size, heads, feed-forward width. base and large are BERT's, Devlin et al. 2018,
-# https://arxiv.org/abs/1810.04805; small keeps its 64 per head and 4 x hidden.
-_PRESETS: dict[str, tuple[int, int, int, int]] = {
-    "tiny": (4, 128, 4, 512),
-    "small": (4, 512, 8, 2048),
-    "base": (12, 768, 12, 3072),
-    "large": (24, 1024, 16, 4096),
-}
-_ACTIVATIONS = (
-    "gelu", "gelu_10", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "mish",
-    "quick_gelu", "relu", "relu2", "sigmoid", "silu", "swish", "tanh",
-)  # fmt: skip
-_LAYER = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.(.+)$")
-_SHAPES = {
-    "embeddings.word_embeddings.weight": ("vocab_size", "hidden_size"),
-    "embeddings.position_embeddings.weight": ("max_position_embeddings", "hidden_size"),
-    "embeddings.token_type_embeddings.weight": ("type_vocab_size", "hidden_size"),
-    "attention.self.query.weight": ("hidden_size", "hidden_size"),
-    "intermediate.dense.weight": ("intermediate_size", "hidden_size"),
-}
-"""By the ends of tensors' names, the sizes of config.json that make their shapes."""
 _SHORTEST_BLOCK = 8
 """Tokens; what ``data.sequence_length`` is at least."""
 _MAX_VOCAB_PADDING = 127
 """Folders pad their embedding to a multiple of up to 128; a larger surplus is another one."""
+_SECTION = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob",
+    "initializer_range", "layer_norm_eps", "type_vocab_size", "tie_word_embeddings",
+)  # fmt: skip
+"""Keys of the section ``model`` that are fields of config.json in one family or another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,46 +34,68 @@ class ModelShape:
     """Every size of the encoder, nothing left open."""
 
     family: FamilyName
-    num_hidden_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    intermediate_size: int
-    vocab_size: int
-    max_position_embeddings: int
-    type_vocab_size: int
-    hidden_act: str
-    hidden_dropout_prob: float
-    attention_probs_dropout_prob: float
-    initializer_range: float
-    layer_norm_eps: float
-    tie_word_embeddings: bool
-    classifier_dropout: float | None
-    """Of no meaning to pre-training; an exported model keeps that of the folder."""
+    config: Mapping[str, Any]
+    """All fields of config.json that the family honours, under its own names for them."""
+
+    @property
+    def kind(self) -> Family:
+        """The family itself."""
+        return FAMILIES[self.family]
+
+    def _get(self, key: str) -> Any:
+        return self.kind.get(self.config, key)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Encoder layers."""
+        return int(self._get("num_hidden_layers"))
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(self._get("hidden_size"))
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Attention heads of a layer."""
+        return int(self._get("num_attention_heads"))
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the feed-forward layers."""
+        return int(self._get("intermediate_size"))
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return int(self._get("vocab_size"))
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Positions that the model has."""
+        return int(self._get("max_position_embeddings"))
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """The final decoder is the word embedding."""
+        return bool(self._get("tie_word_embeddings"))
 
     def embedding_parameters(self) -> int:
-        """Return the parameters of word, position and type embeddings and their LayerNorm."""
-        rows = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
-        return (rows + 2) * self.hidden_size
+        """Return the parameters of the embeddings."""
+        return self.kind.embedding_parameters(self.config)
 
-    def layer_parameters(self) -> int:
-        """Return the parameters of one encoder layer."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        attention = 4 * (hidden * hidden + hidden)
-        feed_forward = 2 * hidden * inner + inner + hidden
-        return attention + feed_forward + 2 * 2 * hidden
+    def layer_parameters(self, layers: Iterable[int]) -> int:
+        """Return the parameters of encoder layers, given their indices."""
+        return sum(self.kind.layer_parameters(self.config, index) for index in layers)
 
     def head_parameters(self, *, tied: bool) -> int:
         """Return the parameters of a masked-LM head.
 
         Args:
             tied: The decoder's matrix is the stage's own word embedding and not counted again.
-
-        Returns:
-            Dense layer, LayerNorm, decoder bias and, unless tied, the decoder's matrix.
         """
-        hidden = self.hidden_size
         decoder = 0 if tied else self.decoder_parameters()
-        return hidden * hidden + hidden + 2 * hidden + self.vocab_size + decoder
+        return self.kind.head_parameters(self.config) + decoder
 
     def decoder_parameters(self) -> int:
         """Return the parameters of the decoder's matrix, or of the word embedding: ``V D``."""
@@ -97,17 +104,17 @@ class ModelShape:
     def layer_flops_per_token(self, sequence_length: int) -> int:
         """Return the forward FLOPs of one layer for one token; the backward pass takes twice that.
 
-        Two per multiply-add: projections ``4 D^2``, feed-forward ``2 D F``, attention ``2 T D``.
+        Two per multiply-add, with ``2 T D`` of them for attention.
         """
-        hidden, inner = self.hidden_size, self.intermediate_size
-        return 2 * (4 * hidden * hidden + 2 * hidden * inner + 2 * sequence_length * hidden)
+        linear = sum(self.kind.linear_flops(self.config))
+        return 2 * (linear + 2 * sequence_length * self.hidden_size)
 
     def masked_layer_flops(self, sequence_length: int, *, num_masked: int) -> int:
         """Return the forward FLOPs of a layer for one sequence where only masked positions go on.
 
-        Keys and values ``2 T D^2`` for all T tokens; for the M masked ones the rest of a layer.
+        Keys and values for all tokens; for the masked ones the rest of a layer.
         """
-        everywhere = 2 * 2 * self.hidden_size * self.hidden_size
+        everywhere = 2 * self.kind.linear_flops(self.config)[0]
         there = self.layer_flops_per_token(sequence_length) - everywhere
         return sequence_length * everywhere + num_masked * there
 
@@ -149,6 +156,7 @@ def resolve(
             folder's config.json says what the stages do not honour.
     """
     family = FAMILIES[model.family]
+    _check_keys(model, family)
     if model.path:
         sizes = _read_folder(model, pad_id=pad_id)
         _check_folder(model, sizes, vocab_size=vocab_size)
@@ -156,10 +164,8 @@ def resolve(
         padding = family.pad_token_id if pad_id is None else pad_id
         positions = sequence_length + family.first_position(padding)
         sizes = _new_model(model, vocab_size=vocab_size, num_positions=positions)
-        explicit = {name: getattr(model, name, None) for name in sizes}
-        sizes |= {name: value for name, value in explicit.items() if value is not None}
-    shape = ModelShape(family=model.family, **sizes)
-    _check_values(model, shape)
+    _check_values(model, sizes)
+    shape = ModelShape(family=model.family, config=sizes)
     _check_vocabulary(shape, vocab_size=vocab_size)
     if pad_id is not None:
         first = family.first_position(pad_id)
@@ -167,18 +173,34 @@ def resolve(
     return shape
 
 
+def _check_keys(model: ModelConfig, family: Family) -> None:
+    """Refuse keys that the family has nothing for."""
+    for name in _SECTION:
+        if getattr(model, name) is not None and name not in family.keys:
+            raise ConfigError(
+                f"model.{name}: expected null with model.family={model.family}, whose models have"
+                f" no such field, got {getattr(model, name)!r}. Leave it out."
+            )
+
+
 def _new_model(model: ModelConfig, *, vocab_size: int, num_positions: int) -> dict[str, Any]:
-    layers, hidden, heads, inner = _PRESETS[model.size]
-    return {
-        **FAMILIES[model.family].defaults,
-        **FAMILIES[model.family].new,
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "intermediate_size": inner,
-        "vocab_size": vocab_size,
-        "max_position_embeddings": num_positions,
-    }
+    family = FAMILIES[model.family]
+    if model.size not in family.sizes:
+        others = [name for name, other in FAMILIES.items() if model.size in other.sizes]
+        raise ConfigError(
+            f"model.size: expected one of {', '.join(family.sizes)} with"
+            f" model.family={model.family}, got {model.size}. Choose one of these, or set"
+            f" model.family={others[0]}."
+        )
+    sizes = {name: field.default for name, field in family.fields.items()}
+    sizes |= family.sizes[model.size]
+    sizes["vocab_size"] = vocab_size
+    if family.positions != "rotary":
+        sizes["max_position_embeddings"] = num_positions
+    for key, names in family.keys.items():
+        if (value := getattr(model, key)) is not None:
+            sizes |= dict.fromkeys(names, value)
+    return sizes
 
 
 def _read_folder(model: ModelConfig, *, pad_id: int | None) -> dict[str, Any]:
@@ -190,15 +212,16 @@ def _read_folder(model: ModelConfig, *, pad_id: int | None) -> dict[str, Any]:
             " Download the model first, or leave model.path empty to start from random weights."
         )
     file, family = folder / "config.json", FAMILIES[model.family]
-    found = read_json_object(file, key="model.path")
-    _check_model_type(model, found.get("model_type"), file)
+    content = read_json_object(file, key="model.path")
+    _check_model_type(model, content.get("model_type"), file)
+    found = family.read(content)
     for name, (value, way_out) in family.fixed.items():
         if found.get(name) not in (None, value):
             raise ConfigError(
                 f"model.path: expected {name} {value!r} in {file}, got {_short(found[name])}."
                 f" {way_out}"
             )
-    known = {*family.defaults, *family.fixed, *family.harmless, "pad_token_id"}
+    known = {*family.fields, *family.fixed, *family.harmless, "pad_token_id"}
     other = {name: value for name, value in found.items() if name not in known}
     unknown = [f"{name} = {_short(value)}" for name, value in other.items() if value is not None]
     if unknown:
@@ -209,13 +232,13 @@ def _read_folder(model: ModelConfig, *, pad_id: int | None) -> dict[str, Any]:
         )
     padding = found.get("pad_token_id")
     padding = family.pad_token_id if padding is None else padding
-    if family.positions_after_padding and pad_id not in (None, padding):
+    if family.positions == "after padding" and pad_id not in (None, padding):
         raise ConfigError(
             f"model.path: expected pad_token_id {pad_id} (data.tokenizer) in {file}, got"
             f" {padding}: the positions of a {model.family} model begin after it. Set"
             " data.tokenizer to the folder of the model's own tokenizer."
         )
-    sizes = {name: found.get(name, default) for name, default in family.defaults.items()}
+    sizes = {name: found.get(name, field.default) for name, field in family.fields.items()}
     _check_tensors(model, sizes, check_weights(folder, key="model.path"))
     return sizes
 
@@ -224,9 +247,12 @@ def _check_tensors(
     model: ModelConfig, sizes: dict[str, Any], shapes: Mapping[str, list[int]]
 ) -> None:
     """Refuse tensors of layers that would be left out, such as an adapter's, and other sizes."""
-    num_layers = sizes["num_hidden_layers"]
-    known = FAMILIES[model.family].layer_tensors
-    found = [(name, match) for name in shapes if (match := _LAYER.search(name))]
+    family = FAMILIES[model.family]
+    num_layers = family.get(sizes, "num_hidden_layers")
+    known = family.layer_tensors
+    path = re.escape(family.layers.removeprefix(f"{family.prefix}."))
+    layer = re.compile(rf"(?:^|\.){path}\.(\d+)\.(.+)$")
+    found = [(name, match) for name in shapes if (match := layer.search(name))]
     unknown = sorted(
         name
         for name, match in found
@@ -247,10 +273,10 @@ def _check_tensors(
             f"model.path: expected the tensors of {num_layers} {model.family} layers (config.json)"
             f" in {model.path}, got those of {len(layers)}. Use the folder of a whole model."
         )
-    for end, names in _SHAPES.items():
-        wanted = [sizes[field] for field in names]
-        if not all(type(size) is int for size in wanted):
-            continue  # refused with the name of the field
+    counts = [name for name, field in family.fields.items() if field.kind == "count"]
+    if not all(type(sizes[name]) is int for name in counts):
+        return  # refused with the name of the field
+    for end, wanted in family.tensor_shapes(sizes).items():
         for name, shape in shapes.items():
             if name.endswith(end) and shape and shape != wanted:
                 raise ConfigError(
@@ -263,8 +289,13 @@ def _check_model_type(model: ModelConfig, found: object, file: Path) -> None:
     if found == model.family:
         return
     way_out = f"Set model.family={found}."
-    if not isinstance(found, str) or found not in FAMILIES:
-        way_out = f"fedpipe pre-trains {' and '.join(FAMILIES)}: use the folder of such a model."
+    if isinstance(found, str) and found in REFUSED:
+        way_out = (
+            f"fedpipe does not pre-train {found}: {REFUSED[found]}. Use the folder of a"
+            f" {', '.join(FAMILIES)} model."
+        )
+    elif not isinstance(found, str) or found not in FAMILIES:
+        way_out = f"fedpipe pre-trains {', '.join(FAMILIES)}: use the folder of such a model."
     raise ConfigError(
         f"model.path: expected model_type {model.family!r} (model.family) in {file}, got"
         f" {_short(found)}. {way_out}"
@@ -277,20 +308,22 @@ def _short(value: object) -> str:
 
 
 def _check_folder(model: ModelConfig, sizes: dict[str, Any], *, vocab_size: int) -> None:
-    for name, value in sizes.items():
-        explicit = getattr(model, name, None)
+    family = FAMILIES[model.family]
+    for key, names in family.keys.items():
+        explicit, value = getattr(model, key), sizes[names[0]]
         # These do not belong to the weights: another value is a choice, not a contradiction.
-        if name.endswith("_dropout_prob") or name == "initializer_range":
-            sizes[name] = value if explicit is None else explicit
-        elif name == "tie_word_embeddings" and explicit is False:
-            sizes[name] = False  # one tensor may become two
-        elif name == "max_position_embeddings" and _is_more(explicit, value):
-            sizes[name] = explicit  # the first ones are the folder's
-        elif explicit is not None and explicit != value:
+        free = key.endswith("_dropout_prob") or key == "initializer_range"
+        free = free or (key == "tie_word_embeddings" and explicit is False)  # one becomes two
+        # The first positions are the folder's.
+        free = free or (key == "max_position_embeddings" and _is_more(explicit, value))
+        if explicit is None:
+            continue
+        if not free and any(sizes[name] != explicit for name in names):
             raise ConfigError(
-                f"model.{name}: expected {value!r} (config.json in {model.path}), got"
-                f" {explicit!r}. Remove model.{name}, or leave model.path empty."
+                f"model.{key}: expected {value!r} (config.json in {model.path}), got"
+                f" {explicit!r}. Remove model.{key}, or leave model.path empty."
             )
+        sizes |= dict.fromkeys(names, explicit)
     surplus = sizes["vocab_size"] - vocab_size if type(sizes["vocab_size"]) is int else 0
     if vocab_size > 1 and surplus > _MAX_VOCAB_PADDING:
         raise ConfigError(
@@ -304,51 +337,40 @@ def _is_more(explicit: int | None, found: object) -> bool:
     return explicit is not None and isinstance(found, int) and explicit > found
 
 
-def _check_values(model: ModelConfig, shape: ModelShape) -> None:
-    for field in fields(shape):
-        name, value = field.name, getattr(shape, field.name)
-        if name == "family":
+def _check_values(model: ModelConfig, sizes: Mapping[str, Any]) -> None:
+    family = FAMILIES[model.family]
+    keys = {name: key for key, names in family.keys.items() for name in names}
+    for name, field in family.fields.items():
+        if field.accepts(sizes[name]):
             continue
-        fits, expectation = _expected(name, value)
-        if fits:
-            continue
-        if model.path and getattr(model, name, None) is None:
+        key = keys.get(name)
+        if model.path and (key is None or getattr(model, key) is None):
             raise ConfigError(
-                f"model.path: expected {expectation} as {name} in {model.path}/config.json, got"
-                f" {_short(value)}. Correct it there, or use another folder."
+                f"model.path: expected {field.expectation} as {name} in {model.path}/config.json,"
+                f" got {_short(sizes[name])}. Correct it there, or use another folder."
             )
         raise ConfigError(
-            f"model.{name}: expected {expectation}, got {value!r}. Set it, or leave it out."
+            f"model.{key}: expected {field.expectation}, got {sizes[name]!r}. Set it, or leave it"
+            " out."
         )
-    if shape.hidden_size % shape.num_attention_heads:
-        way_out = f"Set model.num_attention_heads={_nearest_divisor(shape)}."
+    hidden, heads = family.get(sizes, "hidden_size"), family.get(sizes, "num_attention_heads")
+    if hidden % heads:
+        way_out = f"Set model.num_attention_heads={_nearest_divisor(hidden, heads)}."
         if model.path:
             way_out = f"Correct config.json in {model.path}, or use another folder."
         raise ConfigError(
             f"model.num_attention_heads: expected a divisor of model.hidden_size"
-            f" ({shape.hidden_size}), got {shape.num_attention_heads}. {way_out}"
+            f" ({hidden}), got {heads}. {way_out}"
+        )
+
+    if family.positions == "rotary" and hidden // heads % 2:
+        raise ConfigError(
+            f"model.num_attention_heads: expected heads of an even width, which rotary positions"
+            f" turn in pairs, got {hidden} / {heads}. Choose another number of heads."
         )
 
 
-def _expected(name: str, value: Any) -> tuple[bool, str]:
-    """Say whether a field has a possible value, and what is possible."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    number = number and math.isfinite(value)
-    if name.endswith("_dropout_prob"):
-        return number and 0 <= value < 1, "a value in [0, 1)"
-    if name == "classifier_dropout":
-        return value is None or (number and 0 <= value < 1), "null or a value in [0, 1)"
-    if name in ("initializer_range", "layer_norm_eps"):
-        return number and value > 0, "a value above 0"
-    if name == "hidden_act":
-        return value in _ACTIVATIONS, f"one of {', '.join(_ACTIVATIONS)}"
-    if name == "tie_word_embeddings":
-        return isinstance(value, bool), "true or false"
-    return type(value) is int and value >= 1, "1 or more"
-
-
-def _nearest_divisor(shape: ModelShape) -> int:
-    hidden, heads = shape.hidden_size, shape.num_attention_heads
+def _nearest_divisor(hidden: int, heads: int) -> int:
     divisors = [n for n in range(1, hidden + 1) if hidden % n == 0]
     return min(divisors, key=lambda n: (abs(n - heads), n))
 
@@ -360,6 +382,10 @@ def _check_vocabulary(shape: ModelShape, *, vocab_size: int) -> None:
             f" (data.tokenizer), got {shape.vocab_size}. Set model.vocab_size to null, or"
             " data.tokenizer to the model's own."
         )
+
+
+def _is_rotary(model: ModelConfig) -> bool:
+    return FAMILIES[model.family].positions == "rotary"
 
 
 def _check_positions(
@@ -374,7 +400,8 @@ def _check_positions(
         ways_out.append(f"the longer of them to {positions - first} or less")
     if model.path:
         longer = f"model.max_position_embeddings={sequence_length + first}"
-        ways_out.append(f"{longer}, where those after the folder's {positions} start anew")
+        untrained = "have not been trained" if _is_rotary(model) else "start anew"
+        ways_out.append(f"{longer}, where those after the folder's {positions} {untrained}")
     way_out = f"Set {', or '.join(ways_out)}" if ways_out else "Leave it out"
     raise ConfigError(
         f"model.max_position_embeddings: expected at least {sequence_length + first}"

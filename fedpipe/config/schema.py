@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedpipe.config.evaluation import EvaluationConfig as EvaluationConfig
-from fedpipe.config.families import FamilyName
 from fedpipe.config.federation import AverageConfig as AverageConfig
 from fedpipe.config.federation import FederationConfig as FederationConfig
 from fedpipe.config.paths import UserPath
 from fedpipe.config.require import above_zero, at_least, folder_name, require
+from fedpipe.families import FamilyName
 
 PACKAGED = "packaged"
 """Value of ``data.train``, ``data.valid`` and ``data.tokenizer``: the text that fedpipe ships."""
@@ -27,9 +27,9 @@ class ModelConfig:
     family: FamilyName = "roberta"
     """The model family, which sets the embeddings, the layers and the masked-LM head. A folder in
     ``path`` must be of this family."""
-    size: Literal["tiny", "small", "base", "large"] = "tiny"
+    size: Literal["tiny", "small", "base", "large", "ettin-32m", "modernbert-base"] = "tiny"
     """Layers and hidden size of a new model: tiny is 4 x 128, small 4 x 512, base 12 x 768, large
-    24 x 1024."""
+    24 x 1024. A ModernBERT may also be ettin-32m, 10 x 384, or modernbert-base, 22 x 768."""
     path: UserPath = ""
     """Hugging Face folder to continue from. Its config.json, weights and sizes are used."""
     num_hidden_layers: int | None = None
@@ -57,7 +57,7 @@ class ModelConfig:
     position_init: Literal["normal", "sinusoidal"] = "normal"
     """First values of the position embeddings, which are learnt like all others: random as in every
     matrix (normal), or sinusoids of the same standard deviation, which show distances from the
-    start."""
+    start. A family with rotary positions has none to begin with."""
     layer_norm_eps: float | None = None
     """Epsilon of every LayerNorm."""
     type_vocab_size: int | None = None

@@ -18,9 +18,9 @@ from fedpipe.distributed.wire import TensorSpec
 from fedpipe.federation.cohort import Turn
 from fedpipe.federation.replica import Computation, Replica
 from fedpipe.federation.synchronizer import Synchronizer
-from fedpipe.models.families import stable_seed
 from fedpipe.models.split import StageSpec, edges
 from fedpipe.models.stage import StageModule
+from fedpipe.models.weights import stable_seed
 from fedpipe.pipeline.engine import SplitPipelineEngine
 from fedpipe.pipeline.messages import EdgeMessages, WireTensor
 from fedpipe.pipeline.optimizer import build_optimizer

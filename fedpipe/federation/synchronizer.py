@@ -16,9 +16,9 @@ from fedpipe.federation.aggregation import (
     make_aggregator,
 )
 from fedpipe.federation.rules import ServerOptimizer
-from fedpipe.models.families import stable_seed
 from fedpipe.models.split import StageRole, part_of
 from fedpipe.models.stage import StageModule, trainable
+from fedpipe.models.weights import stable_seed
 
 SHARED_LEDGER = "shared_gradients"
 """Entry of the traffic ledger."""

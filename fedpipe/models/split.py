@@ -10,7 +10,6 @@ gets their gradients back. Identifiers call such a head a home head.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -19,13 +18,12 @@ from typing import Literal, NamedTuple, TypeVar
 from fedpipe.config.model_shape import ModelShape
 from fedpipe.config.schema import PipelineConfig, RunConfig
 from fedpipe.errors import FederationError
+from fedpipe.families import EMBEDDINGS, LAYER
 
 T = TypeVar("T")
 
 Part = Literal["embeddings", "client_layers", "aux_head", "server_layers", "final_head"]
 AUX_HEADS = "aux_heads"
-_EMBEDDINGS = re.compile(r"\.(embeddings|invertible_adapters)\.")
-_LAYER = re.compile(r"\.encoder\.layer\.(\d+)\.")
 
 
 class StageRole(Enum):
@@ -239,11 +237,11 @@ def owner(name: str, specs: Iterable[StageSpec]) -> int:
     if name.startswith(f"{AUX_HEADS}."):
         scored = int(name.split(".")[1])
         return next(s.stage_id for s in specs if s.has_head and s.scores == scored)
-    layer = _LAYER.search(name)
+    layer = LAYER.search(name)
     if layer:
         index = int(layer.group(1))
         return next(s.stage_id for s in specs if s.first_layer <= index < s.end_layer)
-    return 0 if _EMBEDDINGS.search(name) else specs[-1].stage_id
+    return 0 if EMBEDDINGS.search(name) else specs[-1].stage_id
 
 
 def split(state: Mapping[str, T], specs: Iterable[StageSpec]) -> tuple[dict[str, T], ...]:
@@ -276,6 +274,6 @@ def part_of(name: str, spec: StageSpec) -> Part:
     """Return the key of ``federation.average`` that applies to a parameter of a stage."""
     if name.startswith(f"{AUX_HEADS}."):
         return "aux_head"
-    if _LAYER.search(name):
+    if LAYER.search(name):
         return "client_layers" if spec.role is StageRole.CLIENT else "server_layers"
-    return "embeddings" if _EMBEDDINGS.search(name) else "final_head"
+    return "embeddings" if EMBEDDINGS.search(name) else "final_head"

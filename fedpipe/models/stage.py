@@ -18,8 +18,10 @@ from transformers import PretrainedConfig
 
 from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.device import same_draws
-from fedpipe.models.families import FAMILY_MODULES, Family, initialise, load_pretrained
+from fedpipe.families import FAMILIES
+from fedpipe.families.family import gather
 from fedpipe.models.split import AUX_HEADS, StageSpec
+from fedpipe.models.weights import initialise, load_pretrained
 
 
 class MaskedTargets(NamedTuple):
@@ -32,44 +34,6 @@ class MaskedTargets(NamedTuple):
     """(B, M) int, positions of the masked tokens; with padding all positions."""
     labels: Any
     """(B, M) int, original tokens at these positions; -100 where nothing is predicted."""
-
-
-def gather_masked(hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
-    """Return the hidden states (B, M, D) at the masked positions (B, M) int."""
-    index = positions_BM.long().unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
-    return hidden_BTD.gather(1, index)
-
-
-def run_masked(layer: nn.Module, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
-    """Run an encoder layer for the masked positions only, because its head reads no others.
-
-    Masked tokens attend to every token, so keys and values are computed at all positions; queries,
-    attention, output projection and feed-forward are computed at masked positions only. With 15 %
-    masked tokens and a feed-forward of 4 D this needs 29 % of the projections' FLOPs.
-
-    Args:
-        layer: A transformers ``BertLayer`` or ``RobertaLayer``.
-        hidden_BTD: Input of the layer.
-        positions_BM: Masked positions, int.
-
-    Returns:
-        (B, M, D), the rows that ``gather_masked`` would take from the output of the whole layer.
-    """
-    parts: Any = layer  # transformers' submodules have no static types
-    attention = parts.attention.self
-    rows_BMD = gather_masked(hidden_BTD, positions_BM)
-
-    def heads(projection: nn.Module, hidden: Tensor) -> Tensor:
-        return projection(hidden).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-
-    context_BHMd = functional.scaled_dot_product_attention(
-        heads(attention.query, rows_BMD),
-        heads(attention.key, hidden_BTD),
-        heads(attention.value, hidden_BTD),
-        dropout_p=attention.dropout.p if layer.training else 0.0,
-    )
-    attended_BMD = parts.attention.output(context_BHMd.transpose(1, 2).flatten(2), rows_BMD)
-    return parts.output(parts.intermediate(attended_BMD), attended_BMD)
 
 
 class StageModule(nn.Module, ABC):
@@ -104,7 +68,7 @@ class StageModule(nn.Module, ABC):
             hidden_BTD = self._checkpointed(partial(_run, layer), hidden_BTD, visible)
         return hidden_BTD
 
-    def _checkpointed(self, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    def _checkpointed(self, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
         if self.activation_checkpointing and self.training:
             return checkpoint(
                 run,
@@ -161,26 +125,26 @@ class Stage(StageModule):
     ) -> None:
         """Build the stage with uninitialised weights (see ``build_stage``)."""
         super().__init__(spec, activation_checkpointing=activation_checkpointing)
-        self.family: Family = FAMILY_MODULES[config.model_type]
+        self.family = FAMILIES[config.model_type]
         self.padded_after = padded_after
         self.hidden_size: int = config.hidden_size
+        self._config = config
         if spec.is_first:
-            embeddings = self.family.embeddings_class(config)
-            place(self, f"{self.family.prefix}.embeddings", embeddings)
-        for index in range(spec.first_layer, spec.end_layer):
-            layer = self.family.layer_class(config)
-            place(self, f"{self.family.prefix}.encoder.layer.{index}", layer)
+            place(self, self.family.embeddings, self.family.make_embeddings(config))
         # Lists, because a module set as an attribute would be registered under a second name.
         self._layers = [
-            self.get_submodule(f"{self.family.prefix}.encoder.layer.{index}")
+            place(self, f"{self.family.layers}.{index}", self.family.make_layer(config, index))
             for index in range(spec.first_layer, spec.end_layer)
         ]
         self._head_layer: list[nn.Module] = []
         if spec.ends_encoder:
             self._head_layer.append(self._layers.pop())
         self._head: list[nn.Module] = []
+        """Modules of the head, which are run one after the other."""
         self._build_head(config, word_embedding)
-        self._run_masked, self._score = run_masked, _score
+        self._surroundings: dict[tuple[int, torch.device], Any] = {}
+        self._run_layer, self._run_layer_at = self.family.run_layer, self.family.run_layer_at
+        self._score = _score
 
     @property
     def copied(self) -> dict[str, nn.Parameter]:
@@ -199,27 +163,38 @@ class Stage(StageModule):
         They are compiled one by one: layers of one shape share a graph, so compiling a deep stage
         takes no longer than a shallow one. Results differ by rounding only.
         """
-        for layer in (*self._layers, *self._head_layer):
-            layer.compile()
-        self._run_masked, self._score = torch.compile(run_masked), torch.compile(_score)
+        self._run_layer = torch.compile(self.family.run_layer)
+        self._run_layer_at = torch.compile(self.family.run_layer_at)
+        self._score = torch.compile(_score)
 
     def _build_head(self, config: PretrainedConfig, word_embedding: nn.Parameter | None) -> None:
         spec, family = self.spec, self.family
         if not spec.has_head:
             return
-        path = family.head_path if spec.is_last else f"{AUX_HEADS}.{spec.scores}.head"
-        head = place(self, path, family.head_class(config))
-        decoder = head.get_submodule("decoder")
-        decoder.bias = head.get_parameter("bias")  # transformers 4.x ties the two, 5.x does not
-        self._head.append(head)
+        for path, module in family.make_head(config).items():
+            place(self, self._head_name(path), module)
+            self._head.append(module)
+        decoder_path = self._head_name(family.decoder.removesuffix(".weight"))
+        decoder = self.get_submodule(decoder_path)
         if spec.decoder == "shared" and spec.is_first:
             decoder.weight = self.word_embedding
         elif spec.decoder == "shared":
             assert word_embedding is not None, "the first stage is built before its heads"
-            head.add_module("decoder", _SharedDecoder(word_embedding, decoder.bias))
+            shared = _SharedDecoder(word_embedding, decoder.bias)
+            place(self, decoder_path, shared)
+            self._head = [shared if module is decoder else module for module in self._head]
         if spec.head == "mlm+layer" and not spec.is_last:
             path = f"{AUX_HEADS}.{spec.stage_id}.layer"
-            self._head_layer.append(place(self, path, family.layer_class(config)))
+            layer = family.make_layer(config, spec.end_layer)  # like the one that comes next
+            self._head_layer.append(place(self, path, layer))
+
+    def _head_name(self, name: str) -> str:
+        """Return the name that a module of the final head has in the head of this stage."""
+        if self.spec.is_last:
+            return name
+        own = f"{AUX_HEADS}.{self.spec.scores}.head"
+        rest = name.removeprefix(self.family.head).removeprefix(".")
+        return f"{own}.{rest}" if rest else own
 
     def forward(self, inputs: Tensor, known_BM: Tensor | None = None) -> Tensor:
         """Run the stage's part of the encoder.
@@ -235,15 +210,25 @@ class Stage(StageModule):
         """
         hidden_BTD = inputs
         if self.spec.is_first:
-            hidden_BTD = self.get_submodule(f"{self.family.prefix}.embeddings")(input_ids=inputs)
+            hidden_BTD = self.get_submodule(self.family.embeddings)(input_ids=inputs)
         return self._run_layers(self._layers, hidden_BTD)
 
     def _run_layers(self, layers: Iterable[nn.Module], hidden_BTD: Tensor) -> Tensor:
-        visible = None
-        if self.padded_after:
-            visible = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
-            visible = visible.view(1, 1, 1, -1) < self.padded_after
-        return self.run_layers(layers, hidden_BTD, visible)
+        around = self._around(hidden_BTD)
+        for layer in layers:
+            hidden_BTD = self._checkpointed(partial(self._run_layer, layer), hidden_BTD, around)
+        return hidden_BTD
+
+    def _around(self, hidden_BTD: Tensor) -> Any:
+        """Return what layers need beside hidden states."""
+        length, device = hidden_BTD.shape[1], hidden_BTD.device
+        if (length, device) not in self._surroundings:
+            visible = None
+            if self.padded_after:
+                visible = torch.arange(length, device=device).view(1, 1, 1, -1) < self.padded_after
+            around = self.family.surroundings(self._config, length, visible, device)
+            self._surroundings[length, device] = around
+        return self._surroundings[length, device]
 
     def head_inputs(self, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
         """Return the hidden states (B, M, D) that the head reads.
@@ -260,8 +245,9 @@ class Stage(StageModule):
         if self.padded_after:  # every position is scored
             return self._run_layers(self._head_layer, hidden_BTD)
         for layer in self._head_layer:
-            return self._checkpointed(partial(self._run_masked, layer), hidden_BTD, positions_BM)
-        return gather_masked(hidden_BTD, positions_BM)
+            run, around = partial(self._run_layer_at, layer), self._around(hidden_BTD)
+            return self._checkpointed(run, hidden_BTD, positions_BM, around)
+        return gather(hidden_BTD, positions_BM)
 
     def loss(self, hidden_BTD: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """Return the masked-LM loss of the stage's head.
@@ -277,7 +263,7 @@ class Stage(StageModule):
         assert self._head, "this stage has no head"
         positions_BM, labels_BM = MaskedTargets(*targets)
         hidden_BMD = self.head_inputs(hidden_BTD, positions_BM)
-        loss = self._score(self._head[0], hidden_BMD, labels_BM.long(), reduction=reduction)
+        loss = self._score(self._head, hidden_BMD, labels_BM.long(), reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(labels_BM)
 
     def score(self, hidden_BTD: Tensor, targets: Tensor) -> Tensor:
@@ -287,7 +273,7 @@ class Stage(StageModule):
     def logits(self, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
         """Return the logits (B, M, V) of the stage's head at the given positions."""
         assert self._head, "this stage has no head"
-        return self._head[0](self.head_inputs(hidden_BTD, positions_BM))
+        return _logits(self._head, self.head_inputs(hidden_BTD, positions_BM))
 
 
 class _SharedDecoder(nn.Module):
@@ -302,8 +288,16 @@ class _SharedDecoder(nn.Module):
         return functional.linear(hidden, self._weight[0], self.bias)
 
 
-def _score(head: nn.Module, hidden_BMD: Tensor, labels_BM: Tensor, *, reduction: str) -> Tensor:
-    logits_BMV: Tensor = head(hidden_BMD)
+def _logits(head: Iterable[nn.Module], hidden_BMD: Tensor) -> Tensor:
+    for module in head:
+        hidden_BMD = module(hidden_BMD)
+    return hidden_BMD
+
+
+def _score(
+    head: Iterable[nn.Module], hidden_BMD: Tensor, labels_BM: Tensor, *, reduction: str
+) -> Tensor:
+    logits_BMV = _logits(head, hidden_BMD)
     return functional.cross_entropy(
         logits_BMV.flatten(0, 1).float(), labels_BM.flatten(), reduction=reduction
     )
@@ -349,8 +343,8 @@ def build_stage(
     initialise(
         stage,
         family=stage.family,
+        config=config,
         seed=seed,
-        std=config.initializer_range,
         sinusoidal_positions=sinusoidal_positions,
     )
     missing = load_pretrained(stage, family=stage.family, path=path) if path else []
@@ -397,13 +391,6 @@ def place(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
         root = getattr(root, name)
     root.add_module(leaf, module)
     return module
-
-
-def masked_lm_class(config: PretrainedConfig) -> Any:
-    """Return the transformers class that reads the exported folder."""
-    from transformers import BertForMaskedLM, RobertaForMaskedLM
-
-    return {"bert": BertForMaskedLM, "roberta": RobertaForMaskedLM}[config.model_type]
 
 
 def trainable(module: nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -13,11 +13,14 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedpipe.config.evaluation import Kind
-from fedpipe.config.families import FAMILIES
 from fedpipe.errors import ConfigError
-from fedpipe.models.families import FAMILY_MODULES, roberta
+from fedpipe.families import FAMILIES
+from fedpipe.families.family import modeling
 from fedpipe.models.split import AUX_HEADS, StageSpec
 from fedpipe.models.stage import StageModule, place
+
+CUT_FAMILIES = ("roberta", "bert")
+"""Families whose models with adapters can be cut into stages."""
 
 
 class TaskTargets(NamedTuple):
@@ -45,9 +48,9 @@ def check_cut(config: PretrainedConfig, last_cut: int) -> None:
     Raises:
         ConfigError: The family cannot be cut, or the model has too few layers.
     """
-    if config.model_type not in FAMILY_MODULES:
+    if config.model_type not in CUT_FAMILIES:
         raise ConfigError(
-            f"pipeline.cut: expected a model of {' or '.join(FAMILY_MODULES)}, got"
+            f"pipeline.cut: expected a model of {' or '.join(CUT_FAMILIES)}, got"
             f" {config.model_type}. Use another model.path, or pipeline.cut=[]."
         )
     if last_cut >= config.num_hidden_layers:
@@ -168,6 +171,7 @@ class TunedStage(StageModule):
 def _local_head(config: Any, kind: Kind) -> nn.Module:
     """Build the head of a stage that is not the last: RoBERTa's, for every family."""
     if kind != "ner":
+        roberta = modeling("models.roberta.modeling_roberta")
         head: nn.Module = roberta.RobertaClassificationHead(config)
         linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
     else:

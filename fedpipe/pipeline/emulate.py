@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpipe.models.stage import Stage, gather_masked
+from fedpipe.families.family import gather
+from fedpipe.models.stage import Stage
 
 BACKWARD_PER_FORWARD = 2.0
 """Time of a backward pass over that of its forward pass, which has half as many multiplications."""
@@ -62,7 +63,7 @@ def emulate_(
 
     def head_inputs(hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
         slept = _Sleep.apply(hidden_BTD, masked_s, BACKWARD_PER_FORWARD * masked_s)
-        return slept if spec.is_home_head else gather_masked(slept, positions_BM)
+        return slept if spec.is_home_head else gather(slept, positions_BM)
 
     def loss(hidden_BTD: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         mean = head_inputs(hidden_BTD, targets[0]).square().mean()

@@ -24,11 +24,12 @@ from fedpipe.data.blocks import PreparedData, token_counts
 from fedpipe.data.masking import validation_batch
 from fedpipe.data.tokenizer import TokenizerInfo, tokenizer_info
 from fedpipe.errors import CheckpointError
+from fedpipe.families import FAMILIES
 from fedpipe.files import replace_folder, write_text
-from fedpipe.models.families import FAMILY_MODULES, hf_config
 from fedpipe.models.lengths import longest_input, num_positions
 from fedpipe.models.split import StageSpec, merge, model_stages, part_of, split
-from fedpipe.models.stage import build_stages, masked_lm_class
+from fedpipe.models.stage import build_stages
+from fedpipe.models.weights import hf_config, without_first_values
 from fedpipe.printable import printable
 from fedpipe.report.format import count
 from fedpipe.report.summary import Guess, Sample, Samples
@@ -45,7 +46,7 @@ from fedpipe.run.outer import GLOBAL
 from fedpipe.run.run_dir import RunDir, prepared_text
 from fedpipe.run.update import crosses_whole, described
 
-if TYPE_CHECKING:  # its module imports scipy if it is not fedpipe.models.families that imports it
+if TYPE_CHECKING:  # its module imports scipy if it is not fedpipe.models.weights that imports it
     from transformers import PreTrainedModel
 
 EXPORT = "export"
@@ -218,7 +219,7 @@ def _save(
         is_shared = any(tensor.data_ptr() == other.data_ptr() for other in tensors.values())
         tensors[name] = tensor.clone() if is_shared else tensor
     if model.config.tie_word_embeddings:
-        del tensors[FAMILY_MODULES[model_config.model_type].decoder]
+        del tensors[FAMILIES[model_config.model_type].decoder]
     model.save_pretrained(folder, state_dict=tensors)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(printable(card), encoding="utf-8")
@@ -244,7 +245,7 @@ def cut_texts(tokenizer: Any, length: int) -> None:
 
 
 def _auto_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer  # after fedpipe.models.families, so without scikit-learn
+    from transformers import AutoTokenizer  # after fedpipe.models.weights, so without scikit-learn
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     return tokenizer
@@ -259,12 +260,13 @@ def build_model(state: dict[str, Tensor], model_config: Any) -> PreTrainedModel:
         CheckpointError: A tensor is missing, is not the model's, or holds nan or inf.
     """
     check_finite(state)
-    family = FAMILY_MODULES[model_config.model_type]
+    family = FAMILIES[model_config.model_type]
     model_config = copy.deepcopy(model_config)
     model_config.tie_word_embeddings = family.decoder not in state
-    model = masked_lm_class(model_config)(model_config)
-    bias = f"{family.head_path}.bias"
-    same = {family.decoder: family.word_embeddings, bias.replace(".bias", ".decoder.bias"): bias}
+    with without_first_values():
+        model: PreTrainedModel = family.masked_lm_class()(model_config)
+    twins = {second: first for first, second in family.twins.items()}
+    same = {family.decoder: family.word_embeddings, **twins}
     state = {n: state[other] for n, other in same.items() if other in state} | state
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if set(state) != set(parameters):
@@ -343,7 +345,8 @@ def write_samples(run_dir: Path, config: RunConfig, data: PreparedData) -> list[
     folder = run_dir / EXPORT
     if not (folder / "config.json").is_file():  # one folder per client: show the first
         folder = next(iter(sorted(folder.glob("client_*"))))
-    model = masked_lm_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder).eval()
+    family = FAMILIES[AutoConfig.from_pretrained(folder).model_type]
+    model = family.masked_lm_class().from_pretrained(folder).eval()
     tokenizer = _auto_tokenizer(folder)
     counts = token_counts(data).astype(np.float64)
     counts[list(data.special_ids)] = 0

@@ -23,9 +23,9 @@ from fedpipe.config.schema import RunConfig
 from fedpipe.data.tokenizer import tokenizer_info
 from fedpipe.distributed.wire import TensorSpec
 from fedpipe.files import sync, write_atomically, write_text
-from fedpipe.models.families import hf_config
 from fedpipe.models.split import StageSpec, model_stages, part_of
 from fedpipe.models.stage import Stage, build_stages, trainable
+from fedpipe.models.weights import hf_config
 from fedpipe.report.writer import METRICS_FILE, read_metrics
 from fedpipe.run.checkpoint import STAGE, find_round
 from fedpipe.run.outer import (

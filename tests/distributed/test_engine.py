@@ -325,14 +325,14 @@ def _plain_pytorch(env: ProcessEnv, config: RunConfig, data: PreparedData) -> An
     """The unsplit transformers model, trained by a plain loop on the same batches."""
     import torch
 
-    from fedpipe.models.stage import build_stage, masked_lm_class
+    from fedpipe.models.stage import build_stage
     from fedpipe.pipeline.optimizer import build_optimizer
 
     replica = _replica(env, config, data)  # for its batches; one stage, not trained
     replica.hf_config.tie_word_embeddings = replica.specs[0].decoder == "shared"
-    model = masked_lm_class(replica.hf_config)(replica.hf_config)
     stage, _ = build_stage(replica.specs[0], replica.hf_config, seed=config.seed)
-    head = model.get_submodule(stage.family.head_path)
+    model = stage.family.masked_lm_class()(replica.hf_config)
+    head = model.get_submodule(stage.family.head)
     head.decoder.bias = head.bias  # one tensor in transformers 4.x, two in 5.x
     model.load_state_dict(stage.state_dict())
     optimizer = build_optimizer(model, config.optimizer)

@@ -22,7 +22,7 @@ Weights = dict[str, np.ndarray]
 
 def _change(shape: torch.Size, *, name: str, client_id: int, round_id: int) -> torch.Tensor:
     """What a client adds to a parameter: the same in every process."""
-    from fedpipe.models.families import stable_seed
+    from fedpipe.models.weights import stable_seed
 
     generator = torch.Generator().manual_seed(stable_seed(name, client_id, round_id))
     size = 10.0 ** -(1 + client_id)  # clients that differ in size, so that a wrong weight shows

@@ -15,7 +15,7 @@ from unittest import mock
 from fedpipe.distributed.env import ProcessEnv
 
 PRELOAD = [
-    "fedpipe.models.families",  # first: see there
+    "fedpipe.models.weights",  # first: see there
     "fedpipe.commands.pretrain.run", "fedpipe.commands.finetune.run", "fedpipe.run.export",
 ]  # fmt: skip
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}

@@ -33,9 +33,9 @@ from fedpipe.federation.rules import (
 )
 from fedpipe.federation.synchronizer import falsify
 from fedpipe.federation.traffic import BLOCK, padded_numel
-from fedpipe.models.families import hf_config, stable_seed
 from fedpipe.models.split import StageRole, model_stages, part_of, placement
 from fedpipe.models.stage import Stage, build_stage, trainable
+from fedpipe.models.weights import hf_config, stable_seed
 from fedpipe.pipeline.messages import WireTensor, edge_messages
 from fedpipe.pipeline.optimizer import build_optimizer, learning_rate
 

@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 
 _REPOSITORY = Path(__file__).parents[2]
 _PRELOAD = (
-    "fedpipe.models.families",  # first: see there
+    "fedpipe.models.weights",  # first: see there
     "fedpipe.commands.pretrain.run", "fedpipe.commands.finetune.run", "fedpipe.run.export",
     "fedpipe.cluster.rank", "adapters", "matplotlib.figure", "submitit", "rich.progress",
 )  # fmt: skip

@@ -13,6 +13,7 @@ LEVELS = (
     ("printable",),
     ("errors",),
     ("files",),
+    ("families",),
     ("log", "terminal", "config"),
     ("distributed",),
     ("data", "models", "report"),

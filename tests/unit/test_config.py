@@ -32,6 +32,7 @@ from fedpipe.config.schema import (
 )
 from fedpipe.config.tree import parse, parse_override
 from fedpipe.errors import ConfigError, FedPipeError
+from fedpipe.families import FAMILIES
 from tests.helpers.cases import every
 
 REPOSITORY = Path(__file__).parents[2]
@@ -279,7 +280,7 @@ def test_a_hugging_face_folder_gives_every_size(family: str, tmp_path: Path) -> 
     folder = hf_folder(tmp_path, family, **SMALL)
     model = from_dict({"model": {"family": family, "path": str(folder), "size": "base"}}).model
     shape = resolve(model, vocab_size=97, sequence_length=16)
-    assert {name: getattr(shape, name) for name in SMALL} == SMALL
+    assert {name: shape.config[name] for name in SMALL} == SMALL
 
 
 def test_two_tensors_of_a_folder_are_not_made_one(tmp_path: Path) -> None:
@@ -303,31 +304,36 @@ def test_dropout_may_differ_from_the_folder(tmp_path: Path) -> None:
     folder = hf_folder(tmp_path, "roberta", **SMALL)
     model = ModelConfig(path=str(folder), hidden_dropout_prob=0.0, hidden_size=32)
     shape = resolve(model, vocab_size=90, sequence_length=16)
-    assert shape.hidden_dropout_prob == 0.0
-    assert shape.attention_probs_dropout_prob == 0.1
+    assert shape.config["hidden_dropout_prob"] == 0.0
+    assert shape.config["attention_probs_dropout_prob"] == 0.1
 
 
-@pytest.mark.parametrize("family", ["roberta", "bert"])
-def test_parameter_counts_are_those_of_transformers(family: str) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameter_counts_are_those_of_transformers(family: str, biased: bool) -> None:
     import torch
-    import transformers
 
-    names = {"roberta": "Roberta", "bert": "Bert"}
-    sizes = {**SMALL, "type_vocab_size": 2, "tie_word_embeddings": False}
+    kind = FAMILIES[family]
+    sizes = {name: value for name, value in SMALL.items() if name in kind.keys}
+    model = from_dict({"model": {"family": family, **sizes}}).model
+    shape = resolve(model, vocab_size=97, sequence_length=16)
+    biases = {name: biased for name in shape.config if name.endswith("_bias")}
+    shape = replace(shape, config={**shape.config, **biases})
     with torch.device("meta"):
-        config = getattr(transformers, f"{names[family]}Config")(**sizes)
-        model = getattr(transformers, f"{names[family]}ForMaskedLM")(config)
-    shape = resolve(
-        from_dict({"model": {"family": family, **SMALL, "type_vocab_size": 2}}).model,
-        vocab_size=97, sequence_length=16,
-    )  # fmt: skip
-    base = getattr(model, family)
-    assert shape.embedding_parameters() == count(base.embeddings)
-    assert shape.layer_parameters() == count(base.encoder.layer[0])
-    head = model.lm_head if family == "roberta" else model.cls.predictions
-    head.decoder.bias = head.bias  # tied in 4.x; in 5.x with tied weights only
-    assert shape.head_parameters(tied=False) == count(head)
-    assert shape.head_parameters(tied=True) == count(head) - 97 * 32
+        config = kind.config_class()(
+            **{**shape.config, "tie_word_embeddings": False, "pad_token_id": 1}
+        )
+        whole = kind.masked_lm_class()(config)
+    for first in kind.twins:  # one tensor in 4.x; in 5.x with tied weights only
+        head = whole.get_submodule(kind.head)
+        head.decoder.bias = whole.get_parameter(first)
+    layers = whole.get_submodule(kind.layers)
+    assert shape.embedding_parameters() == count(whole.get_submodule(kind.embeddings))
+    assert shape.layer_parameters([0]) == count(layers[0])
+    assert shape.layer_parameters([1]) == count(layers[1])
+    encoder = shape.embedding_parameters() + shape.layer_parameters(range(len(layers)))
+    assert shape.head_parameters(tied=False) == count(whole) - encoder
+    assert shape.head_parameters(tied=True) == count(whole) - encoder - 97 * 32
 
 
 def count(module: object) -> int:

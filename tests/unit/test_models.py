@@ -11,31 +11,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoModelForMaskedLM,
-    BertForMaskedLM,
-    BertModel,
-    PretrainedConfig,
-    PreTrainedModel,
-    RobertaForMaskedLM,
-    RobertaModel,
-)
+from transformers import AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
-from fedpipe.config.families import FAMILIES
 from fedpipe.config.load import load_config
 from fedpipe.config.model_shape import ModelShape, resolve
 from fedpipe.config.schema import ModelConfig, PipelineConfig
 from fedpipe.errors import CheckpointError, ConfigError
-from fedpipe.models.families import FAMILY_MODULES, hf_config, load_pretrained, stable_seed
+from fedpipe.families import FAMILIES, LAYER
+from fedpipe.families.family import gather
 from fedpipe.models.split import merge, stage_specs
-from fedpipe.models.stage import Stage, build_stage, gather_masked
+from fedpipe.models.stage import Stage, build_stage
+from fedpipe.models.weights import hf_config, in_final_head, load_pretrained, stable_seed
 from fedpipe.run.export import build_model
 
 LAYERS, VOCAB, LENGTH = 4, 53, 12
 CUTS = [(), (0,), (2,), (1, 3), (0, 1, 2, 3)]
-MASKED_LM = {"bert": BertForMaskedLM, "roberta": RobertaForMaskedLM}
-ENCODER = {"bert": BertModel, "roberta": RobertaModel}
-FAMILY = pytest.mark.parametrize("family", ["roberta", "bert"])
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
 def _shape(family: str, **keys: Any) -> ModelShape:
@@ -47,8 +38,11 @@ def _shape(family: str, **keys: Any) -> ModelShape:
 
 
 def _config(family: str, **keys: Any) -> PretrainedConfig:
-    pad = 1 if family == "roberta" else 0
-    return hf_config(_shape(family, **keys), pad_id=pad, cls_id=2, sep_id=3)
+    pad = int(FAMILIES[family].positions == "after padding")
+    config = hf_config(_shape(family, **keys), pad_id=pad, cls_id=2, sep_id=3)
+    if family == "modernbert":
+        config.local_attention = 6  # shorter than the sequences
+    return config
 
 
 def _stages(
@@ -84,19 +78,35 @@ def _randomise(module: torch.nn.Module) -> None:
 def _random_model(family: str, *, tied: bool, bare: bool = False) -> PreTrainedModel:
     config = _config(family)
     config.tie_word_embeddings = tied
-    model = ENCODER[family](config) if bare else MASKED_LM[family](config)
+    auto = AutoModel if bare else AutoModelForMaskedLM
+    model: PreTrainedModel = auto.from_config(config)
     _randomise(model)
     return model.eval()
 
 
+def _head(stage: Stage) -> dict[str, torch.Tensor]:
+    """Parameters of a stage's head, under their names in the final one."""
+    family, own = stage.family, f"aux_heads.{stage.spec.stage_id}.head."
+    return {
+        in_final_head(name, family=family): parameter
+        for name, parameter in stage.named_parameters()
+        if name.startswith(own)
+        or (stage.spec.is_last and not LAYER.search(name) and family.embeddings not in name)
+    }
+
+
+def _decoder(stage: Stage) -> Any:
+    return stage.get_submodule(stage._head_name(stage.family.decoder.removesuffix(".weight")))
+
+
 def _assert_heads_alike(stages: list[Stage]) -> None:
-    final = stages[-1].get_submodule(stages[-1].family.head_path).state_dict()
+    final = _head(stages[-1])
     assert sum(tensor.dim() == 2 and bool(tensor.std() > 0) for tensor in final.values()) == 2
     for stage in stages[:-1]:
-        head = stage.get_submodule(f"aux_heads.{stage.spec.stage_id}.head").state_dict()
-        assert head.keys() == final.keys()
-        tied = {"decoder.weight"} if stage.spec.is_first else set()
-        assert all(torch.equal(head[name], final[name]) for name in final.keys() - tied)
+        head = _head(stage)
+        tied = {stage.family.decoder} if stage.spec.is_first else set()
+        assert head.keys() == final.keys() - tied
+        assert all(torch.equal(head[name], final[name]) for name in head)
 
 
 def _logits(stages: list[Stage], ids: torch.Tensor) -> torch.Tensor:
@@ -127,7 +137,7 @@ def test_the_last_layer_runs_at_masked_positions_only_and_changes_nothing(
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(3, LENGTH, config.hidden_size, generator=generator).double()
     positions = torch.tensor([[1, 4], [0, 2], [3, 5]])
-    last = stage.get_submodule(f"{family}.encoder.layer.{LAYERS - 1}")
+    last = stage.get_submodule(f"{FAMILIES[family].layers}.{LAYERS - 1}")
 
     def gradients(outputs: torch.Tensor) -> list[torch.Tensor]:
         (outputs * torch.arange(outputs.numel()).view_as(outputs)).sum().backward()
@@ -140,9 +150,8 @@ def test_the_last_layer_runs_at_masked_positions_only_and_changes_nothing(
     # The fused kernel is not counted.
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
         outputs = stage.head_inputs(before_last, positions)
-    whole = last(before_last)
-    whole = whole[0] if isinstance(whole, tuple) else whole
-    expected = gather_masked(whole, positions)
+    whole = FAMILIES[family].run_layer(last, before_last, stage._around(before_last))
+    expected = gather(whole, positions)
     torch.testing.assert_close(outputs, expected)
     torch.testing.assert_close(gradients(outputs), gradients(expected))
     expected_flops = _shape(family).masked_layer_flops(LENGTH, num_masked=positions.shape[1])
@@ -168,9 +177,10 @@ def test_first_weights_do_not_depend_on_the_cut(family: str, cut: tuple[int, ...
 def test_first_weights_depend_on_the_seed_and_on_the_name(family: str) -> None:
     config = _config(family)
     first, other = (_weights(_stages(config, (2,), seed=seed)) for seed in (0, 1))
-    query = f"{family}.encoder.layer.{{}}.attention.self.query.weight"
-    assert not torch.equal(first[query.format(0)], other[query.format(0)])
-    assert not torch.equal(first[query.format(0)], first[query.format(1)])
+    layers = FAMILIES[family].layers
+    name, matrix = next((n, p) for n, p in first.items() if n.startswith(layers) and p.ndim == 2)
+    assert not torch.equal(matrix, other[name])
+    assert not torch.equal(matrix, first[name.replace(f"{layers}.0.", f"{layers}.1.")])
 
 
 @FAMILY
@@ -179,27 +189,34 @@ def test_every_head_starts_as_the_final_one(family: str) -> None:
 
 
 @FAMILY
-def test_first_weights_have_the_scale_of_bert(family: str) -> None:
-    for name, tensor in _weights(_stages(_config(family, initializer_range=0.05), ())).items():
+def test_first_weights_have_the_scale_of_the_family(family: str) -> None:
+    config = _config(family, initializer_range=0.05)
+    for name, tensor in _weights(_stages(config, ())).items():
         if name.endswith("bias"):
             assert not tensor.any(), name
-        elif "LayerNorm" in name or "layer_norm" in name:
+        elif tensor.ndim == 1:
             assert (tensor == 1).all(), name
         else:
-            assert 0.03 < tensor.std() < 0.07, name
+            std = 0.05
+            if family == "modernbert":  # as in its own _init_weights
+                std *= 0.88  # what a cut at two deviations leaves
+                std /= 8**0.5 if name.endswith(("Wo.weight", "head.dense.weight")) else 1
+                assert tensor.abs().max() <= 2 * 0.05
+            assert 0.6 * std < tensor.std() < 1.4 * std, name
 
 
 @FAMILY
 def test_only_the_first_auxiliary_head_is_tied_to_the_embedding(family: str) -> None:
     stages = _stages(_config(family), (1, 3))
-    embedding = stages[0].get_parameter(FAMILY_MODULES[family].word_embeddings)
-    first, middle = (stages[s].get_submodule(f"aux_heads.{s}.head.decoder").weight for s in (0, 1))
-    final = stages[2].get_parameter(FAMILY_MODULES[family].decoder)
+    embedding = stages[0].get_parameter(FAMILIES[family].word_embeddings)
+    first, middle = (_decoder(stages[s]).weight for s in (0, 1))
+    final = stages[2].get_parameter(FAMILIES[family].decoder)
     assert first is embedding
     assert len({t.data_ptr() for t in (embedding, middle, final)}) == 3
     assert torch.equal(middle, embedding) and torch.equal(final, embedding)
     names = [name for stage in stages for name, _ in stage.named_parameters()]
-    assert "aux_heads.0.head.decoder.weight" not in names, "a tied tensor is trained once"
+    own = f"{stages[0]._head_name(FAMILIES[family].decoder)}"
+    assert own not in names, "a tied tensor is trained once"
 
 
 def test_a_seed_is_the_same_everywhere() -> None:
@@ -221,7 +238,8 @@ def test_export_has_the_logits_of_the_stages_in_sequence(
         _randomise(stage)
     build_model(_weights(stages), config).save_pretrained(tmp_path)
     model = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
-    assert type(model) is MASKED_LM[family]
+    assert type(model) is FAMILIES[family].masked_lm_class()
+    assert model.config.model_type == family
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
     with torch.no_grad():
         expected = model(input_ids=_ids()).logits
@@ -248,7 +266,7 @@ def test_a_tied_decoder_is_exported_as_the_word_embedding(
     for stage in stages:
         _randomise(stage)
     state = _weights(stages)
-    assert FAMILY_MODULES[family].decoder not in state, "one tensor is trained and sent once"
+    assert FAMILIES[family].decoder not in state, "one tensor is trained and sent once"
     build_model(state, config).save_pretrained(tmp_path)
     model = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
     assert model.config.tie_word_embeddings is True and config.tie_word_embeddings is False
@@ -283,14 +301,17 @@ def test_the_loss_is_that_of_transformers_on_the_masked_tokens(family: str, head
 
     whole = _config(family)
     whole.num_hidden_layers = 2 + (head == "mlm+layer")
-    model = MASKED_LM[family](whole).eval()
+    if getattr(whole, "layer_types", None):  # transformers 5.x
+        whole.layer_types = whole.layer_types[: whole.num_hidden_layers]
+    model = AutoModelForMaskedLM.from_config(whole).eval()
     state = {n: p for n, p in stage.named_parameters() if not n.startswith("aux_heads")}
-    prefix = FAMILY_MODULES[family].head_path
-    for name, parameter in stage.get_submodule("aux_heads.0.head").state_dict().items():
-        state[f"{prefix}.{name}"] = parameter
+    state |= _head(stage)
+    state[FAMILIES[family].decoder] = stage.word_embedding
+    for first, second in FAMILIES[family].twins.items():
+        state[second] = state[first]
     if head == "mlm+layer":
         for name, parameter in stage.get_submodule("aux_heads.0.layer").state_dict().items():
-            state[f"{family}.encoder.layer.2.{name}"] = parameter
+            state[f"{FAMILIES[family].layers}.2.{name}"] = parameter
     assert not model.load_state_dict(state, strict=False).unexpected_keys
     labels = torch.full_like(ids, -100).scatter(1, positions, targets[1].long())
     with torch.no_grad():
@@ -320,9 +341,10 @@ def _assert_equals(stages: list[Stage], model: PreTrainedModel) -> None:
     expected = dict(model.named_parameters())
     for name, parameter in _weights(stages).items():
         # An untied model of transformers 5.x has a second bias, and that one is used.
-        other = expected.get(name.replace(".bias", ".decoder.bias"), expected.get(name))
+        family = FAMILIES[model.config.model_type]
+        other = expected.get(family.twins.get(name, ""), expected.get(name))
         if other is None:
-            assert name == FAMILY_MODULES[model.config.model_type].decoder  # tied: one tensor there
+            assert name == family.decoder  # tied: one tensor there
             other = model.get_input_embeddings().weight
         assert torch.equal(parameter, other), name
 
@@ -364,16 +386,19 @@ def test_a_bare_encoder_leaves_the_head_its_first_values_and_says_so(
     (client, client_missing), (server, server_missing) = (
         build_stage(s, config, seed=0, path=str(tmp_path)) for s in specs
     )
-    head = FAMILY_MODULES[family].head_path
-    names = {n for n, _ in server.named_parameters() if n.startswith(head)}
-    assert set(server_missing) == names - {f"{head}.decoder.weight"}
+    kind = FAMILIES[family]
+    names = {n for n, _ in server.named_parameters() if not n.startswith(f"{kind.prefix}.")}
+    assert set(server_missing) == names - {kind.decoder} and server_missing
     assert all(n.startswith("aux_heads.0.head.") for n in client_missing) and client_missing
-    decoder = server.get_parameter(f"{head}.decoder.weight")
-    assert torch.equal(decoder, model.get_input_embeddings().weight)
-    assert torch.equal(server.get_parameter(f"{head}.bias"), torch.zeros(VOCAB))
+    assert torch.equal(server.get_parameter(kind.decoder), model.get_input_embeddings().weight)
+    assert not _decoder(server).bias.any()
+    compared = 0
     for name, parameter in model.named_parameters():
-        if ".layer." in f".{name}" and int(name.split(".")[2]) >= 2:
-            assert torch.equal(server.get_parameter(f"{family}.{name}"), parameter), name
+        layer = LAYER.search(f"{kind.prefix}.{name}")
+        if layer and int(layer[1]) >= 2:
+            assert torch.equal(server.get_parameter(f"{kind.prefix}.{name}"), parameter), name
+            compared += 1
+    assert compared > 8
 
 
 def test_the_names_of_the_original_bert_are_understood(tmp_path: Path) -> None:
@@ -399,34 +424,60 @@ def test_a_folder_in_half_precision_is_read_as_float32(family: str, tmp_path: Pa
     _assert_equals(stages, model.float())
 
 
-VARIANTS: list[dict[str, Any]] = [
+_BERT: list[dict[str, Any]] = [
     {},
     {"pad_token_id": 0, "tie_word_embeddings": False, "classifier_dropout": 0.3},
     {"pad_token_id": VOCAB - 1, "hidden_act": "relu", "num_attention_heads": 4},
     {"type_vocab_size": 3, "layer_norm_eps": 0.1, "output_hidden_states": True},
     {"architectures": ["X"], "torchscript": True, "id2label": {0: "a"}},
 ]
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "roberta": _BERT, "bert": _BERT, "camembert": _BERT[:2], "xlm-roberta": _BERT[:2],
+    "distilbert": [
+        {},
+        {"tie_word_embeddings": False, "activation": "relu", "n_heads": 4, "qa_dropout": 0.3},
+        {"sinusoidal_pos_embds": True, "pad_token_id": VOCAB - 1},
+    ],
+    "modernbert": [
+        {},
+        {
+            "norm_bias": True, "attention_bias": True, "mlp_bias": True, "classifier_bias": True,
+            "decoder_bias": False, "tie_word_embeddings": False,
+        },
+        {"local_attention": 4, "global_attn_every_n_layers": 2, "num_attention_heads": 4},
+        {"hidden_activation": "relu", "classifier_activation": "silu", "norm_eps": 0.1},
+        {"global_rope_theta": 50.0, "local_rope_theta": 9.0, "classifier_pooling": "mean"},
+        {"reference_compile": False, "sparse_prediction": True, "pad_token_id": VOCAB - 1},
+    ],
+}  # fmt: skip
 
 
-@FAMILY
-@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+@pytest.mark.parametrize(
+    ("family", "fields"), [(f, v) for f, variants in VARIANTS.items() for v in variants], ids=str
+)
 @pytest.mark.parametrize("extended", [False, True])
 def test_an_accepted_folder_has_the_logits_that_it_has_in_transformers(
     family: str, fields: dict[str, Any], extended: bool, tmp_path: Path
 ) -> None:
     """What config.json may say is computed exactly, wherever the model is cut."""
-    config = FAMILY_MODULES[family].config_class(**_config(family).to_dict() | fields)
-    config.max_position_embeddings = (config.pad_token_id + 1) * (family == "roberta") + LENGTH
-    model = MASKED_LM[family](config)
+    kind = FAMILIES[family]
+    config = kind.config_class()(**_config(family).to_dict() | fields)
+    config.max_position_embeddings = kind.first_position(config.pad_token_id) + LENGTH
+    model = AutoModelForMaskedLM.from_config(config)
     _randomise(model)
     model.save_pretrained(tmp_path)
     more = config.max_position_embeddings + 5 if extended else None
     shape = resolve(
-        ModelConfig(family=family, path=str(tmp_path), max_position_embeddings=more),
+        ModelConfig(family=family, path=str(tmp_path), max_position_embeddings=more),  # type: ignore[arg-type]
         vocab_size=VOCAB, sequence_length=LENGTH, pad_id=config.pad_token_id,
     )  # fmt: skip
     ours = hf_config(shape, pad_id=config.pad_token_id, cls_id=2, sep_id=3)
-    assert ours.classifier_dropout == config.classifier_dropout
+    carried = {name: getattr(ours, name) for name in kind.fields if hasattr(config, name)}
+    wanted = {name: getattr(config, name) for name in carried}
+    changed = {"tie_word_embeddings", "max_position_embeddings"}
+    assert {n: v for n, v in carried.items() if n not in changed} == {
+        n: v for n, v in wanted.items() if n not in changed
+    }
     expected = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
     ids = _ids()
     ids[0, -3:] = config.pad_token_id
@@ -444,29 +495,27 @@ def test_positions_that_a_folder_does_not_have_are_named(tmp_path: Path) -> None
     assert missing == ["roberta.embeddings.position_embeddings.weight[20:]"]
 
 
-_SIZES = (
-    "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
-    "max_position_embeddings", "type_vocab_size",
-)  # fmt: skip
-
-
 @FAMILY
 def test_every_field_that_transformers_writes_by_default_is_accepted(
     family: str, tmp_path: Path
 ) -> None:
-    default = FAMILY_MODULES[family].config_class()
-    declared = FAMILIES[family]  # type: ignore[index]
-    found = default.to_dict()
-    assert {name: found.get(name) for name in declared.defaults} == declared.defaults
-    assert found["pad_token_id"] == declared.pad_token_id
-    assert all(value == found.get(name) for name, (value, _) in declared.fixed.items())
-    layer = {
-        name for name, _ in FAMILY_MODULES[family].layer_class(_config(family)).named_parameters()
+    kind = FAMILIES[family]
+    default = kind.config_class()()
+    found = dict(kind.read(default.to_dict()))
+    assert {name: found.get(name) for name in kind.fields} == {
+        name: field.default for name, field in kind.fields.items()
     }
-    renamed = {name for name in declared.layer_tensors if name.endswith(("gamma", "beta"))}
-    assert layer == declared.layer_tensors - renamed and len(renamed) == 4
+    assert found["pad_token_id"] == kind.pad_token_id
+    assert all(value == found.get(name) for name, (value, _) in kind.fixed.items())
+    biased = {n: True for n, field in kind.fields.items() if n.endswith("_bias")}
+    every = kind.config_class()(**_config(family).to_dict() | biased)
+    every._attn_implementation = "sdpa"
+    layer = {name for name, _ in kind.make_layer(every, 1).named_parameters()}
+    renamed = {name for name in kind.layer_tensors if name.endswith(("gamma", "beta"))}
+    assert layer == kind.layer_tensors - renamed
     _random_model(family, tied=True).save_pretrained(tmp_path)
-    sizes = {name: getattr(_config(family), name) for name in _SIZES}  # those of the weights
+    counts = [name for name, field in kind.fields.items() if field.kind == "count"]
+    sizes = {name: getattr(_config(family), name) for name in counts}  # those of the weights
     (tmp_path / "config.json").write_text(json.dumps(found | sizes | {"torch_dtype": "float32"}))
     resolve(ModelConfig(family=family, path=str(tmp_path)), vocab_size=1, sequence_length=LENGTH)  # type: ignore[arg-type]
 
@@ -521,7 +570,7 @@ def test_the_config_json_of_a_published_model_is_accepted(name: str, tmp_path: P
     model = ModelConfig(family=content["model_type"], path=str(tmp_path))
     shape = resolve(model, vocab_size=1, sequence_length=LENGTH)
     assert shape.vocab_size == content["vocab_size"]
-    assert shape.layer_norm_eps == content["layer_norm_eps"]
+    assert shape.config["layer_norm_eps"] == content["layer_norm_eps"]
 
 
 def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:

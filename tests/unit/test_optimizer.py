@@ -9,9 +9,9 @@ import torch
 
 from fedpipe.config.model_shape import ModelShape, resolve
 from fedpipe.config.schema import ModelConfig, OptimizerConfig, PipelineConfig
-from fedpipe.models.families import hf_config
 from fedpipe.models.split import stage_specs
 from fedpipe.models.stage import Stage, build_stage
+from fedpipe.models.weights import hf_config
 from fedpipe.pipeline.muon import Muon, orthogonal
 from fedpipe.pipeline.optimizer import build_optimizer, clip_, learning_rate, make_optimizer
 

@@ -12,6 +12,7 @@ from fedpipe.commands.plan.plan import Plan, build_plan, render
 from fedpipe.config.load import load_config
 from fedpipe.config.schema import RunConfig
 from fedpipe.errors import ConfigError
+from fedpipe.families import FAMILIES
 
 REPOSITORY = Path(__file__).parents[2]
 LARGE = "launch/configs/large_8x16x4.yaml"
@@ -53,15 +54,19 @@ def test_bert_large_on_512_processes_is_the_recorded_one(
         ["pipeline.local_head=mlm+layer", "pipeline.cut=[0,1,2]"],
         ["pipeline.objective=end_to_end", "pipeline.schedule=1f1b", "model.family=bert"],
         ["pipeline.cut=[]"],
+        *(
+            [f"model.family={family}", "pipeline.local_head=mlm+layer", "pipeline.cut=[0,1,3]"]
+            for family in FAMILIES
+        ),
     ],
     ids=str,
 )
 def test_parameters_are_those_of_the_real_stages(overrides: list[str]) -> None:
     import torch
 
-    from fedpipe.models.families import hf_config
     from fedpipe.models.split import part_of
     from fedpipe.models.stage import Stage, trainable
+    from fedpipe.models.weights import hf_config
 
     plan = plan_of("federation.average.aux_head=false", *overrides)
     config = hf_config(plan.shape, pad_id=1, cls_id=0, sep_id=2)

@@ -11,10 +11,10 @@ from fedpipe.config.finetune import FinetuneConfig
 from fedpipe.data.tasks.registry import TaskSpec
 from fedpipe.data.tokenizer import SAMPLES
 from fedpipe.errors import ConfigError
-from fedpipe.models.families import stable_seed
 from fedpipe.models.lengths import OFFSET_FAMILIES
 from fedpipe.models.peft import attach, load_adapter
 from fedpipe.models.tuned import build_model
+from fedpipe.models.weights import stable_seed
 
 UNTRAINED = "untrained"
 """Value of ``model.path``: the quick start's model with random weights, packaged tokenizer."""

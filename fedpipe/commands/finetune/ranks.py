@@ -28,7 +28,7 @@ class FinetuningRanks(RankProgram):
     command = "finetune"
     kind = "finetune"
     preload = (
-        "fedpipe.models.families",  # first: see there
+        "fedpipe.models.weights",  # first: see there
         "fedpipe.commands.finetune.run",
         "fedpipe.commands.finetune.export",
     )

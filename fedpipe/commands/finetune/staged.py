@@ -26,10 +26,10 @@ from fedpipe.data.tasks.scoring import statistics
 from fedpipe.distributed.comm import Comm
 from fedpipe.federation.cohort import Turn
 from fedpipe.federation.stages import StageReplica
-from fedpipe.models.families import stable_seed
 from fedpipe.models.split import StageRole, StageSpec, stage_specs
 from fedpipe.models.stage import StageModule
 from fedpipe.models.tuned_stage import TunedStage
+from fedpipe.models.weights import stable_seed
 from fedpipe.pipeline.stage_engine import MicroBatchSource
 
 

@@ -29,10 +29,10 @@ from fedpipe.federation.cohort import Turn
 from fedpipe.federation.lora import ProductSynchronizer
 from fedpipe.federation.replica import Computation, Replica
 from fedpipe.federation.synchronizer import Synchronizer
-from fedpipe.models.families import stable_seed
 from fedpipe.models.lower import LowerLayers
 from fedpipe.models.peft import lora_updates, trainable
 from fedpipe.models.tuned import head_names
+from fedpipe.models.weights import stable_seed
 from fedpipe.pipeline.optimizer import make_optimizer
 from fedpipe.pipeline.stage_engine import StepResult
 

@@ -20,9 +20,9 @@ from fedpipe.config.model_shape import model_shape
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.tokenizer import tokenizer_info
 from fedpipe.distributed.device import autocast, select_device, synchronize
-from fedpipe.models.families import hf_config
 from fedpipe.models.split import StageSpec, stage_specs
 from fedpipe.models.stage import Stage, build_stage
+from fedpipe.models.weights import hf_config
 from fedpipe.pipeline.optimizer import build_optimizer
 from fedpipe.pipeline.timeline import StageCost
 

@@ -18,9 +18,9 @@ from fedpipe.data.masking import MaskedBatch, MaskedReader, pad, validation_batc
 from fedpipe.distributed.comm import Comm
 from fedpipe.federation.cohort import Turn
 from fedpipe.federation.stages import StageReplica
-from fedpipe.models.families import hf_config
 from fedpipe.models.split import StageSpec, model_stages
 from fedpipe.models.stage import MaskedTargets, Stage, build_stage
+from fedpipe.models.weights import hf_config
 from fedpipe.pipeline.messages import edge_messages
 from fedpipe.pipeline.stage_engine import MicroBatchSource
 

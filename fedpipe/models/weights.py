@@ -1,17 +1,11 @@
-"""BERT and RoBERTa: the transformers modules that stages consist of, and their first weights.
-
-Works with transformers 4.57, whose layers return a tuple, and 5.x, whose layers return a tensor.
-"""
+"""The configuration of the whole model, and the first weights of a stage: new, or of a folder."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
-from importlib import import_module
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
 from safetensors import safe_open
@@ -21,74 +15,23 @@ from transformers import PretrainedConfig
 from fedpipe.config.half_files import read_json_object, weight_files
 from fedpipe.config.model_shape import ModelShape
 from fedpipe.errors import ConfigError
+from fedpipe.families.family import Family, modeling
 from fedpipe.models.split import AUX_HEADS
 
-
-def _absent() -> bool:
-    return False
+modeling("modeling_utils")  # before anything else imports a model, see there
 
 
-# Where scikit-learn and scipy are installed, as they are for ``fedpipe evaluate``, transformers
-# imports them with every model, for assisted generation and object detection that fedpipe does not
-# use: a fifth of the time to the first local step. So transformers is told that they are absent
-# while it imports BERT and RoBERTa; whatever needs its models imports this module first.
-with mock.patch.multiple(
-    "transformers.utils", is_sklearn_available=_absent, is_scipy_available=_absent
-):
-    bert: Any = import_module("transformers.models.bert.modeling_bert")
-    roberta: Any = import_module("transformers.models.roberta.modeling_roberta")
+def without_first_values() -> AbstractContextManager[None]:
+    """Return a context in which transformers makes models without giving them first values.
 
-_SHAPE_FIELDS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "initializer_range",
-    "layer_norm_eps",
-    "classifier_dropout",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """The modules of a model family, and their parameter names."""
-
-    prefix: str
-    head_path: str
-    config_class: type[PretrainedConfig]
-    embeddings_class: type[nn.Module]
-    layer_class: type[nn.Module]
-    head_class: type[nn.Module]
-
-    @property
-    def word_embeddings(self) -> str:
-        """Full name of the word embedding's weight."""
-        return f"{self.prefix}.embeddings.word_embeddings.weight"
-
-    @property
-    def decoder(self) -> str:
-        """Full name of the final decoder's weight."""
-        return f"{self.head_path}.decoder.weight"
-
-
-# The configuration classes are taken from the modeling modules: transformers 5.x imports
-# scikit-learn when it is asked for one of them.
-FAMILY_MODULES = {
-    "roberta": Family(
-        "roberta", "lm_head", roberta.RobertaConfig,
-        roberta.RobertaEmbeddings, roberta.RobertaLayer, roberta.RobertaLMHead,
-    ),
-    "bert": Family(
-        "bert", "cls.predictions", bert.BertConfig,
-        bert.BertEmbeddings, bert.BertLayer, bert.BertLMPredictionHead,
-    ),
-}  # fmt: skip
+    For models whose parameters are replaced at once: values that are never written take no memory.
+    """
+    try:
+        from transformers.modeling_utils import no_init_weights
+    except ImportError:  # 5.x
+        from transformers.initialization import no_init_weights
+    context: AbstractContextManager[None] = no_init_weights()
+    return context
 
 
 def hf_config(shape: ModelShape, *, pad_id: int, cls_id: int, sep_id: int) -> PretrainedConfig:
@@ -104,44 +47,55 @@ def hf_config(shape: ModelShape, *, pad_id: int, cls_id: int, sep_id: int) -> Pr
         A configuration with an untied decoder: stages are built one by one, and the caller ties
         the decoder of a stage to the word embedding where that is wanted.
     """
-    config = FAMILY_MODULES[shape.family].config_class(
-        **{name: getattr(shape, name) for name in _SHAPE_FIELDS},
-        pad_token_id=pad_id,
-        bos_token_id=cls_id,
-        eos_token_id=sep_id,
-        tie_word_embeddings=False,
+    tokens = {"pad": pad_id, "cls": cls_id, "sep": sep_id}
+    config: PretrainedConfig = shape.kind.config_class()(
+        **{**shape.config, "tie_word_embeddings": False},
+        **{name: tokens[role] for name, role in shape.kind.special_tokens.items()},
     )
+    for name, value in shape.config.items():  # some have other names in transformers 5.x
+        if not hasattr(config, name):
+            setattr(config, name, value)
     config._attn_implementation = "sdpa"  # modules are built without a PreTrainedModel to set it
     return config
 
 
 def initialise(
-    module: nn.Module, *, family: Family, seed: int, std: float, sinusoidal_positions: bool = False
+    module: nn.Module,
+    *,
+    family: Family,
+    config: PretrainedConfig,
+    seed: int,
+    sinusoidal_positions: bool = False,
 ) -> None:
     """Give every parameter its first value, a function of the seed and of its full name only.
 
     So a parameter starts with the same value for every cut, number of stages and process. Matrices
-    are N(0, std), biases 0, LayerNorm weights 1 (Devlin et al. 2019). Every decoder starts as a
-    copy of the word embedding, as a tied one would. Every auxiliary head starts as a copy of the
-    final head, so that all stages begin with the same mapping from hidden states to words; later
-    stages then learn from earlier ones at once. Position embeddings may start as sinusoids, Vaswani
-    et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762, scaled to the same standard
-    deviation.
+    are normal, with the family's deviation and cut-off, biases 0, norms 1 (Devlin et al. 2019).
+    Every decoder starts as a copy of the word embedding, as a tied one would. Every auxiliary head
+    starts as a copy of the final head, so that all stages begin with the same mapping from hidden
+    states to words; later stages then learn from earlier ones at once. Position embeddings may
+    start as sinusoids, Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762, scaled
+    to the same standard deviation.
     """
+    cutoff = family.cutoff(config)
     for name, parameter in module.named_parameters():
+        source = in_final_head(name, family=family)
+        source = family.word_embeddings if source == family.decoder else source
         with torch.no_grad():
+            std = family.deviation(config, source)
             if sinusoidal_positions and name.endswith("position_embeddings.weight"):
                 parameter.copy_(_sinusoids(*parameter.shape).mul_(std * 2**0.5))
             elif name.endswith("bias"):
                 parameter.zero_()
-            elif "layernorm" in name.lower() or "layer_norm" in name:
+            elif parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                source = _in_final_head(name, family=family)
-                if name.endswith("decoder.weight"):
-                    source = family.word_embeddings
                 generator = torch.Generator().manual_seed(stable_seed(seed, source))
-                parameter.normal_(0.0, std, generator=generator)
+                if cutoff is None:
+                    parameter.normal_(0.0, std, generator=generator)
+                else:
+                    limit = cutoff * std
+                    nn.init.trunc_normal_(parameter, 0.0, std, -limit, limit, generator)
 
 
 def _sinusoids(num_positions: int, size: int) -> torch.Tensor:
@@ -187,7 +141,7 @@ def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str
             if name.startswith(f"{family.prefix}."):
                 raise ConfigError(
                     f"model.path: expected {name} in {path}, got a folder without it. Use a whole "
-                    f"{family.prefix} model, written by save_pretrained."
+                    f"{family.model_type} model, written by save_pretrained."
                 )
             missing.append(name)
             continue
@@ -211,23 +165,24 @@ def _num_positions(path: str) -> int:
     return int(config.get("max_position_embeddings", -1))
 
 
-def _in_final_head(name: str, *, family: Family) -> str:
+def in_final_head(name: str, *, family: Family) -> str:
     """Return the name that a parameter of an auxiliary head has in the final head."""
-    return re.sub(rf"^{AUX_HEADS}\.\d+\.head\.", f"{family.head_path}.", name)
+    root = f"{family.head}." if family.head else ""
+    return re.sub(rf"^{AUX_HEADS}\.\d+\.head\.", root, name)
 
 
 def _candidates(name: str, *, family: Family) -> list[str]:
     """Return the names under which a folder may hold a parameter, best first."""
-    name = _in_final_head(name, family=family)
-    if name.endswith("decoder.weight"):
+    name = in_final_head(name, family=family)
+    if name == family.decoder:
         options = [name, family.word_embeddings]
     elif name.startswith(f"{AUX_HEADS}."):
         return []
     else:
         options = [name]
-    if name == f"{family.head_path}.bias":
+    if name in family.twins:
         # transformers 4.x saves one bias under two names; 5.x has two, and uses this one.
-        options.insert(0, f"{family.head_path}.decoder.bias")
+        options.insert(0, family.twins[name])
     options += [
         o.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
         for o in options
