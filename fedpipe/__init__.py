@@ -57,7 +57,11 @@ class Run:
             kind: Only records of this kind, for example step, round or eval; None takes all.
 
         Returns:
-            A row for each record of ``metrics.jsonl``; of an evaluation, a row for each training.
+            A row for each record of ``metrics.jsonl``; of an evaluation, a row for each training;
+            of a consortium, a row for each site in each outer round that is over.
+
+        Raises:
+            CheckpointError: Nothing was recorded yet.
         """
         import pandas
 
@@ -66,6 +70,11 @@ class Run:
         if self._kind == "evaluation":
             content = json.loads((self.directory / "evaluation.json").read_text("utf-8"))
             return pandas.json_normalize(content["cells"])
+        if self._kind == "consortium":
+            from fedpipe.commands.consortium.report import site_rows
+            from fedpipe.commands.consortium.run import locate
+
+            return pandas.DataFrame(site_rows(locate(None, [], str(self.directory))))
         records = read_metrics(self.directory / METRICS_FILE)
         return pandas.DataFrame([r for r in records if kind in (None, r["kind"])])
 
@@ -96,7 +105,7 @@ class Run:
     def _kind(self) -> str:
         from fedpipe.run.run_dir import RunDir
 
-        return RunDir.open(self.directory, "pretrain", "finetune", "evaluation").kind
+        return RunDir.open(self.directory, "pretrain", "finetune", "evaluation", "consortium").kind
 
     def _exported(self) -> Path:
         folder = self.directory / "export"

@@ -6,9 +6,10 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedpipe.commands.consortium.run import CONNECTED, Consortium, RoundRecord
+from fedpipe.errors import CheckpointError
 from fedpipe.files import write_text
 from fedpipe.report.document import (
     Block,
@@ -135,6 +136,30 @@ def sites_table(records: list[RoundRecord]) -> Table:
         "outer round", "site", "tokens", "loss before", "loss after", "training", "answer", "update"
     )  # fmt: skip
     return Table(columns=columns, rows=tuple(rows), numeric=frozenset(range(2, 8)))
+
+
+def site_rows(consortium: Consortium) -> list[dict[str, Any]]:
+    """Return what is known of every site in every outer round that is over.
+
+    Raises:
+        CheckpointError: None is over.
+    """
+    rows: list[dict[str, Any]] = []
+    for record in consortium.records:
+        index = record["round"]
+        for site, of_site in record["sites"].items():
+            took = {"bytes": of_site["bytes"], "answered_s": of_site["answered_s"]}
+            facts = {**of_site["facts"], "round": index}
+            rows.append({"round": index, "site": site, "state": "averaged"} | facts | took)
+        for site, why in record["refused"].items():
+            rows.append({"round": index, "site": site, "state": "left out", "why": why})
+        rows += [{"round": index, "site": site, "state": "absent"} for site in record["absent"]]
+    if not rows:
+        raise CheckpointError(
+            f"{consortium.path}: expected an outer round that is over, got none. Wait for the first"
+            " one; fedpipe consortium status says whom it waits for."
+        )
+    return rows
 
 
 def status_lines(consortium: Consortium) -> list[str]:

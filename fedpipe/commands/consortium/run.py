@@ -164,8 +164,9 @@ class Consortium:
     def begin(self) -> None:
         """Write the directory and the first weights."""
         self.run_dir.make()
-        text = dump(to_dict(self.config) | {"pretrain": to_dict(self.pretrain)})
-        self.run_dir.write(text)
+        shared = to_dict(self.pretrain)
+        del shared["seed"], shared["federation"]["num_rounds"]  # they follow from the consortium's
+        self.run_dir.write(dump(to_dict(self.config) | {PRETRAIN: shared}))
         first = self.round_dir(0)
         first.mkdir(parents=True, exist_ok=True)
         if not (first / GLOBAL_FACTS).is_file():
@@ -372,7 +373,7 @@ def locate(config_path: str | None, overrides: list[str], run_dir: str | None) -
             f" network, because they limit steps (accepts.max_steps), got {epochs}. Set"
             f" {PRETRAIN}.federation.num_local_steps."
         )
-    if run.saved and config_path:
+    if run.saved and (config_path or overrides):
         saved = read_consortium(run.saved, source=str(run.config_file))
         _check_same(run.path, saved, (config, pretrain))
     return Consortium(run, config, pretrain)
@@ -380,6 +381,12 @@ def locate(config_path: str | None, overrides: list[str], run_dir: str | None) -
 
 def _check_same(directory: Path, before: Any, now: Any) -> None:
     way_out = "Go on with --run-dir alone, or choose a new --run-dir."
+    if before[0].federation.num_rounds != now[0].federation.num_rounds:
+        way_out = (
+            "The learning rate follows from the number of outer rounds, so that more of them are"
+            f" another training: choose a new --run-dir, and let it begin with the weights that are"
+            f" there, {PRETRAIN}.model.path={directory / EXPORT}."
+        )
     may_change = ("exchange", "server.", "federation.deadline_s", "federation.min_sites")
     for old, new in zip(before, now, strict=True):
         check_config(directory, old, new, may_change=may_change, what="consortium", way_out=way_out)
