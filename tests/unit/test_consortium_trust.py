@@ -355,6 +355,39 @@ def test_the_limit_of_hours_is_counted_by_the_clock_of_the_agent_alone(
         ask()
 
 
+def test_a_run_that_goes_on_for_an_earlier_outer_round_is_waited_for(
+    site: Site,
+    coordinator: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights, order = coordinator
+    begun, end = tmp_path / "begun", tmp_path / "end"
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho >> {begun}\nwhile ! [ -e {end} ]; do sleep 0.1; done\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    assert _answer(site, order, weights) is None
+    later = copy.deepcopy(order)
+    later["round"] = later["facts"]["round"] = 1
+    looks = iter((False,) * 3 + (True,))
+    fetched = site.answer(
+        cast(Order, later),
+        fetch=lambda path: cast(None, shutil.copy(weights, path)),
+        is_over=lambda: next(looks),
+    )
+    assert fetched is None
+    assert len(begun.read_text()) == 1
+    end.touch()
+    with suppress(Declined):  # this program leaves no update
+        site.answer(
+            cast(Order, later),
+            fetch=lambda path: None,
+            is_over=lambda: len(begun.read_text()) > 1,
+        )
+    assert len(begun.read_text()) > 1
+
+
 # -- answers, at the coordinator -------------------------------------------------------------------
 
 

@@ -226,7 +226,8 @@ class Site:
             write_text(came, f"{time.time()}\n")
         began = float(came.read_text(encoding="utf-8"))
         while not has_arrived(folder):
-            with _held(folder / ".run.lock") as lock:  # None while the run is alive
+            # None while the run is alive, also for an earlier outer round that is over.
+            with _held(folder.parent.parent / ".run.lock") as lock:
                 if lock is not None and not has_arrived(folder):
                     self._start(folder, lock, label)
             if is_over():
