@@ -106,7 +106,8 @@ def _type(kind: Any) -> str:
     if is_path(kind):
         return "path"
     if get_origin(kind) in (Union, UnionType):
-        return f"{_type(next(a for a in arguments if a is not NoneType))}, or `null`"
+        kinds = [_type(a) for a in arguments if a is not NoneType]
+        return ", or ".join([*kinds, *["`null`"] * (NoneType in arguments)])
     if get_origin(kind) is tuple:
         return f"list: {_type(arguments[0])}"
     if get_origin(kind) is Literal:

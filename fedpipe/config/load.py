@@ -268,13 +268,23 @@ def _check_cut(config: RunConfig, *, num_layers: int) -> None:
 
 
 def _check_masking(config: RunConfig) -> None:
-    length, probability = config.data.sequence_length, config.data.mask_probability
+    length, probability = config.data.sequence_length, max(config.data.mask_probabilities)
     # The first and the last token of a block are special and never masked.
     if round(length * probability) > length - 2:
         raise ConfigError(
             f"data.mask_probability: expected at most {(length - 2) / length:.2f} (a block has"
             f" {length - 2} ordinary tokens), got {probability}. Lower it; 0.15 is usual."
         )
+    rounds = config.federation.num_rounds
+    require(
+        config.switch_round < rounds,
+        "data.mask_switch",
+        f"at most {(rounds - 1) / rounds:.3g} with federation.num_rounds={rounds}, where the last"
+        " round begins",
+        config.data.mask_switch,
+        "Lower it, or raise federation.num_rounds: the share of masked tokens changes between"
+        " rounds.",
+    )
 
 
 def _check_paths(config: RunConfig) -> None:
@@ -378,9 +388,11 @@ def _value(kind: Any, node: Node, *, key: str, root: type) -> Any:
         return expanded(_scalar(str, node, key=key), key=key)
     origin, arguments, value = get_origin(kind), get_args(kind), node.value
     if origin in (Union, UnionType):
-        if value is None:
+        if value is None and NoneType in arguments:
             return None
-        kind = next(argument for argument in arguments if argument is not NoneType)
+        kinds = [argument for argument in arguments if argument is not NoneType]
+        lists = [kind for kind in kinds if get_origin(kind) is tuple]
+        kind = lists[0] if lists and isinstance(value, list) else kinds[0]
         return _value(kind, node, key=key, root=root)
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):

@@ -6,7 +6,8 @@ need several live in ``fedpipe.config.load.check``. Nothing here imports torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fedpipe.config.evaluation import EvaluationConfig as EvaluationConfig
@@ -91,8 +92,11 @@ class DataConfig:
     one of them, as the published code of FedBERT and FedBioBERT computes: the baseline of speed
     comparisons. Padding is hidden from attention and the loss is still that of the masked tokens,
     so what is learnt stays the same. 0: nothing is padded, only masked positions reach a head."""
-    mask_probability: float = 0.15
-    """Share of a block's tokens that are predicted; the count per block is constant."""
+    mask_probability: float | tuple[float, ...] = 0.15
+    """Share of a block's tokens that are predicted; the count per block is constant. Two shares,
+    [0.3, 0.15], hold before and after ``data.mask_switch``. Validation masks as the last round."""
+    mask_switch: float = 0.9
+    """Share of all steps after which the second share holds, from the next round on."""
     partition: Literal["column", "iid", "dirichlet", "paths"] = "column"
     """How documents get to clients: by the value of a column, at random (iid), by a Dirichlet
     distribution over the values of a column, or by file, with one entry of ``data.train`` per
@@ -120,20 +124,28 @@ class DataConfig:
             f"0 or at least data.sequence_length ({self.sequence_length})",
             self.padded_length,
         )
+        given, shares = self.mask_probability, self.mask_probabilities
         require(
-            0 < self.mask_probability < 1,
+            len(shares) == 1 + isinstance(given, tuple) and all(0 < share < 1 for share in shares),
             "data.mask_probability",
-            "a value in (0, 1)",
-            self.mask_probability,
+            "a value in (0, 1), or two of them",
+            list(given) if isinstance(given, tuple) else given,
         )
+        require(0 < self.mask_switch < 1, "data.mask_switch", "a value in (0, 1)", self.mask_switch)
+
+    @property
+    def mask_probabilities(self) -> tuple[float, ...]:
+        """The shares of masked tokens, in the order in which they hold."""
+        shares = self.mask_probability
+        return shares if isinstance(shares, tuple) else (shares,)
 
     @property
     def num_masked(self) -> int:
-        """Tokens to predict in a block, ``max(1, round(T * p))``.
+        """Tokens to predict in a block, ``max(1, round(T * p))``; of two shares, by the larger.
 
         The same for every block, which keeps messages and logit matrices at one shape.
         """
-        return max(1, round(self.sequence_length * self.mask_probability))
+        return max(1, round(self.sequence_length * max(self.mask_probabilities)))
 
     @property
     def num_positions(self) -> int:
@@ -464,6 +476,29 @@ class RunConfig:
         """Processes of the run."""
         stages = 1 if self.pipeline.colocate else self.pipeline.num_stages
         return stages * self.federation.num_replicas * self.federation.data_parallel_degree
+
+    @property
+    def switch_round(self) -> int:
+        """The first round, from 0, of the second share of masked tokens; 0 without a second one.
+
+        It is the first that begins at ``data.mask_switch`` or later, because messages have one
+        shape for as long as a round lasts.
+        """
+        if len(self.data.mask_probabilities) == 1:
+            return 0
+        # What rounding leaves of 0.3 * 10 delays no round.
+        return math.ceil(round(self.data.mask_switch * self.federation.num_rounds, 9))
+
+    def in_round(self, round_id: int) -> RunConfig:
+        """Return the same configuration with the one share of masked tokens of a round."""
+        before, *after = self.data.mask_probabilities
+        share = after[0] if after and round_id >= self.switch_round else before
+        return replace(self, data=replace(self.data, mask_probability=share))
+
+    @property
+    def in_last_round(self) -> RunConfig:
+        """The configuration in the last round, and in every validation."""
+        return self.in_round(self.federation.num_rounds - 1)
 
     @property
     def blocks_per_step(self) -> int:

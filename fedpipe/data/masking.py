@@ -186,12 +186,14 @@ def validation_batch(
 ) -> MaskedBatch:
     """Return held-out blocks of a client with masks that are the same in every round.
 
+    The share of masked tokens is that of the last round, also in rounds that train with another.
+
     Each block is masked from its own seed, so the masks depend neither on the batch size nor on the
     round. Blocks beyond the last one repeat earlier ones; they fill the batch and are not scored.
 
     Args:
         data: Prepared text.
-        config: The run, for its seed and the number of masked tokens.
+        config: The run, in its last round, for its seed and the number of masked tokens.
         client_id: The client whose blocks are read.
         first: Index of the first block.
         count: Number of blocks.

@@ -100,6 +100,7 @@ class StageReplica(Replica):
     ) -> dict[int, Links]:
         """One link per edge and direction that has an end in this process."""
         links = {stage: Links() for stage in stage_ids}
+        self._links: dict[tuple[int, int], Link] = {}
         for messages in every_edge:
             source, target, _ = messages.edge
             if not {source, target} & set(links):
@@ -121,12 +122,30 @@ class StageReplica(Replica):
         return links
 
     def _link(self, source: int, target: int, message: tuple[WireTensor, ...], comm: Comm) -> Link:
-        specs = tuple(TensorSpec(t.shape, getattr(torch, t.dtype), t.wire) for t in message)
-        window = self.pipeline.in_flight
+        specs, window = _specs(message), self.pipeline.in_flight
+        link: Link
         if comm.grid.colocate:
-            return QueueLink(specs, window=window)
-        channel = comm.channel(source, target)
-        return DistLink(channel, specs, window=window, device=comm.device)
+            link = QueueLink(specs, window=window)
+        else:
+            channel = comm.channel(source, target)
+            link = DistLink(channel, specs, window=window, device=comm.device)
+        self._links[source, target] = link
+        return link
+
+    def resize_links(self, every_edge: tuple[EdgeMessages, ...]) -> None:
+        """Give the messages over all edges other sizes, while none is under way.
+
+        Args:
+            every_edge: The messages that follow, over the edges that there are.
+
+        Collective: every process of the replica, before it sends or receives such a message.
+        """
+        for messages in every_edge:
+            source, target, _ = messages.edge
+            if link := self._links.get((source, target)):
+                link.resize(_specs(messages.forward))
+            if link := self._links.get((target, source)):
+                link.resize(_specs(messages.backward))
 
     # -- training ----------------------------------------------------------------------------
 
@@ -199,3 +218,7 @@ class StageReplica(Replica):
                     sent[f"{direction}/bytes/{index}"] = link.sent_bytes
                     sent[f"{direction}/messages/{index}"] = link.sent_messages
         return sent
+
+
+def _specs(message: tuple[WireTensor, ...]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(t.shape, getattr(torch, t.dtype), t.wire) for t in message)

@@ -31,6 +31,9 @@ class Link(Protocol):
     sent_messages: int
     """Messages this end has sent."""
 
+    def resize(self, specs: tuple[TensorSpec, ...]) -> None:
+        """Give the messages that follow other specs, at both ends, while none is under way."""
+
     def begin(self, num_messages: int) -> None:
         """Announce the number of messages that will follow (receiving end)."""
 
@@ -68,6 +71,11 @@ class DistLink:
         self._receiving: deque[list[tuple[Any, Tensor]]] = deque()
         self._expected = 0
         self.sent_bytes = self.sent_messages = 0
+
+    def resize(self, specs: tuple[TensorSpec, ...]) -> None:
+        """Give the messages that follow other specs."""
+        assert not (self._sending or self._receiving), "messages are under way"
+        self._specs = specs
 
     def begin(self, num_messages: int) -> None:
         """Post the first receives."""
@@ -122,6 +130,11 @@ class QueueLink:
         self._queue: queue.Queue[StreamMessage] = queue.Queue(maxsize=window)
         self._closed = threading.Event()
         self.sent_bytes = self.sent_messages = 0
+
+    def resize(self, specs: tuple[TensorSpec, ...]) -> None:
+        """Give the messages that follow other specs."""
+        assert self._queue.empty(), "messages are under way"
+        self._specs = specs
 
     def begin(self, num_messages: int) -> None:
         """Do nothing: there are no receives to post."""

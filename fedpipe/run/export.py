@@ -322,7 +322,7 @@ A {config.model.family} masked language model, pre-trained with fedpipe {__versi
 
 - Held-out masked-LM loss of the final head, all clients: {score}
 - Sequence length: at most {config.data.sequence_length} tokens; longer text needs `truncation=True`
-- Masked share {config.data.mask_probability}
+- Masked share {", then ".join(map(str, config.data.mask_probabilities))}
 - Decoder and word embedding are {decoder}
 
 ```python

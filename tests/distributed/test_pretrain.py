@@ -344,6 +344,21 @@ def test_every_stage_is_validated_for_every_client_with_held_out_text(tmp_path: 
         assert scores["loss"] < first["stages"][stage]["loss"]
 
 
+def test_validation_masks_as_the_last_round_whatever_a_round_trains_with(tmp_path: Path) -> None:
+    data = tiny_data(tmp_path / "data")
+    scored, first = {}, {}
+    for name, masking in {
+        "small": {"mask_probability": 0.2},
+        "large": {"mask_probability": 0.4},
+        "both": {"mask_probability": [0.2, 0.4], "mask_switch": 0.5},
+    }.items():
+        records = _run(tiny_config(data=masking), data, tmp_path / name)
+        scored[name] = [r["tokens"] for r in records if r["kind"] == "eval"]
+        first[name] = [r for r in records if r["kind"] == "step" and r["round"] == 0]
+    assert first["both"] == first["small"] != first["large"]
+    assert scored["both"] == scored["large"] == [2 * n for n in scored["small"]]
+
+
 def test_the_ledger_counts_gradients_inside_a_client(tmp_path: Path) -> None:
     federation = {"data_parallel_degree": 2, "num_replicas": 1, "clients_per_round": 1}
     config = tiny_config(federation=federation | {"num_rounds": 1})

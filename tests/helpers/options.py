@@ -367,6 +367,7 @@ PRETRAIN = Options(
         "outer.",  # needs weights of other sites: tests/distributed/test_outer.py
         "model.size",  # sizes that the base has of its own
     ),
+    further={"data.mask_probability": [0.075, [0.15, 0.4]]},
     alone={  # takes a compiler minutes, and draws dropout from a generator of its own
         "pipeline.compile": {
             "model.hidden_dropout_prob": 0.0, "model.attention_probs_dropout_prob": 0.0,

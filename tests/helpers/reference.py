@@ -8,6 +8,7 @@ process group, link, schedule, thread, synchronizer, aggregator or checkpoint.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,10 +100,8 @@ class Reference:
             self.stages.append(stage)
         self.place = {s.stage_id: i for i, p in enumerate(placement(self.specs)) for s in p}
         self.held = [tuple(s.stage_id for s in place) for place in placement(self.specs)]
-        messages = edge_messages(config, self.specs, hidden_size=shape.hidden_size)
-        self.edges = {
-            m.edge[:2]: (_spec(m.forward[0]), _spec((m.backward or m.forward)[0])) for m in messages
-        }
+        self.hidden_size = shape.hidden_size
+        self.edges = self._edges(config)
         self.precision = stage_precision(deepspeed_config(config))
         self.blocks = [shard.num_blocks for shard in data.train]
         self.weights = [
@@ -118,6 +117,12 @@ class Reference:
         self.result: Result = {}
 
     # -- what is whose -----------------------------------------------------------------------
+
+    def _edges(self, config: RunConfig) -> dict[tuple[int, int], tuple[TensorSpec, TensorSpec]]:
+        messages = edge_messages(config, self.specs, hidden_size=self.hidden_size)
+        return {
+            m.edge[:2]: (_spec(m.forward[0]), _spec((m.backward or m.forward)[0])) for m in messages
+        }
 
     def _is_kept(self, stage: int, name: str) -> bool:
         average = self.config.federation.average
@@ -150,6 +155,7 @@ class Reference:
     def run(self, rounds: range | None = None) -> Result:
         for round_id in rounds or range(self.config.federation.num_rounds):
             turns = self.turns(round_id)
+            self.edges = self._edges(self._masked_in(round_id))
             replicas = self.config.federation.num_replicas
             updates: list[list[Tensor]] = []
             for first in range(0, len(turns), replicas):
@@ -161,6 +167,15 @@ class Reference:
                 if self._averaged(stage) and not self._is_handed_on(stage):
                     self._average(stage, turns, [update[stage] for update in updates])
         return self.result
+
+    def _masked_in(self, round_id: int) -> RunConfig:
+        """The second share of masked tokens holds from the first round that begins after it."""
+        data, rounds = self.config.data, self.config.federation.num_rounds
+        shares = data.mask_probability
+        if isinstance(shares, tuple):
+            share = shares[round_id / rounds >= data.mask_switch]
+            data = dataclasses.replace(data, mask_probability=share)
+        return dataclasses.replace(self.config, data=data)
 
     def turns(self, round_id: int) -> tuple[Turn, ...]:
         return plan_round(self.config, round_id=round_id, blocks_per_client=self.blocks)
@@ -199,7 +214,7 @@ class Reference:
         start = history.examples_seen[turn.client_id]
         reader = MaskedReader(
             self.data, turn.client_id, split="train", seed=config.seed,
-            num_masked=config.data.num_masked,
+            num_masked=self._masked_in(round_id).data.num_masked,
         )  # fmt: skip
 
         def batch(step: int, micro_batch: int, rank: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import pytest
 from fedpipe.config.schema import DataConfig
 from fedpipe.data.masking import IGNORED, MaskedBatch, mask_blocks, mask_rng, pad
 from fedpipe.errors import CorpusError
+from tests.helpers.tiny import tiny_config
 
 CLS, PAD, SEP, UNK, MASK = range(5)
 SPECIAL = (CLS, PAD, SEP, UNK, MASK)
@@ -100,6 +101,21 @@ def test_a_block_with_fewer_ordinary_tokens_is_refused():
 def test_the_count_is_the_rounded_share_and_at_least_one(length, share, count):
     data = DataConfig(sequence_length=length, mask_probability=share)
     assert (data.num_positions, data.num_masked, data.num_scored) == (length, count, count)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "switch", "first"),
+    [(10, 0.9, 9), (10, 0.3, 3), (10, 0.7, 7), (10, 0.31, 4), (12, 0.9, 11), (2, 0.01, 1)],
+)
+def test_the_second_share_holds_from_the_first_round_that_begins_after_the_switch(
+    rounds, switch, first
+):
+    data = {"sequence_length": 128, "mask_probability": [0.3, 0.15], "mask_switch": switch}
+    config = tiny_config(data=data, federation={"num_rounds": rounds})
+    counts = [config.in_round(round_id).data.num_masked for round_id in range(rounds)]
+    assert counts == [38] * first + [19] * (rounds - first)
+    assert config.in_last_round.data.num_masked == 19, "and in validation"
+    assert config.data.num_masked == 38, "blocks with fewer ordinary tokens are left out"
 
 
 def test_padding_comes_after_the_tokens_and_every_position_but_the_masked_ones_predicts_nothing():

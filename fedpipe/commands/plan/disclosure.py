@@ -44,6 +44,9 @@ class Transfer:
     entry: str = ""
     """Entry of the traffic ledger: "forward/0" or "backward/1" with the edge, "fedavg",
     "embedding"; "" for none."""
+    first_round: int = 0
+    """The first round, from 0, that has it. A message that the share of masked tokens changes is
+    listed twice, and the one of a later round takes the place of the other."""
 
 
 def client_transfers(
@@ -52,6 +55,7 @@ def client_transfers(
     *,
     specs: Sequence[StageSpec],
     edges: Sequence[EdgeMessages],
+    last_edges: Sequence[EdgeMessages],
     parts: Sequence[Parts],
 ) -> tuple[Transfer, ...]:
     """List all transfers between a client and everything outside of it.
@@ -60,13 +64,15 @@ def client_transfers(
         config: The run.
         shape: Sizes of the model.
         specs: All stages.
-        edges: Messages of a micro-batch over every edge.
+        edges: Messages of a micro-batch over every edge in the first round.
+        last_edges: The same in the last round and in every validation.
         parts: Number of parameters of every stage, by key of ``federation.average``.
 
     Returns:
         What leaves, then what enters, both in the order of ``When``.
     """
-    transfers = [*_over_edges(config, specs, edges), *_verdict(specs), *_records(config)]
+    over_edges = _over_edges(config, specs, list(zip(edges, last_edges, strict=True)))
+    transfers = [*over_edges, *_verdict(specs), *_records(config)]
     for spec, held in zip(specs, parts, strict=True):
         if spec.role is StageRole.CLIENT:
             transfers += _weights(config, held)
@@ -94,12 +100,15 @@ def stays(config: RunConfig, *, specs: Sequence[StageSpec], parts: Sequence[Part
 
 
 def _over_edges(
-    config: RunConfig, specs: Sequence[StageSpec], edges: Sequence[EdgeMessages]
+    config: RunConfig,
+    specs: Sequence[StageSpec],
+    edges: Sequence[tuple[EdgeMessages, EdgeMessages]],
 ) -> list[Transfer]:
     """List the messages between a stage of the client and one of the server."""
     transfers = []
     for index, messages in enumerate(edges):
-        source, target = specs[messages.edge.source], specs[messages.edge.target]
+        edge = messages[0].edge
+        source, target = specs[edge.source], specs[edge.target]
         if source.role is target.role:
             continue
         leaves = source.role is StageRole.CLIENT
@@ -111,13 +120,22 @@ def _over_edges(
 
 
 def _over_edge(
-    config: RunConfig, messages: EdgeMessages, *, index: int, outward: Direction, peer: str
+    config: RunConfig,
+    messages: tuple[EdgeMessages, EdgeMessages],
+    *,
+    index: int,
+    outward: Direction,
+    peer: str,
 ) -> list[Transfer]:
-    """List the messages of an edge; ``outward`` is the forward direction, seen from the client."""
+    """List the messages of an edge; ``outward`` is the forward direction, seen from the client.
+
+    ``messages`` are those of the first round and of the last.
+    """
     back: Direction = "enters" if outward == "leaves" else "leaves"
+    first, last = messages
     ways = (
-        (outward, messages.forward, f"forward/{index}"),
-        (back, messages.backward, f"backward/{index}"),
+        (outward, list(zip(first.forward, last.forward, strict=True)), f"forward/{index}"),
+        (back, list(zip(first.backward, last.backward, strict=True)), f"backward/{index}"),
     )
     opening = [
         Transfer(
@@ -140,9 +158,12 @@ def _over_edge(
             nbytes=tensor.nbytes,
             when="micro-batch",
             entry=entry,
+            first_round=first_round,
         )
         for direction, tensors, entry in ways
-        for tensor in tensors
+        for before, after in tensors
+        for tensor, first_round in ((before, 0), (after, config.switch_round))
+        if tensor is before or after != before
     ]
     if not config.data.valid:
         return training
@@ -155,7 +176,7 @@ def _over_edge(
             nbytes=tensor.nbytes,
             when="validation batch",
         )
-        for tensor in messages.forward
+        for tensor in last.forward
     ]
 
 
@@ -250,7 +271,10 @@ def _record(what: str, when: When, *, direction: Direction = "leaves") -> Transf
 
 
 def per_step(transfer: Transfer, config: RunConfig) -> int:
-    """Return the bytes per local step of a micro-batch's transfer, over all data-parallel ranks."""
+    """Return the bytes per local step of a micro-batch's transfer, over all data-parallel ranks.
+
+    Of a transfer that begins in a later round it is those of a step in that round.
+    """
     if transfer.when != "micro-batch":
         return 0
     messages = config.pipeline.num_micro_batches * config.federation.data_parallel_degree
@@ -274,6 +298,8 @@ def client_rows(
         if transfer.when == "micro-batch":
             what = f"{transfer.what} {transfer.form}"
             much = f"{bytes_text(per_step(transfer, config))} per local step"
+            if transfer.first_round:
+                much += f" from round {transfer.first_round + 1}"
         elif transfer.entry == "fedavg" and transfer.direction == "leaves":
             what = transfer.what
             much = f"{bytes_text(per_round(transfer, config))} per round"
@@ -293,10 +319,19 @@ def markdown(transfers: Sequence[Transfer], kept: Sequence[str], *, config: RunC
     lines = ["| | what | on the wire | bytes | every | to or from |", "|---|---|---|---|---|---|"]
     for t in transfers:
         size = "" if t.nbytes is None else f"{t.nbytes:,}"
-        lines.append(f"| {t.direction} | {t.what} | {t.form} | {size} | {t.when} | {t.peer} |")
+        since = f" from round {t.first_round + 1}" if t.first_round else ""
+        lines.append(
+            f"| {t.direction} | {t.what} | {t.form} | {size} | {t.when}{since} | {t.peer} |"
+        )
     totals = {
         direction: [
-            bytes_text(sum(size(t, config) for t in transfers if t.direction == direction))
+            bytes_text(
+                sum(
+                    size(t, config)
+                    for t in transfers
+                    if t.direction == direction and not t.first_round
+                )
+            )
             for size in (per_step, per_round)
         ]
         for direction in ("leaves", "enters")

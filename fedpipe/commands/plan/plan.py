@@ -76,7 +76,10 @@ class Plan:
     shape: ModelShape
     stages: tuple[StagePlan, ...]
     edges: tuple[EdgeMessages, ...]
-    """Messages of a micro-batch over every edge, in the order of the sending stages."""
+    """Messages of a micro-batch over every edge, in the order of the sending stages. Where the
+    share of masked tokens changes, those of the first rounds."""
+    last_edges: tuple[EdgeMessages, ...]
+    """The same in the last round, and in every validation."""
     ideal: dict[str, IdealPlan]
     """Simulated schedules; streaming has local losses, the others back-propagate over the cuts."""
     transfers: tuple[Transfer, ...]
@@ -114,7 +117,10 @@ def build_plan(config: RunConfig) -> Plan:
     shape = model_shape(config, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
     autocast = autocast_dtype(deepspeed_config(config))
     specs = model_stages(config, shape)
-    edges = edge_messages(config, specs, hidden_size=shape.hidden_size)
+    edges, last_edges = (
+        edge_messages(of_round, specs, hidden_size=shape.hidden_size)
+        for of_round in (config.in_round(0), config.in_last_round)
+    )
     parts = [_parts(spec, shape) for spec in specs]
     return Plan(
         config=config,
@@ -122,8 +128,11 @@ def build_plan(config: RunConfig) -> Plan:
         shape=shape,
         stages=_stages(specs, config, shape, activation_size=2 if autocast else 4),
         edges=edges,
+        last_edges=last_edges,
         ideal={name: _ideal(name, config, shape) for name in SCHEDULES},
-        transfers=client_transfers(config, shape, specs=specs, edges=edges, parts=parts),
+        transfers=client_transfers(
+            config, shape, specs=specs, edges=edges, last_edges=last_edges, parts=parts
+        ),
         stays=stays(config, specs=specs, parts=parts),
         warnings=tokenizer.warnings,
     )
@@ -336,7 +345,10 @@ def _batch_rows(plan: Plan) -> list[Row]:
         f"{sequences} sequences = {count(pipeline.num_micro_batches, 'micro-batch', 'es')} x"
         f" {pipeline.micro_batch_size} x {federation.data_parallel_degree} data"
     )
-    tokens = f"{data.sequence_length} tokens per sequence, {data.num_masked} masked"
+    masked, then = (c.data.num_masked for c in (plan.config.in_round(0), plan.config.in_last_round))
+    tokens = f"{data.sequence_length} tokens per sequence, {masked} masked"
+    if plan.config.switch_round:
+        tokens += f", {then} from round {plan.config.switch_round + 1}"
     if data.padded_length:
         tokens += f", padded to {data.padded_length}, a loss at every position"
     if federation.num_local_epochs > 0:
@@ -363,18 +375,16 @@ def _idle(plan: Plan) -> str:
 def _traffic_rows(plan: Plan) -> list[Row]:
     average = [bytes_text(stage.fedavg_bytes) for stage in plan.stages]
     messages = plan.messages_per_step
-    forward = _per_edge([messages * edge.bytes_forward for edge in plan.edges])
-    backward = _per_edge([messages * edge.bytes_backward for edge in plan.edges])
     wires = {edge.forward[0].wire or edge.forward[0].dtype for edge in plan.edges}
     kind = f", {'/'.join(sorted(wires))}" if wires else ""
-    rows = [
-        (
-            "traffic",
-            f"{forward} forward, {backward} backward",
-            f"per edge, local step and replica{kind}",
-        ),
-        ("fedavg", _per_stage(average), "sent per stage, rank and round"),
-    ]
+    rows = []
+    for edges in (plan.edges, plan.last_edges):
+        forward = _per_edge([messages * edge.bytes_forward for edge in edges])
+        backward = _per_edge([messages * edge.bytes_backward for edge in edges])
+        since = f", from round {plan.config.switch_round + 1}" if edges != plan.edges else ""
+        sent = f"{forward} forward, {backward} backward"
+        rows.append(("traffic", sent, f"per edge, local step and replica{kind}{since}"))
+    rows = [*dict.fromkeys(rows), ("fedavg", _per_stage(average), "sent per stage, rank and round")]
     if plan.config.federation.server == "shared":
         shared = [bytes_text(stage.shared_gradient_bytes) for stage in plan.stages]
         rows.append(("shared", _per_stage(shared), "gradients sent per stage, rank and step"))

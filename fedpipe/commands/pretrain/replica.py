@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fedpipe.models.split import StageSpec, model_stages
 from fedpipe.models.stage import MaskedTargets, Stage, build_stage
 from fedpipe.models.weights import hf_config
 from fedpipe.pipeline.messages import edge_messages
-from fedpipe.pipeline.stage_engine import MicroBatchSource
+from fedpipe.pipeline.stage_engine import MicroBatchSource, StepResult
 
 EMBEDDING_LEDGER = "embedding"
 """Entry of the traffic ledger for the word embedding that the final decoder starts from."""
@@ -48,6 +49,8 @@ class PretrainingReplica(StageReplica):
         Collective: every rank.
         """
         self.config, self.data = config, data
+        self._masking = config
+        """The configuration whose share of masked tokens the messages are made for."""
         shape = model_shape(config, vocab_size=data.vocab_size, pad_id=data.pad_id)
         self.hf_config = hf_config(
             shape, pad_id=data.pad_id, cls_id=data.cls_id, sep_id=data.sep_id
@@ -121,6 +124,30 @@ class PretrainingReplica(StageReplica):
                 decoder_VD.copy_(embedding_VD)
             engines[final.stage_id].weights_changed()
 
+    def train(
+        self,
+        turn: Turn,
+        steps: range,
+        *,
+        round_id: int,
+        seen: int,
+        lr: Callable[[int], float],
+        on_step: Callable[[int, StepResult], None],
+        until: Callable[[int], int],
+    ) -> None:
+        """See ``Replica.train``. Messages have the round's number of masked tokens."""
+        self._mask_as(self.config.in_round(round_id))
+        super().train(
+            turn, steps, round_id=round_id, seen=seen, lr=lr, on_step=on_step, until=until
+        )
+
+    def _mask_as(self, config: RunConfig) -> None:
+        """Mask as many tokens as a configuration says from now on; the stream is drained."""
+        if config.data.num_masked != self._masking.data.num_masked:
+            hidden = self.hf_config.hidden_size
+            self.resize_links(edge_messages(config, self.specs, hidden_size=hidden))
+        self._masking = config
+
     def turn_source(self, turn: Turn, *, round_id: int, seen: int) -> MicroBatchSource | None:
         """Return the masked micro-batches of a turn; they continue the client's blocks."""
         return self.training_source(turn.client_id, start=seen)
@@ -132,7 +159,11 @@ class PretrainingReplica(StageReplica):
         config = self.config
         size = config.pipeline.micro_batch_size
         reader = MaskedReader(
-            self.data, client_id, split="train", seed=config.seed, num_masked=config.data.num_masked
+            self.data,
+            client_id,
+            split="train",
+            seed=config.seed,
+            num_masked=self._masking.data.num_masked,
         )
 
         def source(step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
@@ -161,10 +192,11 @@ class PretrainingReplica(StageReplica):
 
         Collective: every process of the replica.
         """
+        self._mask_as(self.config.in_last_round)
         num_blocks = self.num_valid_blocks(client_id)
         batches = math.ceil(num_blocks / self.config.pipeline.micro_batch_size)
         source = self._validation_source(client_id) if self.reads_text else None
-        num_tokens = num_blocks * self.config.data.num_masked
+        num_tokens = num_blocks * self._masking.data.num_masked
         return {
             stage_id: (float(losses.flatten(0, 1)[:num_blocks].double().sum()), num_tokens)
             for stage_id, losses in self.engine.evaluate(batches, source=source).items()
@@ -182,7 +214,7 @@ class PretrainingReplica(StageReplica):
         def source(step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
             first = micro_batch * size
             return self._feed(
-                validation_batch(self.data, self.config, client_id, first=first, count=size)
+                validation_batch(self.data, self._masking, client_id, first=first, count=size)
             )
 
         return source

@@ -103,6 +103,13 @@ def _check(config: ReproductionConfig) -> None:
         f"data.sequence_length ({length}) or more",
         compared.published_length,
     )
+    require(
+        len(config.data.mask_probabilities) == 1,
+        "data.mask_probability",
+        "one share of masked tokens in a reproduction",
+        list(config.data.mask_probabilities),
+        "Set for example data.mask_probability=0.15: the first rounds are compared, too.",
+    )
     rounds = config.federation.num_rounds
     require(
         compared.timed_rounds <= rounds,
