@@ -92,6 +92,10 @@ class DataConfig:
     one of them, as the published code of FedBERT and FedBioBERT computes: the baseline of speed
     comparisons. Padding is hidden from attention and the loss is still that of the masked tokens,
     so what is learnt stays the same. 0: nothing is padded, only masked positions reach a head."""
+    attention: Literal["block", "document"] = "block"
+    """What a token attends to: all tokens of its block, or those of its own document. Blocks are
+    full of documents, one behind the other, in both cases. Where documents begin then travels with
+    the masked positions, one bit per token."""
     mask_probability: float | tuple[float, ...] = 0.15
     """Share of a block's tokens that are predicted; the count per block is constant. Two shares,
     [0.3, 0.15], hold before and after ``data.mask_switch``. Validation masks as the last round."""
@@ -126,6 +130,13 @@ class DataConfig:
         )
         given, shares = self.mask_probability, self.mask_probabilities
         require(
+            self.attention == "block" or not self.padded_length,
+            "data.attention",
+            "block with data.padded_length",
+            self.attention,
+            "Leave data.padded_length out: it is a baseline of speed.",
+        )
+        require(
             len(shares) == 1 + isinstance(given, tuple) and all(0 < share < 1 for share in shares),
             "data.mask_probability",
             "a value in (0, 1), or two of them",
@@ -156,6 +167,11 @@ class DataConfig:
     def num_scored(self) -> int:
         """Positions per sequence that reach a head: the masked ones, or all where it is padded."""
         return self.padded_length or self.num_masked
+
+    @property
+    def start_words(self) -> int:
+        """Words of 32 bits per sequence that say where documents begin; 0 where no stage asks."""
+        return math.ceil(self.sequence_length / 32) if self.attention == "document" else 0
 
     @property
     def padded_after(self) -> int:

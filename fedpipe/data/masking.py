@@ -86,6 +86,24 @@ class MaskedReader:
         )
 
 
+def document_starts(input_ids_BT: NDArray[np.int64], *, sep_id: int) -> NDArray[np.int32]:
+    """Say where documents begin in blocks, one bit per token, the lowest bit first.
+
+    A separator ends its document; masks never touch it. The first document of a block begins with
+    the block and has no bit.
+
+    Args:
+        input_ids_BT: Blocks, masked or not.
+        sep_id: The separator.
+
+    Returns:
+        (B, ceil(T / 32)).
+    """
+    starts = np.zeros((len(input_ids_BT), -(-input_ids_BT.shape[1] // 32) * 32), dtype=bool)
+    starts[:, 1 : input_ids_BT.shape[1]] = input_ids_BT[:, :-1] == sep_id
+    return np.packbits(starts, axis=1, bitorder="little").view("<i4").astype(np.int32)
+
+
 def mask_rng(seed: int, *, client_id: int, position: int, split: Split) -> np.random.Generator:
     """Make the generator for the batch that starts at a position of a client's stream.
 

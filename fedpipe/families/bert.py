@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedpipe.families.family import SIZES, Config, Family, Field, gather, modeling
+from fedpipe.families.family import SIZES, Config, Family, Field, gather, modeling, rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -185,6 +185,7 @@ class Bert(Family):
             heads(attention.query, rows_BMD),
             heads(attention.key, hidden_BTD),
             heads(attention.value, hidden_BTD),
+            attn_mask=rows_of(surroundings, positions_BM),
             dropout_p=attention.dropout.p if layer.training else 0.0,
         )
         attended_BMD = layer.attention.output(context_BHMd.transpose(1, 2).flatten(2), rows_BMD)

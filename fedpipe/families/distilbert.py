@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedpipe.families.bert import FIXED, HARMLESS, Bert
-from fedpipe.families.family import SIZES, Config, Field, gather, modeling
+from fedpipe.families.family import SIZES, Config, Field, gather, modeling, rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -120,7 +120,8 @@ class DistilBert(Bert):
         self, layer: Any, hidden_BTD: Tensor, positions_BM: Tensor, surroundings: Any
     ) -> Tensor:
         """See ``Family``."""
-        return _run(layer, hidden_BTD, gather(hidden_BTD, positions_BM), surroundings)
+        rows_BMD = gather(hidden_BTD, positions_BM)
+        return _run(layer, hidden_BTD, rows_BMD, rows_of(surroundings, positions_BM))
 
 
 def _run(layer: Any, hidden_BTD: Tensor, rows_BMD: Tensor, visible: Tensor | None) -> Tensor:

@@ -253,6 +253,15 @@ def gather(hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
     return hidden_BTD.gather(1, index)
 
 
+def rows_of(visible: Tensor | None, positions_BM: Tensor) -> Tensor | None:
+    """Return the rows (B, 1, M, T) of a mask (B or 1, 1, T or 1, T) for some positions."""
+    if visible is None or visible.shape[-2] == 1:
+        return visible
+    visible_BTT = visible.expand(len(positions_BM), -1, -1, -1).squeeze(1)
+    index = positions_BM.long().unsqueeze(-1).expand(-1, -1, visible.shape[-1])
+    return visible_BTT.gather(1, index).unsqueeze(1)
+
+
 @cache
 def modeling(name: str) -> Any:
     """Import a module of transformers.

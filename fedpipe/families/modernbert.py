@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fedpipe.families.bert import FIXED, HARMLESS
-from fedpipe.families.family import SIZES, Config, Family, Field, gather, modeling
+from fedpipe.families.family import SIZES, Config, Family, Field, gather, modeling, rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -218,23 +219,16 @@ class ModernBert(Family):
         self, config: Any, length: int, visible: Tensor | None, device: torch.device
     ) -> Any:
         """See ``Family``."""
-        import torch
-
         size = config.hidden_size // config.num_attention_heads
         everywhere = config.global_rope_theta
-        thetas = (everywhere, config.local_rope_theta or everywhere)
-        steps = torch.arange(0, size, 2, device=device).float() / size
-        places = torch.arange(length, device=device)
-        rotations = []
-        for theta in thetas:
-            angles = torch.outer(places.float(), 1.0 / theta**steps).repeat(1, 2)
-            rotations.append((angles.cos(), angles.sin()))
-        reach = config.local_attention // 2
-        near = visible
-        if length > reach + 1:
-            near = ((places[:, None] - places).abs() <= reach)[None, None]
-            near = near if visible is None else near & visible
-        return _Surroundings((rotations[0], rotations[1]), (visible, near))
+        far, near = (
+            _rotation(theta, size, length, device)
+            for theta in (everywhere, config.local_rope_theta or everywhere)
+        )
+        window = _window(config.local_attention // 2, length, device)
+        if window is None or visible is None:
+            return _Surroundings((far, near), (visible, visible if window is None else window))
+        return _Surroundings((far, near), (visible, window & visible))
 
     def run_layer(self, layer: Any, hidden_BTD: Tensor, surroundings: Any) -> Tensor:
         """See ``Family``."""
@@ -258,6 +252,28 @@ class ModernBert(Family):
         return float(config.initializer_cutoff_factor or 3)
 
 
+@cache
+def _rotation(theta: float, size: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines (T, d) of the angles of all positions."""
+    import torch
+
+    steps = torch.arange(0, size, 2, device=device).float() / size
+    places = torch.arange(length, device=device).float()
+    angles = torch.outer(places, 1.0 / theta**steps).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+@cache
+def _window(reach: int, length: int, device: torch.device) -> Tensor | None:
+    """Return the mask (1, 1, T, T) of neighbours; None if all positions are neighbours."""
+    import torch
+
+    if length <= reach + 1:
+        return None
+    places = torch.arange(length, device=device)
+    return ((places[:, None] - places).abs() <= reach)[None, None]
+
+
 def _run(layer: Any, hidden_BTD: Tensor, positions_BM: Tensor | None, around: Any) -> Tensor:
     """Run a layer for all positions, or for some."""
     from torch.nn import functional
@@ -278,9 +294,7 @@ def _run(layer: Any, hidden_BTD: Tensor, positions_BM: Tensor | None, around: An
         query = functional.linear(gather(normed_BTD, positions_BM), weight[:size], biases[0])
         key, value = functional.linear(normed_BTD, weight[size:], biases[1]).chunk(2, -1)
         rows_cos, rows_sin = cos[positions_BM][:, None], sin[positions_BM][:, None]
-        if visible is not None and visible.shape[-2] > 1:
-            visible = visible.expand(len(rows), -1, -1, -1).transpose(1, 2)
-            visible = visible[_counting(positions_BM), positions_BM].transpose(1, 2)
+        visible = rows_of(visible, positions_BM)
     query, key, value = (
         part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value)
     )
@@ -294,13 +308,6 @@ def _run(layer: Any, hidden_BTD: Tensor, positions_BM: Tensor | None, around: An
     rows = rows + attention.out_drop(attention.Wo(context.transpose(1, 2).flatten(2)))
     result: Tensor = rows + layer.mlp(layer.mlp_norm(rows))
     return result
-
-
-def _counting(positions_BM: Tensor) -> Tensor:
-    """Return the sequence (B, 1) that each row of positions belongs to."""
-    import torch
-
-    return torch.arange(len(positions_BM), device=positions_BM.device)[:, None]
 
 
 def _rotate(heads_BHTd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ class MaskedTargets(NamedTuple):
     """
 
     positions: Any
-    """(B, M) int, positions of the masked tokens; with padding all positions."""
+    """(B, M) int, positions of the masked tokens; with padding all positions. Further columns may
+    say where documents begin, see ``same_document``."""
     labels: Any
     """(B, M) int, original tokens at these positions; -100 where nothing is predicted."""
 
@@ -121,12 +122,13 @@ class Stage(StageModule):
         *,
         activation_checkpointing: bool = False,
         padded_after: int = 0,
+        start_words: int = 0,
         word_embedding: nn.Parameter | None = None,
     ) -> None:
         """Build the stage with uninitialised weights (see ``build_stage``)."""
         super().__init__(spec, activation_checkpointing=activation_checkpointing)
         self.family = FAMILIES[config.model_type]
-        self.padded_after = padded_after
+        self.padded_after, self.start_words = padded_after, start_words
         self.hidden_size: int = config.hidden_size
         self._config = config
         if spec.is_first:
@@ -142,7 +144,6 @@ class Stage(StageModule):
         self._head: list[nn.Module] = []
         """Modules of the head, which are run one after the other."""
         self._build_head(config, word_embedding)
-        self._surroundings: dict[tuple[int, torch.device], Any] = {}
         self._run_layer, self._run_layer_at = self.family.run_layer, self.family.run_layer_at
         self._score = _score
 
@@ -203,7 +204,7 @@ class Stage(StageModule):
             inputs: Token ids (B, T) int64 on the first stage, otherwise hidden states (B, T, D). A
                 head at the client gets those of the masked positions, (B, M, D), and returns them
                 unchanged.
-            known_BM: Not used, because every block is full.
+            known_BM: Masked positions, and the words that say where documents begin, if any.
 
         Returns:
             Hidden states (B, T, D). The model's last layer is not run here but in ``head_inputs``.
@@ -211,26 +212,31 @@ class Stage(StageModule):
         hidden_BTD = inputs
         if self.spec.is_first:
             hidden_BTD = self.get_submodule(self.family.embeddings)(input_ids=inputs)
-        return self._run_layers(self._layers, hidden_BTD)
+        return self._run_layers(self._layers, hidden_BTD, known_BM)
 
-    def _run_layers(self, layers: Iterable[nn.Module], hidden_BTD: Tensor) -> Tensor:
-        around = self._around(hidden_BTD)
+    def scored(self, plane_BM: Tensor) -> Tensor:
+        """Return the columns of a plane of the targets that belong to scored positions."""
+        return plane_BM[:, : plane_BM.shape[1] - self.start_words]
+
+    def _run_layers(
+        self, layers: Iterable[nn.Module], hidden_BTD: Tensor, known_BM: Tensor | None
+    ) -> Tensor:
+        around = self._around(hidden_BTD, known_BM)
         for layer in layers:
             hidden_BTD = self._checkpointed(partial(self._run_layer, layer), hidden_BTD, around)
         return hidden_BTD
 
-    def _around(self, hidden_BTD: Tensor) -> Any:
+    def _around(self, hidden_BTD: Tensor, known_BM: Tensor | None) -> Any:
         """Return what layers need beside hidden states."""
-        length, device = hidden_BTD.shape[1], hidden_BTD.device
-        if (length, device) not in self._surroundings:
-            visible = None
-            if self.padded_after:
-                visible = torch.arange(length, device=device).view(1, 1, 1, -1) < self.padded_after
-            around = self.family.surroundings(self._config, length, visible, device)
-            self._surroundings[length, device] = around
-        return self._surroundings[length, device]
+        length, device, visible = hidden_BTD.shape[1], hidden_BTD.device, None
+        if self.padded_after:
+            visible = torch.arange(length, device=device).view(1, 1, 1, -1) < self.padded_after
+        if self.start_words:
+            assert known_BM is not None, "where documents begin comes with the masked positions"
+            visible = same_document(known_BM[:, -self.start_words :], length)
+        return self.family.surroundings(self._config, length, visible, device)
 
-    def head_inputs(self, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
+    def head_inputs(self, hidden_BTD: Tensor, known_BM: Tensor) -> Tensor:
         """Return the hidden states (B, M, D) that the head reads.
 
         If there is a layer in front of the head, it is run here: the model's last layer, or the
@@ -238,14 +244,15 @@ class Stage(StageModule):
 
         Args:
             hidden_BTD: Output of ``forward``.
-            positions_BM: Masked positions, int.
+            known_BM: As for ``forward``.
         """
         if self.spec.is_home_head:  # the server has gathered them
             return hidden_BTD
         if self.padded_after:  # every position is scored
-            return self._run_layers(self._head_layer, hidden_BTD)
+            return self._run_layers(self._head_layer, hidden_BTD, known_BM)
+        positions_BM = self.scored(known_BM)
         for layer in self._head_layer:
-            run, around = partial(self._run_layer_at, layer), self._around(hidden_BTD)
+            run, around = partial(self._run_layer_at, layer), self._around(hidden_BTD, known_BM)
             return self._checkpointed(run, hidden_BTD, positions_BM, around)
         return gather(hidden_BTD, positions_BM)
 
@@ -261,8 +268,9 @@ class Stage(StageModule):
             Scalar in nats, or (B, M) losses.
         """
         assert self._head, "this stage has no head"
-        positions_BM, labels_BM = MaskedTargets(*targets)
-        hidden_BMD = self.head_inputs(hidden_BTD, positions_BM)
+        known_BM, labels_BM = MaskedTargets(*targets)
+        labels_BM = self.scored(labels_BM)
+        hidden_BMD = self.head_inputs(hidden_BTD, known_BM)
         loss = self._score(self._head, hidden_BMD, labels_BM.long(), reduction=reduction)
         return loss if reduction == "mean" else loss.view_as(labels_BM)
 
@@ -270,10 +278,10 @@ class Stage(StageModule):
         """Return the losses (B, M) of the masked tokens in nats."""
         return self.loss(hidden_BTD, targets, reduction="none")
 
-    def logits(self, hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
+    def logits(self, hidden_BTD: Tensor, known_BM: Tensor) -> Tensor:
         """Return the logits (B, M, V) of the stage's head at the given positions."""
         assert self._head, "this stage has no head"
-        return _logits(self._head, self.head_inputs(hidden_BTD, positions_BM))
+        return _logits(self._head, self.head_inputs(hidden_BTD, known_BM))
 
 
 class _SharedDecoder(nn.Module):
@@ -303,6 +311,19 @@ def _score(
     )
 
 
+def same_document(starts_BW: Tensor, length: int) -> Tensor:
+    """Return the mask (B, 1, T, T) of positions in one document.
+
+    Args:
+        starts_BW: int32, a bit per token that begins a document; see
+            ``fedpipe.data.masking.document_starts``.
+        length: T.
+    """
+    bits = starts_BW.unsqueeze(-1) >> torch.arange(32, device=starts_BW.device) & 1
+    documents_BT = bits.flatten(1)[:, :length].cumsum(1)
+    return documents_BT[:, None, :, None] == documents_BT[:, None, None, :]
+
+
 def build_stage(
     spec: StageSpec,
     config: PretrainedConfig,
@@ -313,6 +334,7 @@ def build_stage(
     sinusoidal_positions: bool = False,
     compiled: bool = False,
     padded_after: int = 0,
+    start_words: int = 0,
     word_embedding: nn.Parameter | None = None,
 ) -> tuple[Stage, list[str]]:
     """Build a stage with its first weights.
@@ -327,6 +349,8 @@ def build_stage(
         compiled: Compile layers and head (see ``Stage.compile_parts``).
         padded_after: Number of tokens in front of the padding, which attention ignores; the head
             then gets every position. 0 means no padding; the head gets masked positions only.
+        start_words: Columns of the targets that say where documents begin, beyond which no token
+            attends (see ``same_document``). 0 means that it attends to its whole block.
         word_embedding: Word embedding (V, D) of the first stage, for a head at the client that is
             tied to it.
 
@@ -338,6 +362,7 @@ def build_stage(
         config,
         activation_checkpointing=activation_checkpointing,
         padded_after=padded_after,
+        start_words=start_words,
         word_embedding=word_embedding,
     )
     initialise(

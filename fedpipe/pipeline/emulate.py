@@ -61,9 +61,9 @@ def emulate_(
             inputs = torch.zeros(*inputs.shape, hidden, device=inputs.device)
         return _Sleep.apply(inputs + anchor, layers_s, BACKWARD_PER_FORWARD * layers_s)
 
-    def head_inputs(hidden_BTD: Tensor, positions_BM: Tensor) -> Tensor:
+    def head_inputs(hidden_BTD: Tensor, known_BM: Tensor) -> Tensor:
         slept = _Sleep.apply(hidden_BTD, masked_s, BACKWARD_PER_FORWARD * masked_s)
-        return slept if spec.is_home_head else gather(slept, positions_BM)
+        return slept if spec.is_home_head else gather(slept, stage.scored(known_BM))
 
     def loss(hidden_BTD: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         mean = head_inputs(hidden_BTD, targets[0]).square().mean()

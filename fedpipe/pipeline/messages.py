@@ -65,7 +65,9 @@ class MicroBatchShape:
     length: int
     """T."""
     num_targets: int
-    """M, also the rows per sequence that a head at the client gets."""
+    """Columns of the targets, M."""
+    num_rows: int
+    """Rows per sequence that a head at the client gets."""
     known: str
     """Name of the first plane of the targets, which every stage gets."""
     labels: str
@@ -88,7 +90,8 @@ def edge_messages(
 
     Returns:
         The result of ``messages_of``, for targets that are positions and labels of masked tokens.
-        With ``data.padded_length`` all positions are targets, so M = T.
+        With ``data.padded_length`` all positions are targets, so M = T. With ``data.attention``
+        document the words that say where documents begin are further columns.
     """
     which = "all" if config.data.padded_length else "masked"
     return messages_of(
@@ -96,8 +99,9 @@ def edge_messages(
         specs,
         MicroBatchShape(
             length=config.data.num_positions,
-            num_targets=config.data.num_scored,
-            known=f"{which} positions",
+            num_targets=config.data.num_scored + config.data.start_words,
+            num_rows=config.data.num_scored,
+            known=f"{which} positions" + ", document starts" * bool(config.data.start_words),
             labels="labels",
             rows=f"{which} positions' ",
         ),
@@ -135,7 +139,7 @@ def messages_of(
         spec = specs[edge.source]
         wire = pipeline.wire_of(index).replace("auto", "")
         to_home_head = edge.target == spec.home_head
-        rows, prefix = (shape.num_targets, shape.rows) if to_home_head else (shape.length, "")
+        rows, prefix = (shape.num_rows, shape.rows) if to_home_head else (shape.length, "")
         size = (batch, rows, hidden_size)
         forward = [WireTensor(name=f"{prefix}activations", shape=size, dtype=dtype, wire=wire)]
         if not to_home_head:

@@ -95,6 +95,7 @@ class Reference:
                 seed=config.seed,
                 sinusoidal_positions=config.model.position_init == "sinusoidal",
                 padded_after=config.data.padded_after,
+                start_words=config.data.start_words,
                 word_embedding=self.stages[0].word_embedding if self.stages else None,
             )
             self.stages.append(stage)

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from fedpipe.config.schema import DataConfig
-from fedpipe.data.masking import IGNORED, MaskedBatch, mask_blocks, mask_rng, pad
+from fedpipe.data.masking import (
+    IGNORED,
+    MaskedBatch,
+    document_starts,
+    mask_blocks,
+    mask_rng,
+    pad,
+)
 from fedpipe.errors import CorpusError
 from tests.helpers.tiny import tiny_config
 
@@ -68,6 +75,18 @@ def test_positions_are_uniform_over_the_maskable_ones():
     assert counts[0] == counts[-1] == 0
     # 40,000 choices over 10 positions: 4000 each, standard deviation 57.
     assert abs(counts[1:-1] - 4000).max() < 300
+
+
+@pytest.mark.parametrize("length", [12, 32, 45, 64])
+def test_a_document_begins_behind_every_separator(length):
+    blocks = np.where(np.random.default_rng(0).random((5, length)) < 0.2, SEP, 50)
+    blocks[:, -1] = SEP
+    words = document_starts(blocks, sep_id=SEP)
+    assert words.shape == (5, -(-length // 32)) and words.dtype == np.int32
+    for row, block in zip(words, blocks, strict=True):
+        bits = [int(word) >> bit & 1 for word in row for bit in range(32)]
+        assert bits[:length] == [0, *(int(token == SEP) for token in block[:-1])]
+        assert not any(bits[length:])
 
 
 def test_masks_depend_on_seed_client_and_position_and_on_nothing_else():

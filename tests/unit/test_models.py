@@ -150,7 +150,7 @@ def test_the_last_layer_runs_at_masked_positions_only_and_changes_nothing(
     # The fused kernel is not counted.
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
         outputs = stage.head_inputs(before_last, positions)
-    whole = FAMILIES[family].run_layer(last, before_last, stage._around(before_last))
+    whole = FAMILIES[family].run_layer(last, before_last, stage._around(before_last, None))
     expected = gather(whole, positions)
     torch.testing.assert_close(outputs, expected)
     torch.testing.assert_close(gradients(outputs), gradients(expected))
@@ -484,6 +484,46 @@ def test_an_accepted_folder_has_the_logits_that_it_has_in_transformers(
     with torch.no_grad():
         logits = _logits(_stages(ours, (1, 3), path=str(tmp_path)), ids)
         torch.testing.assert_close(logits, expected(ids)[0], atol=1e-5, rtol=1e-5)
+
+
+def _starts(second_document: int) -> torch.Tensor:
+    """What travels for sequences of two documents, as if no position were masked."""
+    return torch.full((3, 1), 1 << second_document, dtype=torch.int32)
+
+
+@FAMILY
+@pytest.mark.parametrize("cut", [(), (1, 3)], ids=str)
+def test_a_document_does_not_see_its_neighbour_in_the_block(
+    family: str, cut: tuple[int, ...]
+) -> None:
+    specs = stage_specs(PipelineConfig(cut=cut), num_hidden_layers=LAYERS)
+    stages = [build_stage(s, _config(family), seed=0, start_words=1)[0].eval() for s in specs]
+    for stage in stages:
+        _randomise(stage)
+    ids, second = _ids(), 5
+    everywhere = torch.arange(LENGTH, dtype=torch.int32).expand_as(ids)
+    known = torch.cat([everywhere, _starts(second)], 1)
+
+    def logits(tokens: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        hidden = tokens
+        with torch.no_grad():
+            for stage in stages:
+                hidden = stage(hidden, known)
+            return stages[-1].logits(hidden, known)
+
+    other = ids.clone()
+    other[:, :second] = (other[:, :second] - 3) % (VOCAB - 4) + 4
+    first, changed = logits(ids, known), logits(other, known)
+    assert not torch.isclose(first[:, :second], changed[:, :second]).all()
+    torch.testing.assert_close(first[:, second:], changed[:, second:])
+    whole = torch.cat([everywhere, _starts(30)], 1)
+    assert not torch.isclose(logits(ids, whole)[:, second:], logits(other, whole)[:, second:]).all()
+    if FAMILIES[family].positions == "rotary":  # where a document begins changes nothing
+        length = LENGTH - second
+        alone = torch.cat([everywhere[:, :length], _starts(30)], 1)
+        torch.testing.assert_close(
+            first[:, second:], logits(ids[:, second:], alone), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_positions_that_a_folder_does_not_have_are_named(tmp_path: Path) -> None:

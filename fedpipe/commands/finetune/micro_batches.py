@@ -106,6 +106,7 @@ def task_messages(
     shape = MicroBatchShape(
         length=data.longest,
         num_targets=data.longest if is_ner else 1,
+        num_rows=data.longest if is_ner else 1,
         num_planes=len(TaskTargets._fields),
         known="lengths",
         labels="labels and weights",

@@ -100,6 +100,7 @@ class _TimedStage:
             activation_checkpointing=config.pipeline.activation_checkpointing,
             compiled=config.pipeline.compile,
             padded_after=config.data.padded_after,
+            start_words=config.data.start_words,
         )[0]
         self._stage.to(self._device).train()
         self._optimizer = build_optimizer(self._stage, config.optimizer)
@@ -116,7 +117,9 @@ class _TimedStage:
         self._inputs = inputs.to(self._device)
         positions = torch.arange(scored).expand(batch, -1)
         labels = torch.full_like(positions, 3)
-        self._targets = torch.stack([positions, labels]).int().to(self._device)
+        targets = torch.stack([positions, labels]).int()
+        starts = targets.new_zeros(2, batch, config.data.start_words)
+        self._targets = torch.cat([targets, starts], -1).to(self._device)
         self._times: list[tuple[float, float, float]] = []
 
     def run(self) -> None:
@@ -125,7 +128,7 @@ class _TimedStage:
         inputs = self._inputs.clone().requires_grad_(spec.sends_grad)
         times = [self._now()]
         with autocast(self._device, self._precision):
-            outputs: Tensor = self._stage(inputs)
+            outputs: Tensor = self._stage(inputs, self._targets[0])
         times.append(self._now())
         with autocast(self._device, self._precision):
             if spec.has_head:

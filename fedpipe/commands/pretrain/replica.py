@@ -15,7 +15,14 @@ from fedpipe.config.deepspeed import deepspeed_config
 from fedpipe.config.model_shape import model_shape
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
-from fedpipe.data.masking import MaskedBatch, MaskedReader, pad, validation_batch
+from fedpipe.data.masking import (
+    IGNORED,
+    MaskedBatch,
+    MaskedReader,
+    document_starts,
+    pad,
+    validation_batch,
+)
 from fedpipe.distributed.comm import Comm
 from fedpipe.federation.cohort import Turn
 from fedpipe.federation.stages import StageReplica
@@ -80,6 +87,7 @@ class PretrainingReplica(StageReplica):
             sinusoidal_positions=config.model.position_init == "sinusoidal",
             compiled=config.pipeline.compile,
             padded_after=config.data.padded_after,
+            start_words=config.data.start_words,
             word_embedding=self._word_embedding,
         )
         self.missing += missing
@@ -180,6 +188,10 @@ class PretrainingReplica(StageReplica):
         if length:
             batch = pad(batch, length=length, pad_id=self.data.pad_id)
         targets = np.stack(MaskedTargets(positions=batch.positions, labels=batch.labels))
+        if self.config.data.start_words:
+            starts = document_starts(batch.input_ids, sep_id=self.data.sep_id)
+            starts = np.stack([starts, np.full_like(starts, IGNORED)])
+            targets = np.concatenate([targets, starts], axis=-1)
         return torch.from_numpy(batch.input_ids), torch.from_numpy(targets.astype(np.int32))
 
     # -- validation --------------------------------------------------------------------------

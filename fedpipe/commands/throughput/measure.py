@@ -178,7 +178,8 @@ def build_peers(
     Returns:
         The schedules by name: streaming, 1f1b, sequential and stock. DeepSpeed's own pipeline
         (stock) is missing with ``pipeline.colocate`` or a head at the client, because it cannot put
-        two stages into a process.
+        two stages into a process, and with ``data.attention`` document, because its stages send
+        nothing but hidden states.
 
     Collective: every process.
     """
@@ -192,7 +193,8 @@ def build_peers(
         "sequential": SplitPeer(end_to_end, "sequential", source=source),
     }
     stages = [engine.stage for engine in (*local.stages, *end_to_end.stages)]
-    if not config.pipeline.colocate and config.pipeline.head_location == "server":
+    one_each = not config.pipeline.colocate and config.pipeline.head_location == "server"
+    if one_each and config.data.attention == "block":
         stock = StockPipeline(
             end_to_end.specs,
             hf_config=end_to_end.hf_config,
