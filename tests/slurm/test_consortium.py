@@ -338,8 +338,10 @@ def test_the_story_of_the_guide_with_a_preemption_a_lost_site_and_a_long_queue(
     preempted = network.job(alpha)
     urgent = ("srun", "--partition=urgent", "--exclusive", "--mem=0", "true")
     network.cluster(alpha).run(*urgent)
-    assert network.job(alpha) == preempted
+    # It runs again, and its outer round is not over before the node is closed to the next one.
+    network.cluster(alpha).wait_for_state(preempted, "RUNNING", timeout_s=TIMEOUT_S)
     network.cluster(alpha).drain(node)
+    assert network.jobs(alpha) == [preempted]
     decided = network.updates(0).parent / ROUND_FILE
     network.wait_for(decided.is_file, "the end of the first outer round")
     network.institution(gamma).restore()
