@@ -20,7 +20,7 @@ from fedpipe.config.deepspeed import deepspeed_config, stage_precision
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
-from fedpipe.data.masking import MaskedReader, pad
+from fedpipe.data.masking import IGNORED, MaskedReader, document_starts, pad
 from fedpipe.distributed.device import autocast
 from fedpipe.distributed.env import ProcessEnv
 from fedpipe.distributed.wire import TensorSpec
@@ -226,6 +226,11 @@ class Reference:
             targets = torch.stack(
                 [torch.from_numpy(masked.positions.copy()), torch.from_numpy(masked.labels)]
             )
+            if config.data.attention == "document":
+                words = document_starts(masked.input_ids, sep_id=self.data.sep_id)
+                starts = torch.from_numpy(words)
+                starts = torch.stack([starts, torch.full_like(starts, IGNORED)])
+                targets = torch.cat([targets, starts], -1)
             return torch.from_numpy(masked.input_ids), targets.int()
 
         return batch
