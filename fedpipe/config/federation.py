@@ -150,9 +150,13 @@ class FederationConfig:
     fedprox_mu: float = 0.0
     """Weight of FedProx's pull towards the global weights of the round, on all that is averaged; 0
     means none."""
-    wire: Literal["fp32", "bf16", "int8"] = "fp32"
+    wire: Literal["fp32", "bf16", "int8", "sparse"] = "fp32"
     """Format in which changes of the weights travel. What bf16 and int8 round off is sent in a
-    later round (error feedback)."""
+    later round (error feedback). sparse sends the largest changes alone, in 2 bits each; the others
+    are sent in later rounds."""
+    density: float = 0.02
+    """Share of the weights whose changes ``wire=sparse`` sends in a round; 0.01 to 0.03 is
+    usual."""
     attack: AttackConfig = field(default_factory=AttackConfig)
     """Clients that attack, in a study."""
     on_bad_update: Literal["refuse", "stop"] = "refuse"
@@ -184,6 +188,7 @@ class FederationConfig:
             self.clients_per_round,
             "Draw fewer clients or raise federation.num_clients.",
         )
+        require(0 < self.density <= 1, "federation.density", "a value in (0, 1]", self.density)
         self._check_rule()
         self._check_attack()
         if self.server == "shared":

@@ -20,7 +20,7 @@ from fedpipe.config.federation import FederationConfig
 from fedpipe.distributed.comm import Comm, Pending
 from fedpipe.distributed.wire import TensorSpec
 from fedpipe.federation.rules import krum_select, median, squared_distances, trimmed_mean
-from fedpipe.federation.traffic import BLOCK, hosted_clients, padded_numel
+from fedpipe.federation.traffic import BLOCK, SPARSE_BLOCK, hosted_clients, padded_numel
 
 BUCKET_ELEMENTS = 16 * 2**20
 """Elements per collective, 64 MiB of float32: large enough for full bandwidth."""
@@ -144,16 +144,16 @@ class Mean(Aggregator):
         return mean_N
 
 
-class CompressedMean(Mean):
-    """The weighted mean; its changes travel in bf16 or int8, with error feedback at both ends.
+class EncodedMean(Mean):
+    """The weighted mean; a replica's change travels encoded, with error feedback.
 
     With a replica's change ``d = sum_k (n_k / n) (w_k - start)``, encoding Q and residual e:
-    ``x = d + e``, send Q(x), ``e <- x - Q(x)``. Replica r sums shard r of everyone's Q(x), adds a
-    residual of its own and hands Q of the sum to all, in the same way. What is rounded off in one
-    round is sent in a later one.
-    Source: DoubleSqueeze, Tang et al. 2019, algorithm 1, https://arxiv.org/abs/1905.05957; shards
-    take the place of its server, as in 1-bit Adam, section 5, https://arxiv.org/abs/2102.02888.
+    ``x = d + e``, send Q(x), ``e <- x - Q(x)``. What is not sent in one round is sent in a later
+    one.
     """
+
+    block: int
+    """Elements that are encoded as one row."""
 
     def __init__(
         self, federation: FederationConfig, *, stage_id: int, numel: int, comm: Comm
@@ -162,7 +162,6 @@ class CompressedMean(Mean):
         super().__init__(federation, stage_id=stage_id, numel=numel, comm=comm)
         self._weight = self.unfinished_round["weight"] = torch.zeros((), dtype=torch.float64)
         self._change_P = self.residuals["change"] = self._zeros(self._padded)
-        self._total_S = self.residuals["total"] = self._zeros(self._padded // self._replicas)
 
     def add(self, tensors: Iterable[Tensor], *, weight: float) -> None:
         """Add to a running sum, and to the weight in it."""
@@ -173,6 +172,47 @@ class CompressedMean(Mean):
         """Empty the sum; what is owed stays owed."""
         super().forget()
         self._weight.zero_()
+
+    def _owe_change(self, start_N: Tensor, *, share: float) -> None:
+        """Add the round's change to what is owed, and forget the clients."""
+        own_N, weight = self._change_P[: self._numel], float(self._weight)
+        own_N.add_(self._sum_N, alpha=1 / share).sub_(start_N, alpha=weight / share)
+        self.forget()
+
+    def _encode(self, owed: Tensor) -> Tensor:
+        """Encode a part of what is owed; what is not in the encoding stays owed."""
+        spec = self._spec(owed)
+        rows = owed.view(spec.shape)
+        encoded = spec.encode(rows)
+        rows.sub_(spec.decode(encoded))
+        return encoded
+
+    def _spec(self, part: Tensor) -> TensorSpec:
+        return TensorSpec(
+            (part.numel() // self.block, self.block),
+            torch.float32,
+            wire=self._federation.wire,
+            density=self._federation.density,
+        )
+
+
+class CompressedMean(EncodedMean):
+    """The mean in bf16 or int8, with error feedback at both ends.
+
+    Replica r sums shard r of all replicas' encoded changes, adds a residual of its own and hands
+    the encoded sum to all, in the same way.
+    Source: DoubleSqueeze, Tang et al. 2019, algorithm 1, https://arxiv.org/abs/1905.05957; shards
+    take the place of its server, as in 1-bit Adam, section 5, https://arxiv.org/abs/2102.02888.
+    """
+
+    block = BLOCK
+
+    def __init__(
+        self, federation: FederationConfig, *, stage_id: int, numel: int, comm: Comm
+    ) -> None:
+        """Start with no client and nothing owed; see ``Aggregator``."""
+        super().__init__(federation, stage_id=stage_id, numel=numel, comm=comm)
+        self._total_S = self.residuals["total"] = self._zeros(self._padded // self._replicas)
 
     def reduce(
         self,
@@ -186,9 +226,7 @@ class CompressedMean(Mean):
 
         All buckets are under way at once: one is encoded while others travel.
         """
-        own_N, weight = self._change_P[: self._numel], float(self._weight)
-        own_N.add_(self._sum_N, alpha=1 / share).sub_(start_N, alpha=weight / share)
-        self.forget()
+        self._owe_change(start_N, share=share)
         changes = self._buckets(self._change_P, ENCODED_BUCKET_ELEMENTS)
         totals = self._total_S.split(changes[0].numel() // self._replicas)
         scattered = [self._scatter(change) for change in changes]
@@ -212,16 +250,44 @@ class CompressedMean(Mean):
             total.view(spec.shape).add_(spec.decode(encoded))
         return self._comm.all_gather(self._stage_id, self._encode(total), label=LEDGER)
 
-    def _encode(self, owed: Tensor) -> Tensor:
-        """Encode a shard; what that rounds off stays owed."""
-        spec, blocks = self._spec(owed), owed.view(-1, BLOCK)
-        encoded = spec.encode(blocks)
-        blocks.sub_(spec.decode(encoded))
-        return encoded
 
-    def _spec(self, shard: Tensor) -> TensorSpec:
-        shape = (shard.numel() // BLOCK, BLOCK)
-        return TensorSpec(shape, torch.float32, wire=self._federation.wire)
+class SparseMean(EncodedMean):
+    """The mean of the largest values of every replica's change (see ``SparseRow``).
+
+    Every replica gets the encoded changes of all and adds them in the order of the replicas, so all
+    have the same sum bit for bit, and nothing is rounded a second time.
+    Source: SparseLoCo, Sarfi et al. 2025, algorithm 1, https://arxiv.org/abs/2508.15706, with a
+    residual that does not decay.
+    """
+
+    block = SPARSE_BLOCK
+
+    def reduce(
+        self,
+        start_N: Tensor,
+        *,
+        num_clients: int,
+        left_out: Collection[int] = (),
+        share: float = 1.0,
+    ) -> Tensor:
+        """Gather the encoded changes, and sum them.
+
+        All buckets are under way at once: one is encoded while others travel.
+        """
+        self._owe_change(start_N, share=share)
+        changes = self._change_P.split(max(1, ENCODED_BUCKET_ELEMENTS // self.block) * self.block)
+        gathered = [
+            self._comm.all_gather(self._stage_id, self._encode(change), label=LEDGER)
+            for change in changes
+        ]
+        total_P = torch.zeros_like(self._change_P)
+        for pending, change, total in zip(
+            gathered, changes, total_P.split(len(changes[0])), strict=True
+        ):
+            spec = self._spec(change)
+            for encoded in pending.wait():
+                total.view(spec.shape).add_(spec.decode(encoded))
+        return total_P[: self._numel].add_(start_N)
 
 
 class RobustRule(Aggregator):
@@ -312,5 +378,5 @@ def make_aggregator(
     if federation.aggregation.rule != "mean":
         kind = RobustRule
     elif federation.wire != "fp32" and federation.num_replicas > 1:
-        kind = CompressedMean
+        kind = SparseMean if federation.wire == "sparse" else CompressedMean
     return kind(federation, stage_id=stage_id, numel=numel, comm=comm)

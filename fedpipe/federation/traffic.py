@@ -8,18 +8,26 @@ from collections.abc import Mapping, Sequence
 
 from fedpipe.config.federation import FederationConfig
 from fedpipe.config.schema import PipelineConfig
+from fedpipe.distributed.sparse_row import SparseRow
 from fedpipe.models.split import pipeline_edges
 from fedpipe.report.records import EdgeTraffic, TrafficRecord
 
 BLOCK = 1024
 """Elements of an int8 change that share a float32 scale: 0.4 % on top of a byte each."""
+SPARSE_BLOCK = 4096
+"""Elements of a sparse change that are one row: positions of 12 bits, of which most are shared."""
 _BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4.0 / BLOCK}
 
 
 def padded_numel(numel: int, *, federation: FederationConfig) -> int:
-    """Elements that travel for ``numel``: whole shards, one per replica, of whole blocks."""
+    """Elements that travel for ``numel``: whole shards, one per replica, of whole blocks.
+
+    A sparse change has blocks and no shards.
+    """
     if federation.aggregation.rule != "mean":
         unit = federation.num_replicas
+    elif federation.wire == "sparse":
+        unit = SPARSE_BLOCK
     else:
         unit = 1 if federation.wire == "fp32" else federation.num_replicas * BLOCK
     return math.ceil(numel / unit) * unit
@@ -34,15 +42,20 @@ def averaging_bytes(numel: int, *, federation: FederationConfig) -> int:
     """Bytes that a rank sends per round for the ``numel`` averaged parameters of its stage.
 
     With R replicas that host up to h of K clients: the mean sends ``2 (R - 1) / R`` of the weights
-    (a ring all-reduce) or of their encoded changes. Under the other rules every replica combines
-    its shard of all clients: median and trimmed mean send ``(h + 1) (R - 1) / R`` of the weights,
-    Krum ``(h + 2) (R - 1) / R`` and K x K distances in float64.
+    (a ring all-reduce) or of their encoded changes. Sparse changes are gathered whole in a ring,
+    ``R - 1`` of them: with 2 replicas a density of 2 % sends 161 times less than float32 (see
+    ``SparseRow``), with R replicas ``161 x 2 / R`` times less. Under the other rules every replica
+    combines its shard of all clients: median and trimmed mean send ``(h + 1) (R - 1) / R`` of the
+    weights, Krum ``(h + 2) (R - 1) / R`` and K x K distances in float64.
 
     Args:
         numel: Without what stays with the clients, and without a shared stage.
         federation: Replicas, rule and format.
     """
     replicas, rule = federation.num_replicas, federation.aggregation.rule
+    if federation.wire == "sparse":
+        rows = padded_numel(numel, federation=federation) // SPARSE_BLOCK
+        return (replicas - 1) * rows * SparseRow(SPARSE_BLOCK, federation.density).nbytes
     shards = 2 if rule == "mean" else hosted_clients(federation) + (2 if rule == "krum" else 1)
     wire = federation.wire if rule == "mean" else "fp32"
     elements = shards * (replicas - 1) * padded_numel(numel, federation=federation)
@@ -68,7 +81,8 @@ def averaging_floats(numel: int, *, federation: FederationConfig) -> int:
         return floats + hosted_clients(federation) * size
     if federation.wire == "fp32" or federation.num_replicas == 1:
         return floats + numel
-    return floats + numel + size + size // federation.num_replicas
+    shard = 0 if federation.wire == "sparse" else size // federation.num_replicas
+    return floats + numel + size + shard
 
 
 def traffic_record(

@@ -99,6 +99,7 @@ MODES: dict[str, Sections] = {
         "federation": ONE,
     },
     "int8": {"pipeline": HOME | {"wire": ["int8"]}, "federation": {"wire": "int8"}},
+    "sparse": {"federation": {"wire": "sparse", "density": 0.03, "num_replicas": 3}},
     "a format per edge": {"pipeline": HOME | {"wire": ["bf16", "int8"]}, "federation": ONE},
     "parts that stay": {
         "pipeline": HOME,

@@ -111,7 +111,7 @@ def _tolerances(config: RunConfig) -> tuple[float, float]:
     """Nats that a loss may be off in the first round, and in later ones."""
     federation = config.federation
     formats = {*config.pipeline.wire, federation.wire, autocast_dtype(deepspeed_config(config))}
-    if not formats & {"bf16", "int8", "bfloat16"}:
+    if not formats & {"bf16", "int8", "sparse", "bfloat16"}:
         return FINE, FINE
     # fedadam and fedyogi divide a change by its own size, and so magnify what rounding leaves.
     magnified = federation.server_optimizer.name in ("fedadam", "fedyogi")

@@ -208,6 +208,9 @@ AVERAGING = {
     "server optimizer over int8": {
         "server_optimizer": {"name": "fedadam", "lr": 0.01}, "wire": "int8",
     },
+    "server optimizer over sparse changes": {
+        "server_optimizer": {"name": "fedavgm", "nesterov": True, "lr": 0.7}, "wire": "sparse",
+    },
     "median under attack": {
         "aggregation": {"rule": "median", "weighting": "uniform"},
         "attack": {"kind": "noise", "num_attackers": 1, "scale": 0.1},

@@ -12,7 +12,14 @@ import torch
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.distributed.env import ProcessEnv
-from fedpipe.federation.traffic import BLOCK, averaging_bytes, averaging_floats
+from fedpipe.distributed.wire import TensorSpec
+from fedpipe.federation.traffic import (
+    BLOCK,
+    SPARSE_BLOCK,
+    averaging_bytes,
+    averaging_floats,
+    padded_numel,
+)
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny import tiny_config, tiny_data
 
@@ -193,6 +200,45 @@ def test_what_a_compressed_average_rounds_off_is_sent_later(
         assert [counts[stage] for counts in sent] == [expected] * ROUNDS
 
 
+def test_sparse_changes_over_replicas_equal_one_process_bit_for_bit(tmp_path: Path) -> None:
+    """What has arrived and what is owed make up all that the clients have learnt."""
+    config = _config(wire="sparse", density=0.05)
+    history, sent = _run(config, tmp_path)
+    for stage in history[0]:
+        flat = {r: _flat(weights[stage]) for r, weights in enumerate(history)}
+        numel = flat[0].numel()
+        padded = padded_numel(numel, federation=config.federation)
+        owed, learnt = torch.zeros(REPLICAS, padded), torch.zeros(numel, dtype=torch.float64)
+        for round_id in range(ROUNDS):
+            start, total = flat[round_id], torch.zeros(padded)
+            for replica in range(REPLICAS):
+                turns = [t for t in _cohort(config, round_id) if t.replica_id == replica]
+                trained, weight = torch.zeros(numel), sum(t.weight for t in turns)
+                for turn in turns:
+                    new = {
+                        n: w + _change(torch.Size(w.shape), name=n, client_id=turn.client_id,
+                                       round_id=round_id).numpy()
+                        for n, w in history[round_id][stage].items()
+                    }  # fmt: skip
+                    trained.add_(_flat(new), alpha=turn.weight)
+                    learnt += turn.weight * (_flat(new).double() - start)
+                owed[replica, :numel].add_(trained).sub_(start, alpha=weight)
+                rows = owed[replica].view(-1, SPARSE_BLOCK)
+                spec = TensorSpec(tuple(rows.shape), torch.float32, "sparse", density=0.05)
+                arrived = spec.decode(spec.encode(rows))
+                rows -= arrived
+                total += arrived.flatten()
+            assert torch.equal(flat[round_id + 1], total[:numel] + start)
+            known = flat[round_id + 1].double() - flat[0] + owed.sum(0)[:numel]
+            torch.testing.assert_close(known, learnt, atol=2e-6, rtol=0)
+        expected = averaging_bytes(numel, federation=config.federation)
+        assert [counts[stage] for counts in sent] == [expected] * ROUNDS
+
+
+def _flat(weights: Weights) -> torch.Tensor:
+    return torch.cat([torch.from_numpy(w).flatten() for w in weights.values()])
+
+
 def test_a_compressed_average_of_one_replica_is_exact(tmp_path: Path) -> None:
     plain = _config(num_replicas=1)
     exact, _ = _run(plain, tmp_path)
@@ -221,7 +267,12 @@ def test_krum_ignores_attackers_that_ruin_the_mean(kind: str, rule: str, tmp_pat
 
 def test_what_is_kept_does_not_travel(tmp_path: Path) -> None:
     average = {"embeddings": False, "aux_head": False, "client_layers": False}
-    for federation in ({"wire": "int8"}, {"server_optimizer": {"name": "fedadam"}}, {}):
+    for federation in (
+        {"wire": "sparse"},
+        {"wire": "int8"},
+        {"server_optimizer": {"name": "fedadam"}},
+        {},
+    ):
         config = _config(average=average, **federation)
         history, sent = _run(config, tmp_path)
         assert all(counts[0] == 0 < counts[1] for counts in sent)

@@ -33,7 +33,7 @@ from fedpipe.federation.rules import (
     trimmed_mean,
 )
 from fedpipe.federation.synchronizer import falsify
-from fedpipe.federation.traffic import BLOCK, padded_numel
+from fedpipe.federation.traffic import BLOCK, SPARSE_BLOCK, padded_numel
 from fedpipe.models.split import StageRole, model_stages, part_of, placement
 from fedpipe.models.stage import Stage, build_stage, trainable
 from fedpipe.models.weights import hf_config, stable_seed
@@ -390,14 +390,17 @@ class Reference:
         changes, total = self.owed[stage]
         for turn, update in zip(turns, updates, strict=True):
             changes[turn.replica_id, : len(start)] += turn.weight * (update - start)
+        if self.config.federation.wire == "sparse":  # the sum is not rounded
+            return sum(self._rounded(change) for change in changes)[: len(start)] + start  # type: ignore[index]
         for change in changes:
             total += self._rounded(change)
         return self._rounded(total)[: len(start)] + start
 
     def _rounded(self, owed: Tensor) -> Tensor:
         """Return what a format makes of a vector, and keep the rest in it."""
-        blocks = owed.view(-1, BLOCK)
-        spec = TensorSpec(tuple(blocks.shape), torch.float32, wire=self.config.federation.wire)
+        wire, density = self.config.federation.wire, self.config.federation.density
+        blocks = owed.view(-1, SPARSE_BLOCK if wire == "sparse" else BLOCK)
+        spec = TensorSpec(tuple(blocks.shape), torch.float32, wire=wire, density=density)
         rounded = spec.decode(spec.encode(blocks.clone())).clone()
         blocks -= rounded
         return rounded.flatten()

@@ -144,6 +144,9 @@ FEDERATIONS = [
     (["aggregation={rule: median, weighting: uniform, num_byzantine: 2}", "clients_per_round=4"], "federation.clients_per_round: expected 5 or more"),
     (["aggregation={rule: krum, weighting: uniform, num_byzantine: 1}", "clients_per_round=4"], "federation.clients_per_round: expected 5 or more with federation.aggregation.rule=krum and num_byzantine=1, got 4."),
     (["aggregation={rule: median, weighting: uniform}", "wire=int8"], "federation.wire: expected fp32 with federation.aggregation.rule=median, got 'int8'. Set federation.wire=fp32."),
+    (["aggregation={rule: median, weighting: uniform}", "wire=sparse"], "federation.wire: expected fp32 with federation.aggregation.rule=median, got 'sparse'. Set federation.wire=fp32."),
+    (["density=0"], "federation.density: expected a value in (0, 1], got 0.0."),
+    (["density=1.5"], "federation.density: expected a value in (0, 1], got 1.5."),
     # the server optimizer, FedProx and attackers
     (["server_optimizer.lr=0"], "federation.server_optimizer.lr: expected a value above 0"),
     (["server_optimizer.betas=[1, 0.9]"], "federation.server_optimizer.betas: expected two values in [0, 1)"),

@@ -132,6 +132,13 @@ def test_fedavg_bytes_are_those_of_a_ring_all_reduce() -> None:
             assert stage.fedavg_bytes == 2 * (replicas - 1) * payload // replicas
 
 
+def test_the_plan_says_how_much_less_a_narrow_format_sends() -> None:
+    sparse = plan_of("federation.wire=sparse", "federation.num_replicas=3")
+    assert "sent per stage, rank and round, 107 times less than in float32" in render(sparse)
+    assert "times less" not in render(plan_of())
+    assert "times less" not in render(plan_of("federation.wire=int8", "federation.num_replicas=1"))
+
+
 def test_a_part_that_stays_is_not_sent_and_is_named() -> None:
     plan = plan_of("federation.average.embeddings=false")
     client = plan.stages[0]

@@ -168,6 +168,36 @@ def _federation(**values: Any) -> FederationConfig:
     return from_dict({"federation": base | values}).federation
 
 
+def test_nesterov_momentum_takes_the_outer_steps_of_diloco() -> None:
+    """DiLoCo's outer optimizer, lr 0.7 and momentum 0.9, as PyTorch's SGD has it."""
+    config = ServerOptimizerConfig(name="fedavgm", lr=0.7, nesterov=True, betas=(0.9, 0.99))
+    draw = np.random.default_rng(0)
+    expected, momentum = draw.standard_normal(100), np.zeros(100)
+    weights = torch.tensor(expected)
+    optimizer = ServerOptimizer(config, like=weights)
+    for _ in range(5):
+        change = draw.standard_normal(100)
+        optimizer.step_(weights, torch.tensor(expected + change))
+        momentum = 0.9 * momentum + change
+        expected = expected + 0.7 * (0.9 * momentum + change)
+        np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("density", "factor"), [(0.01, 282), (0.02, 160), (0.03, 114)])
+def test_a_sparse_average_moves_a_hundredth_of_a_float32_one_or_less(
+    density: float, factor: int
+) -> None:
+    two = {"num_replicas": 2, "density": density}
+    wide, sparse = (
+        averaging_bytes(4096 * 500, federation=_federation(wire=wire, **two))
+        for wire in ("fp32", "sparse")
+    )
+    assert int(wide / sparse) == factor
+    eight = _federation(wire="sparse", num_replicas=8, density=density)
+    assert averaging_bytes(4096 * 500, federation=eight) == 7 * sparse
+    assert averaging_bytes(0, federation=eight) == 0
+
+
 def test_an_int8_average_moves_about_a_quarter_of_a_float32_one() -> None:
     numel = 10_000_000
     sizes = [

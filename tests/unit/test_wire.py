@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,6 +30,53 @@ def test_int8_is_off_by_at_most_half_a_step_of_its_row(scale: float, dtype: torc
     half_step = sent.float().abs().amax(-1, keepdim=True) / 127 / 2
     assert ((got - sent.float()).abs() <= half_step * (1 + 1e-5)).all()
     assert not torch.equal(got, sent.float())
+
+
+@pytest.mark.parametrize(
+    ("length", "density"),
+    [(4096, 0.01), (4096, 0.02), (4096, 0.03), (37, 1.0), (24, 0.3), (1, 0.5)],
+)
+def test_sparse_sends_the_largest_values_of_a_row_at_two_levels(
+    length: int, density: float
+) -> None:
+    sent = normal((9, length))
+    spec = TensorSpec((9, length), torch.float32, "sparse", density)
+    buffer = spec.encode(sent)
+    got = spec.decode(buffer).numpy()
+    assert buffer.nbytes == spec.nbytes == spec.empty(CPU).nbytes
+    for row, decoded in zip(sent.numpy(), got, strict=True):
+        k = max(1, round(density * length))
+        largest = np.sort(np.argsort(-abs(row))[:k])
+        np.testing.assert_array_equal(decoded.nonzero()[0], largest)
+        values, sizes = row[largest], abs(row[largest])
+        is_large = sizes > sizes.mean()
+        levels = [sizes[c].mean() if c.any() else 0.0 for c in (~is_large, is_large)]
+        expected = np.sign(values) * np.where(is_large, levels[1], levels[0])
+        np.testing.assert_allclose(decoded[largest], expected, rtol=2**-8)
+
+
+def test_what_sparse_does_not_send_is_sent_later() -> None:
+    """With error feedback the sum of what arrives follows the sum of what was meant."""
+    spec = TensorSpec((4, 4096), torch.float32, "sparse", 0.02)
+    change, owed, arrived = normal((4, 4096)), torch.zeros(4, 4096), torch.zeros(4, 4096)
+    distances = []
+    for count in range(1, 301):
+        owed += change
+        got = round_trip(spec, owed)
+        owed -= got
+        arrived += got
+        distances.append(float((arrived / count - change).norm() / change.norm()))
+        torch.testing.assert_close(arrived + owed, count * change, atol=2e-3, rtol=0)
+    assert distances[0] > 0.9 and distances[99] < 0.3 and distances[299] < 0.1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_a_sparse_row_that_overflowed_arrives_without_a_number(value: float) -> None:
+    sent = normal((2, 4096))
+    sent[1, 3] = value
+    got = round_trip(TensorSpec((2, 4096), torch.float32, "sparse", 0.02), sent)
+    assert got[0].isfinite().all()
+    assert not got[1][got[1] != 0].isfinite().any()
 
 
 def test_the_largest_value_of_a_row_arrives_whatever_its_sign() -> None:

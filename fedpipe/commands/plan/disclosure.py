@@ -13,7 +13,8 @@ from typing import Literal, get_args
 
 from fedpipe.config.model_shape import ModelShape
 from fedpipe.config.schema import RunConfig
-from fedpipe.federation.traffic import averaging_bytes
+from fedpipe.distributed.sparse_row import SparseRow
+from fedpipe.federation.traffic import SPARSE_BLOCK, averaging_bytes, padded_numel
 from fedpipe.models.split import StageRole, StageSpec
 from fedpipe.pipeline.messages import EdgeMessages, WireTensor
 from fedpipe.report.format import bytes_text
@@ -25,7 +26,12 @@ Parts = Mapping[str, int]
 """Number of a stage's parameters for each key of ``federation.average``."""
 
 _MASTER = "process 0"
-FORMATS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8 + scales"}
+FORMATS = {
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "int8": "int8 + scales",
+    "sparse": "values of 2 bits + positions + scales",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,6 +198,7 @@ def _weights(config: RunConfig, parts: Parts) -> list[Transfer]:
         return []
     numel = sum(averaged.values())
     wire = federation.wire if federation.aggregation.rule == "mean" else "fp32"
+    what = "weights" if wire != "sparse" else "largest changes"
     peer = "other replicas' clients"
     if federation.server == "sequential":
         peer = "the next client, in the same process"
@@ -200,15 +207,24 @@ def _weights(config: RunConfig, parts: Parts) -> list[Transfer]:
     return [
         Transfer(
             direction=direction,
-            what=f"weights: {', '.join(averaged)}",
+            what=f"{what}: {', '.join(averaged)}",
             peer=peer,
-            form=f"{numel:,} parameters, {FORMATS[wire]}",
+            form=f"{_count(numel, config)} parameters, {FORMATS[wire]}",
             nbytes=averaging_bytes(numel, federation=federation),
             when="round",
             entry="fedavg",
         )
         for direction in ("leaves", "enters")
     ]
+
+
+def _count(numel: int, config: RunConfig) -> str:
+    """Write how many of some averaged weights one message holds."""
+    federation = config.federation
+    if federation.wire != "sparse":
+        return f"{numel:,}"
+    rows = padded_numel(numel, federation=federation) // SPARSE_BLOCK
+    return f"{rows * SparseRow(SPARSE_BLOCK, federation.density).num_sent:,} of {numel:,}"
 
 
 def _embedding(config: RunConfig, shape: ModelShape, specs: Sequence[StageSpec]) -> list[Transfer]:

@@ -384,7 +384,8 @@ def _traffic_rows(plan: Plan) -> list[Row]:
         since = f", from round {plan.config.switch_round + 1}" if edges != plan.edges else ""
         sent = f"{forward} forward, {backward} backward"
         rows.append(("traffic", sent, f"per edge, local step and replica{kind}{since}"))
-    rows = [*dict.fromkeys(rows), ("fedavg", _per_stage(average), "sent per stage, rank and round")]
+    averaged = f"sent per stage, rank and round{_narrower(plan)}"
+    rows = [*dict.fromkeys(rows), ("fedavg", _per_stage(average), averaged)]
     if plan.config.federation.server == "shared":
         shared = [bytes_text(stage.shared_gradient_bytes) for stage in plan.stages]
         rows.append(("shared", _per_stage(shared), "gradients sent per stage, rank and step"))
@@ -392,6 +393,18 @@ def _traffic_rows(plan: Plan) -> list[Row]:
         gradients = [bytes_text(stage.gradient_bytes) for stage in plan.stages]
         rows.append(("data", _per_stage(gradients), "gradients sent per stage, rank and step"))
     return rows
+
+
+def _narrower(plan: Plan) -> str:
+    """Say how many times fewer bytes a narrow ``federation.wire`` sends."""
+    federation = plan.config.federation
+    sending = [stage for stage in plan.stages if stage.fedavg_bytes]
+    if federation.wire == "fp32" or not sending:
+        return ""
+    wide = replace(federation, wire="fp32")
+    before = sum(averaging_bytes(s.averaged_parameters, federation=wide) for s in sending)
+    factor = before / sum(stage.fedavg_bytes for stage in sending)
+    return f", {factor:.3g} times less than in float32"
 
 
 def _memory_rows(plan: Plan) -> list[Row]:
