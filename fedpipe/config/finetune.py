@@ -273,8 +273,7 @@ class FinetuneConfig:
             "optimizer.name",
             "adamw, adam or sgd in fine-tuning",
             self.optimizer.name,
-            "Set optimizer.name=adamw: few of the parameters that an adapter trains are matrices"
-            " of layers.",
+            "Set optimizer.name=adamw: only pre-training has Muon.",
         )
         self._check_federation()
         if self.method.lora_average == "product":

@@ -111,7 +111,7 @@ def orthogonal(matrices: Sequence[Tensor], *, num_iterations: int) -> list[Tenso
     x_NRC = torch.stack([m.mT if t else m for m, t in zip(matrices, tall, strict=True)])
     if x_NRC.is_cuda:
         x_NRC = x_NRC.bfloat16()
-    x_NRC = x_NRC / x_NRC.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS)
+    x_NRC.div_(x_NRC.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS))
     for _ in range(num_iterations):
         gram_NRR = x_NRC @ x_NRC.mT
         factor_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
