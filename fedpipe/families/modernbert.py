@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _KINDS = ("full_attention", "sliding_attention")
 """What transformers 5.x calls global and local layers."""
+_LONG = 8
+"""Reaches from which on local layers compute in chunks: half of what masking all others takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +29,13 @@ class _Surroundings:
 
     rotations: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
     """Cosines and sines (T, d) float32 of the rotary positions."""
-    visible: tuple[Tensor | None, Tensor | None]
-    """bool, broadcast to (B, H, T, T); None where everything may be attended to."""
+    visible: Tensor | None
+    """bool, broadcast to (B, H, T, T), without the distance; None for all."""
+    reach: int
+    """How far a token of a local layer sees to either side."""
+    band: Tensor | None
+    """bool (B or 1, n, 2 reach, 4 reach), what is attended to in every chunk of a long sequence by
+    local layers; None for short sequences, whose local layers mask what is too far."""
 
 
 class ModernBert(Family):
@@ -225,10 +232,13 @@ class ModernBert(Family):
             _rotation(theta, size, length, device)
             for theta in (everywhere, config.local_rope_theta or everywhere)
         )
-        window = _window(config.local_attention // 2, length, device)
-        if window is None or visible is None:
-            return _Surroundings((far, near), (visible, visible if window is None else window))
-        return _Surroundings((far, near), (visible, window & visible))
+        reach = config.local_attention // 2
+        band = None
+        if length >= _LONG * reach:
+            band, beyond = _band(reach, length, device)
+            if visible is not None:
+                band = band & _cut_band(visible, reach) | beyond
+        return _Surroundings((far, near), visible, reach, band)
 
     def run_layer(self, layer: Any, hidden_BTD: Tensor, surroundings: Any) -> Tensor:
         """See ``Family``."""
@@ -264,28 +274,76 @@ def _rotation(theta: float, size: int, length: int, device: torch.device) -> tup
 
 
 @cache
-def _window(reach: int, length: int, device: torch.device) -> Tensor | None:
-    """Return the mask (1, 1, T, T) of neighbours; None if all positions are neighbours."""
+def _band(reach: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return which neighbours a token of a chunk has, and which tokens are beyond the sequence.
+
+    Chunk i holds positions ``2 reach i`` and on, its neighbours begin ``reach`` before. What is
+    beyond the sequence has all neighbours: nobody reads it, and without one it would be nan.
+
+    Returns:
+        (1, n, 2 reach, 4 reach) and (1, n, 2 reach, 1).
+    """
+    import torch
+
+    size = 2 * reach
+    inside = torch.arange(size, device=device)
+    around = torch.arange(2 * size, device=device) - reach
+    near = (inside[:, None] - around).abs() <= reach
+    starts = torch.arange(0, length, size, device=device)
+    places = starts[:, None] + around
+    exists = (places >= 0) & (places < length)
+    beyond = (starts[:, None] + inside >= length)[None, :, :, None]
+    return (near & exists[:, None, :])[None] | beyond, beyond
+
+
+def _cut_band(visible: Tensor, reach: int) -> Tensor:
+    """Return the part (B or 1, n, 2 reach or 1, 4 reach) of a mask that chunks see."""
+    from torch.nn import functional
+
+    size, (rows, length) = 2 * reach, visible.shape[-2:]
+    short = -length % size
+    padded = functional.pad(visible, (reach, short + reach, 0, short if rows > 1 else 0))
+    chunks = padded[:, 0].unfold(-1, 2 * size, size)  # (B, rows, n, 4 reach)
+    if rows == 1:
+        return chunks.transpose(1, 2)
+    chunks = chunks.unflatten(1, (-1, size))  # (B, n, 2 reach, n, 4 reach)
+    return chunks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
+def _near(reach: int, positions: Tensor, length: int) -> Tensor | None:
+    """Return the mask (B or 1, 1, M, T) of neighbours; None if all positions are neighbours."""
     import torch
 
     if length <= reach + 1:
         return None
-    places = torch.arange(length, device=device)
-    return ((places[:, None] - places).abs() <= reach)[None, None]
+    places = torch.arange(length, device=positions.device)
+    return ((positions.unsqueeze(-1) - places).abs() <= reach).unsqueeze(-3)
+
+
+def _in_chunks(heads_BHTd: Tensor, reach: int, *, neighbours: bool) -> Tensor:
+    """Return queries (B n, H, 2 reach, d), or keys or values (B n, H, 4 reach, d), by chunk."""
+    from torch.nn import functional
+
+    size = 2 * reach
+    short = -heads_BHTd.shape[2] % size
+    if not neighbours:
+        chunks = functional.pad(heads_BHTd, (0, 0, 0, short)).unflatten(2, (-1, size))
+        return chunks.transpose(1, 2).flatten(0, 1)
+    padded = functional.pad(heads_BHTd, (0, 0, reach, short + reach))
+    return padded.unfold(2, 2 * size, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
 
 def _run(layer: Any, hidden_BTD: Tensor, positions_BM: Tensor | None, around: Any) -> Tensor:
     """Run a layer for all positions, or for some."""
+    import torch
     from torch.nn import functional
 
-    attention, kind = layer.attn, int(layer.is_local)
+    attention, is_local = layer.attn, bool(layer.is_local)
     normed_BTD = layer.attn_norm(hidden_BTD)
-    heads, size = attention.config.num_attention_heads, hidden_BTD.shape[-1]
-    cos, sin = around.rotations[kind]
-    visible = around.visible[kind]
-    rows_cos, rows_sin = cos, sin
+    heads, (length, size) = attention.config.num_attention_heads, hidden_BTD.shape[1:]
+    cos, sin = around.rotations[is_local]
     if positions_BM is None:
-        rows = hidden_BTD
+        rows, rows_cos, rows_sin, visible = hidden_BTD, cos, sin, around.visible
         query, key, value = attention.Wqkv(normed_BTD).chunk(3, -1)
     else:
         rows = gather(hidden_BTD, positions_BM)
@@ -294,17 +352,31 @@ def _run(layer: Any, hidden_BTD: Tensor, positions_BM: Tensor | None, around: An
         query = functional.linear(gather(normed_BTD, positions_BM), weight[:size], biases[0])
         key, value = functional.linear(normed_BTD, weight[size:], biases[1]).chunk(2, -1)
         rows_cos, rows_sin = cos[positions_BM][:, None], sin[positions_BM][:, None]
-        visible = rows_of(visible, positions_BM)
+        visible = rows_of(around.visible, positions_BM)
     query, key, value = (
         part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value)
     )
+    query, key = _rotate(query, rows_cos, rows_sin), _rotate(key, cos, sin)
+    in_chunks = is_local and positions_BM is None and around.band is not None
+    if in_chunks:
+        query = _in_chunks(query, around.reach, neighbours=False)
+        key, value = (_in_chunks(part, around.reach, neighbours=True) for part in (key, value))
+        visible = around.band.expand(len(hidden_BTD), -1, -1, -1).flatten(0, 1).unsqueeze(1)
+    elif is_local:
+        places = torch.arange(length, device=key.device)[None]
+        near = _near(around.reach, places if positions_BM is None else positions_BM, length)
+        if near is not None:
+            visible = near if visible is None else near & visible
     context = functional.scaled_dot_product_attention(
-        _rotate(query, rows_cos, rows_sin),
-        _rotate(key, cos, sin),
+        query,
+        key,
         value,
         attn_mask=visible,
         dropout_p=attention.attention_dropout if layer.training else 0.0,
     )
+    if in_chunks:
+        context = context.unflatten(0, (len(hidden_BTD), -1)).transpose(1, 2)
+        context = context.flatten(2, 3)[:, :, :length]
     rows = rows + attention.out_drop(attention.Wo(context.transpose(1, 2).flatten(2)))
     result: Tensor = rows + layer.mlp(layer.mlp_norm(rows))
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -445,6 +446,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "decoder_bias": False, "tie_word_embeddings": False,
         },
         {"local_attention": 4, "global_attn_every_n_layers": 2, "num_attention_heads": 4},
+        {"local_attention": 2, "global_attn_every_n_layers": 9},  # in chunks of 2
+        {"local_attention": 40},  # longer than the sequences
         {"hidden_activation": "relu", "classifier_activation": "silu", "norm_eps": 0.1},
         {"global_rope_theta": 50.0, "local_rope_theta": 9.0, "classifier_pooling": "mean"},
         {"reference_compile": False, "sparse_prediction": True, "pad_token_id": VOCAB - 1},
@@ -493,11 +496,14 @@ def _starts(second_document: int) -> torch.Tensor:
 
 @FAMILY
 @pytest.mark.parametrize("cut", [(), (1, 3)], ids=str)
+@pytest.mark.parametrize("local_attention", [6, 2])  # by mask, and in chunks
 def test_a_document_does_not_see_its_neighbour_in_the_block(
-    family: str, cut: tuple[int, ...]
+    family: str, cut: tuple[int, ...], local_attention: int
 ) -> None:
+    config = _config(family)
+    config.local_attention = local_attention  # of ModernBERT
     specs = stage_specs(PipelineConfig(cut=cut), num_hidden_layers=LAYERS)
-    stages = [build_stage(s, _config(family), seed=0, start_words=1)[0].eval() for s in specs]
+    stages = [build_stage(s, config, seed=0, start_words=1)[0].eval() for s in specs]
     for stage in stages:
         _randomise(stage)
     ids, second = _ids(), 5
@@ -524,6 +530,40 @@ def test_a_document_does_not_see_its_neighbour_in_the_block(
         torch.testing.assert_close(
             first[:, second:], logits(ids[:, second:], alone), atol=1e-5, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("length", "local_attention", "documents"),
+    [(37, 4, False), (37, 4, True), (64, 8, True), (16, 2, True)],
+)
+def test_chunks_of_a_long_sequence_compute_what_a_mask_does(
+    length: int, local_attention: int, documents: bool
+) -> None:
+    """Outputs and gradients, and no nan beyond the end of the sequence."""
+    kind, config = FAMILIES["modernbert"], _config("modernbert")
+    config.local_attention = local_attention
+    layer = kind.make_layer(config, 1).double()
+    _randomise(layer)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(2, length, config.hidden_size, generator=generator).double()
+    hidden.requires_grad_()
+    visible = None
+    if documents:
+        of = (torch.rand(2, length, generator=generator) < 0.15).cumsum(1)
+        visible = of[:, None, :, None] == of[:, None, None, :]
+    around = kind.surroundings(config, length, visible, hidden.device)
+    assert around.band is not None
+    found = []
+    for surroundings in (around, replace(around, band=None)):
+        outputs = kind.run_layer(layer, hidden, surroundings)
+        weighted = (outputs * torch.arange(length)[:, None]).sum()
+        gradients = torch.autograd.grad(weighted, [hidden, *layer.parameters()])
+        found.append([outputs, *gradients])
+    for chunked, masked in zip(*found, strict=True):
+        torch.testing.assert_close(chunked, masked)
+    positions = torch.tensor([[1, 5, length - 1], [0, 7, 9]])
+    some = kind.run_layer_at(layer, hidden, positions, around)
+    torch.testing.assert_close(some, gather(found[0][0], positions))
 
 
 def test_positions_that_a_folder_does_not_have_are_named(tmp_path: Path) -> None:
