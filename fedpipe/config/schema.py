@@ -428,9 +428,9 @@ class OuterConfig:
     no other sites."""
     num_inner_rounds: int = 1
     """Rounds of this site in an outer round. All outer rounds make federation.num_rounds."""
-    wire: Literal["fp32", "bf16", "int8"] = "fp32"
+    wire: Literal["fp32", "bf16", "int8", "sparse"] = "fp32"
     """Format in which an update leaves the site. What bf16 and int8 round off is sent in a later
-    outer round (error feedback)."""
+    outer round (error feedback). sparse sends the share federation.density of the changes."""
 
     def __post_init__(self) -> None:
         """Check the values that need nothing else."""

@@ -56,9 +56,9 @@ class SiteUpdate:
     facts: UpdateFacts
     file: TensorFile
 
-    def change(self, name: str, layout: Layout) -> Tensor:
-        """Return the difference of one tensor, float32."""
-        return torch.from_numpy(decode(self.file.read(name), layout, self.facts["wire"]))
+    def change(self, name: str, layout: Layout, density: float = 1.0) -> Tensor:
+        """Return the difference of one tensor, float32; ``density`` is of a sparse update."""
+        return torch.from_numpy(decode(self.file.read(name), layout, self.facts["wire"], density))
 
 
 def write_first_global(folder: Path, config: RunConfig) -> GlobalFacts:
@@ -73,7 +73,9 @@ def write_first_global(folder: Path, config: RunConfig) -> GlobalFacts:
     return write_global(folder, 0, layouts, arrays, config=config)
 
 
-def read_update(site: str, folder: Path, base: GlobalFacts, layouts: Layouts) -> SiteUpdate:
+def read_update(
+    site: str, folder: Path, base: GlobalFacts, layouts: Layouts, *, density: float = 1.0
+) -> SiteUpdate:
     """Read the update of a site, and refuse one that must not be averaged.
 
     Args:
@@ -81,6 +83,7 @@ def read_update(site: str, folder: Path, base: GlobalFacts, layouts: Layouts) ->
         folder: Holds ``update.safetensors`` and ``update.json``.
         base: The weights that every site has started from.
         layouts: Of these weights.
+        density: ``federation.density`` of every site, where ``outer.wire`` is sparse.
 
     Raises:
         FederationError: It is of other weights or of another outer round, its file is damaged, its
@@ -93,8 +96,8 @@ def read_update(site: str, folder: Path, base: GlobalFacts, layouts: Layouts) ->
     ):
         if own != theirs:
             raise _refusal(site, f"{what} {str(own)[:12]}", str(theirs)[:12])
-    if facts["wire"] not in ("fp32", "bf16", "int8"):
-        raise _refusal(site, "format fp32, bf16 or int8", str(facts["wire"]))
+    if facts["wire"] not in ("fp32", "bf16", "int8", "sparse"):
+        raise _refusal(site, "format fp32, bf16, int8 or sparse", str(facts["wire"]))
     tokens = facts["tokens"]
     if not (type(tokens) is int and 0 < tokens < _MOST):
         raise _refusal(site, "a whole number of tokens above 0", str(tokens))
@@ -107,11 +110,15 @@ def read_update(site: str, folder: Path, base: GlobalFacts, layouts: Layouts) ->
             raise _refusal(site, f"a list of numbers as {key}", str(losses))
     check_digest(folder / UPDATE, facts["sha256"])
     update = SiteUpdate(site=site, facts=facts, file=TensorFile(folder / UPDATE))
-    expected = {n: encoded_layout(layout, facts["wire"]) for n, layout in layouts.items()}
+    expected = {n: encoded_layout(layout, facts["wire"], density) for n, layout in layouts.items()}
     if difference := first_difference(expected, update.file.layouts):
         raise _refusal(site, "the tensors of the weights", difference)
     for name, layout in layouts.items():
-        if not bool(update.change(name, layout).isfinite().all()):
+        try:
+            change = update.change(name, layout, density)
+        except RuntimeError:
+            raise _refusal(site, "positions within its tensors", f"others in {name}") from None
+        if not bool(change.isfinite().all()):
             raise _refusal(site, "finite numbers", f"NaN or infinity in {name}")
     return update
 
@@ -149,7 +156,7 @@ def write_next_global(
         config: Of every site.
 
     Raises:
-        FederationError: The rule needs more sites.
+        FederationError: The rule needs more sites, or whole changes.
     """
     updates = sorted(updates, key=lambda update: update.site)
     fewest = aggregation.fewest_clients()
@@ -158,8 +165,15 @@ def write_next_global(
             f"aggregation.rule: expected updates of {fewest} sites or more for"
             f" {aggregation.rule}, got {len(updates)}. Wait for more sites, or take another rule."
         )
+    sparse = [update.site for update in updates if update.facts["wire"] == "sparse"]
+    if sparse and aggregation.rule != "mean":
+        raise FederationError(
+            f"aggregation.rule: expected mean with sparse updates, got {aggregation.rule}. It needs"
+            f" whole changes: set outer.wire=int8 at {', '.join(sparse)}."
+        )
     weights, before = TensorFile(base / GLOBAL), base / MOMENTS
     layouts = weights.layouts
+    density = config.federation.density
     combine = _combination(updates, layouts, aggregation)
     moments = _moment_layouts(layouts, optimizer)
     old = TensorFile(before) if moments and before.is_file() else None
@@ -171,7 +185,7 @@ def write_next_global(
             step.moments.update(
                 (kind, torch.from_numpy(old.read(f"{name}.{kind}"))) for kind in step.moments
             )
-        changes = torch.stack([u.change(name, layouts[name]) for u in updates])
+        changes = torch.stack([u.change(name, layouts[name], density) for u in updates])
         step.step_(start, start + combine(changes))
         return start, step
 

@@ -57,7 +57,7 @@ class UpdateFacts(TypedDict):
     sha256: str
     """Of ``update.safetensors``."""
     wire: str
-    """Format of its tensors: fp32, bf16 or int8."""
+    """Format of its tensors: fp32, bf16, int8 or sparse."""
     tokens: int
     """Trained in the inner rounds, by all clients of the site."""
     train_loss: list[float | None]

@@ -41,8 +41,10 @@ from fedpipe.run.outer import (
 )
 from fedpipe.run.tensor_file import Array, Layout, Layouts, TensorFile, write_tensors
 
-BLOCK = 1024
-"""Elements of an int8 update that share a scale."""
+BLOCK, SPARSE_BLOCK = 1024, 4096
+"""Elements of an int8 update that share a scale, and of a sparse one that are a row."""
+_PACKED = ("int8", "sparse")
+"""Formats whose tensors are bytes."""
 _RESIDUAL = "outer_residual_"
 """Begins the name of what an outer round has rounded off, in the run directory of a site."""
 
@@ -163,7 +165,7 @@ def write_update(outer: OuterRound, run_dir: Path, config: RunConfig) -> None:
         CheckpointError: The weights after the last inner round are gone or damaged.
     """
     checkpoint = find_round(run_dir, outer.end_round)
-    base, wire = outer.read_base(), config.outer.wire
+    base, wire, density = outer.read_base(), config.outer.wire, config.federation.density
     files = [TensorFile(path) for path in sorted(checkpoint.path.glob(f"{STAGE}*.safetensors"))]
     trained = {name: file for file in files for name in file.layouts}
     owed = _newest_residual(run_dir, before=outer.index)
@@ -172,15 +174,15 @@ def write_update(outer: OuterRound, run_dir: Path, config: RunConfig) -> None:
         difference: Array = trained[name].read(name) - base.read(name)
         return difference if owed is None else difference + owed.read(name)
 
-    sent = {name: encoded_layout(layout, wire) for name, layout in base.layouts.items()}
-    changes = (encode(change(name), wire) for name in base.layouts)
+    sent = {n: encoded_layout(layout, wire, density) for n, layout in base.layouts.items()}
+    changes = (encode(change(name), wire, density) for name in base.layouts)
     _, sha256 = write_atomically(
         outer.path / UPDATE, partial(write_tensors, layouts=sent, tensors=changes)
     )
     if wire != "fp32":
         update = TensorFile(outer.path / UPDATE)
         rest = (
-            change(name) - decode(update.read(name), layout, wire)
+            change(name) - decode(update.read(name), layout, wire, density)
             for name, layout in base.layouts.items()
         )
         residual = run_dir / f"{_RESIDUAL}{outer.index:06d}.safetensors"
@@ -234,35 +236,39 @@ def _update_facts(outer: OuterRound, run_dir: Path, *, sha256: str, wire: str) -
 # -- formats ---------------------------------------------------------------------------------------
 
 
-def encoded_layout(layout: Layout, wire: str) -> Layout:
-    """Return what a float32 tensor is in an update of a format."""
-    if wire == "int8":
-        return Layout("U8", (_spec(prod(layout.shape), wire).nbytes,))
+def encoded_layout(layout: Layout, wire: str, density: float = 1.0) -> Layout:
+    """Return what a float32 tensor is in an update of a format; ``density`` is of a sparse one."""
+    if wire in _PACKED:
+        return Layout("U8", (_spec(prod(layout.shape), wire, density).nbytes,))
     return layout._replace(dtype="BF16") if wire == "bf16" else layout
 
 
-def encode(change: Array, wire: str) -> Array:
+def encode(change: Array, wire: str, density: float = 1.0) -> Array:
     """Return a float32 tensor as it leaves a site."""
     if wire == "fp32":
         return change
     flat = torch.from_numpy(np.ascontiguousarray(change)).flatten()
-    spec = _spec(flat.numel(), wire)
+    spec = _spec(flat.numel(), wire, density)
     padded = torch.zeros(spec.shape)
     padded.view(-1)[: flat.numel()] = flat
     encoded = spec.encode(padded)
-    if wire == "int8":
+    if wire in _PACKED:
         return np.asarray(encoded.numpy())
     bits = encoded.flatten()[: flat.numel()].view(torch.int16).numpy().view(np.uint16)
     return bits.reshape(change.shape)
 
 
-def decode(sent: Array, layout: Layout, wire: str) -> Array:
+def decode(sent: Array, layout: Layout, wire: str, density: float = 1.0) -> Array:
     """Return the float32 tensor of an encoded one.
 
     Args:
         sent: As ``encode`` has returned it.
         layout: Of the float32 tensor.
         wire: The format.
+        density: Share of the values that a sparse one holds.
+
+    Raises:
+        RuntimeError: The positions of a sparse one are not within the tensor.
     """
     if wire == "fp32":
         return sent
@@ -270,11 +276,11 @@ def decode(sent: Array, layout: Layout, wire: str) -> Array:
     if wire == "bf16":
         decoded = torch.from_numpy(sent.view(np.int16)).view(torch.bfloat16).float()
     else:
-        decoded = _spec(numel, wire).decode(torch.from_numpy(sent)).flatten()[:numel]
+        decoded = _spec(numel, wire, density).decode(torch.from_numpy(sent)).flatten()[:numel]
     return np.asarray(decoded.numpy()).reshape(layout.shape)
 
 
-def _spec(numel: int, wire: str) -> TensorSpec:
+def _spec(numel: int, wire: str, density: float) -> TensorSpec:
     """Whole blocks that hold so many elements; one that fits for a tensor of fewer than a block."""
-    block = min(BLOCK, numel)
-    return TensorSpec((-(-numel // block), block), torch.float32, wire=wire)
+    block = min(SPARSE_BLOCK if wire == "sparse" else BLOCK, numel)
+    return TensorSpec((-(-numel // block), block), torch.float32, wire=wire, density=density)

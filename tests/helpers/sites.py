@@ -111,7 +111,11 @@ class Consortium:
         base = json.loads((self.round(index) / GLOBAL_FACTS).read_text())
         layouts = TensorFile(self.round(index) / GLOBAL).layouts
         chosen = sites or self.sites
-        return [read_update(site.name, site.round(index), base, layouts) for site in chosen]
+        density = self.sites[0].config().federation.density
+        return [
+            read_update(site.name, site.round(index), base, layouts, density=density)
+            for site in chosen
+        ]
 
     def advance(self, index: int, sites: Sequence[Site] | None = None) -> None:
         write_next_global(

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from fedpipe.commands.consortium.config import read_consortium
 from fedpipe.commands.plan.plan import build_plan
 from fedpipe.config.federation import AggregationConfig, ServerOptimizerConfig
 from fedpipe.config.load import load_config
 from fedpipe.config.schema import RunConfig
-from fedpipe.errors import FederationError
+from fedpipe.config.tree import wrap
+from fedpipe.errors import ConfigError, FederationError
 from fedpipe.federation.outer import SiteUpdate, read_update, write_next_global
 from fedpipe.federation.rules import (
     ServerOptimizer,
@@ -38,6 +40,7 @@ from fedpipe.run.tensor_file import Layout, TensorFile, write_tensors
 from fedpipe.run.update import crossing_layouts, encode, encoded_layout, write_global
 
 LAYOUTS = {"a.weight": Layout("F32", (3, 4)), "b.bias": Layout("F32", (5,))}
+DENSITY = 0.5
 SITES = ("alpha", "beta", "delta", "gamma", "omega")
 TOKENS = {name: 100 * (index + 1) for index, name in enumerate(SITES)}
 
@@ -70,8 +73,8 @@ def _write_update(
     folder: Path, base: Path, change: dict[str, np.ndarray], *, tokens: int, wire: str = "fp32"
 ) -> None:
     folder.mkdir(parents=True)
-    layouts = {name: encoded_layout(layout, wire) for name, layout in LAYOUTS.items()}
-    write_tensors(folder / UPDATE, layouts, (encode(t, wire) for t in change.values()))
+    layouts = {name: encoded_layout(layout, wire, DENSITY) for name, layout in LAYOUTS.items()}
+    write_tensors(folder / UPDATE, layouts, (encode(t, wire, DENSITY) for t in change.values()))
     facts: dict[str, Any] = {
         "version": VERSION, "round": 0, "base_sha256": digest_of(base / GLOBAL), "wire": wire,
         "sha256": digest_of(folder / UPDATE), "tokens": tokens, "train_loss": [],
@@ -81,7 +84,8 @@ def _write_update(
 
 
 def _read(site: str, folder: Path, base: Path) -> SiteUpdate:
-    return read_update(site, folder, json.loads((base / GLOBAL_FACTS).read_text()), LAYOUTS)
+    facts = json.loads((base / GLOBAL_FACTS).read_text())
+    return read_update(site, folder, facts, LAYOUTS, density=DENSITY)
 
 
 def _weights(folder: Path) -> torch.Tensor:
@@ -164,19 +168,6 @@ def test_the_moments_of_an_outer_optimizer_go_on_from_round_to_round(
         torch.testing.assert_close(_weights(folder), expected)
 
 
-def test_nesterov_momentum_is_that_of_torch(tmp_path: Path, config: RunConfig) -> None:
-    ours, theirs = torch.zeros(4), torch.nn.Parameter(torch.zeros(4))
-    settings = ServerOptimizerConfig(name="fedavgm", lr=0.7, betas=(0.9, 0.0), nesterov=True)
-    optimizer = ServerOptimizer(settings, like=ours)
-    reference = torch.optim.SGD([theirs], lr=0.7, momentum=0.9, nesterov=True)
-    for seed in range(5):
-        delta = torch.randn(4, generator=torch.Generator().manual_seed(seed))
-        optimizer.step_(ours, ours + delta)
-        theirs.grad = -delta
-        reference.step()
-    torch.testing.assert_close(ours, theirs.detach())
-
-
 def _facts(**changed: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / UPDATE_FACTS
@@ -218,7 +209,7 @@ _FIVE = np.zeros(5, dtype=np.float32)
         (_facts(seconds=None), "seconds of 0 or more, got None"),
         (_facts(valid_tokens=-1), "valid_tokens of 0 or more, got -1"),
         (_facts(seconds=10**400), f"seconds of 0 or more, got 1{'0' * 119}. It is left out"),
-        (_facts(wire="fp8"), "format fp32, bf16 or int8, got fp8"),
+        (_facts(wire="fp8"), "format fp32, bf16, int8 or sparse, got fp8"),
         (_facts(version=9), "expected version 1, got 9"),
         (lambda folder: (folder / UPDATE_FACTS).write_text("[]"), "no JSON that says so"),
         (lambda folder: (folder / UPDATE).unlink(), "expected a file that can be read"),
@@ -309,6 +300,57 @@ def test_a_narrow_update_is_off_by_its_rounding_at_most(
     for name, layout in LAYOUTS.items():
         error = (update.change(name, layout) - torch.from_numpy(change[name])).abs()
         assert float(error.max()) <= worst * float(np.abs(change[name]).max())
+
+
+def test_a_sparse_update_makes_the_weights_of_its_largest_values(
+    tmp_path: Path, config: RunConfig
+) -> None:
+    config = load_config(None, [f"federation.density={DENSITY}"])
+    base, change = _write_base(tmp_path / "base", config), _draw(3)
+    _write_update(tmp_path / "site", tmp_path / "base", change, tokens=7, wire="sparse")
+    update = _read("alpha", tmp_path / "site", tmp_path / "base")
+    found = {name: update.change(name, LAYOUTS[name], DENSITY).numpy() for name in LAYOUTS}
+    for name, decoded in found.items():
+        largest = np.sort(np.abs(change[name]), axis=None)[-round(DENSITY * decoded.size)]
+        assert ((decoded != 0) == (np.abs(change[name]) >= largest)).all()
+        assert (np.sign(decoded) == np.sign(change[name]))[decoded != 0].all()
+    arguments: dict[str, Any] = {"index": 0, "optimizer": ServerOptimizerConfig(), "config": config}
+    folders = tmp_path / "next", tmp_path / "base"
+    folders[0].mkdir()
+    write_next_global(*folders, [update], aggregation=AggregationConfig(), **arguments)
+    torch.testing.assert_close(_weights(folders[0]), _flat(base) + _flat(found))
+    median_rule = AggregationConfig(rule="median", weighting="uniform")
+    with pytest.raises(FederationError, match="expected mean with sparse updates, got median"):
+        write_next_global(*folders, [update], aggregation=median_rule, **arguments)
+
+
+def test_a_consortium_with_a_robust_rule_has_no_sparse_updates() -> None:
+    tree = {
+        "federation": {
+            "sites": ["alpha", "beta"], "aggregation": {"rule": "median", "weighting": "uniform"},
+        },
+        "pretrain": {"outer": {"wire": "sparse"}},
+    }  # fmt: skip
+    with pytest.raises(ConfigError) as refusal:
+        read_consortium(wrap(tree, "f"), source="f")
+    assert str(refusal.value) == (
+        "pretrain.outer.wire: expected fp32, bf16 or int8 with federation.aggregation.rule=median,"
+        " got 'sparse'. A robust rule needs whole changes."
+    )
+
+
+def test_a_sparse_update_with_positions_outside_of_its_tensors_is_refused(
+    tmp_path: Path, config: RunConfig
+) -> None:
+    site, base = tmp_path / "site", tmp_path / "base"
+    _write_base(base, config)
+    _write_update(site, base, _draw(3), tokens=7, wire="sparse")
+    file = TensorFile(site / UPDATE)
+    spoilt = {name: np.full_like(file.read(name), 255) for name in LAYOUTS}
+    write_tensors(site / UPDATE, file.layouts, spoilt.values())
+    _facts(sha256=digest_of(site / UPDATE))(site)
+    with pytest.raises(FederationError, match="expected positions within its tensors, got others"):
+        _read("alpha", site, base)
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,14 @@ def read_consortium(tree: Node, *, source: str) -> tuple[ConsortiumConfig, RunCo
         seed=consortium.seed,
         federation=replace(run.federation, num_rounds=num_rounds),
     )
+    rule = consortium.federation.aggregation.rule
+    require(
+        rule == "mean" or run.outer.wire != "sparse",
+        f"{PRETRAIN}.outer.wire",
+        f"fp32, bf16 or int8 with federation.aggregation.rule={rule}",
+        run.outer.wire,
+        "A robust rule needs whole changes.",
+    )
     if run.pipeline.is_open:
         raise ConfigError(
             f"{PRETRAIN}.pipeline.cut: expected a list, got auto. All sites have the same cut: run"

@@ -239,7 +239,8 @@ class Consortium:
                     continue
                 answered_s = (folder / UPDATE_FACTS).stat().st_mtime - handed_out
                 try:
-                    facts = read_update(site, folder, base, layouts).facts
+                    density = self.pretrain.federation.density
+                    facts = read_update(site, folder, base, layouts, density=density).facts
                 except FederationError as error:
                     refused[site] = str(error)
                     show(f"{self._label(index)} {error}")
