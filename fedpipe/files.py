@@ -163,6 +163,8 @@ def write_text(path: Path, text: str) -> None:
 def replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     """Write a folder that is complete or absent, and replace the one that is there.
 
+    Whoever may read the folder may read its files.
+
     Args:
         folder: The finished folder.
         write: Makes and fills the folder at the path that it is given.
@@ -177,7 +179,10 @@ def replace_folder(folder: Path, write: Callable[[Path], Any]) -> None:
             except Exception as error:
                 _raise_cause(error, folder)
                 raise
+            readable = aside.stat().st_mode & 0o666  # safetensors makes files for the owner only
             for path in (*aside.rglob("*"), aside):
+                if path.is_file():
+                    path.chmod(readable)
                 sync(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

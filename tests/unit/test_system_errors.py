@@ -39,6 +39,17 @@ def test_what_the_system_refuses_is_named_and_a_failure_not_the_users_error() ->
         _raise(errno.ENOENT, "/x")
 
 
+@pytest.mark.parametrize("mode", [0o755, 0o750, 0o700])
+def test_whoever_may_read_a_folder_may_read_its_files(mode: int, tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        path.mkdir()
+        path.chmod(mode)
+        (path / "weights").touch(mode=0o600)  # as safetensors does
+
+    replace_folder(tmp_path / "folder", write)
+    assert (tmp_path / "folder/weights").stat().st_mode & 0o777 == mode & 0o666
+
+
 def test_a_write_that_fails_names_its_file_and_leaves_what_was_there(tmp_path: Path) -> None:
     file, folder = tmp_path / "a", tmp_path / "b"
     write_text(file, "old")

@@ -178,7 +178,7 @@ class Site:
 
     def _said(self, folder: Path) -> str:
         facts: dict[str, Any] = dict(self.facts_to_send(folder))
-        numbers = (f"{name} {facts[name]}" for name in self._sent)
+        numbers = (f"{name} {_rounded(facts[name])}" for name in self._sent)
         size = bytes_text((folder / UPDATE).stat().st_size)
         return ", ".join((f"a change of {size}", f"tokens {facts['tokens']:,}", *numbers))
 
@@ -298,6 +298,13 @@ class Site:
                 f"{folder / UPDATE}: expected the tensors that came in, got a difference in"
                 f" {further[0]}. Nothing is sent."
             )
+
+
+def _rounded(value: Any) -> Any:
+    """Return a number, or the numbers of all stages, for people."""
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def _label(order: Order) -> str:
