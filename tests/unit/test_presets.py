@@ -23,8 +23,9 @@ def preset(name: str, *overrides: str, path: str | None = None) -> RunConfig:
 
 def test_every_system_of_the_comparison_has_a_preset() -> None:
     assert preset_names() == [
-        "diloco", "fedbert", "fedbert-6-6", "fedbert-parallel", "fedbiobert-1-3", "fedbiobert-2-10",
-        "fedbiobert-2-2", "fedbiobert-4-8", "fedbiobert-6-6", "muloco",
+        "bioclinical-modernbert", "diloco", "fedbert", "fedbert-6-6", "fedbert-parallel",
+        "fedbiobert-1-3", "fedbiobert-2-10", "fedbiobert-2-2", "fedbiobert-4-8", "fedbiobert-6-6",
+        "muloco",
     ]  # fmt: skip
     assert all(preset(name).name == name for name in preset_names())
 
