@@ -28,7 +28,7 @@ class _Surroundings:
     """What layers need beside hidden states; [0] is for global layers, [1] for local ones."""
 
     rotations: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
-    """Cosines and sines (T, d) float32 of the rotary positions."""
+    """Cosines and signed sines (T, d) float32 of the rotary positions."""
     visible: Tensor | None
     """bool, broadcast to (B, H, T, T), without the distance; None for all."""
     reach: int
@@ -264,13 +264,14 @@ class ModernBert(Family):
 
 @cache
 def _rotation(theta: float, size: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (T, d) of the angles of all positions."""
+    """Return cosines, and sines with their signs, (T, d), of the angles of all positions."""
     import torch
 
     steps = torch.arange(0, size, 2, device=device).float() / size
     places = torch.arange(length, device=device).float()
-    angles = torch.outer(places, 1.0 / theta**steps).repeat(1, 2)
-    return angles.cos(), angles.sin()
+    angles = torch.outer(places, 1.0 / theta**steps)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)
 
 
 @cache
@@ -387,6 +388,5 @@ def _rotate(heads_BHTd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     import torch
 
     x = heads_BHTd.float()
-    first, second = x.chunk(2, -1)
-    turned = torch.cat((-second, first), -1)
-    return (x * cos + turned * sin).to(heads_BHTd.dtype)
+    turned = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, turned, sin).to(heads_BHTd.dtype)
