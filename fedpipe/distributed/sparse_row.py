@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SPARSE_BLOCK = 4096
+"""Elements of a sparse change that are one row."""
 LEVEL_BYTES = 4
 """Two bfloat16 numbers per row: the magnitude of its small values and that of its large ones."""
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from fedpipe.config.federation import FederationConfig
 from fedpipe.distributed.comm import Comm, Pending
+from fedpipe.distributed.sparse_row import SPARSE_BLOCK
 from fedpipe.distributed.wire import TensorSpec
 from fedpipe.federation.rules import krum_select, median, squared_distances, trimmed_mean
-from fedpipe.federation.traffic import BLOCK, SPARSE_BLOCK, hosted_clients, padded_numel
+from fedpipe.federation.traffic import BLOCK, hosted_clients, padded_numel
 
 BUCKET_ELEMENTS = 16 * 2**20
 """Elements per collective, 64 MiB of float32: large enough for full bandwidth."""

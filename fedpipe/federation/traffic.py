@@ -8,14 +8,12 @@ from collections.abc import Mapping, Sequence
 
 from fedpipe.config.federation import FederationConfig
 from fedpipe.config.schema import PipelineConfig
-from fedpipe.distributed.sparse_row import SparseRow
+from fedpipe.distributed.sparse_row import SPARSE_BLOCK, SparseRow
 from fedpipe.models.split import pipeline_edges
 from fedpipe.report.records import EdgeTraffic, TrafficRecord
 
 BLOCK = 1024
 """Elements of an int8 change that share a float32 scale: 0.4 % on top of a byte each."""
-SPARSE_BLOCK = 4096
-"""Elements of a sparse change that are one row: positions of 12 bits, of which most are shared."""
 _BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4.0 / BLOCK}
 
 

@@ -21,6 +21,7 @@ from fedpipe import __version__
 from fedpipe.config.model_shape import model_shape
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.tokenizer import tokenizer_info
+from fedpipe.distributed.sparse_row import SPARSE_BLOCK
 from fedpipe.distributed.wire import TensorSpec
 from fedpipe.files import sync, write_atomically, write_text
 from fedpipe.models.split import StageSpec, model_stages, part_of
@@ -41,8 +42,8 @@ from fedpipe.run.outer import (
 )
 from fedpipe.run.tensor_file import Array, Layout, Layouts, TensorFile, write_tensors
 
-BLOCK, SPARSE_BLOCK = 1024, 4096
-"""Elements of an int8 update that share a scale, and of a sparse one that are a row."""
+BLOCK = 1024
+"""Elements of an int8 update that share a scale."""
 _PACKED = ("int8", "sparse")
 """Formats whose tensors are bytes."""
 _RESIDUAL = "outer_residual_"

@@ -12,10 +12,10 @@ import torch
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData
 from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.sparse_row import SPARSE_BLOCK
 from fedpipe.distributed.wire import TensorSpec
 from fedpipe.federation.traffic import (
     BLOCK,
-    SPARSE_BLOCK,
     averaging_bytes,
     averaging_floats,
     padded_numel,

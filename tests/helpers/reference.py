@@ -23,6 +23,7 @@ from fedpipe.data.blocks import PreparedData
 from fedpipe.data.masking import IGNORED, MaskedReader, document_starts, pad
 from fedpipe.distributed.device import autocast
 from fedpipe.distributed.env import ProcessEnv
+from fedpipe.distributed.sparse_row import SPARSE_BLOCK
 from fedpipe.distributed.wire import TensorSpec
 from fedpipe.federation.cohort import Turn, client_history, plan_round, steps_per_round
 from fedpipe.federation.rules import (
@@ -33,7 +34,7 @@ from fedpipe.federation.rules import (
     trimmed_mean,
 )
 from fedpipe.federation.synchronizer import falsify
-from fedpipe.federation.traffic import BLOCK, SPARSE_BLOCK, padded_numel
+from fedpipe.federation.traffic import BLOCK, padded_numel
 from fedpipe.models.split import StageRole, model_stages, part_of, placement
 from fedpipe.models.stage import Stage, build_stage, trainable
 from fedpipe.models.weights import hf_config, stable_seed

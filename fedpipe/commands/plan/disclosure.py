@@ -13,8 +13,8 @@ from typing import Literal, get_args
 
 from fedpipe.config.model_shape import ModelShape
 from fedpipe.config.schema import RunConfig
-from fedpipe.distributed.sparse_row import SparseRow
-from fedpipe.federation.traffic import SPARSE_BLOCK, averaging_bytes, padded_numel
+from fedpipe.distributed.sparse_row import SPARSE_BLOCK, SparseRow
+from fedpipe.federation.traffic import averaging_bytes, padded_numel
 from fedpipe.models.split import StageRole, StageSpec
 from fedpipe.pipeline.messages import EdgeMessages, WireTensor
 from fedpipe.report.format import bytes_text

@@ -16,7 +16,7 @@ from fedpipe.config.deepspeed import autocast_dtype, deepspeed_config
 from fedpipe.config.model_shape import ModelShape, model_shape
 from fedpipe.config.schema import AverageConfig, PipelineConfig, RunConfig
 from fedpipe.data.tokenizer import tokenizer_info
-from fedpipe.distributed.sparse_row import SparseRow
+from fedpipe.distributed.sparse_row import SPARSE_BLOCK, SparseRow
 from fedpipe.distributed.topology import Grid
 from fedpipe.federation.traffic import averaging_bytes, averaging_floats
 from fedpipe.models.split import StageRole, StageSpec, model_stages, stage_specs
@@ -31,8 +31,7 @@ Row = tuple[str, str, str]
 _FLOAT32 = 4
 """Bytes of a weight, a gradient and each of Adam's moments."""
 _BYTES_IN_UPDATE = {"fp32": 4, "bf16": 2, "int8": 1 + 4 / 1024}
-"""Bytes of a weight in the update of a site; int8 has one scale for 1,024 weights. A sparse update
-has rows of 4,096 weights."""
+"""Bytes of a weight in the update of a site; int8 has one scale for 1,024 weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -438,7 +437,7 @@ def _site_rows(plan: Plan) -> list[Row]:
     if not outer.folder:
         return []
     numel = sum(stage.averaged_parameters for stage in plan.stages)
-    row = SparseRow(4096, plan.config.federation.density)
+    row = SparseRow(SPARSE_BLOCK, plan.config.federation.density)
     per_weight = _BYTES_IN_UPDATE | {"sparse": row.nbytes / row.length}
     size = bytes_text(int(numel * per_weight[outer.wire]))
     every = f"per outer round ({count(outer.num_inner_rounds, 'round')})"
