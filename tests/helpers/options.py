@@ -8,18 +8,15 @@ refusals name. ``covering`` makes configurations that hold every pair of values 
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import json
 import os
 import random
 import re
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
@@ -37,14 +34,8 @@ Settings = dict[str, Any]
 Refused = tuple[Settings, Settings, str]
 """Two values that are refused together, and the key that the refusal names first."""
 
-_ZERO = '"zero_optimization": {"stage": 1}'
-_BF16 = '"torch_autocast": {"enabled": true, "dtype": "bfloat16"}'
-FILES = {
-    "deepspeed.config": {
-        "zero": f"{{{_ZERO}}}", "bf16": f"{{{_BF16}}}", "zero and bf16": f"{{{_ZERO}, {_BF16}}}",
-    },
-}  # fmt: skip
-"""Values of texts that name a file: what is in it."""
+FILES = {"deepspeed.config": ("zero", "bf16", "zero and bf16")}
+"""Values of texts that name a file: its name in the folder ``deepspeed``."""
 LARGEST_WORLD = 8
 """Processes of a configuration that was not asked for more."""
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -276,13 +267,9 @@ def _finetuning(tree: dict[str, Any]) -> FinetuneConfig:
     return config
 
 
-@cache
 def file_of(key: str, name: str) -> str:
     """Return the path of one of ``FILES``."""
-    file = Path(tempfile.mkdtemp(prefix="options-")) / f"{name}.json"
-    file.write_text(FILES[key][name])
-    atexit.register(shutil.rmtree, file.parent)
-    return str(file)
+    return str(Path(__file__).parent / key.partition(".")[0] / f"{name}.json")
 
 
 def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
