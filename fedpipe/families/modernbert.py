@@ -65,7 +65,7 @@ class ModernBert(Family):
         "global_attn_every_n_layers": Field(3),
         "local_attention": Field(128),
         "global_rope_theta": Field(160000.0, "above zero"),
-        "local_rope_theta": Field(10000.0, "above zero", may_be_null=True),
+        "local_rope_theta": Field(10000.0, "above zero"),
         "tie_word_embeddings": Field(True, "flag"),
         # Of no meaning to pre-training; an exported model keeps them.
         "classifier_dropout": Field(0.0, "share"),
@@ -133,23 +133,41 @@ class ModernBert(Family):
     )
 
     def read(self, content: Config) -> Config:
-        """See ``Family``. transformers 5.x writes a list of layers' kinds, and a base of each."""
+        """See ``Family``. transformers 5.x writes a list of layers' kinds, and a base of each.
+
+        A list that is not periodic, a rotation that is scaled, and what contradicts the fields of
+        transformers 4.x stay in the result, which no field of that name accepts.
+        """
         result = dict(content)
-        every = content.get("global_attn_every_n_layers", 3)
-        number = content.get("num_hidden_layers", 22)
-        if type(every) is int and every > 0 and type(number) is int:
-            kinds = [_KINDS[bool(index % every)] for index in range(number)]
-            if content.get("layer_types") == kinds:
-                del result["layer_types"]
+        kinds = content.get("layer_types")
+        number = content.get("num_hidden_layers", self.fields["num_hidden_layers"].default)
+        if isinstance(kinds, list) and len(kinds) == number:
+            given = content.get("global_attn_every_n_layers")
+            default = self.fields["global_attn_every_n_layers"].default
+            for every in (default, *range(1, number + 1)) if given is None else (given,):
+                if type(every) is int and every > 0 and kinds == _kinds(number, every):
+                    del result["layer_types"]
+                    result["global_attn_every_n_layers"] = every
+                    break
         rotary = content.get("rope_parameters")
         if isinstance(rotary, dict) and set(rotary) <= set(_KINDS):
+            names = ("global_rope_theta", "local_rope_theta")
             found = [rotary.get(kind) or {} for kind in _KINDS]
+            bases = {
+                name: values["rope_theta"]
+                for name, values in zip(names, found, strict=True)
+                if "rope_theta" in values
+            }
             plain = ({"rope_theta", "rope_type"}, "default")
-            if all((set(f) | plain[0], f.get("rope_type", "default")) == plain for f in found):
+            if all(
+                (set(f) | plain[0], f.get("rope_type", "default")) == plain for f in found
+            ) and all(content.get(name) in (None, base) for name, base in bases.items()):
                 del result["rope_parameters"]
-                for name, values in zip(("global", "local"), found, strict=True):
-                    if "rope_theta" in values:
-                        result[f"{name}_rope_theta"] = values["rope_theta"]
+                result |= bases
+        if "local_rope_theta" in result and result["local_rope_theta"] is None:
+            # transformers 4.x takes the other base then, and 5.x fails.
+            base = self.fields["global_rope_theta"].default
+            result["local_rope_theta"] = result.get("global_rope_theta", base)
         return result
 
     def _norm(self, config: Config) -> int:
@@ -227,10 +245,9 @@ class ModernBert(Family):
     ) -> Any:
         """See ``Family``."""
         size = config.hidden_size // config.num_attention_heads
-        everywhere = config.global_rope_theta
         far, near = (
             _rotation(theta, size, length, device)
-            for theta in (everywhere, config.local_rope_theta or everywhere)
+            for theta in (config.global_rope_theta, config.local_rope_theta)
         )
         reach = config.local_attention // 2
         band = None
@@ -260,6 +277,11 @@ class ModernBert(Family):
     def cutoff(self, config: Any) -> float | None:
         """See ``Family``."""
         return float(config.initializer_cutoff_factor or 3)
+
+
+def _kinds(number: int, every: int) -> list[str]:
+    """Return the kinds of layers of which every so-manieth is global, from the first one on."""
+    return [_KINDS[bool(index % every)] for index in range(number)]
 
 
 @cache

@@ -209,6 +209,7 @@ def read_model(auto: Any, path: str, *, key: str, new_head: bool, **options: Any
     """
     from transformers.utils import logging
 
+    logging.disable_progress_bar()  # 5.x shows one for every folder, on stderr
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns about every head that is not in the folder
     try:

@@ -211,18 +211,24 @@ def _save(
     card: str,
 ) -> None:
     """Write one Hugging Face folder: weights, configuration, tokenizer, model card."""
-    model = build_model(state, model_config)
-    # The decoder's bias is one tensor with the head's in transformers 4.x and two in 5.x: a folder
-    # that holds both names is read alike by both.
+    write_model(build_model(state, model_config), folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(printable(card), encoding="utf-8")
+
+
+def write_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write weights and configuration so that transformers 4.x and 5.x read the same model.
+
+    The decoder's bias is one tensor with the head's in 4.x. In 5.x it is one only where the decoder
+    is the word embedding, and two otherwise. A folder that holds both names is read alike by both.
+    """
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         is_shared = any(tensor.data_ptr() == other.data_ptr() for other in tensors.values())
         tensors[name] = tensor.clone() if is_shared else tensor
     if model.config.tie_word_embeddings:
-        del tensors[FAMILIES[model_config.model_type].decoder]
+        del tensors[FAMILIES[model.config.model_type].decoder]
     model.save_pretrained(folder, state_dict=tensors)
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(printable(card), encoding="utf-8")
 
 
 def load_tokenizer(folder: Path, ids_of: PreparedData | TokenizerInfo) -> PreTrainedTokenizerBase:

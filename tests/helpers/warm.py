@@ -163,7 +163,8 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
 def _serve(listener: socket.socket, alive: int) -> None:
     """Start what is asked for, and tell how each process has ended, until the tests end."""
     for name in _PRELOAD:
-        import_module(name)
+        with contextlib.suppress(ImportError):  # adapters does not work with transformers 5.x
+            import_module(name)
     for name in [name for name in sys.modules if name.partition(".")[0] == "fedpipe"]:
         del sys.modules[name]  # a start imports them, because some read the environment
     with selectors.DefaultSelector() as selector:

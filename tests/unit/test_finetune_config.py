@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +138,10 @@ def test_a_run_of_a_grid_that_has_begun_keeps_the_model_that_it_began_with(tmp_p
 def test_without_the_adapters_library_the_way_to_get_it_is_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.delitem(sys.modules, "adapters", raising=False)
-    monkeypatch.setattr("fedpipe.commands.finetune.command.find_spec", lambda name: None)
+    def absent(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", absent)
     expected = r"adapters library to be installed, got none\. Install it: pip install"
     with pytest.raises(ConfigError, match=expected):
         finetune(None, [], str(tmp_path / "run"))
@@ -148,6 +150,13 @@ def test_without_the_adapters_library_the_way_to_get_it_is_said(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_library_is_there_also_once_it_is_imported() -> None:
-    pytest.importorskip("adapters")
+def test_a_transformers_that_the_adapters_library_cannot_use_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metadata, "requires", lambda name: ["transformers~=4.57.6", "torch"])
+    monkeypatch.setattr(metadata, "version", lambda name: "5.24.0")
+    expected = r"transformers ~=4\.57\.6, which the adapters library needs, got 5\.24\.0\. Install"
+    with pytest.raises(ConfigError, match=expected):
+        count_here()
+    monkeypatch.setattr(metadata, "version", lambda name: "4.57.9")
     check_library()

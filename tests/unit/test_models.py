@@ -23,7 +23,7 @@ from fedpipe.families.family import gather
 from fedpipe.models.split import merge, stage_specs
 from fedpipe.models.stage import Stage, build_stage
 from fedpipe.models.weights import hf_config, in_final_head, load_pretrained, stable_seed
-from fedpipe.run.export import build_model
+from fedpipe.run.export import build_model, write_model
 
 LAYERS, VOCAB, LENGTH = 4, 53, 12
 CUTS = [(), (0,), (2,), (1, 3), (0, 1, 2, 3)]
@@ -237,7 +237,7 @@ def test_export_has_the_logits_of_the_stages_in_sequence(
     stages = _stages(config, cut)
     for stage in stages:
         _randomise(stage)
-    build_model(_weights(stages), config).save_pretrained(tmp_path)
+    write_model(build_model(_weights(stages), config), tmp_path)
     model = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
     assert type(model) is FAMILIES[family].masked_lm_class()
     assert model.config.model_type == family
@@ -268,7 +268,7 @@ def test_a_tied_decoder_is_exported_as_the_word_embedding(
         _randomise(stage)
     state = _weights(stages)
     assert FAMILIES[family].decoder not in state, "one tensor is trained and sent once"
-    build_model(state, config).save_pretrained(tmp_path)
+    write_model(build_model(state, config), tmp_path)
     model = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
     assert model.config.tie_word_embeddings is True and config.tie_word_embeddings is False
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -339,14 +339,11 @@ def _pickle(folder: Path) -> None:
 
 
 def _assert_equals(stages: list[Stage], model: PreTrainedModel) -> None:
-    expected = dict(model.named_parameters())
+    expected = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in _weights(stages).items():
         # An untied model of transformers 5.x has a second bias, and that one is used.
         family = FAMILIES[model.config.model_type]
-        other = expected.get(family.twins.get(name, ""), expected.get(name))
-        if other is None:
-            assert name == family.decoder  # tied: one tensor there
-            other = model.get_input_embeddings().weight
+        other = expected.get(family.twins.get(name, ""), expected[name])
         assert torch.equal(parameter, other), name
 
 
@@ -464,7 +461,7 @@ def test_an_accepted_folder_has_the_logits_that_it_has_in_transformers(
 ) -> None:
     """What config.json may say is computed exactly, wherever the model is cut."""
     kind = FAMILIES[family]
-    config = kind.config_class()(**_config(family).to_dict() | fields)
+    config = kind.config_class()(**{**kind.read(_config(family).to_dict()), **fields})
     config.max_position_embeddings = kind.first_position(config.pad_token_id) + LENGTH
     model = AutoModelForMaskedLM.from_config(config)
     _randomise(model)
@@ -581,12 +578,12 @@ def test_every_field_that_transformers_writes_by_default_is_accepted(
 ) -> None:
     kind = FAMILIES[family]
     default = kind.config_class()()
-    found = dict(kind.read(default.to_dict()))
+    found = dict(kind.read(default.to_dict()))  # without what a family has lost in 5.x
     assert {name: found.get(name) for name in kind.fields} == {
         name: field.default for name, field in kind.fields.items()
     }
     assert found["pad_token_id"] == kind.pad_token_id
-    assert all(value == found.get(name) for name, (value, _) in kind.fixed.items())
+    assert all(value == found.get(name, value) for name, (value, _) in kind.fixed.items())
     biased = {n: True for n, field in kind.fields.items() if n.endswith("_bias")}
     every = kind.config_class()(**_config(family).to_dict() | biased)
     every._attn_implementation = "sdpa"
@@ -640,6 +637,68 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "vocab_size": 50265,
     },
 }  # fmt: skip
+
+
+def _newer(kinds: list[str], far: Any = None, near: Any = None, **fields: Any) -> dict[str, Any]:
+    """A ModernBERT's config.json as transformers 5.24 writes it."""
+    rotary = {
+        kind: {"rope_type": "default", "rope_theta": theta}
+        for kind, theta in (("full_attention", far or 160000.0), ("sliding_attention", near or 1e4))
+    }
+    return {
+        "model_type": "modernbert", "num_hidden_layers": len(kinds), "rope_parameters": rotary,
+        "layer_types": [f"{kind}_attention" for kind in kinds], **fields,
+    }  # fmt: skip
+
+
+FULL, NEAR = "full", "sliding"
+
+
+@pytest.mark.parametrize(
+    ("content", "every", "bases"),
+    [
+        (_newer([FULL, NEAR, NEAR, FULL]), 3, (160000.0, 1e4)),
+        (_newer([FULL, NEAR], 50.0, 9.0), 3, (50.0, 9.0)),
+        (_newer([FULL, NEAR, FULL, NEAR]), 2, (160000.0, 1e4)),
+        (_newer([FULL] * 4), 1, (160000.0, 1e4)),
+        (_newer([FULL, NEAR, NEAR, NEAR]), 4, (160000.0, 1e4)),
+        (_newer([FULL, NEAR], 50.0, global_attn_every_n_layers=2, global_rope_theta=50.0), 2,
+         (50.0, 1e4)),
+        ({"global_attn_every_n_layers": 2, "global_rope_theta": 5.0, "local_rope_theta": None}, 2,
+         (5.0, 5.0)),
+    ],
+)  # fmt: skip
+def test_a_modernbert_of_either_version_of_transformers_is_read_alike(
+    content: dict[str, Any], every: int, bases: tuple[float, float]
+) -> None:
+    found = FAMILIES["modernbert"].read(content)
+    assert "layer_types" not in found and "rope_parameters" not in found
+    assert found["global_attn_every_n_layers"] == every
+    assert (found["global_rope_theta"], found["local_rope_theta"]) == bases
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _newer([FULL, NEAR, NEAR, NEAR, FULL, NEAR, FULL]),
+        _newer([NEAR, FULL, FULL]),
+        _newer([FULL, NEAR], global_attn_every_n_layers=1),
+        _newer([FULL, NEAR], global_rope_theta=5.0),
+        _newer([FULL, NEAR], num_hidden_layers=3),
+        _newer([FULL], rope_parameters={"full_attention": {"rope_type": "yarn", "factor": 2.0}}),
+    ],
+    ids=["not periodic", "local first", "contradiction", "two bases", "too short", "scaled"],
+)
+def test_a_modernbert_that_the_stages_would_not_compute_is_refused(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    expected = r"fields of a modernbert model in .*, got (layer_types|rope_parameters) = "
+    with pytest.raises(ConfigError, match=expected):
+        resolve(
+            ModelConfig(family="modernbert", path=str(tmp_path)), vocab_size=1, sequence_length=8
+        )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -192,18 +191,28 @@ def count_here() -> int:
 
 
 def check_library() -> None:
-    """Refuse to start without the adapters library.
+    """Refuse to start without the adapters library, or with a transformers that it cannot use.
 
     It is an extra of fedpipe, because it pins the version of transformers.
 
     Raises:
-        ConfigError: The library is not installed.
+        ConfigError: The library is not installed, or needs another version of transformers.
     """
-    # once imported it has no spec: its module replaces itself
-    if "adapters" not in sys.modules and find_spec("adapters") is None:
+    from packaging.requirements import Requirement
+
+    try:
+        needs = [Requirement(line) for line in metadata.requires("adapters") or ()]
+    except metadata.PackageNotFoundError:
         raise ConfigError(
             "finetune: expected the adapters library to be installed, got none. Install it: "
             "pip install -e '.[finetune]'."
+        ) from None
+    found = metadata.version("transformers")
+    wanted = next(need.specifier for need in needs if need.name == "transformers")
+    if found not in wanted:
+        raise ConfigError(
+            f"finetune: expected transformers {wanted}, which the adapters library needs, got"
+            f" {found}. Install both in an environment of their own: pip install -e '.[finetune]'."
         )
 
 
