@@ -6,11 +6,14 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The newest transformers, before the packages of .venv: adapters, with which models are fine-tuned,
+# holds it back there.
+NEWER := .venv-transformers5
 RUN_DIR ?= runs/quickstart
 # Of pytest, for two cores: half of the time a test waits for its ranks, a signal or SLURM.
 WORKERS ?= 3
 
-.PHONY: help pretrain consortium check test test-all slurm-packages slurm-up slurm-down lint format docs bench \
+.PHONY: help pretrain consortium check test test-all test-transformers5 slurm-packages slurm-up slurm-down lint format docs bench \
 	bench-gpu bench-gpu-published clean .venv
 .DELETE_ON_ERROR:
 
@@ -20,7 +23,9 @@ help:
 	@echo "make consortium  three sites and a coordinator on this machine, into runs/consortium"
 	@echo "make check     lint, types and the fast unit tests: before every commit"
 	@echo "make test      lint, types and every test that this machine can run; as root installs SLURM"
-	@echo "make test-all  the same with every case of the matrices of options, not a sample of them"
+	@echo "make test-all  the same with every case of the matrices of options, not a sample of them,"
+	@echo "               and then make test-transformers5"
+	@echo "make test-transformers5  pre-training, export and evaluation with the newest transformers 5.x"
 	@echo "make lint      ruff and mypy only"
 	@echo "make format    rewrite the code as ruff formats it"
 	@echo "make docs      the documentation site, into build/site"
@@ -53,7 +58,23 @@ test: slurm-packages lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: export FEDPIPE_MATRIX = all
-test-all: test
+test-all: test test-transformers5
+
+# Fine-tuning is left out: it needs adapters.
+test-transformers5: $(NEWER)/.ready
+	FEDPIPE_OTHER_PYTHON=$(CURDIR)/$(BIN)/python OMP_NUM_THREADS=1 $(NEWER)/bin/python -m pytest \
+		-n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		$(addprefix tests/unit/test_,bad_input.py config.py evaluate.py face.py metrics.py models.py \
+			optimizer.py split.py task_encoding.py tokenizer.py) \
+		tests/distributed/test_engine.py $(addprefix tests/e2e/test_,evaluate.py pretrain.py versions.py)
+
+$(NEWER)/.ready: constraints-transformers5.txt $(READY)
+	@echo "installing the packages of constraints-transformers5.txt (180 MB) into $(NEWER)"
+	$(PYTHON) -m venv --clear $(NEWER)
+	echo "import site; site.addsitedir('$(CURDIR)/$$(echo $(VENV)/lib/python*/site-packages)')" \
+		> $$(echo $(NEWER)/lib/python*/site-packages)/packages.pth
+	$(NEWER)/bin/pip install --quiet --no-deps -r constraints-transformers5.txt
+	@touch $@
 
 # Debian packages for the tests on SLURM, if this user may install them; their services stay off.
 slurm-packages:
@@ -98,5 +119,5 @@ bench-gpu-published: $(READY)
 		--grid data.padded_length=0,512 "pipeline.wire=[auto],[fp32]"
 
 clean:
-	rm -rf $(VENV) .venv-docs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(NEWER) .venv-docs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find fedpipe tests launch -name __pycache__ -type d -prune -exec rm -rf {} +
