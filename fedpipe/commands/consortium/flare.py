@@ -18,21 +18,16 @@ from nvflare.fuel.f3.streaming.file_downloader import add_file
 from nvflare.fuel.f3.streaming.obj_downloader import ObjectDownloader
 
 from fedpipe.commands.consortium.kits import organisation
-from fedpipe.commands.consortium.messages import Reference
+from fedpipe.commands.consortium.messages import PIECE_S, Reference
 from fedpipe.errors import FederationError
 from fedpipe.files import sync
 from fedpipe.run.outer import check_digest, digest_of
 
 _OFFERED_S = 7 * 24 * 3600.0
 """How long an offer outlives the last piece that was fetched; it ends with its process anyway."""
-_PIECE_S = 60.0
-"""How long a piece may take before it is asked for again: 5 MiB at 0.7 Mbit/s."""
 _FOR_EVER = 2**31
 _SITE_S, _SERVER_S = 3.0, 20.0
 """How long a server waits for a site, and a driver for the server."""
-ENVIRONMENT = {"NVFLARE_STREAMING_RETRY_WAIT": str(_PIECE_S)}
-"""For the processes of NVFlare: they send again what has not been confirmed for so long. After its
-own 5 s a slow link has the same piece many times, and is busy with them when it is back."""
 
 
 def offer(cell: Any, path: Path, *, receivers: int) -> tuple[Any, Reference]:
@@ -77,7 +72,7 @@ def fetch(cell: Any, reference: Reference, path: Path, *, abort_signal: Any) -> 
                 from_fqcn=reference["owner"],
                 ref_id=reference["name"],
                 consumer=pieces,
-                per_request_timeout=_PIECE_S,
+                per_request_timeout=PIECE_S,
                 cell=cell,
                 abort_signal=abort_signal,
                 max_retries=_FOR_EVER,  # who knows how long a link is down

@@ -18,6 +18,12 @@ ORDER, ANSWER = "order", "answer"
 """Keys of the two texts."""
 TASK = "outer_round"
 """Name of the only task that a site has."""
+PIECE_S = 60.0
+"""How long a piece may take before it is asked for again: 5 MiB at 0.7 Mbit/s."""
+ENVIRONMENT = {"NVFLARE_STREAMING_RETRY_WAIT": str(PIECE_S), "MALLOC_ARENA_MAX": "2"}
+"""For the processes of NVFlare. They send again what has not been confirmed for so long: after its
+own 5 s a slow link has the same piece many times, and is busy with them when it is back. And pieces
+that many threads have held go back to few arenas, which saves 100 MB of 500."""
 _MOST = 2**20
 """Characters of a text; a longer one is not ours."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

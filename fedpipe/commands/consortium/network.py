@@ -26,7 +26,7 @@ from typing import Any
 
 from fedpipe.commands.consortium.config import ServerConfig
 from fedpipe.commands.consortium.controller import DECLINED, ORDERS, OuterRound
-from fedpipe.commands.consortium.flare import ENVIRONMENT, server_command, wait_longer
+from fedpipe.commands.consortium.flare import server_command, wait_longer
 from fedpipe.commands.consortium.kits import (
     COORDINATOR,
     DRIVER,
@@ -36,7 +36,7 @@ from fedpipe.commands.consortium.kits import (
     check_project,
     kit_of,
 )
-from fedpipe.commands.consortium.messages import TASK
+from fedpipe.commands.consortium.messages import ENVIRONMENT, TASK
 from fedpipe.commands.consortium.run import CONNECTED
 from fedpipe.commands.consortium.server import CONSORTIUM_DIR, REFUSED
 from fedpipe.distributed.signals import end_with_parent

@@ -23,6 +23,7 @@ from fedpipe.commands.consortium.kits import (
     kit_of,
     require_nvflare,
 )
+from fedpipe.commands.consortium.messages import ENVIRONMENT
 from fedpipe.commands.site.site import Site
 from fedpipe.distributed.signals import Signals, end_with_parent
 from fedpipe.errors import FederationError
@@ -55,7 +56,7 @@ def keep_agent(site: Site, invitation: Invitation, show: Callable[[str], None]) 
     """
     require_nvflare()
     _check_alone(site)
-    from fedpipe.commands.consortium.flare import ENVIRONMENT, agent_command
+    from fedpipe.commands.consortium.flare import agent_command
     from fedpipe.commands.site.executor import SITE_DIR
 
     kit = kit_of(site.path / KIT)

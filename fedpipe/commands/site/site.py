@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedpipe.cluster.slurm import refusal_in
-from fedpipe.commands.consortium.messages import Order, check_order
+from fedpipe.commands.consortium.messages import ENVIRONMENT, Order, check_order
 from fedpipe.commands.site.config import (
     METRICS,
     SiteConfig,
@@ -274,6 +274,7 @@ class Site:
                 ["/bin/sh", "-c", _KEEP, "sh", str(attempts), wait_s, *command],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 pass_fds=(lock,), cwd=run,
+                env={name: v for name, v in os.environ.items() if name not in ENVIRONMENT},
             )  # fmt: skip
         write_text(folder / "pid", f"{process.pid}\n")
         if not is_unanswered:
