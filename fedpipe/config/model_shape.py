@@ -6,7 +6,7 @@ Pure arithmetic over a ``config.json``; counts and FLOPs let the plan speak with
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,14 @@ class ModelShape:
         """Return the parameters of the embeddings."""
         return self.kind.embedding_parameters(self.config)
 
-    def layer_parameters(self, layers: Iterable[int]) -> int:
-        """Return the parameters of encoder layers, given their indices."""
-        return sum(self.kind.layer_parameters(self.config, index) for index in layers)
+    def layer_parameters(self, first: int, end: int) -> int:
+        """Return the parameters of the encoder layers from ``first`` on and before ``end``.
+
+        They are not counted one by one: a number of layers may be anybody's.
+        """
+        each = self.kind.layer_parameters(self.config, 1)
+        lacking = each - self.kind.layer_parameters(self.config, 0) if first == 0 < end else 0
+        return (end - first) * each - lacking
 
     def head_parameters(self, *, tied: bool) -> int:
         """Return the parameters of a masked-LM head.

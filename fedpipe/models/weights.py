@@ -19,6 +19,7 @@ from fedpipe.families.family import Family, modeling
 from fedpipe.models.split import AUX_HEADS
 
 modeling("modeling_utils")  # before anything else imports a model, see there
+modeling("generation.candidate_generator")  # which the models of adapters import
 modeling("utils.logging").disable_progress_bar()  # 5.x shows one for every folder, on stderr
 
 

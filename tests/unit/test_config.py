@@ -329,9 +329,10 @@ def test_parameter_counts_are_those_of_transformers(family: str, biased: bool) -
         head.decoder.bias = whole.get_parameter(first)
     layers = whole.get_submodule(kind.layers)
     assert shape.embedding_parameters() == count(whole.get_submodule(kind.embeddings))
-    assert shape.layer_parameters([0]) == count(layers[0])
-    assert shape.layer_parameters([1]) == count(layers[1])
-    encoder = shape.embedding_parameters() + shape.layer_parameters(range(len(layers)))
+    assert shape.layer_parameters(0, 1) == count(layers[0])
+    assert shape.layer_parameters(1, 2) == count(layers[1])
+    assert shape.layer_parameters(1, 1) == 0
+    encoder = shape.embedding_parameters() + shape.layer_parameters(0, len(layers))
     assert shape.head_parameters(tied=False) == count(whole) - encoder
     assert shape.head_parameters(tied=True) == count(whole) - encoder - 97 * 32
 

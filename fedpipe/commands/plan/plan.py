@@ -188,7 +188,7 @@ def _stages(
 def _parts(spec: StageSpec, shape: ModelShape) -> dict[str, int]:
     """Return the number of a stage's parameters for each key of ``federation.average``."""
     layers = "client_layers" if spec.role is StageRole.CLIENT else "server_layers"
-    parts = {layers: shape.layer_parameters(range(spec.first_layer, spec.end_layer))}
+    parts = {layers: shape.layer_parameters(spec.first_layer, spec.end_layer)}
     if spec.is_first:
         parts["embeddings"] = shape.embedding_parameters()
     if spec.is_last:
@@ -196,7 +196,7 @@ def _parts(spec: StageSpec, shape: ModelShape) -> dict[str, int]:
     elif spec.has_head:
         parts["aux_head"] = shape.head_parameters(tied=spec.decoder != "own")
         if spec.head == "mlm+layer":
-            parts["aux_head"] += shape.layer_parameters([spec.end_layer])
+            parts["aux_head"] += shape.layer_parameters(spec.end_layer, spec.end_layer + 1)
     return parts
 
 

@@ -171,7 +171,7 @@ def check_limits(site: SiteConfig, config: RunConfig, *, num_bytes: int) -> None
             " federation.num_local_epochs."
         )
     shape = model_shape(config, vocab_size=1)
-    encoder = shape.embedding_parameters() + shape.layer_parameters(range(shape.num_hidden_layers))
+    encoder = shape.embedding_parameters() + shape.layer_parameters(0, shape.num_hidden_layers)
     steps = config.federation.num_local_steps * config.outer.num_inner_rounds
     for what, asked, limit in (
         ("parameters", max(num_bytes // 4, encoder), site.accepts.max_parameters),
