@@ -245,6 +245,7 @@ def test_another_base_in_the_middle_of_an_outer_round_is_refused(tmp_path: Path)
     assert "expected the weights that" in site.train().error
 
 
+@pytest.mark.matrix(sample=1)
 @pytest.mark.parametrize(("wire", "share", "left"), [("int8", 1.05, 0.02), ("sparse", 0.03, 1.0)])
 def test_what_narrow_updates_round_off_is_sent_later(
     wire: str, share: float, left: float, tmp_path: Path

@@ -232,6 +232,7 @@ def assert_done(network: Clusters, coordinator: Command) -> str:
     return finished.out
 
 
+@pytest.mark.matrix(sample=0)  # with its clusters two minutes; the network alone is in tests/e2e
 def test_clusters_apart_train_the_weights_of_their_sites_on_one_machine(
     network: Clusters, expected: list[TensorFile]
 ) -> None:

@@ -66,6 +66,7 @@ def ask(site: Site, tmp_path: Path) -> Ask:
     return lambda: site.answer(cast(Order, order), fetch=fetch, is_over=threading.Event().is_set)
 
 
+@pytest.mark.matrix(sample=0)  # 40 seconds, most of them waiting for SLURM's own timeouts
 def test_a_site_waits_for_a_scheduler_that_is_down_and_says_so_once(
     site: Site, ask: Ask, cluster: Cluster
 ) -> None:
