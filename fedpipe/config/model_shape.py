@@ -21,11 +21,7 @@ _SHORTEST_BLOCK = 8
 """Tokens; what ``data.sequence_length`` is at least."""
 _MAX_VOCAB_PADDING = 127
 """Folders pad their embedding to a multiple of up to 128; a larger surplus is another one."""
-_SECTION = (
-    "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
-    "max_position_embeddings", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob",
-    "initializer_range", "layer_norm_eps", "type_vocab_size", "tie_word_embeddings",
-)  # fmt: skip
+_SECTION = tuple(dict.fromkeys(key for family in FAMILIES.values() for key in family.keys))
 """Keys of the section ``model`` that are fields of config.json in one family or another."""
 
 

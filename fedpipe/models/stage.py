@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from fedpipe.config.schema import RunConfig
 from fedpipe.distributed.device import same_draws
 from fedpipe.families import FAMILIES
-from fedpipe.families.family import gather
+from fedpipe.families.family import Family, gather
 from fedpipe.models.split import AUX_HEADS, StageSpec
 from fedpipe.models.weights import initialise, load_pretrained
 
@@ -49,24 +49,22 @@ class StageModule(nn.Module, ABC):
     subclass names the planes.
     """
 
-    def __init__(self, spec: StageSpec, *, activation_checkpointing: bool) -> None:
+    def __init__(self, spec: StageSpec, family: Family, *, activation_checkpointing: bool) -> None:
         """Create a stage without modules."""
         super().__init__()
         self.spec, self.activation_checkpointing = spec, activation_checkpointing
+        self.family, self._run_layer = family, family.run_layer
 
-    def run_layers(
-        self, layers: Iterable[nn.Module], hidden_BTD: Tensor, visible: Tensor | None
-    ) -> Tensor:
+    def run_layers(self, layers: Iterable[nn.Module], hidden_BTD: Tensor, around: Any) -> Tensor:
         """Run transformers layers one after the other.
 
         Args:
             layers: Layers of the stage.
             hidden_BTD: Input of the first layer.
-            visible: Mask of the positions that are attended to, broadcast to (B, heads, T, T); None
-                for all.
+            around: What layers need beside hidden states; see ``Family.surroundings``.
         """
         for layer in layers:
-            hidden_BTD = self._checkpointed(partial(_run, layer), hidden_BTD, visible)
+            hidden_BTD = self._checkpointed(partial(self._run_layer, layer), hidden_BTD, around)
         return hidden_BTD
 
     def _checkpointed(self, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -126,8 +124,8 @@ class Stage(StageModule):
         word_embedding: nn.Parameter | None = None,
     ) -> None:
         """Build the stage with uninitialised weights (see ``build_stage``)."""
-        super().__init__(spec, activation_checkpointing=activation_checkpointing)
-        self.family = FAMILIES[config.model_type]
+        family = FAMILIES[config.model_type]
+        super().__init__(spec, family, activation_checkpointing=activation_checkpointing)
         self.padded_after, self.start_words = padded_after, start_words
         self.hidden_size: int = config.hidden_size
         self._config = config
@@ -144,8 +142,7 @@ class Stage(StageModule):
         self._head: list[nn.Module] = []
         """Modules of the head, which are run one after the other."""
         self._build_head(config, word_embedding)
-        self._run_layer, self._run_layer_at = self.family.run_layer, self.family.run_layer_at
-        self._score = _score
+        self._run_layer_at, self._score = family.run_layer_at, _score
 
     @property
     def copied(self) -> dict[str, nn.Parameter]:
@@ -221,10 +218,7 @@ class Stage(StageModule):
     def _run_layers(
         self, layers: Iterable[nn.Module], hidden_BTD: Tensor, known_BM: Tensor | None
     ) -> Tensor:
-        around = self._around(hidden_BTD, known_BM)
-        for layer in layers:
-            hidden_BTD = self._checkpointed(partial(self._run_layer, layer), hidden_BTD, around)
-        return hidden_BTD
+        return self.run_layers(layers, hidden_BTD, self._around(hidden_BTD, known_BM))
 
     def _around(self, hidden_BTD: Tensor, known_BM: Tensor | None) -> Any:
         """Return what layers need beside hidden states."""
@@ -400,11 +394,6 @@ def build_stages(
         )
         stages.append(stage)
     return stages
-
-
-def _run(layer: nn.Module, hidden_BTD: Tensor, visible: Tensor | None) -> Tensor:
-    output = layer(hidden_BTD, visible)
-    return output[0] if isinstance(output, tuple) else output  # transformers 4.x, 5.x
 
 
 def place(root: nn.Module, path: str, module: nn.Module) -> nn.Module:

@@ -93,7 +93,8 @@ class TunedStage(StageModule):
             kind: Kind of the task.
             activation_checkpointing: Recompute layers in the backward pass.
         """
-        super().__init__(spec, activation_checkpointing=activation_checkpointing)
+        family = FAMILIES[model.config.model_type]
+        super().__init__(spec, family, activation_checkpointing=activation_checkpointing)
         self._kind = kind
         prefix, base = model.base_model_prefix, model.base_model
         self._embeddings: list[nn.Module] = []  # lists, so that nothing is registered a second time

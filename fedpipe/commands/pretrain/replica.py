@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from fedpipe.models.split import StageSpec, model_stages
 from fedpipe.models.stage import MaskedTargets, Stage, build_stage
 from fedpipe.models.weights import hf_config
 from fedpipe.pipeline.messages import edge_messages
-from fedpipe.pipeline.stage_engine import MicroBatchSource, StepResult
+from fedpipe.pipeline.stage_engine import MicroBatchSource
 
 EMBEDDING_LEDGER = "embedding"
 """Entry of the traffic ledger for the word embedding that the final decoder starts from."""
@@ -132,23 +131,6 @@ class PretrainingReplica(StageReplica):
                 decoder_VD.copy_(embedding_VD)
             engines[final.stage_id].weights_changed()
 
-    def train(
-        self,
-        turn: Turn,
-        steps: range,
-        *,
-        round_id: int,
-        seen: int,
-        lr: Callable[[int], float],
-        on_step: Callable[[int, StepResult], None],
-        until: Callable[[int], int],
-    ) -> None:
-        """See ``Replica.train``. Messages have the round's number of masked tokens."""
-        self._mask_as(self.config.in_round(round_id))
-        super().train(
-            turn, steps, round_id=round_id, seen=seen, lr=lr, on_step=on_step, until=until
-        )
-
     def _mask_as(self, config: RunConfig) -> None:
         """Mask as many tokens as a configuration says from now on; the stream is drained."""
         if config.data.num_masked != self._masking.data.num_masked:
@@ -157,7 +139,11 @@ class PretrainingReplica(StageReplica):
         self._masking = config
 
     def turn_source(self, turn: Turn, *, round_id: int, seen: int) -> MicroBatchSource | None:
-        """Return the masked micro-batches of a turn; they continue the client's blocks."""
+        """Return the masked micro-batches of a turn; they continue the client's blocks.
+
+        Messages have the round's number of masked tokens from now on.
+        """
+        self._mask_as(self.config.in_round(round_id))
         return self.training_source(turn.client_id, start=seen)
 
     def training_source(self, client_id: int, *, start: int) -> MicroBatchSource | None:
