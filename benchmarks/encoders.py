@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import run_ranks
+from ranks import run_ranks, step_seconds
 from torch import Tensor
 from torch.nn import functional
 
@@ -79,29 +79,23 @@ def _measure(
 ) -> tuple[float, float]:
     """Return the seconds of a local step in steady state, and the peak memory in MiB."""
     torch.set_num_threads(1)
-    replica = PretrainingReplica(config, data, comm=comm)
-    ends: list[float] = []
     if variant in (ONE_STAGE, TWO_STAGES):
-        replica.engine.train(
-            range(num_steps),
-            source=replica.training_source(0, start=0),
-            lr=lambda step: 1e-4,
-            on_step=lambda stage, result: ends.append(time.monotonic()),
-        )
+        seconds = step_seconds(config, data, comm, num_steps=num_steps)
     else:
-        _train_plainly(config, replica, ends, variant=variant, num_steps=num_steps)
-    return (ends[-1] - ends[1]) / (num_steps - 2), _peak_mib()
+        replica = PretrainingReplica(config, data, comm=comm)
+        seconds = _train_plainly(config, replica, variant=variant, num_steps=num_steps)
+    return seconds, _peak_mib()
 
 
 def _train_plainly(
     config: RunConfig,
     replica: PretrainingReplica,
-    ends: list[float],
     *,
     variant: str,
     num_steps: int,
-) -> None:
+) -> float:
     """Train transformers' own model with the loop that its documentation shows."""
+    ends: list[float] = []
     family = replica.stages[0].stage.family
     source, count = replica.training_source(0, start=0), config.pipeline.num_micro_batches
     settings = replica.hf_config
@@ -120,6 +114,7 @@ def _train_plainly(
         optimizer.step()
         optimizer.zero_grad()
         ends.append(time.monotonic())
+    return (ends[-1] - ends[1]) / (num_steps - 2)
 
 
 def _whole_loss(model: Any, ids: Tensor, targets: Tensor) -> Tensor:

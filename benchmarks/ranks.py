@@ -7,12 +7,14 @@ import multiprocessing
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fedpipe.commands.pretrain.replica import PretrainingReplica
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.blocks import PreparedData, load_prepared
 from fedpipe.data.corpus import prepare
@@ -49,6 +51,19 @@ def run_ranks(config: RunConfig, benchmark: Benchmark) -> list[Any]:
     if any(process.exitcode for process in processes):
         sys.exit("a rank failed; what it said is above")
     return [value for _, value in sorted(found, key=lambda pair: pair[0])]
+
+
+def step_seconds(config: RunConfig, data: PreparedData, comm: Comm, *, num_steps: int) -> float:
+    """Return the seconds of a local step in steady state: the first two steps are not counted."""
+    replica = PretrainingReplica(config, data, comm=comm)
+    ends: list[float] = []
+    replica.engine.train(
+        range(num_steps),
+        source=replica.training_source(0, start=0),
+        lr=lambda step: 1e-4,
+        on_step=lambda stage, result: ends.append(time.monotonic()),
+    )
+    return (ends[-1] - ends[1]) / (num_steps - 2)
 
 
 def _rank(
