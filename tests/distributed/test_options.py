@@ -177,13 +177,13 @@ SINGLES = PRETRAIN.singles()
 COVERING, REFUSED = PRETRAIN.recorded()
 
 
-@pytest.mark.matrix(sample=3)
+@pytest.mark.matrix(sample=2)
 @pytest.mark.parametrize("settings", SINGLES, ids=map(show, SINGLES))
 def test_every_value_of_every_option(settings: Settings, tmp_path: Path) -> None:
     _check(settings, tmp_path)
 
 
-@pytest.mark.matrix(sample=3)
+@pytest.mark.matrix(sample=2)
 @pytest.mark.parametrize("settings", COVERING, ids=[f"row {i}" for i in range(len(COVERING))])
 def test_every_two_values_together(settings: Settings, tmp_path: Path) -> None:
     _check(settings, tmp_path)
@@ -259,7 +259,7 @@ TUNING_COVERING, TUNING_REFUSED = FINETUNE.recorded()
 TUNING_ROWS = [f"row {i}" for i in range(len(TUNING_COVERING))]
 
 
-@pytest.mark.matrix(sample=2)
+@pytest.mark.matrix(sample=1)
 @pytest.mark.parametrize("settings", TUNING_SINGLES, ids=map(show, TUNING_SINGLES))
 def test_every_value_of_every_option_of_fine_tuning(
     settings: Settings, places: list[str], tmp_path: Path
@@ -267,7 +267,7 @@ def test_every_value_of_every_option_of_fine_tuning(
     _check_tuning(settings, places, tmp_path)
 
 
-@pytest.mark.matrix(sample=2)
+@pytest.mark.matrix(sample=1)
 @pytest.mark.parametrize("settings", TUNING_COVERING, ids=TUNING_ROWS)
 def test_every_two_values_of_fine_tuning_together(
     settings: Settings, places: list[str], tmp_path: Path

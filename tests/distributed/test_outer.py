@@ -200,7 +200,7 @@ def _truncate(folder: Path, site: Site) -> None:
     _facts(sha256=digest_of(folder / GLOBAL))(folder, site)
 
 
-@pytest.mark.matrix(sample=5)
+@pytest.mark.matrix(sample=3)
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -239,7 +239,7 @@ class _StopAfter:
         StageEngine._INSTRUCTION_MAP = StageEngine._INSTRUCTION_MAP | {ops.OptimizerStep: dying}
 
 
-@pytest.mark.matrix(sample=4)
+@pytest.mark.matrix(sample=3)
 @pytest.mark.parametrize(
     ("killed_after", "keep", "head_location"),
     [

@@ -177,7 +177,7 @@ def _own_text(place: Path) -> None:
     "document",
     [
         # The guides take minutes together: `make test` follows README and some of them.
-        pytest.param(path, marks=[] if path.name == "README.md" else pytest.mark.matrix(sample=2))
+        pytest.param(path, marks=[] if path.name == "README.md" else pytest.mark.matrix(sample=1))
         for path in GUIDES
     ],
     ids=[str(path.relative_to(ROOT)) for path in GUIDES],
