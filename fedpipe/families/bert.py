@@ -68,7 +68,7 @@ class Bert(Family):
         "initializer_range": Field(0.02, "above zero"),
         "layer_norm_eps": Field(1e-12, "above zero"),
         "tie_word_embeddings": Field(True, "flag"),
-        "classifier_dropout": Field(None, "share", may_be_null=True),
+        "classifier_dropout": Field(None, "share", may_be_null=True, is_carried=True),
     }
     keys = {name: (name,) for name in fields if name != "classifier_dropout"}
     fixed: Mapping[str, tuple[object, str]] = {

@@ -33,10 +33,9 @@ class DistilBert(Bert):
         "attention_dropout": Field(0.1, "share"),
         "initializer_range": Field(0.02, "above zero"),
         "tie_word_embeddings": Field(True, "flag"),
-        # Of no meaning to pre-training; an exported model keeps them.
-        "qa_dropout": Field(0.1, "share"),
-        "seq_classif_dropout": Field(0.2, "share"),
-        "sinusoidal_pos_embds": Field(False, "flag"),
+        "qa_dropout": Field(0.1, "share", is_carried=True),
+        "seq_classif_dropout": Field(0.2, "share", is_carried=True),
+        "sinusoidal_pos_embds": Field(False, "flag", is_carried=True),
     }
     keys = {
         "num_hidden_layers": ("n_layers",),

@@ -53,6 +53,8 @@ class Field:
     activation, true or false, or one of ``choices``."""
     may_be_null: bool = False
     choices: tuple[str, ...] = ()
+    is_carried: bool = False
+    """It is of no meaning to pre-training; an exported model keeps it."""
 
     @property
     def expectation(self) -> str:

@@ -67,9 +67,8 @@ class ModernBert(Family):
         "global_rope_theta": Field(160000.0, "above zero"),
         "local_rope_theta": Field(10000.0, "above zero"),
         "tie_word_embeddings": Field(True, "flag"),
-        # Of no meaning to pre-training; an exported model keeps them.
-        "classifier_dropout": Field(0.0, "share"),
-        "classifier_pooling": Field("cls", "choice", choices=("cls", "mean")),
+        "classifier_dropout": Field(0.0, "share", is_carried=True),
+        "classifier_pooling": Field("cls", "choice", choices=("cls", "mean"), is_carried=True),
     }
     keys = {
         **{

@@ -39,9 +39,12 @@ from fedpipe.commands.consortium.messages import ANSWER, Order, Reference, conte
 from fedpipe.commands.consortium.run import UPDATES, locate
 from fedpipe.commands.consortium.server import CONSORTIUM_DIR
 from fedpipe.commands.site.agent import PID_FILE, agent_pid, keep_agent, start_agent, stop_agent
+from fedpipe.commands.site.config import run_config
 from fedpipe.commands.site.site import LOG_FILE, SITE_FILE, Declined, Site
+from fedpipe.config.model_shape import ModelShape, model_shape
 from fedpipe.config.tree import dump, wrap
 from fedpipe.errors import ConfigError, FederationError
+from fedpipe.families import FAMILIES
 from fedpipe.run.ledger import Ledger
 from fedpipe.run.outer import (
     GLOBAL,
@@ -57,6 +60,7 @@ from fedpipe.run.run_dir import locked
 from fedpipe.run.tensor_file import Layout, write_tensors
 from fedpipe.run.update import write_global
 from tests.helpers.network import PRETRAIN
+from tests.helpers.tuned import small_folder
 
 LAYOUTS = {"a.weight": Layout("F32", (3, 4)), "b.bias": Layout("F32", (5,))}
 LOGS = (LOG_FILE, "ledger.jsonl")
@@ -102,6 +106,50 @@ def test_a_ledger_has_no_half_line_when_the_disk_is_full(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     ledger.write("sent", {"round": 1})
     assert [line["round"] for line in ledger.read()] == [0, 1]
+
+
+# -- a model of the coordinator's ------------------------------------------------------------------
+
+
+def _described(folder: Path, family: str, **changed: Any) -> tuple[ModelShape, ModelShape]:
+    """The model that a coordinator has as a folder, and the one that a site makes of its words."""
+    small_folder(folder, "bert")
+    fields = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
+    kind = FAMILIES[family]
+    own = {kind.keys[key][0]: value for key, value in fields.items()}
+    own |= {"intermediate_size": 64, "vocab_size": 15, "pad_token_id": 0}
+    config = kind.config_class()(**own, **changed)
+    kind.masked_lm_class()(config).save_pretrained(folder)
+    pretrain = {
+        "model": {"family": family, "path": str(folder)}, "pipeline": {"cut": [1]},
+        "data": {"tokenizer": str(folder), "sequence_length": 16},
+    }  # fmt: skip
+    tree = wrap({"federation": {"sites": ["alpha"]}, "pretrain": pretrain}, "tests")
+    _, run = read_consortium(tree, source="tests")
+    own_part = wrap({"data": {"tokenizer": str(folder)}}, "tests")
+    at_site = run_config(dump(settings_for("alpha", run)), own_part, folder="outer")
+    return model_shape(run, vocab_size=15), model_shape(at_site, vocab_size=15)
+
+
+def test_sites_compute_what_the_folder_says_that_the_coordinator_begins_with(
+    tmp_path: Path,
+) -> None:
+    here, there = _described(
+        tmp_path, "bert", hidden_act="relu", layer_norm_eps=0.1, hidden_dropout_prob=0.3,
+        type_vocab_size=3, classifier_dropout=0.2,
+    )  # fmt: skip
+    assert here.config["hidden_act"] == "relu" and here.config["layer_norm_eps"] == 0.1
+    assert there.config == {**here.config, "classifier_dropout": None}  # of a fine-tuned model
+
+
+def test_a_folder_that_sites_could_not_compute_is_refused(tmp_path: Path) -> None:
+    here, there = _described(tmp_path, "modernbert", norm_eps=0.1)
+    assert here.config == there.config
+    for fields in ({"local_rope_theta": 9.0}, {"classifier_activation": "relu"}):
+        ((name, value),) = fields.items()
+        expected = rf"^pretrain.model.path: expected {name} .* in {tmp_path}/config.json, .*{value}"
+        with pytest.raises(ConfigError, match=expected):
+            _described(tmp_path, "modernbert", **fields)
 
 
 # -- an order, at a site ---------------------------------------------------------------------------

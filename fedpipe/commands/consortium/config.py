@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from fedpipe.config.federation import AggregationConfig, ServerOptimizerConfig
 from fedpipe.config.load import build, check, to_dict
-from fedpipe.config.model_shape import model_shape
+from fedpipe.config.model_shape import ModelShape, model_shape, resolve
 from fedpipe.config.paths import UserPath
 from fedpipe.config.require import at_least, folder_name, require
 from fedpipe.config.schema import ModelConfig, RunConfig
@@ -186,6 +186,7 @@ def read_consortium(tree: Node, *, source: str) -> tuple[ConsortiumConfig, RunCo
             " fedpipe plan with auto at one of them, and write down what it chooses."
         )
     check(run)
+    _described(run, model_shape(run, vocab_size=1))
     return consortium, run
 
 
@@ -212,8 +213,8 @@ def settings_for(site: str, run: RunConfig) -> dict[str, Any]:
     """Return what a site's run has in common with the others', for its ``--config``.
 
     Every default is written out, paths are left out, and a model that the first weights come from
-    is described by its sizes. The seed is the site's own: cohorts, masks and dropout of different
-    sites must not be the same.
+    is described by the keys of the section ``model``. The seed is the site's own: cohorts, masks
+    and dropout of different sites must not be the same.
     """
     info = tokenizer_info(run)
     shape = model_shape(run, vocab_size=info.vocab_size, pad_id=info.pad_id)
@@ -224,10 +225,36 @@ def settings_for(site: str, run: RunConfig) -> dict[str, Any]:
         for section in sections:
             node = node[section]
         del node[name]
+    model = _described(run, shape)
     known = {f.name for f in fields(ModelConfig)} - {"path", "size"}
     digest = hashlib.sha256(f"{run.seed}/{site}".encode()).digest()
     settings["seed"] = int.from_bytes(digest[:4], "little") >> 1
     settings["model"] = {
-        name: getattr(shape, name, getattr(run.model, name, None)) for name in sorted(known)
+        name: getattr(shape, name, getattr(model, name, None)) for name in sorted(known)
     }
     return settings
+
+
+def _described(run: RunConfig, shape: ModelShape) -> ModelConfig:
+    """Return the section ``model`` by which a site makes the model without its folder.
+
+    Raises:
+        ConfigError: Its config.json says what no key of the section does.
+    """
+    if not run.model.path:
+        return run.model
+    family, path = shape.kind, run.model.path
+    keys = {key: family.get(shape.config, key) for key in family.keys}
+    size = ModelConfig().size
+    model: ModelConfig = replace(run.model, path="", size=size, **keys)
+    made = resolve(
+        model, vocab_size=shape.vocab_size, sequence_length=run.data.num_positions
+    ).config
+    for name, field_ in family.fields.items():
+        if not field_.is_carried and made[name] != shape.config[name]:
+            raise ConfigError(
+                f"{PRETRAIN}.model.path: expected {name} {made[name]!r} in {path}/config.json, as"
+                f" at sites, which do not have the folder, got {shape.config[name]!r}. Use another"
+                " folder: no key of the section model says it."
+            )
+    return model
