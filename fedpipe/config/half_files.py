@@ -172,9 +172,11 @@ def _check_safetensors(file: Path, *, key: str) -> dict[str, list[int]]:
         try:
             header = json.loads(content.read(length) if 8 + length <= size else b"")
             header.pop("__metadata__", None)
-            shapes = {name: list(tensor.get("shape") or []) for name, tensor in header.items()}
+            shapes = {n: [int(size) for size in t.get("shape") or []] for n, t in header.items()}
             end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as problem:
+        except (
+            ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError,
+        ) as problem:  # fmt: skip
             raise ConfigError(
                 f"{key}: expected readable weights in {file}, got no safetensors. {_AGAIN}"
             ) from problem

@@ -7,8 +7,8 @@ types and keys given twice are refused with file and line.
 from __future__ import annotations
 
 import difflib
-import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache, partial, reduce
@@ -413,7 +413,7 @@ def _value(kind: Any, node: Node, *, key: str, root: type) -> Any:
 def _scalar(kind: type, node: Node, *, key: str) -> Any:
     value = node.value
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if not abs(value) <= sys.float_info.max:  # nan is not
             raise _type_error(key, "a finite number", node, "Write a number.")
         return float(value)
     if type(value) is kind:

@@ -6,8 +6,11 @@ Pure arithmetic over a ``config.json``; counts and FLOPs let the plan speak with
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +239,7 @@ def _read_folder(model: ModelConfig, *, pad_id: int | None) -> dict[str, Any]:
     if family.positions == "after padding" and pad_id not in (None, padding):
         raise ConfigError(
             f"model.path: expected pad_token_id {pad_id} (data.tokenizer) in {file}, got"
-            f" {padding}: the positions of a {model.family} model begin after it. Set"
+            f" {_short(padding)}: the positions of a {model.family} model begin after it. Set"
             " data.tokenizer to the folder of the model's own tokenizer."
         )
     sizes = {name: found.get(name, field.default) for name, field in family.fields.items()}
@@ -284,6 +287,36 @@ def _check_tensors(
                     f"model.path: expected {name} of shape {wanted} (config.json) in {model.path},"
                     f" got {shape}. Use the config.json that belongs to the weights."
                 )
+    _check_counts(model, sizes, shapes, layer)
+
+
+def _check_counts(
+    model: ModelConfig,
+    sizes: dict[str, Any],
+    shapes: Mapping[str, list[int]],
+    layer: re.Pattern[str],
+) -> None:
+    """Refuse an encoder of which tensors are missing, such as biases that config.json asks for."""
+    family = FAMILIES[model.family]
+    embeddings = family.embeddings.removeprefix(f"{family.prefix}.")
+    of_embeddings = re.compile(rf"(?:^|\.){embeddings}\.(?!position_ids$)")  # of BERTs, a buffer
+    found: Counter[int] = Counter()  # by layer; -1 for the embeddings
+    for name, shape in shapes.items():
+        if match := layer.search(name):
+            found[int(match[1])] += prod(shape)
+        elif of_embeddings.search(name):
+            found[-1] += prod(shape)
+    flags = all(f.accepts(sizes[n]) for n, f in family.fields.items() if f.kind == "flag")
+    for index, numel in sorted(found.items()) if flags else ():
+        what, wanted = "the embeddings", family.embedding_parameters
+        if index >= 0:
+            what, wanted = f"layer {index}", partial(family.layer_parameters, index=index)
+        if numel != (expected := wanted(sizes)):
+            raise ConfigError(
+                f"model.path: expected {expected:,} weights of {what} (config.json) in"
+                f" {model.path}, got {numel:,}. Use the folder of a whole model with its own"
+                " config.json."
+            )
 
 
 def _check_model_type(model: ModelConfig, found: object, file: Path) -> None:
@@ -356,9 +389,10 @@ def _check_values(model: ModelConfig, sizes: Mapping[str, Any]) -> None:
         )
     hidden, heads = family.get(sizes, "hidden_size"), family.get(sizes, "num_attention_heads")
     if hidden % heads:
-        way_out = f"Set model.num_attention_heads={_nearest_divisor(hidden, heads)}."
         if model.path:
             way_out = f"Correct config.json in {model.path}, or use another folder."
+        else:
+            way_out = f"Set model.num_attention_heads={_nearest_divisor(hidden, heads)}."
         raise ConfigError(
             f"model.num_attention_heads: expected a divisor of model.hidden_size"
             f" ({hidden}), got {heads}. {way_out}"
@@ -372,8 +406,9 @@ def _check_values(model: ModelConfig, sizes: Mapping[str, Any]) -> None:
 
 
 def _nearest_divisor(hidden: int, heads: int) -> int:
-    divisors = [n for n in range(1, hidden + 1) if hidden % n == 0]
-    return min(divisors, key=lambda n: (abs(n - heads), n))
+    nearest = min(heads, hidden)
+    near = (n for distance in range(nearest) for n in (nearest - distance, nearest + distance))
+    return next(n for n in near if hidden % n == 0)  # 1 is the last one
 
 
 def _check_vocabulary(shape: ModelShape, *, vocab_size: int) -> None:

@@ -12,7 +12,7 @@ To add a family, write a file like its neighbours and name it in ``fedpipe.famil
 
 from __future__ import annotations
 
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ class Field:
         if self.kind == "count":
             return type(value) is int and value >= 1
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        if not number or not abs(value) <= sys.float_info.max:  # nan is not
             return False
         return 0 <= value < 1 if self.kind == "share" else value > 0
 

@@ -245,12 +245,12 @@ class ModernBert(Family):
         """See ``Family``."""
         size = config.hidden_size // config.num_attention_heads
         far, near = (
-            _rotation(theta, size, length, device)
+            _rotation(float(theta), size, length, device)
             for theta in (config.global_rope_theta, config.local_rope_theta)
         )
         reach = config.local_attention // 2
         band = None
-        if length >= _LONG * reach:
+        if 0 < _LONG * reach <= length:
             band, beyond = _band(reach, length, device)
             if visible is not None:
                 band = band & _cut_band(visible, reach) | beyond

@@ -130,8 +130,8 @@ def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str
         Names of the parameters that the folder does not hold: those of heads, and new positions.
 
     Raises:
-        ConfigError: A file cannot be read, a tensor has another shape, or a parameter of the
-            encoder is missing.
+        ConfigError: A file cannot be read, a tensor has another shape or holds NaN or infinity, or
+            a parameter of the encoder is missing.
     """
     wanted = dict(module.named_parameters())
     candidates = {name: _candidates(name, family=family) for name in wanted}
@@ -148,6 +148,11 @@ def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str
             missing.append(name)
             continue
         tensor, target = found[source], parameter
+        if not tensor.isfinite().all():
+            raise ConfigError(
+                f"model.path: expected finite weights in {path}, got NaN or infinity in {source}."
+                " Download or save the model again, or use another folder."
+            )
         if name.endswith("position_embeddings.weight") and len(tensor) == _num_positions(path):
             target = parameter[: len(tensor)]  # model.max_position_embeddings may ask for more
             missing += [f"{name}[{len(tensor)}:]"] if len(target) < len(parameter) else []
@@ -204,7 +209,7 @@ def _read_tensors(path: str, wanted: set[str]) -> dict[str, torch.Tensor]:
                         found[name] = handle.get_tensor(name)
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True)
-                found |= {name: state[name] for name in wanted & set(state)}
+                found |= {name: torch.as_tensor(state[name]) for name in wanted & set(state)}
         except Exception as error:  # a damaged pickle can raise any exception
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(

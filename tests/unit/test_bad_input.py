@@ -52,6 +52,7 @@ OVERRIDES = [
     ("optimizer.lr=fast", "optimizer.lr: expected a number, got 'fast'"),
     ("optimizer.lr=true", "optimizer.lr: expected a number, got True"),
     ("optimizer.lr=.inf", "optimizer.lr: expected a finite number"),
+    (f"optimizer.lr=1{'0' * 400}", "optimizer.lr: expected a finite number"),
     ("optimizer.eps=.nan", "optimizer.eps: expected a finite number"),
     ("name=3", "name: expected a text, got 3 in an override. Put it in quotes."),
     ("name=null", "name: expected a text, got null"),
@@ -124,6 +125,7 @@ OVERRIDES = [
     ("data.mask_probability=[0.15, 0.99]", "data.mask_probability: expected at most 0.94"),
     ("data={mask_probability: [0.3, 0.15], mask_switch: 0.95}", "data.mask_switch: expected at most 0.917 with federation.num_rounds=12, where the last round begins, got 0.95. Lower it, or raise federation.num_rounds"),
     ("model.num_attention_heads=3", "model.num_attention_heads: expected a divisor of model.hidden_size (128), got 3. Set model.num_attention_heads=2."),
+    ("model={hidden_size: 100000000000, num_attention_heads: 7}", "(100000000000), got 7. Set model.num_attention_heads=8."),
     ("model.num_hidden_layers=0", "model.num_hidden_layers: expected 1 or more, got 0"),
     ("model.hidden_dropout_prob=1.0", "model.hidden_dropout_prob: expected a value in [0, 1)"),
     ("model.initializer_range=0", "model.initializer_range: expected a value above 0"),
@@ -314,6 +316,7 @@ ROBERTA = {"model_type": "roberta", "num_hidden_layers": 2, "hidden_size": 32,
         ({"model_type": "deberta-v2"}, "Use the folder of a roberta, bert, modernbert, "),
         ({**ROBERTA, "hidden_size": 33}, "model.num_attention_heads: expected a divisor"),
         ({**ROBERTA, "hidden_size": "32"}, "expected 1 or more as hidden_size in"),
+        ({**ROBERTA, "layer_norm_eps": 10**400}, "expected a value above 0 as layer_norm_eps in"),
         ({**ROBERTA, "hidden_act": "swiglu"}, "got 'swiglu'. Correct it there, or use another fol"),
     ],
 )
@@ -459,6 +462,9 @@ def test_a_tokenizer_that_pads_with_another_token_moves_no_position(tmp_path: Pa
     resolve(roberta, **sizes, pad_id=1)
     with pytest.raises(ConfigError, match=r"expected pad_token_id 0 \(data.tokenizer\) .*, got 1:"):
         resolve(roberta, **sizes, pad_id=0)
+    roberta = ModelConfig(path=folder_with(tmp_path, ROBERTA | {"pad_token_id": "1\n"}))
+    with pytest.raises(ConfigError, match=r"got '1\\n': the positions"):
+        resolve(roberta, **sizes, pad_id=1)
     bert = ModelConfig(family="bert", path=folder_with(tmp_path, ROBERTA | {"model_type": "bert"}))
     resolve(bert, **sizes, pad_id=7)  # its positions begin at 0
 

@@ -445,6 +445,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"local_attention": 4, "global_attn_every_n_layers": 2, "num_attention_heads": 4},
         {"local_attention": 2, "global_attn_every_n_layers": 9},  # in chunks of 2
         {"local_attention": 40},  # longer than the sequences
+        {"local_attention": 1},  # of a token to itself
         {"hidden_activation": "relu", "classifier_activation": "silu", "norm_eps": 0.1},
         {"global_rope_theta": 50.0, "local_rope_theta": 9.0, "classifier_pooling": "mean"},
         {"reference_compile": False, "sparse_prediction": True, "pad_token_id": VOCAB - 1},
@@ -743,6 +744,44 @@ def test_damaged_weights_are_refused_in_one_line(file: str, tmp_path: Path) -> N
         (tmp_path / file).write_bytes(damaged)
         with pytest.raises(ConfigError, match=rf"^model.path: expected readable .*{file}, got "):
             _stages(_config("roberta"), (2,), path=str(tmp_path))
+
+
+@FAMILY
+def test_tensors_that_config_json_asks_for_are_missed_before_a_rank_reads_the_others(
+    family: str, tmp_path: Path
+) -> None:
+    _random_model(family, tied=True).save_pretrained(tmp_path)
+    model = ModelConfig(family=family, path=str(tmp_path))  # type: ignore[arg-type]
+    whole, kind = load_file(tmp_path / "model.safetensors"), FAMILIES[family]
+
+    def read() -> None:
+        resolve(model, vocab_size=1, sequence_length=LENGTH)
+
+    read()
+    for what, place in (("the embeddings", kind.embeddings), ("layer 1", f"{kind.layers}.1")):
+        left_out = next(n for n, t in whole.items() if n.startswith(f"{place}.") and t.ndim == 1)
+        save_file({n: t for n, t in whole.items() if n != left_out}, tmp_path / "model.safetensors")
+        with pytest.raises(ConfigError, match=rf"^model.path: expected [\d,]+ weights of {what} "):
+            read()
+    save_file(whole, tmp_path / "model.safetensors")
+    content = json.loads((tmp_path / "config.json").read_text())
+    for bias in (name for name in kind.fields if name in ("norm_bias", "mlp_bias")):
+        (tmp_path / "config.json").write_text(json.dumps(content | {bias: True}))
+        with pytest.raises(ConfigError, match=r"weights of (the embeddings|layer 0) "):
+            read()
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, "a word"])
+def test_weights_that_are_no_numbers_are_refused_by_name(value: Any, tmp_path: Path) -> None:
+    _random_model("roberta", tied=True).save_pretrained(tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    name, expected = "roberta.encoder.layer.3.output.dense.bias", "readable weights in .*, got "
+    if isinstance(value, float):
+        value, expected = whole[name].fill_(value), f"finite weights in .*, got NaN or .* in {name}"
+    torch.save(whole | {name: value}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=rf"^model.path: expected {expected}"):
+        _stages(_config("roberta"), (2,), path=str(tmp_path))
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
