@@ -59,9 +59,9 @@ def read_json_object(
         FedPipeError: It is not there, holds no JSON object, or was never fetched.
     """
     if not path.is_file():
+        way_out = _export_of(path.parent) or "Point it at a folder written by save_pretrained."
         raise error(
-            f"{key}: expected a readable {path.name} in {str(path.parent)!r}, got none. Point it at"
-            " a folder written by save_pretrained."
+            f"{key}: expected a readable {path.name} in {str(path.parent)!r}, got none. {way_out}"
         )
     check_fetched(path, key=key, error=error)
     try:
@@ -76,6 +76,12 @@ def read_json_object(
             " folder again."
         )
     return content
+
+
+def _export_of(folder: Path) -> str:
+    """Ask for the model of a run where the folder is that of the run; empty where it is not."""
+    export = folder / "export"
+    return f"Did you mean {str(export)!r}?" if (export / "config.json").is_file() else ""
 
 
 def read_model_config(
@@ -140,9 +146,10 @@ def check_weights(folder: Path, *, key: str) -> dict[str, list[int]]:
     """
     files = weight_files(folder, key=key)
     if not files:
+        way_out = "Download them, or save the model there with save_pretrained."
         raise ConfigError(
             f"{key}: expected weights in {str(folder)!r}, got none of {', '.join(WEIGHT_FILES)}."
-            " Download them, or save the model there with save_pretrained."
+            f" {_export_of(folder) or way_out}"
         )
     shapes: dict[str, list[int]] = {}
     for file in files:

@@ -328,6 +328,8 @@ def _check_model_type(model: ModelConfig, found: object, file: Path) -> None:
             f"fedpipe does not pre-train {found}: {REFUSED[found]}. Use the folder of a"
             f" {', '.join(FAMILIES)} model."
         )
+    elif found is None:
+        way_out = f'Write "model_type": "{model.family}" into it if that is what the model is.'
     elif not isinstance(found, str) or found not in FAMILIES:
         way_out = f"fedpipe pre-trains {', '.join(FAMILIES)}: use the folder of such a model."
     raise ConfigError(

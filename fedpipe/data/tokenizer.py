@@ -87,9 +87,10 @@ def tokenizer_info(config: RunConfig) -> TokenizerInfo:
     named = config.data.tokenizer
     folder = SAMPLES / "tokenizer" if named == PACKAGED else Path(named)
     if not (folder / "tokenizer.json").is_file():
+        needs = " after pip install sentencepiece" if any(folder.glob("*.model")) else ""
         raise CorpusError(
             f"data.tokenizer: expected a folder with a tokenizer.json, got {str(folder)!r}. "
-            "Save one with AutoTokenizer.from_pretrained(NAME).save_pretrained(DIR)."
+            f"Save one with AutoTokenizer.from_pretrained(NAME).save_pretrained(DIR){needs}."
         )
     content = _read_json(folder / "tokenizer.json")
     added = content.get("added_tokens") or []

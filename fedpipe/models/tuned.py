@@ -89,6 +89,8 @@ TUNED_FAMILIES: dict[str, Published] = {
     ),
 }  # fmt: skip
 """Published base model of every ``model_type`` that can be fine-tuned."""
+_SAME_AS_ROBERTA = ("camembert", "xlm-roberta")
+"""Families whose folders transformers reads as RoBERTa's, to the same logits."""
 
 
 def base_config(family: str, **changes: Any) -> PretrainedConfig:
@@ -108,9 +110,11 @@ def check_family(model_type: str, kind: Kind, *, key: str = "model.path") -> Non
         ConfigError: The family is unknown, or has no head for the kind of task.
     """
     if model_type not in TUNED_FAMILIES:
+        way_out = "Choose another folder; fedpipe evaluate fine-tunes any encoder, without clients."
+        if model_type in _SAME_AS_ROBERTA:
+            way_out = 'Set model_type to "roberta" in a copy of the folder: it computes the same.'
         raise ConfigError(
-            f"{key}: expected a model of {', '.join(TUNED_FAMILIES)}, got {model_type!r}. Choose"
-            " another folder."
+            f"{key}: expected a model of {', '.join(TUNED_FAMILIES)}, got {model_type!r}. {way_out}"
         )
     reason = _UNSUPPORTED.get((model_type, kind), "")
     if kind == "causal-lm" and model_type not in _DECODERS:

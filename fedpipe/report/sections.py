@@ -57,11 +57,13 @@ def samples_section(run: RunSummary) -> list[Block]:
 
 
 def samples_text(run_dir: Path) -> str:
-    """Render samples.json for a console; empty where it is absent."""
+    """Render samples.json for a console; empty where it is absent or has no example."""
     path = run_dir / "samples.json"
     if not path.is_file():
         return ""
     samples: Samples = json.loads(path.read_text(encoding="utf-8"))
+    if not samples["examples"]:
+        return ""
     lines = ["masked words of held-out text, filled in by the model and by unigram frequency:"]
     for example in samples["examples"]:
         guesses = ", ".join(f"{word} {p:.3f}" for word, p in example["model"])

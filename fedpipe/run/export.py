@@ -53,6 +53,8 @@ EXPORT = "export"
 NUM_EXAMPLES = 8
 COMMON = 0.02
 """Words above this share of the text (the, of, and) are not shown: a unigram guess finds them."""
+_SPACES = ("\u0120", "\u2581")
+"""What tokens of byte-level BPE and of SentencePiece have in place of a leading space."""
 
 
 def export_run(run_dir: Path) -> Path:
@@ -105,7 +107,7 @@ def export_checkpoint(
     cut_texts(tokenizer, _trained_length(config))
     num_rounds = checkpoint.position.round_id if checkpoint else 0
     federation = config.federation
-    card = _model_card(
+    card = model_card(
         config,
         f"{federation.num_clients} clients whose text was not pooled: {count(num_rounds, 'round')},"
         f" {federation.clients_per_round} clients per round",
@@ -146,7 +148,7 @@ def export_global(folder: Path, config: RunConfig, target: Path, *, sites: int) 
     tokenizer = load_tokenizer(Path(info.directory), info)
     cut_texts(tokenizer, _trained_length(config))
     rounds = count(int(folder.name.rpartition("_")[2]), "outer round")
-    card = _model_card(
+    card = model_card(
         config,
         f"{count(sites, 'site')} that share no cluster and whose text was not pooled: {rounds}",
         score="see the coordinator's report",
@@ -314,9 +316,10 @@ def _newest_score(run_dir: Path, num_rounds: int) -> str:
     return f"{last['loss']:.4f} nats, perplexity {last['perplexity']:.1f}"
 
 
-def _model_card(config: RunConfig, trained: str, *, score: str, tied: bool) -> str:
+def model_card(config: RunConfig, trained: str, *, score: str, tied: bool) -> str:
     """Describe a model; ``trained`` says over whom, and how long."""
     decoder = "one tensor" if tied else "separate tensors (`tie_word_embeddings: false`)"
+    path = "/".join(Path(config.model.path).parts[-2:])
     return f"""---
 library_name: transformers
 pipeline_tag: fill-mask
@@ -326,8 +329,9 @@ pipeline_tag: fill-mask
 A {config.model.family} masked language model, pre-trained with fedpipe {__version__} over
 {trained}, `{config.pipeline.objective}` over {config.pipeline.num_stages} pipeline stages.
 
+- First weights: {f"those of `{path}`" if path else "random"}
 - Held-out masked-LM loss of the final head, all clients: {score}
-- Sequence length: at most {config.data.sequence_length} tokens; longer text needs `truncation=True`
+- Sequence length: at most {_trained_length(config)} tokens; longer text needs `truncation=True`
 - Masked share {", then ".join(map(str, config.data.mask_probabilities))}
 - Decoder and word embedding are {decoder}
 
@@ -399,7 +403,8 @@ def word_tokens(tokenizer: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray
     A token of letters is a whole word where the next token begins another word.
 
     Args:
-        tokenizer: Byte-level BPE or WordPiece, which mark the beginning of words differently.
+        tokenizer: Byte-level BPE, SentencePiece or WordPiece, which mark the beginning of words
+            differently.
         vocab_size: Of the run; an id may have no entry.
 
     Returns:
@@ -409,8 +414,9 @@ def word_tokens(tokenizer: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray
     if any(token.startswith("##") for token in tokens):
         starts = np.array([not token.startswith("##") for token in tokens])
     else:
-        starts = np.array([token.startswith("\u0120") for token in tokens])  # a leading space
-    return starts, starts & np.array([token.lstrip("\u0120").isalpha() for token in tokens])
+        starts = np.array([token.startswith(_SPACES) for token in tokens])
+    letters = np.array([token.lstrip("".join(_SPACES)).isalpha() for token in tokens])
+    return starts, starts & letters
 
 
 def _top(probabilities: np.ndarray, tokenizer: Any, k: int = 3) -> list[Guess]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fedpipe.config.half_files import check_weights
 from fedpipe.config.load import from_dict, load_config
 from fedpipe.config.model_shape import resolve
 from fedpipe.config.schema import ModelConfig
@@ -304,7 +305,7 @@ ROBERTA = {"model_type": "roberta", "num_hidden_layers": 2, "hidden_size": 32,
     [
         ("{", "expected JSON in"),
         ("[]", "model.path: expected a JSON object in"),
-        ("{}", "model.path: expected model_type 'roberta' (model.family) in"),
+        ("{}", 'got None. Write "model_type": "roberta" into it if that is what the model is'),
         ({"model_type": "bert"}, "got 'bert'. Set model.family=bert."),
         ({"model_type": "camembert"}, "got 'camembert'. Set model.family=camembert."),
         (
@@ -329,6 +330,15 @@ def test_a_folder_without_configuration_or_weights_is_refused(tmp_path: Path) ->
     assert "expected a readable config.json" in message([f"model.path={tmp_path}"])
     path = folder_with(tmp_path, ROBERTA, weights=False)
     assert "model.path: expected weights" in message([f"model.path={path}"])
+
+
+def test_the_folder_of_a_run_is_answered_with_its_export(tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    export = folder_with(tmp_path / "export", ROBERTA)
+    told = message([f"model.path={tmp_path}", "pipeline.cut=[1]"])
+    assert told.endswith(f"got none. Did you mean {export!r}?")
+    with pytest.raises(ConfigError, match=rf"got none of .* Did you mean '{export}'\?$"):
+        check_weights(tmp_path, key="model.path")
 
 
 def test_padding_that_the_positions_do_not_reach_is_refused() -> None:

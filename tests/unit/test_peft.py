@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,12 @@ from typing import Any
 import adapters
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from fedpipe.commands.finetune.count import count_rows, count_table
 from fedpipe.config.finetune import MethodConfig
@@ -29,7 +35,7 @@ from fedpipe.models.peft import (
 )
 from fedpipe.models.tuned import TUNED_FAMILIES, base_config, build_model, check_family, head_names
 from tests.helpers.cases import every
-from tests.helpers.tuned import small_batch, small_config, small_model
+from tests.helpers.tuned import SMALL, small_batch, small_config, small_model
 
 NAMES = ("LABEL_0", "LABEL_1", "LABEL_2")
 """Of transformers, where nobody names labels."""
@@ -209,13 +215,26 @@ def test_a_method_that_does_not_fit_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("family", "kind", "match"),
-    [("t5", "ner", "expected a model of bert, "), ("bart", "ner", "no BART for token class"),
+    [("t5", "ner", "expected a model of bert, .* fedpipe evaluate fine-tunes any encoder"),
+     ("camembert", "ner", "got 'camembert'. Set model_type to \"roberta\" in a copy"),
+     ("bart", "ner", "no BART for token class"),
      ("bert", "causal-lm", "reads text in both directions"),
      ("bart", "causal-lm", "fails on BART's decoder alone")],
 )  # fmt: skip
 def test_a_family_without_the_task_is_refused(family: str, kind: Any, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         check_family(family, kind)
+
+
+@pytest.mark.parametrize("family", ["camembert", "xlm-roberta"])
+def test_a_copy_that_calls_itself_a_roberta_computes_the_same(family: str, tmp_path: Path) -> None:
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(family, **SMALL["roberta"]))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "roberta"}))
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert type(again).__name__ == "RobertaForMaskedLM"
+    assert torch.equal(logits(again, small_batch()), logits(model, small_batch()))
 
 
 def test_a_damaged_model_folder_is_refused(tmp_path: Path) -> None:

@@ -56,6 +56,11 @@ def test_nothing_that_is_shown_commands_the_terminal(tmp_path: Path, interactive
     assert "owned" in text and "\x1b" not in samples_text(tmp_path)
 
 
+def test_without_an_example_no_headline_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "samples.json").write_text('{"examples": []}', encoding="utf-8")
+    assert samples_text(tmp_path) == ""
+
+
 def test_errors_quote_files_and_owners_in_printable_characters(tmp_path: Path) -> None:
     folder = tmp_path / "a\x1b[2Jb"
     folder.mkdir()

@@ -1,14 +1,15 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fedpipe.commands.plan.plan import build_plan, render
-from fedpipe.config.schema import DataConfig, RunConfig
+from fedpipe.config.schema import DataConfig, ModelConfig, RunConfig
 from fedpipe.data.corpus import prepare, tokenizer_info
 from fedpipe.data.tokenizer import SAMPLES, TokenizerInfo, check_tokenizer
 from fedpipe.errors import CorpusError
-from fedpipe.run.export import cut_texts, word_tokens
+from fedpipe.run.export import cut_texts, model_card, word_tokens
 
 BERT = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "word": 5}
 
@@ -72,7 +73,10 @@ def test_a_vocabulary_without_a_needed_token_is_refused(tmp_path, part):
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(CorpusError, match=r"data.tokenizer: expected a folder with a token"):
+    with pytest.raises(CorpusError, match=r"expected a folder with a token.*pretrained\(DIR\)\.$"):
+        info_of(tmp_path)
+    (tmp_path / "sentencepiece.bpe.model").touch()
+    with pytest.raises(CorpusError, match=r"save_pretrained\(DIR\) after pip install sentencepi"):
         info_of(tmp_path)
 
 
@@ -204,6 +208,15 @@ def test_an_id_without_an_entry_is_no_word_of_the_samples(tmp_path):
     assert words[5:].tolist() == [True, False, False, False, True]
 
 
+@pytest.mark.parametrize("space", ["\u0120", "\u2581"])  # byte-level BPE, SentencePiece
+def test_a_word_of_the_samples_begins_with_the_space_of_its_vocabulary(space):
+    tokens = [f"{space}dose", "s", f"{space}42", "<mask>"]
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda ids: [tokens[i] for i in ids])
+    starts, words = word_tokens(tokenizer, 4)
+    assert starts.tolist() == [True, False, True, False]
+    assert words.tolist() == [True, False, False, False]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -252,3 +265,16 @@ def test_an_exported_tokenizer_cuts_texts_where_training_ended(tmp_path):
     assert (saved["max_length"], saved["stride"]) == (8, 2)
     again = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert len(again("a b c d e f g h i j k", truncation=True)["input_ids"]) == 8
+
+
+def test_the_card_of_a_continued_model_names_its_first_weights_and_its_whole_length(tmp_path):
+    folder = tmp_path / "lab" / "base"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(
+        '{"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 514}'
+    )
+    for path, origin, length in ("", "random", 128), (str(folder), "those of `lab/base`", 512):
+        config = RunConfig(model=ModelConfig(path=path), data=DataConfig(sequence_length=128))
+        card = model_card(config, "2 clients: 3 rounds", score="2.0 nats", tied=True)
+        assert f"- First weights: {origin}\n" in card
+        assert f"- Sequence length: at most {length} tokens" in card

@@ -110,11 +110,8 @@ class PretrainingRanks(RankProgram):
         if config.outer.folder:
             update = newest_round(config).path / UPDATE
             return [f"update  {update}", f"report  {run_dir / 'report.html'}"]
-        return [
-            samples_text(run_dir),
-            f"model   {run_dir / 'export'}",
-            f"report  {run_dir / 'report.html'}",
-        ]
+        samples = [text] if (text := samples_text(run_dir)) else []
+        return [*samples, f"model   {run_dir / 'export'}", f"report  {run_dir / 'report.html'}"]
 
 
 def view(config: RunConfig, *, num_local_steps: int, interactive: bool | None = None) -> View:
