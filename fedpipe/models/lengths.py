@@ -7,8 +7,12 @@ from typing import Any
 
 from fedpipe.config.half_files import read_json_object
 from fedpipe.errors import CheckpointError
+from fedpipe.families import FAMILIES
 
-OFFSET_FAMILIES = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer")
+OFFSET_FAMILIES = frozenset(
+    ("xlm-roberta-xl", "mpnet", "longformer")
+    + tuple(name for name, family in FAMILIES.items() if family.positions == "after padding")
+)
 """Families that count positions from ``pad_token_id + 1``."""
 
 _NO_LIMIT = 1_000_000
