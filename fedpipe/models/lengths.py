@@ -14,6 +14,8 @@ OFFSET_FAMILIES = frozenset(
     + tuple(name for name, family in FAMILIES.items() if family.positions == "after padding")
 )
 """Families that count positions from ``pad_token_id + 1``."""
+_PADDING = 1
+"""``pad_token_id`` of all of them where config.json leaves it out."""
 
 _NO_LIMIT = 1_000_000
 """Values from here on mean no limit; transformers writes 1e30."""
@@ -32,7 +34,8 @@ def num_positions(model_config: dict[str, Any]) -> int:
         model_config.get("max_position_embeddings") or model_config.get("n_positions") or 0
     )
     if positions and model_config["model_type"] in OFFSET_FAMILIES:
-        positions -= int(model_config.get("pad_token_id") or 0) + 1
+        padding = model_config.get("pad_token_id")
+        positions -= (_PADDING if padding is None else int(padding)) + 1
     return positions
 
 

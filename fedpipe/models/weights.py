@@ -130,12 +130,27 @@ def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str
         Names of the parameters that the folder does not hold: those of heads, and new positions.
 
     Raises:
-        ConfigError: A file cannot be read, a tensor has another shape or holds NaN or infinity, or
-            a parameter of the encoder is missing.
+        ConfigError: A file cannot be read, a tensor has another shape or holds NaN or infinity, a
+            parameter of the encoder is missing, or a decoder that config.json ties to the word
+            embedding is another one.
     """
+    content = read_json_object(Path(path) / "config.json", key="model.path")
     wanted = dict(module.named_parameters())
     candidates = {name: _candidates(name, family=family) for name in wanted}
-    found = _read_tensors(path, {option for options in candidates.values() for option in options})
+    names = {option for options in candidates.values() for option in options}
+    if family.word_embeddings in names:
+        names.add(family.decoder)
+    found = _read_tensors(path, names)
+    both = [found[name] for name in (family.decoder, family.word_embeddings) if name in found]
+    positions = family.fields["max_position_embeddings"].default
+    positions = content.get("max_position_embeddings", positions)
+    is_tied = content.get("tie_word_embeddings", family.fields["tie_word_embeddings"].default)
+    if is_tied and len(both) > 1 and not both[0].equal(both[1]):
+        raise ConfigError(
+            f"model.path: expected {family.decoder} to be {family.word_embeddings} in {path}, as"
+            " tie_word_embeddings in config.json says, got another one. Set it to false there if"
+            " the decoder was trained, or remove the decoder from the weights."
+        )
     missing = []
     for name, parameter in wanted.items():
         source = next((c for c in candidates[name] if c in found), None)
@@ -153,7 +168,7 @@ def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str
                 f"model.path: expected finite weights in {path}, got NaN or infinity in {source}."
                 " Download or save the model again, or use another folder."
             )
-        if name.endswith("position_embeddings.weight") and len(tensor) == _num_positions(path):
+        if name.endswith("position_embeddings.weight") and len(tensor) == positions:
             target = parameter[: len(tensor)]  # model.max_position_embeddings may ask for more
             missing += [f"{name}[{len(tensor)}:]"] if len(target) < len(parameter) else []
         if tensor.shape != target.shape:
@@ -164,12 +179,6 @@ def load_pretrained(module: nn.Module, *, family: Family, path: str) -> list[str
         with torch.no_grad():
             target.copy_(tensor)
     return missing
-
-
-def _num_positions(path: str) -> int:
-    """Return the rows of the position table as config.json gives them; -1 if it does not."""
-    config = read_json_object(Path(path) / "config.json", key="model.path")
-    return int(config.get("max_position_embeddings", -1))
 
 
 def in_final_head(name: str, *, family: Family) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig
 
 from fedpipe.cli import main
 from fedpipe.commands.evaluate import command as launcher
@@ -28,6 +28,7 @@ from fedpipe.data import digests
 from fedpipe.data.tasks.encoding import Encoded
 from fedpipe.data.tasks.scoring import METRICS
 from fedpipe.errors import CheckpointError, ConfigError
+from fedpipe.models.lengths import num_positions
 from fedpipe.report.drawing import render
 from fedpipe.report.writer import read_metrics
 from fedpipe.run.run_dir import RunDir
@@ -403,6 +404,13 @@ def test_the_positions_and_the_vocabulary_of_a_model_are_limits(home: Path, tmp_
     (tmp_path / "small/config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(CheckpointError, match="expected tokens below 20 .the vocabulary of"):
         set_up(home, tmp_path / "b", models=[str(tmp_path / "small")])
+
+
+def test_a_roberta_that_names_no_padding_has_the_positions_that_it_has_in_transformers() -> None:
+    content = {"model_type": "roberta", "max_position_embeddings": 514}
+    assert num_positions(content) == num_positions(RobertaConfig(**content).to_dict()) == 512
+    assert num_positions(content | {"pad_token_id": 0}) == 513
+    assert num_positions(content | {"model_type": "bert"}) == 514
 
 
 def test_sequences_are_as_long_as_the_model_was_trained_on_unless_it_is_asked_for(

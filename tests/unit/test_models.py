@@ -785,8 +785,27 @@ def test_weights_that_are_no_numbers_are_refused_by_name(value: Any, tmp_path: P
         _stages(_config("roberta"), (2,), path=str(tmp_path))
 
 
+@FAMILY
+@pytest.mark.parametrize("cut", [(), (2,)], ids=str)
+def test_a_decoder_that_config_json_ties_to_another_embedding_is_refused(
+    family: str, cut: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Versions of transformers differ in which of the two matrices they take."""
+    model = _random_model(family, tied=False)
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"tie_word_embeddings": True}))
+    with pytest.raises(ConfigError, match=rf"^model.path: expected {FAMILIES[family].decoder} to"):
+        _stages(_config(family), cut, path=str(tmp_path))
+    same = load_file(tmp_path / "model.safetensors")
+    same[FAMILIES[family].decoder] = same[FAMILIES[family].word_embeddings].clone()
+    save_file(same, tmp_path / "model.safetensors")
+    _stages(_config(family), cut, path=str(tmp_path))
+
+
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     stage = _stages(_config("roberta"), ())[0]
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"^model.path: expected roberta.* without it. Use a wh"):
         load_pretrained(stage, family=stage.family, path=str(tmp_path))
 

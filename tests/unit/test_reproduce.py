@@ -118,6 +118,7 @@ def test_the_first_rounds_have_the_learning_rates_of_the_whole(warmup: float) ->
         ),
         (["federation.average.embeddings=false"], "federation.average.embeddings: expected true"),
         (["data.padded_length=80"], "data.padded_length: expected 0 in a reproduction"),
+        (["data.attention=document"], "data.attention: expected block in a reproduction"),
         (
             ["data.mask_probability=[0.3,0.15]", "data.mask_switch=0.5"],
             "data.mask_probability: expected one share of masked",

@@ -197,7 +197,7 @@ def _weights(config: RunConfig, parts: Parts) -> list[Transfer]:
     if not averaged:
         return []
     numel = sum(averaged.values())
-    wire = federation.wire if federation.aggregation.rule == "mean" else "fp32"
+    wire = federation.wire if federation.num_replicas > 1 else "fp32"  # all in one process
     what = "weights" if wire != "sparse" else "largest changes"
     peer = "other replicas' clients"
     if federation.server == "sequential":
@@ -209,7 +209,7 @@ def _weights(config: RunConfig, parts: Parts) -> list[Transfer]:
             direction=direction,
             what=f"{what}: {', '.join(averaged)}",
             peer=peer,
-            form=f"{_count(numel, config)} parameters, {FORMATS[wire]}",
+            form=f"{_count(numel, config, wire)} parameters, {FORMATS[wire]}",
             nbytes=averaging_bytes(numel, federation=federation),
             when="round",
             entry="fedavg",
@@ -218,10 +218,10 @@ def _weights(config: RunConfig, parts: Parts) -> list[Transfer]:
     ]
 
 
-def _count(numel: int, config: RunConfig) -> str:
+def _count(numel: int, config: RunConfig, wire: str) -> str:
     """Write how many of some averaged weights one message holds."""
     federation = config.federation
-    if federation.wire != "sparse":
+    if wire != "sparse":
         return f"{numel:,}"
     rows = padded_numel(numel, federation=federation) // SPARSE_BLOCK
     return f"{rows * SparseRow(SPARSE_BLOCK, federation.density).num_sent:,} of {numel:,}"

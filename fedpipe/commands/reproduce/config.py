@@ -136,11 +136,16 @@ def _check(config: ReproductionConfig) -> None:
             kept,
             "Leave it out.",
         )
-    for key, value, expected in (
-        ("data.padded_length", config.data.padded_length, 0),
-        ("federation.num_local_epochs", config.federation.num_local_epochs, 0),
+    for key, value, expected, way_out in (
+        ("data.padded_length", config.data.padded_length, 0, "The variants set it."),
+        ("data.attention", config.data.attention, "block", "Published systems pad sequences."),
+        (
+            "federation.num_local_epochs",
+            config.federation.num_local_epochs,
+            0,
+            "Set federation.num_local_steps.",
+        ),
     ):
-        way_out = "The variants set it." if "padded" in key else "Set federation.num_local_steps."
         require(value == expected, key, f"{expected} in a reproduction", value, way_out)
     require(
         bool(config.data.valid),
