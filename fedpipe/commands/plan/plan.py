@@ -343,8 +343,9 @@ def _batch_rows(plan: Plan) -> list[Row]:
     pipeline, federation, data = plan.config.pipeline, plan.config.federation, plan.config.data
     sequences = plan.config.blocks_per_step
     batch = (
-        f"{sequences} sequences = {count(pipeline.num_micro_batches, 'micro-batch', 'es')} x"
-        f" {pipeline.micro_batch_size} x {federation.data_parallel_degree} data"
+        f"{count(sequences, 'sequence')} ="
+        f" {count(pipeline.num_micro_batches, 'micro-batch', 'es')} x {pipeline.micro_batch_size} x"
+        f" {federation.data_parallel_degree} data"
     )
     masked, then = (c.data.num_masked for c in (plan.config.in_round(0), plan.config.in_last_round))
     tokens = f"{data.sequence_length} tokens per sequence, {masked} masked"
