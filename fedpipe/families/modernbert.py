@@ -140,10 +140,11 @@ class ModernBert(Family):
         result = dict(content)
         kinds = content.get("layer_types")
         number = content.get("num_hidden_layers", self.fields["num_hidden_layers"].default)
-        if isinstance(kinds, list) and len(kinds) == number:
+        if isinstance(kinds, list) and type(number) is int and len(kinds) == number:
             given = content.get("global_attn_every_n_layers")
             default = self.fields["global_attn_every_n_layers"].default
-            for every in (default, *range(1, number + 1)) if given is None else (given,):
+            second = next((i for i in range(1, number) if kinds[i] == _KINDS[0]), number)
+            for every in (default, second) if given is None else (given,):
                 if type(every) is int and every > 0 and kinds == _kinds(number, every):
                     del result["layer_types"]
                     result["global_attn_every_n_layers"] = every
@@ -155,11 +156,12 @@ class ModernBert(Family):
             bases = {
                 name: values["rope_theta"]
                 for name, values in zip(names, found, strict=True)
-                if "rope_theta" in values
+                if isinstance(values, dict) and "rope_theta" in values
             }
             plain = ({"rope_theta", "rope_type"}, "default")
             if all(
-                (set(f) | plain[0], f.get("rope_type", "default")) == plain for f in found
+                isinstance(f, dict) and (set(f) | plain[0], f.get("rope_type", "default")) == plain
+                for f in found
             ) and all(content.get(name) in (None, base) for name, base in bases.items()):
                 del result["rope_parameters"]
                 result |= bases

@@ -687,8 +687,21 @@ def test_a_modernbert_of_either_version_of_transformers_is_read_alike(
         _newer([FULL, NEAR], global_rope_theta=5.0),
         _newer([FULL, NEAR], num_hidden_layers=3),
         _newer([FULL], rope_parameters={"full_attention": {"rope_type": "yarn", "factor": 2.0}}),
+        _newer([NEAR] * 20_000),
+        _newer([FULL, NEAR], num_hidden_layers=2.0),
+        _newer([FULL], rope_parameters={"full_attention": 160000.0}),
     ],
-    ids=["not periodic", "local first", "contradiction", "two bases", "too short", "scaled"],
+    ids=[
+        "not periodic",
+        "local first",
+        "contradiction",
+        "two bases",
+        "too short",
+        "scaled",
+        "long",
+        "no whole number",
+        "no object",
+    ],
 )
 def test_a_modernbert_that_the_stages_would_not_compute_is_refused(
     content: dict[str, Any], tmp_path: Path
