@@ -105,22 +105,28 @@ class ModelShape:
         """Return the parameters of the decoder's matrix, or of the word embedding: ``V D``."""
         return self.vocab_size * self.hidden_size
 
-    def layer_flops_per_token(self, sequence_length: int) -> int:
-        """Return the forward FLOPs of one layer for one token; the backward pass takes twice that.
+    def layers_flops(self, first: int, end: int, *, sequence_length: int) -> int:
+        """Return the forward FLOPs of layers for one sequence; the backward pass takes twice that.
 
-        Two per multiply-add, with ``2 T D`` of them for attention.
+        Two per multiply-add, with ``2 D`` of them for every pair of a query and a key.
+
+        Args:
+            first: Index of the first layer.
+            end: Index after the last one.
+            sequence_length: T.
         """
-        linear = sum(self.kind.linear_flops(self.config))
-        return 2 * (linear + 2 * sequence_length * self.hidden_size)
+        linear = (end - first) * sum(self.kind.linear_flops(self.config)) * sequence_length
+        pairs = self.kind.attention_pairs(self.config, first, end, length=sequence_length)
+        return 2 * (linear + 2 * pairs * self.hidden_size)
 
     def masked_layer_flops(self, sequence_length: int, *, num_masked: int) -> int:
         """Return the forward FLOPs of a layer for one sequence where only masked positions go on.
 
         Keys and values for all tokens; for the masked ones the rest of a layer.
         """
-        everywhere = 2 * self.kind.linear_flops(self.config)[0]
-        there = self.layer_flops_per_token(sequence_length) - everywhere
-        return sequence_length * everywhere + num_masked * there
+        everywhere, there = self.kind.linear_flops(self.config)
+        there += 2 * sequence_length * self.hidden_size
+        return 2 * (sequence_length * everywhere + num_masked * there)
 
     def head_flops_per_token(self) -> int:
         """Return the forward FLOPs of the head for one *masked* token, ``2 (D^2 + D V)``."""

@@ -173,6 +173,17 @@ class Family(ABC):
             Those of keys and values, and of all other matrices.
         """
 
+    def attention_pairs(self, config: Config, first: int, end: int, *, length: int) -> int:
+        """Count the pairs of a query and a key that layers ``first..end`` compute for a sequence.
+
+        Args:
+            config: Fields.
+            first: Index of the first layer.
+            end: Index after the last one.
+            length: T.
+        """
+        return (end - first) * length**2
+
     @abstractmethod
     def tensor_shapes(self, config: Config) -> Mapping[str, list[int]]:
         """Return, by the ends of tensors' names, shapes that config.json implies."""

@@ -196,6 +196,15 @@ class ModernBert(Family):
         hidden, inner = config["hidden_size"], config["intermediate_size"]
         return 2 * hidden * hidden, 2 * hidden * hidden + 3 * hidden * inner
 
+    def attention_pairs(self, config: Config, first: int, end: int, *, length: int) -> int:
+        """See ``Family``. A chunk of a local layer is compared with one twice as long."""
+        every, reach = config["global_attn_every_n_layers"], config["local_attention"] // 2
+        num_global = -(-end // every) + first // -every
+        local = length**2
+        if _in_chunks_at(reach, length):
+            local = -(-length // (2 * reach)) * 2 * reach * 4 * reach
+        return int(num_global * length**2 + (end - first - num_global) * local)
+
     def tensor_shapes(self, config: Config) -> Mapping[str, list[int]]:
         """See ``Family``."""
         hidden, inner = config["hidden_size"], config["intermediate_size"]
@@ -252,7 +261,7 @@ class ModernBert(Family):
         )
         reach = config.local_attention // 2
         band = None
-        if 0 < _LONG * reach <= length:
+        if _in_chunks_at(reach, length):
             band, beyond = _band(reach, length, device)
             if visible is not None:
                 band = band & _cut_band(visible, reach) | beyond
@@ -278,6 +287,11 @@ class ModernBert(Family):
     def cutoff(self, config: Any) -> float | None:
         """See ``Family``."""
         return float(config.initializer_cutoff_factor or 3)
+
+
+def _in_chunks_at(reach: int, length: int) -> bool:
+    """Whether local layers compute sequences of a length in chunks."""
+    return 0 < _LONG * reach <= length
 
 
 def _kinds(number: int, every: int) -> list[str]:

@@ -344,7 +344,9 @@ def count(module: object) -> int:
 def test_flops_are_two_per_weight_and_token_plus_attention() -> None:
     shape: ModelShape = resolve(ModelConfig(), vocab_size=8192, sequence_length=128)
     matrices = 4 * 128 * 128 + 2 * 128 * 512
-    assert shape.layer_flops_per_token(64) == 2 * matrices + 4 * 64 * 128
+    sequence = 64 * (2 * matrices + 4 * 64 * 128)
+    assert shape.layers_flops(0, 1, sequence_length=64) == sequence
+    assert shape.layers_flops(1, 4, sequence_length=64) == 3 * sequence
     assert shape.head_flops_per_token() == 2 * (128 * 128 + 128 * 8192)
 
 

@@ -564,6 +564,29 @@ def test_chunks_of_a_long_sequence_compute_what_a_mask_does(
     torch.testing.assert_close(some, gather(found[0][0], positions))
 
 
+@pytest.mark.parametrize(("length", "local_attention"), [(37, 4), (16, 4), (15, 4), (12, 1)])
+def test_a_modernbert_costs_what_the_plan_says_in_chunks_too(
+    length: int, local_attention: int
+) -> None:
+    kind, shape = FAMILIES["modernbert"], _shape("modernbert")
+    fields = {"local_attention": local_attention, "global_attn_every_n_layers": 3}
+    shape = replace(shape, config={**shape.config, **fields})
+    config = hf_config(shape, pad_id=0, cls_id=2, sep_id=3)
+    around = kind.surroundings(config, length, None, torch.device("cpu"))
+    hidden = torch.zeros(2, length, shape.hidden_size)
+    costs = []
+    for index in range(7):
+        layer = kind.make_layer(config, index)
+        # The fused kernel is not counted.
+        with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+            kind.run_layer(layer, hidden, around)
+        costs.append(flops.get_total_flops() // 2)
+    for first in range(7):
+        for end in range(first, 8):
+            planned = shape.layers_flops(first, end, sequence_length=length)
+            assert planned == sum(costs[first:end]), (first, end)
+
+
 def test_positions_that_a_folder_does_not_have_are_named(tmp_path: Path) -> None:
     _random_model("roberta", tied=True).save_pretrained(tmp_path)
     config = _config("roberta")

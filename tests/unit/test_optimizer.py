@@ -156,7 +156,7 @@ def test_muon_has_the_matrices_of_layers_and_no_embedding_head_norm_or_bias(
     assert len(layers) == 1 + (head == "mlm+layer"), layers
     matrices = {name for name, p in stage.named_parameters() if p.ndim == 2}
     assert names == {name for name in matrices if name.startswith(tuple(layers))}
-    of_a_layer = _shape(family).layer_flops_per_token(0) // 2  # as the plan counts them
+    of_a_layer = sum(FAMILIES[family].linear_flops(_shape(family).config))  # as the plan has them
     assert sum(stage.get_parameter(n).numel() for n in names) == len(layers) * of_a_layer
 
 

@@ -48,7 +48,7 @@ def stage_costs(config: RunConfig, *, optimizer_s: float = 0.001) -> list[StageC
     """Stages whose layers and heads all cost the same per FLOP, but for the last layer's rows."""
     flops = step_flops("streaming", config, vocab_size=VOCAB)
     shape = model_shape(config, vocab_size=VOCAB)
-    rate = LAYER_S / (3 * layer_flops(config, shape)) / config.pipeline.num_micro_batches
+    rate = LAYER_S / (3 * layer_flops(config, shape, 0)) / config.pipeline.num_micro_batches
     return [
         StageCost(forward_s=f * rate / 3, backward_s=f * rate * 2 / 3, optimizer_s=optimizer_s)
         for f in flops
@@ -142,8 +142,8 @@ def test_recomputed_activations_are_not_achieved_work() -> None:
 def test_a_local_step_counts_heads_and_the_last_layers_masked_rows_only() -> None:
     config = config_of([4])
     shape = model_shape(config, vocab_size=VOCAB)
-    layer = layer_flops(config, shape)
-    last = masked_layer_flops(config, shape)
+    layer = layer_flops(config, shape, 0)
+    last = masked_layer_flops(config, shape, 7)
     masked = 2
     assert config.data.num_masked == masked
     head = 2 * masked * shape.head_flops_per_token()

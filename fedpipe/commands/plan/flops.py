@@ -21,28 +21,35 @@ def stage_flops(spec: StageSpec, config: RunConfig, shape: ModelShape) -> StageC
     Returns:
         A cost in FLOPs instead of seconds, which the simulator accepts as well.
     """
-    layer = float(layer_flops(config, shape))
-    masked_layer = float(masked_layer_flops(config, shape))
+    first, end = spec.first_layer, spec.end_layer
     backward = 3.0 if config.pipeline.activation_checkpointing else 2.0
     head = 0.0
     if spec.has_head:
         batch = config.pipeline.micro_batch_size
         head = 3.0 * batch * config.data.num_scored * shape.head_flops_per_token()
-        head += (1.0 + backward) * masked_layer if spec.head == "mlm+layer" else 0.0
-    layers = spec.num_layers * layer
+        if spec.head == "mlm+layer":
+            head += (1.0 + backward) * masked_layer_flops(config, shape, end)
+    layers = float(_layers_flops(config, shape, first, end - spec.ends_encoder))
     if spec.ends_encoder:
-        layers -= layer - masked_layer
+        layers += masked_layer_flops(config, shape, end - 1)
     return StageCost(forward_s=layers, backward_s=layers * backward, head_s=head)
 
 
-def layer_flops(config: RunConfig, shape: ModelShape) -> int:
+def layer_flops(config: RunConfig, shape: ModelShape, index: int) -> int:
     """Count the forward FLOPs of an encoder layer for one micro-batch."""
+    return _layers_flops(config, shape, index, index + 1)
+
+
+def _layers_flops(config: RunConfig, shape: ModelShape, first: int, end: int) -> int:
     length = config.data.num_positions
-    return config.pipeline.micro_batch_size * length * shape.layer_flops_per_token(length)
+    per_sequence = shape.layers_flops(first, end, sequence_length=length)
+    return config.pipeline.micro_batch_size * per_sequence
 
 
-def masked_layer_flops(config: RunConfig, shape: ModelShape) -> int:
-    """Count the same for the model's last layer, which runs at masked positions only."""
+def masked_layer_flops(config: RunConfig, shape: ModelShape, index: int) -> int:
+    """Count the same for a layer in front of a head, which runs at masked positions only."""
+    if config.data.padded_length:  # all positions are scored
+        return layer_flops(config, shape, index)
     return config.pipeline.micro_batch_size * shape.masked_layer_flops(
         config.data.num_positions, num_masked=config.data.num_scored
     )

@@ -57,15 +57,18 @@ def measure_layer_costs(config: RunConfig) -> LayerCosts:
             stage.run()
     *single, double = [stage.cost() for stage in timed]
     layer = _combine(double, single[0], -1.0)
-    whole = layer.forward_s + layer.backward_s
-    last = whole * masked_layer_flops(config, shape) / layer_flops(config, shape)
-    own = [last if s.ends_encoder else whole * s.num_layers for s in specs]
+    measured = layer.forward_s + layer.backward_s
+    per_flop = measured / layer_flops(config, shape, 1)
+    every = range(shape.num_hidden_layers)
+    layers = [per_flop * layer_flops(config, shape, index) for index in every]
+    last = per_flop * masked_layer_flops(config, shape, every[-1])
+    own = [last if s.ends_encoder else sum(layers[s.first_layer : s.end_layer]) for s in specs]
     present = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
     return LayerCosts(
-        layers_s=(*[whole] * (shape.num_hidden_layers - 1), last),
+        layers_s=(*layers[:-1], last),
         rest_s=tuple(
-            max(0.0, cost.forward_s + cost.backward_s - layers)
-            for cost, layers in zip(single, own, strict=True)
+            max(0.0, cost.forward_s + cost.backward_s - own_s)
+            for cost, own_s in zip(single, own, strict=True)
         ),
         stages=tuple(
             _combine(cost, layer, max(spec.num_layers - 1, 0))

@@ -203,7 +203,7 @@ def _parts(spec: StageSpec, shape: ModelShape) -> dict[str, int]:
 def _layer_matrices(spec: StageSpec, shape: ModelShape) -> int:
     """Return the weights of the matrices in a stage's layers, the auxiliary one among them."""
     layers = spec.num_layers + (spec.head == "mlm+layer" and not spec.is_last)
-    return layers * shape.layer_flops_per_token(0) // 2  # two FLOPs per weight and token
+    return layers * sum(shape.kind.linear_flops(shape.config))  # one multiply-add per weight
 
 
 def _is_averaged(part: str, config: RunConfig) -> bool:

@@ -79,15 +79,15 @@ def take_apart(stages: Sequence[StageCost], config: RunConfig, *, vocab_size: in
     config = scheduled(config, "streaming")
     shape = model_shape(config, vocab_size=vocab_size)
     passes = 4.0 if config.pipeline.activation_checkpointing else 3.0
-    whole = passes * layer_flops(config, shape)
-    last = passes * masked_layer_flops(config, shape)
+    last = passes * masked_layer_flops(config, shape, shape.num_hidden_layers - 1)
     layers, rest = [], []
     specs = stage_specs(config.pipeline, num_hidden_layers=shape.num_hidden_layers)
     for spec, stage in zip(specs, stages, strict=True):
         flops = stage_flops(spec, config, shape)
         total = flops.forward_s + flops.backward_s + flops.head_s
         measured = stage.forward_s + stage.backward_s
-        own = [whole] * spec.num_layers
+        indices = range(spec.first_layer, spec.end_layer)
+        own = [passes * layer_flops(config, shape, index) for index in indices]
         own[-1:] = [last] if spec.ends_encoder else own[-1:]
         layers += [measured * amount / total for amount in own]
         rest.append(measured * (1.0 - sum(own) / total))

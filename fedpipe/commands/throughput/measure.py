@@ -231,11 +231,12 @@ def edges_of_all_peers(config: RunConfig) -> list[Edge]:
 
 
 def _in_layers(config: RunConfig, *, vocab_size: int) -> tuple[float, float]:
-    """Return the FLOPs of the last layer and of a head, in units of an encoder layer."""
+    """Return the FLOPs of the last layer and of a head, in units of the first encoder layer."""
     shape = model_shape(config, vocab_size=vocab_size)
-    sequences, layer = config.pipeline.micro_batch_size, layer_flops(config, shape)
+    sequences, layer = config.pipeline.micro_batch_size, layer_flops(config, shape, 0)
     head = sequences * config.data.num_scored * shape.head_flops_per_token()
-    return masked_layer_flops(config, shape) / layer, head / layer
+    last = masked_layer_flops(config, shape, shape.num_hidden_layers - 1)
+    return last / layer, head / layer
 
 
 def _with_objective(config: RunConfig, objective: Any, schedule: Any) -> RunConfig:
