@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import run_ranks, step_seconds
+from ranks import run_ranks, step_s
 from torch import Tensor
 from torch.nn import functional
 
@@ -79,10 +79,10 @@ def _measure(
 ) -> tuple[float, float]:
     """Return the seconds of a local step in steady state, and the peak memory in MiB."""
     torch.set_num_threads(1)
+    replica = PretrainingReplica(config, data, comm=comm)
     if variant in (ONE_STAGE, TWO_STAGES):
-        seconds = step_seconds(config, data, comm, num_steps=num_steps)
+        seconds = step_s(replica, comm, num_steps)
     else:
-        replica = PretrainingReplica(config, data, comm=comm)
         seconds = _train_plainly(config, replica, variant=variant, num_steps=num_steps)
     return seconds, _peak_mib()
 

@@ -20,14 +20,17 @@ import random
 import statistics
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from ranks import run_ranks, step_seconds
+from ranks import run_ranks, step_s
 
+from fedpipe.commands.pretrain.replica import PretrainingReplica
 from fedpipe.config.load import load_config
+from fedpipe.config.schema import RunConfig
+from fedpipe.data.blocks import PreparedData
+from fedpipe.distributed.comm import Comm
 from fedpipe.report.drawing import BLUE, GREEN, ORANGE, label_ends, render
 from fedpipe.report.writer import read_metrics
 
@@ -116,7 +119,7 @@ def _step(settings: list[str], path: Path) -> Step:
             for name in sorted(OPTIMIZERS, reverse=bool(repetition % 2)):
                 config = load_config(None, settings + OPTIMIZERS[name])
                 tokens = config.blocks_per_step * config.data.sequence_length
-                seconds[name].append(max(run_ranks(config, partial(step_seconds, num_steps=12))))
+                seconds[name].append(max(run_ranks(config, _step_s)))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"seconds": seconds, "tokens": tokens}), encoding="utf-8")
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -126,6 +129,10 @@ def _step(settings: list[str], path: Path) -> Step:
         ratios=[muon / adamw for muon, adamw in pairs],
         tokens=found["tokens"],
     )
+
+
+def _step_s(config: RunConfig, data: PreparedData, comm: Comm) -> float:
+    return step_s(PretrainingReplica(config, data, comm=comm), comm, 12)
 
 
 def _folder(out: Path, name: str, seed: str) -> Path:

@@ -53,17 +53,20 @@ def run_ranks(config: RunConfig, benchmark: Benchmark) -> list[Any]:
     return [value for _, value in sorted(found, key=lambda pair: pair[0])]
 
 
-def step_seconds(config: RunConfig, data: PreparedData, comm: Comm, *, num_steps: int) -> float:
-    """Return the seconds of a local step in steady state: the first two steps are not counted."""
-    replica = PretrainingReplica(config, data, comm=comm)
+def step_s(replica: PretrainingReplica, comm: Comm, num_steps: int) -> float:
+    """Return the seconds of a local step in steady state: neither of the first nor of the last.
+
+    Collective: every rank.
+    """
     ends: list[float] = []
+    comm.barrier()
     replica.engine.train(
         range(num_steps),
         source=replica.training_source(0, start=0),
-        lr=lambda step: 1e-4,
+        lr=lambda step: 1e-5,
         on_step=lambda stage, result: ends.append(time.monotonic()),
     )
-    return (ends[-1] - ends[1]) / (num_steps - 2)
+    return (ends[-2] - ends[0]) / (num_steps - 2)
 
 
 def _rank(

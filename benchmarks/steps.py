@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ranks import run_ranks
+from ranks import run_ranks, step_s
 from torch import Tensor
 from torch.nn import functional
 
@@ -139,27 +138,14 @@ def _measure(
         replicas[name] = PretrainingReplica(own, data, comm=comm)
         for engine in replicas[name].stages:
             change(engine)
-        _step_s(replicas[name], comm, 3)  # allocator, moments, compilation
+        step_s(replicas[name], comm, 3)  # allocator, moments, compilation
     seconds: dict[str, list[float]] = {name: [] for name in replicas}
     names = list(replicas)
     for repetition in range(repetitions):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(_step_s(replicas[name], comm, num_steps))
+            seconds[name].append(step_s(replicas[name], comm, num_steps))
     return seconds
-
-
-def _step_s(replica: PretrainingReplica, comm: Comm, num_steps: int) -> float:
-    """Seconds per local step in steady state: neither the first nor the last one."""
-    ends: list[float] = []
-    comm.barrier()
-    replica.engine.train(
-        range(num_steps),
-        source=replica.training_source(0, start=0),
-        lr=lambda step: 1e-5,
-        on_step=lambda stage, result: ends.append(time.monotonic()),
-    )
-    return (ends[-2] - ends[0]) / (num_steps - 2)
 
 
 def _table(seconds: dict[str, list[float]], *, tokens: int) -> str:
