@@ -47,7 +47,7 @@ OPTIMIZERS = {
     "AdamW": ["optimizer.name=adamw", "optimizer.lr=1e-3"],
     "Muon": ["optimizer.name=muon", "optimizer.lr=1e-3"],
 }
-"""The rate of each is the best of three, over a fifth of the tokens and seed 0."""
+"""One rate for both, which is not tuned."""
 EQUAL_TIME, CONTINUED = "Muon, time of AdamW", "Muon, continued"
 COLORS = {"AdamW": ORANGE, "Muon": BLUE, EQUAL_TIME: GREEN}
 CONTINUED_SHARE, CONTINUED_LR = 4, "optimizer.lr=5e-4"

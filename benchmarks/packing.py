@@ -17,6 +17,7 @@ import gzip
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from fedpipe.config.load import load_config
 from fedpipe.config.model_shape import model_shape
 from fedpipe.config.schema import RunConfig
 from fedpipe.data.masking import IGNORED, document_starts, mask_blocks
+from fedpipe.data.packing import ClientStream
 from fedpipe.data.tokenizer import TokenizerInfo, tokenizer_info
 from fedpipe.models.split import model_stages
 from fedpipe.models.stage import MaskedTargets, Stage, build_stage
@@ -43,7 +45,8 @@ VARIANTS = ("block", "document", "padded")
 SETTINGS = [
     "model.family=modernbert", "model.num_hidden_layers=4", "model.hidden_size=128",
     "model.num_attention_heads=4", "model.intermediate_size=192", "pipeline.cut=[]",
-    "data.sequence_length=512", "pipeline.micro_batch_size=8", "optimizer.lr=2e-3",
+    "data.sequence_length=512", "data.attention=document",
+    "pipeline.micro_batch_size=8", "optimizer.lr=2e-3",
 ]  # fmt: skip
 
 Ids = NDArray[np.int64]
@@ -92,19 +95,23 @@ def _texts(corpus: str, config: RunConfig, info: TokenizerInfo) -> dict[str, Tex
             documents = [json.loads(line)["text"] for line in file]
         encodings = tokenizer.encode_batch(documents, add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
-        packed.append(_packed(ids, length, info))
+        packed.append(_packed(ids, config, info))
         padded.append(_padded(ids, length, info))
     return {"packed": Text(*packed), "padded": Text(*padded)}
 
 
-def _packed(documents: list[list[int]], length: int, info: TokenizerInfo) -> Ids:
-    """Blocks as `fedpipe.data` packs them: opened and closed, and full."""
-    stream: list[int] = []
-    for ids in documents:
-        stream += [*ids, info.sep_id]
-    size = length - 2
-    whole = np.array(stream[: len(stream) // size * size]).reshape(-1, size)
-    return np.pad(whole, ((0, 0), (1, 1)), constant_values=((0, 0), (info.cls_id, info.sep_id)))
+def _packed(documents: list[list[int]], config: RunConfig, info: TokenizerInfo) -> Ids:
+    """Blocks as a pre-training has them."""
+    length = config.data.sequence_length
+    with tempfile.NamedTemporaryFile() as file:
+        stream = ClientStream(
+            Path(file.name), tokenizer=info, sequence_length=length,
+            num_masked=config.data.num_masked,
+        )  # fmt: skip
+        for ids in documents:
+            stream.add(np.array(ids, dtype=stream.dtype))
+        stream.flush()
+        return np.fromfile(file.name, dtype=stream.dtype).reshape(-1, length).astype(np.int64)
 
 
 def _padded(documents: list[list[int]], length: int, info: TokenizerInfo) -> Ids:
@@ -151,7 +158,7 @@ def _stage(config: RunConfig, info: TokenizerInfo, *, starts: bool, seed: int) -
     """Return a stage; two of one seed have equal weights."""
     shape = model_shape(config, vocab_size=info.vocab_size)
     settings = hf_config(shape, pad_id=info.pad_id, cls_id=info.cls_id, sep_id=info.sep_id)
-    words = -(-config.data.sequence_length // 32) if starts else 0
+    words = config.data.start_words if starts else 0
     stage, _ = build_stage(model_stages(config, shape)[0], settings, seed=seed, start_words=words)
     return stage
 
@@ -170,7 +177,7 @@ def _train(
     stage = _stage(config, info, starts=starts, seed=seed)
     optimizer = build_optimizer(stage, config.optimizer)
     stage.train()
-    trained, seconds, losses = 0, 0.0, []
+    trained, seconds = 0, 0.0
     for step, chosen in enumerate(_chosen(len(rows_NT), config.pipeline.micro_batch_size, seed)):
         rng = np.random.default_rng([seed, step])
         rows_BT = rows_NT[chosen]
@@ -185,7 +192,6 @@ def _train(
         optimizer.step()
         optimizer.zero_grad()
         seconds += time.process_time() - started
-        losses.append(float(loss.detach()))
         trained += int((rows_BT != info.pad_id).sum())
         if trained >= num_tokens:
             break
